@@ -1,0 +1,33 @@
+"""Packaging metadata of torchdnr: its only home."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "torchdnr/__init__.py").read_text()).group(1)
+DEMO = ["mlxtend>=0.23"]
+
+setup(
+    name="torchdnr",
+    version=VERSION,
+    description="Deep Neural Rejection in pure PyTorch, and its honest evaluation",
+    long_description=(ROOT / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    packages=find_packages(include=["torchdnr", "torchdnr.*"]),
+    python_requires=">=3.11",
+    install_requires=[
+        "torch>=2.6",
+        "torchvision>=0.21",
+        "gpytorch>=1.14",
+        "safetensors>=0.4",
+        "tqdm>=4.66",
+        "matplotlib>=3.8",
+    ],
+    extras_require={
+        "demo": DEMO,
+        "test": [*DEMO, "pytest>=8", "scikit-learn>=1.4", "hypothesis>=6.100", "ruff>=0.6"],
+    },
+)

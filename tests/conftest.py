@@ -1,0 +1,9 @@
+"""What every test shares."""
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)

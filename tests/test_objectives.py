@@ -1,0 +1,68 @@
+"""Objectives and success, row by row against the definitions."""
+
+import pytest
+import torch
+
+from torchdnr.attacks import OBJECTIVES, evades, split_scores
+from torchdnr.attacks.objectives import find_objective
+
+LABELS = torch.tensor([0, 0, 0, 0, 0])
+SCORES = torch.tensor(
+    [
+        [2.0, 1.0, 0.0],  # accepted, right
+        [1.0, 2.0, 0.0],  # accepted, wrong
+        [0.2, 0.4, 0.0],  # rejected, another class leads
+        [0.4, 0.2, 0.0],  # rejected, the true class leads
+        [0.0, 0.5, 0.1],  # tie with theta: rejected
+    ]
+)
+THETA = torch.full((5,), 0.5)
+OUTPUT = torch.cat([SCORES, THETA[:, None]], dim=1)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("paper", [1.0, -1.0, -0.2, 0.2, -0.5]),
+        ("decision", [1.0, -1.0, 0.1, 0.3, 0.0]),
+        ("secml", [1.0, -1.0, 0.1, 0.3, 0.0]),
+    ],
+)
+def test_objectives_by_hand(name, expected):
+    torch.testing.assert_close(OBJECTIVES[name](SCORES, THETA, LABELS), torch.tensor(expected))
+
+
+def test_secml_differs_from_decision_where_accepted_with_a_low_true_score():
+    scores, theta, labels = torch.tensor([[0.0, 2.0]]), torch.tensor([0.5]), torch.tensor([0])
+    assert OBJECTIVES["secml"](scores, theta, labels).item() == -2.0
+    assert OBJECTIVES["decision"](scores, theta, labels).item() == -1.5
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_without_threshold_all_are_equation_2(name):
+    labels = torch.randint(0, 4, (50,))
+    scores = torch.randn(50, 4)
+    others = scores.masked_fill(torch.nn.functional.one_hot(labels, 4).bool(), -torch.inf)
+    expected = scores[torch.arange(50), labels] - others.amax(dim=1)
+    assert torch.equal(OBJECTIVES[name](scores, None, labels), expected)
+
+
+def test_evades_means_accepted_and_wrong():
+    assert evades(OUTPUT, LABELS, reject=True).tolist() == [False, True, False, False, False]
+    assert evades(SCORES, LABELS, reject=False).tolist() == [False, True, True, False, True]
+    assert evades(torch.full((1, 3), torch.nan), LABELS[:1], reject=False).tolist() == [False]
+
+
+@pytest.mark.parametrize("reject", [True, False])
+def test_evades_is_the_sign_of_the_decision_objective_and_agrees_with_the_rule(reject):
+    output, labels = torch.randn(2000, 5), torch.randint(0, 4, (2000,))
+    scores, theta = split_scores(output, reject)
+    accepted = True if theta is None else scores.amax(dim=1) > theta
+    expected = accepted & (scores.argmax(dim=1) != labels)
+    assert torch.equal(evades(output, labels, reject), expected)
+    assert torch.equal(OBJECTIVES["decision"](scores, theta, labels) < 0, expected)
+
+
+def test_unknown_objective_lists_the_choices():
+    with pytest.raises(ValueError, match="no objective 'eq2'; choose from: paper, decision, secml"):
+        find_objective("eq2")

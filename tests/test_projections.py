@@ -1,0 +1,102 @@
+"""Projections: the nearest feasible point, by comparison with a slow oracle."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from torchdnr.attacks.projections import project, project_box, project_l2
+
+BOUNDS = (0.0, 1.0)
+
+
+def by_bisection(points, center, eps):
+    """The same point by 80 bisections of mu: norms grow with mu."""
+    step = points - center
+
+    def moved(mu):
+        return (mu[:, None] * step).clamp(BOUNDS[0] - center, BOUNDS[1] - center)
+
+    low, high = torch.zeros(len(points)).double(), torch.ones(len(points)).double()
+    for _ in range(80):
+        middle = (low + high) / 2
+        fits = moved(middle).norm(dim=1) <= eps
+        low, high = torch.where(fits, middle, low), torch.where(fits, high, middle)
+    whole = moved(torch.ones_like(low)).norm(dim=1) <= eps
+    return center + moved(torch.where(whole, 1, low))
+
+
+@given(
+    seed=st.integers(0, 10_000),
+    d=st.sampled_from([1, 2, 17, 300]),
+    spread=st.sampled_from([1e-3, 0.3, 30.0]),
+    heavy=st.booleans(),
+)
+@settings(max_examples=30, deadline=None)
+def test_project_l2_matches_bisection(seed, d, spread, heavy):
+    generator = torch.Generator().manual_seed(seed)
+    center = torch.rand(8, d, generator=generator).double()
+    center = torch.where(torch.rand(8, d, generator=generator) < 0.3, center.round(), center)
+    step = torch.randn(8, d, generator=generator).double()
+    points = center + spread * (step**5 if heavy else step)
+    eps = 2 * torch.rand(8, generator=generator).double() * math.sqrt(d) / 4
+    projected = project_l2(points, center, eps, BOUNDS)
+    assert (projected >= 0).all() and (projected <= 1).all()
+    assert ((projected - center).norm(dim=1) <= eps + 1e-15).all()
+    torch.testing.assert_close(projected, by_bisection(points, center, eps), atol=1e-12, rtol=0)
+
+
+def test_project_l2_matches_a_general_solver():
+    from scipy.optimize import minimize
+
+    center, points = torch.rand(1, 6).double(), 3 * torch.randn(1, 6).double()
+    found = minimize(
+        lambda z: ((z - points[0].numpy()) ** 2).sum(),
+        center[0].numpy(),
+        bounds=[BOUNDS] * 6,
+        constraints={"type": "ineq", "fun": lambda z: 0.49 - ((z - center[0].numpy()) ** 2).sum()},
+        method="SLSQP",
+        options={"ftol": 1e-14, "maxiter": 500},
+    )
+    projected = project_l2(points, center, 0.7, BOUNDS)
+    torch.testing.assert_close(projected[0], torch.tensor(found.x), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("eps", [0.1, 1.0, 3.0])
+def test_budget_holds_in_float64_and_projecting_twice_changes_nothing(dtype, eps):
+    center = torch.rand(50, 3, 8, 8, dtype=dtype)
+    points = center + 10 * torch.randn_like(center)
+    once = project_l2(points, center, eps, BOUNDS)
+    assert ((once.double() - center.double()).flatten(1).norm(dim=1) <= eps * (1 + 1e-12)).all()
+    assert once.dtype == dtype and once.shape == points.shape
+    assert torch.equal(project_l2(once, center, eps, BOUNDS), once)
+
+
+def test_points_inside_are_unchanged():
+    center = torch.rand(20, 5)
+    points = (center + 0.01 * torch.randn(20, 5)).clamp(0, 1)
+    assert torch.equal(project_l2(points, center, 0.5, BOUNDS), points)
+    assert torch.equal(project_l2(center, center, 0.0, BOUNDS), center)
+
+
+def test_each_row_has_its_own_eps_and_zero_and_infinity_are_allowed():
+    center, points = torch.full((3, 4), 0.5), torch.full((3, 4), 5.0)
+    projected = project_l2(points, center, torch.tensor([0.0, 0.5, math.inf]), BOUNDS)
+    expected = torch.tensor([[0.5] * 4, [0.75] * 4, [1.0] * 4])
+    torch.testing.assert_close(projected, expected, atol=1e-6, rtol=0)
+
+
+def test_huge_and_tiny_steps_stay_finite():
+    center = torch.full((2, 4), 0.5)
+    points = center + torch.tensor([[1e30], [1e-30]])
+    assert torch.isfinite(project_l2(points, center, 0.3, BOUNDS)).all()
+
+
+def test_project_names_the_norms_it_knows():
+    x = torch.rand(2, 3)
+    assert torch.equal(project(x + 1, x, math.inf, 2, BOUNDS), project_box(x + 1, BOUNDS))
+    with pytest.raises(ValueError, match="no norm 1; choose from: 2"):
+        project(x, x, 1.0, 1, BOUNDS)

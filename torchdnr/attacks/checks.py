@@ -1,0 +1,98 @@
+"""Checks of what an attack is given, once per call."""
+
+import torch
+from torch import Tensor
+
+from torchdnr.attacks.projections import check_norm
+
+
+def check_inputs(inputs: Tensor, labels: Tensor, norm: float, bounds: tuple[float, float]) -> None:
+    """Refuse inputs, labels, a norm or bounds that no attack can work with.
+
+    Raises:
+        ValueError: If the inputs are not a non-empty floating point batch within ``bounds``, the
+            labels are not one class index per input, or the norm is not supported.
+    """
+    check_norm(norm)
+    if not bounds[0] < bounds[1]:
+        raise ValueError(f"bounds must be (smallest, largest), got {bounds}")
+    check_images("inputs", inputs, bounds)
+    if labels.shape != inputs.shape[:1]:
+        raise ValueError(
+            f"labels must be (n,) with n = {len(inputs)} rows of inputs, got {tuple(labels.shape)}"
+        )
+    if labels.dtype != torch.int64:
+        raise ValueError(
+            f"labels must be int64 class indices, got {labels.dtype}; convert with labels.long()"
+        )
+    if labels.device != inputs.device:
+        raise ValueError(
+            f"labels must be on the device of inputs, {inputs.device}, got {labels.device}"
+        )
+    if labels.min() < 0:
+        raise ValueError(f"labels must be >= 0, got {labels.min()}: attack inputs of known class")
+
+
+def check_images(name: str, images: Tensor, bounds: tuple[float, float]) -> None:
+    """Refuse a batch of images that is empty, not floating point, or outside ``bounds``.
+
+    Raises:
+        ValueError: If it is; ``name`` is what the message calls it.
+    """
+    if images.ndim < 2 or len(images) == 0:
+        raise ValueError(
+            f"{name} must be a non-empty batch (n, ...), got shape {tuple(images.shape)}"
+        )
+    if not images.is_floating_point():
+        raise ValueError(
+            f"{name} must be floating point in {bounds}, got {images.dtype}; scale the images"
+        )
+    low, high = images.min(), images.max()
+    if not (low >= bounds[0] and high <= bounds[1]):  # also true of NaN
+        raise ValueError(
+            f"{name} must lie in {bounds}, got values from {low:g} to {high:g}; "
+            "scale or clamp the images, and keep normalisation inside the model"
+        )
+
+
+def check_like(name: str, images: Tensor, inputs: Tensor, *, same_length: bool = False) -> None:
+    """Refuse images whose shape, dtype or device differs from that of the attacked inputs.
+
+    Raises:
+        ValueError: If they differ; the number of rows counts with ``same_length`` only.
+    """
+    skip = 0 if same_length else 1
+    if images.shape[skip:] != inputs.shape[skip:] or images.ndim != inputs.ndim:
+        expected = tuple(inputs.shape) if same_length else ("m", *inputs.shape[1:])
+        raise ValueError(f"{name} must have the shape {expected}, got {tuple(images.shape)}")
+    if images.dtype != inputs.dtype or images.device != inputs.device:
+        raise ValueError(
+            f"{name} must be like inputs, {inputs.dtype} on {inputs.device}, "
+            f"got {images.dtype} on {images.device}"
+        )
+
+
+def check_eps(eps: float | Tensor, inputs: Tensor) -> Tensor:
+    """Turn ``eps`` into one radius per input, like ``inputs`` in dtype and device, ``(n,)``.
+
+    Raises:
+        ValueError: If it is neither a number nor ``(n,)``, or negative or NaN.
+    """
+    radius = torch.as_tensor(eps, dtype=inputs.dtype, device=inputs.device)
+    if radius.shape not in ((), inputs.shape[:1]):
+        raise ValueError(
+            f"eps must be a number or (n,) with n = {len(inputs)}, got {tuple(radius.shape)}"
+        )
+    if not (radius >= 0).all():
+        raise ValueError(f"eps must be >= 0 and not NaN, got {radius.min():g}")
+    return radius.expand(len(inputs))
+
+
+def check_count(name: str, value: int, smallest: int) -> None:
+    """Refuse a count below ``smallest``.
+
+    Raises:
+        ValueError: If ``value`` is below it.
+    """
+    if value < smallest:
+        raise ValueError(f"{name} must be >= {smallest}, got {value}")

@@ -1,0 +1,124 @@
+"""Where an attack starts from other than the attacked input: accepted samples of other classes.
+
+Far from the training data an RBF score is flat, so that a descent from the attacked input alone
+stalls; a sample that the model accepts as another class is on the far side already.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from torchdnr.attacks.checks import check_images, check_like
+from torchdnr.attacks.objectives import split_scores
+from torchdnr.attacks.target import Target
+
+_DISTANCES = 1 << 22  # entries of the distance matrix held at once
+_NO_CLASS = -1  # a rejected sample; the library's REJECT
+
+
+def check_pool(
+    pool: Tensor, classes: Tensor | None, inputs: Tensor, bounds: tuple[float, float]
+) -> None:
+    """Refuse a pool of starting points that does not fit the attacked inputs.
+
+    Raises:
+        ValueError: If the images are unlike the inputs, or the classes are not ``(m,)``.
+    """
+    check_images("init_inputs", pool, bounds)
+    check_like("init_inputs", pool, inputs)
+    if classes is not None and (
+        classes.shape != pool.shape[:1]
+        or classes.dtype != torch.int64
+        or classes.device != pool.device
+    ):
+        raise ValueError(
+            f"init_labels must be int64 (m,) with m = {len(pool)} rows of init_inputs on "
+            f"{pool.device}, got {classes.dtype} {tuple(classes.shape)} on {classes.device}"
+        )
+
+
+@torch.no_grad()
+def assigned_classes(target: Target, pool: Tensor) -> Tensor:
+    """Return the class that the model assigns to each sample, -1 where it rejects, ``(m,)``."""
+    classes = []
+    for chunk in pool.split(target.batch_size):
+        scores, threshold = split_scores(target.model(chunk), target.reject)
+        best, chunk_classes = scores.max(dim=1)
+        if threshold is not None:
+            chunk_classes = torch.where(best > threshold, chunk_classes, _NO_CLASS)
+        classes.append(chunk_classes)
+    return torch.cat(classes)
+
+
+def nearest_other_class(
+    inputs: Tensor, labels: Tensor, pool: Tensor, classes: Tensor, neighbours: int
+) -> tuple[Tensor, Tensor]:
+    """Find near pool samples that are assigned to classes other than the label.
+
+    Half of them are the nearest samples of the nearest classes, one per class, and the rest the
+    nearest of all others: the nearest sample need not be of the class that is easiest to reach.
+
+    Args:
+        inputs: Attacked inputs, ``(n, ...)``.
+        labels: Their true classes, ``(n,)``.
+        pool: Samples, ``(m, ...)``.
+        classes: Class assigned to each of them, -1 for none, ``(m,)``.
+        neighbours: Samples wanted per input, k; at most m are returned.
+
+    Returns:
+        Indices into the pool ``(n, k)``, and whether there is such a sample, bool ``(n, k)``.
+    """
+    points, samples = inputs.flatten(1), pool.flatten(1)
+    present = classes[classes != _NO_CLASS].unique()
+    members = classes == present[:, None]
+    neighbours = min(neighbours, len(samples))
+    indices, found = [], []
+    rows = max(1, _DISTANCES // (len(samples) * max(1, len(present))))
+    for chunk, chunk_labels in zip(points.split(rows), labels.split(rows), strict=True):
+        # Differences, not a matrix product: an input's neighbours do not depend on its batch.
+        distances = torch.cdist(chunk, samples, compute_mode="donot_use_mm_for_euclid_dist")
+        usable = (classes != chunk_labels[:, None]) & (classes != _NO_CLASS)
+        distances = torch.where(usable, distances, torch.inf)
+        if len(present):
+            per_class = torch.where(members, distances[:, None], torch.inf).min(dim=2)
+            leaders = per_class.values.topk(min((neighbours + 1) // 2, len(present)), largest=False)
+            picked = per_class.indices.gather(1, leaders.indices)
+            leading = torch.where(leaders.values.isfinite(), -1, torch.inf).to(distances.dtype)
+            distances = distances.scatter(1, picked, leading)  # before all others
+        nearest = distances.topk(neighbours, largest=False)
+        indices.append(nearest.indices)
+        found.append(nearest.values.isfinite())
+    return torch.cat(indices), torch.cat(found)
+
+
+def bisect(evading: Callable[[Tensor], Tensor], near: Tensor, far: Tensor, halvings: int) -> Tensor:
+    """Move each far point towards its near point while it evades.
+
+    Args:
+        evading: Tells which of n points evade, bool ``(n,)``.
+        near: Ends that do not evade, ``(n, ...)``.
+        far: Ends that evade, ``(n, ...)``.
+        halvings: Evaluations of each row.
+
+    Returns:
+        Evading points on the segments, ``(n, ...)``.
+    """
+    shape = (-1, *[1] * (far.ndim - 1))
+    low = far.new_zeros(len(far))
+    high = far.new_ones(len(far))
+    for _ in range(halvings):
+        middle = (low + high) / 2
+        good = evading(near + middle.view(shape) * (far - near))
+        low, high = torch.where(good, low, middle), torch.where(good, middle, high)
+    reached = near + high.view(shape) * (far - near)
+    return torch.where((high == 1).view(shape), far, reached)
+
+
+def keep_nearest(groups: Tensor, distances: Tensor, count: int) -> Tensor:
+    """Return the rows that hold the ``count`` smallest distances of each group."""
+    order = distances.argsort(stable=True)
+    order = order[groups[order].argsort(stable=True)]
+    ordered = groups[order]
+    rank = torch.arange(len(ordered), device=ordered.device) - torch.searchsorted(ordered, ordered)
+    return order[rank < count]

@@ -1,0 +1,143 @@
+"""The model under attack, as the attacks see it: values to lower and the way down."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from torchdnr.attacks.objectives import ObjectiveFunction, evades, split_scores
+
+
+class Target(NamedTuple):
+    """A model with the objective to minimise on it.
+
+    Attributes:
+        model: Maps inputs ``(n, ...)`` to ``(n, c)``, or ``(n, c + 1)`` with theta last.
+        objective: Maps scores, threshold and labels to ``(n,)``.
+        reject: Whether the model returns theta.
+        batch_size: Rows in one forward.
+    """
+
+    model: Callable[[Tensor], Tensor]
+    objective: ObjectiveFunction
+    reject: bool
+    batch_size: int
+
+
+def has_reject_column(model: Callable[[Tensor], Tensor], reject: bool | None) -> bool:
+    """Decide whether the last column of the output is theta; ``None`` asks ``reject_index``."""
+    return getattr(model, "reject_index", None) is not None if reject is None else reject
+
+
+@contextmanager
+def evaluation_mode(model: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Put a module in evaluation mode, and every part of it back as it was afterwards."""
+    modules = list(model.modules()) if isinstance(model, nn.Module) else []
+    training = [module.training for module in modules]
+    if modules:
+        model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in zip(modules, training, strict=True):
+            module.training = mode
+
+
+@torch.no_grad()
+def evaluate(target: Target, points: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Evaluate the objective, without gradient and in chunks.
+
+    Args:
+        target: Model and objective.
+        points: ``(n, ...)``.
+        labels: True classes, ``(n,)``.
+
+    Returns:
+        Objective ``(n,)``, infinite where it is NaN, and which points evade, bool ``(n,)``.
+
+    Raises:
+        ValueError: If the output is not ``(n, c)``, or ``(n, c + 1)`` for a rejecting model.
+    """
+    values, evading = [], []
+    size = target.batch_size
+    for chunk, chunk_labels in zip(points.split(size), labels.split(size), strict=True):
+        output = target.model(chunk)
+        values.append(_objective(target, output, chunk_labels))
+        evading.append(evades(output, chunk_labels, target.reject))
+    values = torch.cat(values)
+    return torch.where(values.isnan(), torch.inf, values), torch.cat(evading)
+
+
+def descent_direction(target: Target, points: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Find the direction of steepest descent of the objective at each point, of unit l2 norm.
+
+    The gradient of an RBF score vanishes far from the support vectors, so its length tells
+    nothing; it is scaled by its largest entry first, so that squaring does not underflow.
+
+    Args:
+        target: Model and objective.
+        points: ``(n, ...)``.
+        labels: True classes, ``(n,)``.
+
+    Returns:
+        Directions ``(n, ...)``, zero where the gradient is zero or NaN; objective ``(n,)``,
+        infinite where it is NaN.
+
+    Raises:
+        ValueError: If no gradient leads from the output to the input.
+    """
+    directions, values = [], []
+    size = target.batch_size
+    for chunk, chunk_labels in zip(points.split(size), labels.split(size), strict=True):
+        with torch.enable_grad():
+            chunk = chunk.detach().requires_grad_()
+            output = target.model(chunk)
+            value = _objective(target, output, chunk_labels)
+            if not value.requires_grad:
+                raise ValueError(
+                    "model must be differentiable, got an output without gradient; remove "
+                    "no_grad, detach and numpy between its input and its scores"
+                )
+            gradient = torch.autograd.grad(value.sum(), chunk)[0]
+        directions.append(_unit(-gradient))
+        values.append(value.detach())
+    values = torch.cat(values)
+    return torch.cat(directions), torch.where(values.isnan(), torch.inf, values)
+
+
+def check_classes(target: Target, inputs: Tensor, labels: Tensor) -> None:
+    """Refuse a model output, or labels, that do not fit, by a look at the first input.
+
+    Raises:
+        ValueError: If the output is not ``(n, c)``, or ``(n, c + 1)`` for a rejecting model, with
+            c >= 2, or a label is not below c.
+    """
+    with torch.no_grad():
+        output = target.model(inputs[:1])
+    expected = "(n, c + 1) with the threshold last" if target.reject else "(n, c)"
+    if output.ndim != 2 or len(output) != 1 or output.shape[1] < 2 + target.reject:
+        raise ValueError(
+            f"model must return {expected} and c >= 2 for n inputs, "
+            f"got {tuple(output.shape)} for n = 1"
+        )
+    classes = output.shape[1] - target.reject
+    if labels.max() >= classes:
+        raise ValueError(
+            f"labels must be below the {classes} classes of the model, got {labels.max()}; "
+            "if the last column of its output is the threshold pass reject=True, else reject=False"
+        )
+
+
+def _objective(target: Target, output: Tensor, labels: Tensor) -> Tensor:
+    return target.objective(*split_scores(output, target.reject), labels)
+
+
+def _unit(gradient: Tensor) -> Tensor:
+    """Scale each row to unit l2 norm; zero, NaN and infinite entries do no harm."""
+    flat = gradient.flatten(1).nan_to_num()
+    largest = flat.abs().amax(dim=1, keepdim=True)
+    flat = flat / torch.where(largest > 0, largest, 1)
+    length = flat.square().sum(dim=1, keepdim=True).sqrt()
+    return (flat / torch.where(length > 0, length, 1)).view_as(gradient)

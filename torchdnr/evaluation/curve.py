@@ -1,0 +1,237 @@
+"""The result of a security evaluation: what was predicted at each eps, and every rate of it."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchdnr.evaluation import metrics
+from torchdnr.files import atomic_write_bytes
+
+FORMAT = 1
+
+
+@dataclass(eq=False)
+class Predictions:
+    """Predictions at each eps, from which all rates follow.
+
+    Attributes:
+        eps: Perturbation sizes, increasing.
+        labels: True labels, ``(n,)``.
+        predictions: Labels or ``REJECT``, ``(len(eps), n)``.
+        mean_norm: Mean norm of the perturbations, one per eps.
+    """
+
+    eps: list[float]
+    labels: Tensor
+    predictions: Tensor
+    mean_norm: list[float]
+
+    @property
+    def accuracy(self) -> list[float]:
+        """Accuracy under attack, one per eps (see ``metrics.accuracy_under_attack``)."""
+        return [
+            metrics.accuracy_under_attack(row, self.labels, eps)
+            for row, eps in zip(self.predictions, self.eps, strict=True)
+        ]
+
+    @property
+    def rejection_rate(self) -> list[float]:
+        """Share of rejected samples, one per eps."""
+        return [metrics.rejection_rate(row) for row in self.predictions]
+
+    @property
+    def evasion_rate(self) -> list[float]:
+        """Share of samples accepted and wrong, one per eps."""
+        return [metrics.evasion_rate(row, self.labels) for row in self.predictions]
+
+    @property
+    def accuracy_interval(self) -> list[tuple[float, float]]:
+        """95 % confidence interval of the accuracy, one per eps."""
+        return [metrics.wilson_interval(rate, len(self.labels)) for rate in self.accuracy]
+
+    @property
+    def rejection_interval(self) -> list[tuple[float, float]]:
+        """95 % confidence interval of the rejection rate, one per eps."""
+        return [metrics.wilson_interval(rate, len(self.labels)) for rate in self.rejection_rate]
+
+    def rates(self) -> dict[str, list]:
+        """Collect every rate for a reader of the JSON file; loading computes them afresh."""
+        names = "accuracy", "accuracy_interval", "rejection_rate", "rejection_interval"
+        return {name: getattr(self, name) for name in (*names, "evasion_rate")}
+
+
+@dataclass(eq=False)
+class AttackCurve(Predictions):
+    """What one attack of the line-up reached alone.
+
+    Attributes:
+        minimum_norm: Whether one run served every eps; its cost is then booked at the first
+            positive eps.
+        seconds: Time in the attack, one per eps.
+        forwards: Input rows sent through the model, one per eps.
+        backwards: Input rows sent back through the model, one per eps.
+        violations: Points that left the ball or the box and were projected back, one per eps.
+        settings: Options of the attack.
+    """
+
+    minimum_norm: bool
+    seconds: list[float]
+    forwards: list[int]
+    backwards: list[int]
+    violations: list[int]
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(eq=False)
+class SecurityCurve(Predictions):
+    """Security evaluation of one classifier: the worst case per sample over all attacks.
+
+    The inherited ``predictions`` and rates are those of the worst case.
+
+    Attributes:
+        name: Name of the classifier.
+        norm: Norm of the perturbations: 1, 2 or infinity.
+        rejects: Whether the classifier has a rejection option.
+        attacks: Each attack of the line-up alone, by name.
+        evasion_norm: Smallest norm at which each sample was evaded, at whatever eps;
+            infinite where it never was; ``(n,)``.
+        settings: Options of the evaluation, and what the caller added (seed, data set, ...).
+        environment: Versions and hardware.
+        seconds: Time in the attacks, including what a resumed run had spent before.
+        adversarial: Worst-case points on the CPU, ``(len(eps), n, ...)``; never in the JSON.
+    """
+
+    name: str | None
+    norm: float
+    rejects: bool
+    attacks: dict[str, AttackCurve]
+    evasion_norm: Tensor
+    settings: dict[str, Any]
+    environment: dict[str, Any]
+    seconds: float
+    adversarial: Tensor | None = None
+
+    @property
+    def median_evasion_norm(self) -> float:
+        """Median over the samples of ``evasion_norm``; infinite if half were never evaded."""
+        ordered = self.evasion_norm.sort().values
+        n = len(ordered)
+        return ((ordered[(n - 1) // 2] + ordered[n // 2]) / 2).item()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Convert to numbers, lists and dictionaries: everything but ``adversarial``."""
+        return {
+            "format": FORMAT,
+            "name": self.name,
+            "norm": self.norm,
+            "rejects": self.rejects,
+            "eps": self.eps,
+            **self.rates(),
+            "mean_norm": self.mean_norm,
+            "median_evasion_norm": self.median_evasion_norm,
+            "seconds": self.seconds,
+            "settings": self.settings,
+            "environment": self.environment,
+            "attacks": {
+                name: {
+                    **attack.rates(),
+                    "mean_norm": attack.mean_norm,
+                    "minimum_norm": attack.minimum_norm,
+                    "seconds": attack.seconds,
+                    "forwards": attack.forwards,
+                    "backwards": attack.backwards,
+                    "violations": attack.violations,
+                    "settings": attack.settings,
+                    "predictions": attack.predictions.tolist(),
+                }
+                for name, attack in self.attacks.items()
+            },
+            "labels": self.labels.tolist(),
+            "predictions": self.predictions.tolist(),
+            "evasion_norm": self.evasion_norm.tolist(),
+        }
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> SecurityCurve:
+        """Rebuild a curve from ``to_dict``; the rates are computed afresh.
+
+        Raises:
+            ValueError: If ``content`` is not a curve, or of another format.
+        """
+        if not isinstance(content, Mapping) or content.get("format") != FORMAT:
+            raise ValueError(f"not a security curve of format {FORMAT}: evaluate the model again")
+        try:
+            shared = {"eps": list(content["eps"]), "labels": torch.tensor(content["labels"])}
+            names = "mean_norm", "minimum_norm", "seconds", "forwards", "backwards", "violations"
+            return cls(
+                **shared,
+                predictions=torch.tensor(content["predictions"]),
+                **{key: content[key] for key in ("mean_norm", "name", "rejects", "seconds")},
+                norm=float(content["norm"]),
+                attacks={
+                    name: AttackCurve(
+                        **shared,
+                        predictions=torch.tensor(attack["predictions"]),
+                        **{key: attack[key] for key in (*names, "settings")},
+                    )
+                    for name, attack in content["attacks"].items()
+                },
+                evasion_norm=torch.tensor(
+                    [float(value) for value in content["evasion_norm"]], dtype=torch.float64
+                ),
+                settings=content["settings"],
+                environment=content["environment"],
+            )
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"not a security curve, {error!r}: evaluate the model again") from None
+
+    def save(self, path: str | Path) -> None:
+        """Write the curve to a JSON file, atomically and without the adversarial points."""
+        write_json(path, self.to_dict())
+
+    @classmethod
+    def load(cls, path: str | Path) -> SecurityCurve:
+        """Read a curve written by ``save``; ``adversarial`` is None."""
+        return cls.from_dict(read_json(path))
+
+    def plot(self, path: str | Path) -> None:
+        """Draw the curve to an image file (see ``plots.plot_curves``)."""
+        from torchdnr.evaluation.plots import plot_curves  # it imports this file
+
+        plot_curves({self.name or "classifier": self}, path)
+
+
+def write_json(path: str | Path, content: Mapping[str, Any]) -> None:
+    """Write strict JSON atomically; infinity, paths, devices and the like become text."""
+    text = json.dumps(_plain(content), indent=1, allow_nan=False) + "\n"
+    atomic_write_bytes(path, text.encode())
+
+
+def read_json(path: str | Path) -> Any:  # noqa: ANN401 - whatever the file holds
+    """Read a JSON file.
+
+    Raises:
+        ValueError: If the file is not JSON.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not a JSON file: {error}") from None
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value if isinstance(value, str | int | float | None) else str(value)

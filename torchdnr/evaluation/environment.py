@@ -1,0 +1,39 @@
+"""Where a number was measured, and with which versions."""
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+from torchdnr import __version__
+
+
+def describe_environment(device: torch.device | str) -> dict[str, object]:
+    """Describe versions and hardware, to be stored beside the results.
+
+    Args:
+        device: Device on which the model runs.
+
+    Returns:
+        Versions of torchdnr, torch, torchvision and python, platform, device name, CPU threads.
+    """
+    device = torch.device(device)
+    on_cuda = device.type == "cuda"
+    return {
+        "torchdnr": __version__,
+        "torch": torch.__version__,
+        "torchvision": _version("torchvision"),
+        "cuda": torch.version.cuda if on_cuda else None,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": torch.cuda.get_device_name(device) if on_cuda else str(device),
+        "processor": platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,165 @@
+"""What becomes of points under attack: inside the ball or not, accepted, wrong, by which margin."""
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from torchdnr.attacks.objectives import decision_objective, split_scores
+from torchdnr.attacks.projections import project
+from torchdnr.evaluation.metrics import evaded, predict_labels
+
+TOLERANCE = 1e-5  # of float32 arithmetic, relative to the larger of eps and 1
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """What is attacked, and within which bounds.
+
+    Attributes:
+        model: Maps ``(n, ...)`` to scores ``(n, c)``, or with ``reject`` ``(n, c + 1)``.
+        inputs: Clean inputs, ``(n, ...)``.
+        labels: True labels, ``(n,)``.
+        norm: Norm of the perturbation: 1, 2 or infinity.
+        bounds: Smallest and largest value of an input.
+        batch_size: Inputs per batch when points are judged.
+        reject: Whether the last column of the output is theta.
+    """
+
+    model: Callable[[Tensor], Tensor]
+    inputs: Tensor
+    labels: Tensor
+    norm: float
+    bounds: tuple[float, float]
+    batch_size: int
+    reject: bool
+
+
+class Judged(NamedTuple):
+    """Points with what the model says of them, one entry per sample.
+
+    Attributes:
+        points: Perturbed inputs, on the CPU, ``(n, ...)``.
+        predictions: Labels or ``REJECT``, ``(n,)``.
+        margin: max(s_y, theta) - max_{j != y} s_j, ``(n,)``; negative only if evaded.
+        size: Norm of the perturbation in float64, ``(n,)``.
+    """
+
+    points: Tensor
+    predictions: Tensor
+    margin: Tensor
+    size: Tensor
+
+
+def outputs(model: Callable[[Tensor], Tensor], points: Tensor, batch_size: int) -> Tensor:
+    """Run the model without gradients in batches of a fixed size: rounding depends on it.
+
+    Raises:
+        ValueError: If an output is NaN: no decision can be taken on it.
+    """
+    with torch.no_grad():
+        output = torch.cat([model(part) for part in points.split(batch_size)])
+    broken = output.flatten(1).isnan().any(dim=1)
+    if broken.any():
+        raise ValueError(
+            f"the model returned NaN for {int(broken.sum())} of {len(points)} samples, the first "
+            f"is number {int(broken.nonzero()[0])}: check its weights and its normalisation"
+        )
+    return output
+
+
+def judge(task: Task, points: Tensor) -> Judged:
+    """Evaluate the model on points, whatever an attack said of them."""
+    output = outputs(task.model, points, task.batch_size)
+    margin = decision_objective(*split_scores(output, task.reject), task.labels)
+    predictions = predict_labels(output, task.reject)
+    return Judged(points.cpu(), predictions, margin, norms(task, points))
+
+
+def norms(task: Task, points: Tensor) -> Tensor:
+    """Compute the norm of each perturbation in float64, ``(n,)``."""
+    pairs = zip(points.split(task.batch_size), task.inputs.split(task.batch_size), strict=True)
+    return torch.cat(
+        [
+            torch.linalg.vector_norm((new.double() - old.double()).flatten(1), task.norm, dim=1)
+            for new, old in pairs
+        ]
+    )
+
+
+def worse(task: Task, first: Judged, second: Judged) -> Judged:
+    """Take per sample the point that is worse for the classifier; ``first`` if they are equal.
+
+    A point that evades is worse than one that does not, then the lower margin decides.
+    """
+    one, two = evaded(first.predictions, task.labels), evaded(second.predictions, task.labels)
+    take = (two & ~one) | ((two == one) & (second.margin < first.margin))
+    return Judged(
+        *(
+            torch.where(take.to(old.device).view(-1, *[1] * (old.ndim - 1)), new, old)
+            for old, new in zip(first, second, strict=True)
+        )
+    )
+
+
+def in_box(task: Task, points: Tensor) -> Tensor:
+    """Tell which points respect the bounds of an input, bool ``(n,)``."""
+    low, high = task.bounds
+    return ((points >= low - TOLERANCE) & (points <= high + TOLERANCE)).flatten(1).all(dim=1)
+
+
+def keep_inside(task: Task, points: Tensor, eps: float, name: str) -> tuple[Tensor, int]:
+    """Verify that an attack kept to the ball and the box, and project back what left them.
+
+    Args:
+        task: What is attacked.
+        points: Points returned by the attack, ``(n, ...)``.
+        eps: Radius of the ball.
+        name: Name of the attack, for the warning.
+
+    Returns:
+        Points inside, and how many were outside. If any was, a warning tells it.
+    """
+    outside = norms(task, points) > eps + TOLERANCE * max(1.0, eps)
+    outside = outside | ~in_box(task, points)
+    count = int(outside.sum())
+    if count:
+        warnings.warn(
+            f"{name} at eps = {eps:g}: {count} of {len(points)} points left the ball or the box "
+            "and were projected back; the attack does not keep to its constraints",
+            stacklevel=3,
+        )
+        inside = project(points, task.inputs, eps, task.norm, task.bounds)
+        points = torch.where(outside.view(-1, *[1] * (points.ndim - 1)), inside, points)
+    return points, count
+
+
+class CountedModel(nn.Module):
+    """A model that counts the input rows sent forwards and backwards through it.
+
+    Args:
+        model: Module or callable; a module is left as it is.
+    """
+
+    def __init__(self, model: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.model = model
+        self.reject_index = getattr(model, "reject_index", None)
+        self.training = False
+        self.forwards = 0
+        self.backwards = 0
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Return the output of the model."""
+        self.forwards += len(inputs)
+        output = self.model(inputs)
+        if output.requires_grad:
+            output.register_hook(partial(self._count_backwards, len(inputs)))
+        return output
+
+    def _count_backwards(self, rows: int, _: Tensor) -> None:
+        self.backwards += rows

@@ -1,0 +1,118 @@
+"""One attack of the line-up at every eps, step by step, with what it cost."""
+
+import math
+import time
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from torchdnr.attacks.projections import project
+from torchdnr.evaluation.checkpoint import Checkpoint
+from torchdnr.evaluation.curve import AttackCurve
+from torchdnr.evaluation.judging import Judged, Task, judge, keep_inside
+from torchdnr.evaluation.line_up import Attack
+from torchdnr.evaluation.metrics import evaded
+
+
+class AttackRun(NamedTuple):
+    """One attack over all eps: its curve, its points, and the smallest norms that evaded."""
+
+    curve: AttackCurve
+    judged: list[Judged]
+    evasion_norm: Tensor
+
+
+def run_attack(
+    task: Task,
+    name: str,
+    attack: Attack,
+    eps: list[float],
+    clean: Judged,
+    steps: Checkpoint,
+    bar: tqdm,
+) -> AttackRun:
+    """Run one attack at every eps, from the points of the previous eps."""
+    judged, costs = [], []
+    evasion_norm = _evasion_norm(task, clean)
+    nearest = None  # points of a minimum-norm attack
+    for value in eps:
+        bar.set_postfix_str(f"{name}, eps {value:g}")
+        cost = {"seconds": 0.0, "forwards": 0, "backwards": 0, "violations": 0}
+        if value == 0:
+            judged.append(clean)
+        elif attack.minimum_norm:
+            if nearest is None:
+                points, spent = _run_step(task, name, attack, math.inf, steps)
+                nearest, cost["violations"] = keep_inside(task, points, math.inf, name)
+                cost |= spent
+                evasion_norm = evasion_norm.minimum(_evasion_norm(task, judge(task, nearest)))
+            points = project(nearest, task.inputs, value, task.norm, task.bounds)
+            judged.append(judge(task, points))
+        else:
+            start = judged[-1].points.to(task.inputs.device) if any(eps[: len(judged)]) else None
+            points, spent = _run_step(task, name, attack, value, steps, start)
+            points, cost["violations"] = keep_inside(task, points, value, name)
+            cost |= spent
+            judged.append(judge(task, points))
+        costs.append(cost)
+        evasion_norm = evasion_norm.minimum(_evasion_norm(task, judged[-1]))
+        bar.update()
+    curve = AttackCurve(
+        **what_happened(task, eps, judged),
+        minimum_norm=attack.minimum_norm,
+        **{key: [cost[key] for cost in costs] for key in costs[0]},
+        settings=dict(attack.settings),
+    )
+    return AttackRun(curve, judged, evasion_norm)
+
+
+def _run_step(
+    task: Task,
+    name: str,
+    attack: Attack,
+    eps: float,
+    steps: Checkpoint,
+    start: Tensor | None = None,
+) -> tuple[Tensor, dict[str, float]]:
+    """Run an attack once, or take its points from the checkpoint."""
+    step = f"{name} @ {eps}"
+    if step not in steps.points:
+        model = task.model
+        forwards, backwards, began = model.forwards, model.backwards, _now(task.inputs.device)
+        options = () if attack.minimum_norm else (eps, start)
+        points = attack.run(model, task.inputs, task.labels, *options)
+        cost = {
+            "seconds": _now(task.inputs.device) - began,
+            "forwards": model.forwards - forwards,
+            "backwards": model.backwards - backwards,
+        }
+        if points.shape != task.inputs.shape or not points.isfinite().all():
+            raise ValueError(
+                f"{name} must return finite points like inputs, {tuple(task.inputs.shape)}, "
+                f"got {tuple(points.shape)} or NaN"
+            )
+        steps.add(step, points.detach().to(task.inputs.dtype), cost)
+    return steps.points[step].to(task.inputs.device), steps.costs[step]
+
+
+def what_happened(task: Task, eps: list[float], judged: list[Judged]) -> dict[str, Any]:
+    """Collect the fields that every curve has."""
+    return {
+        "eps": eps,
+        "labels": task.labels.cpu(),
+        "predictions": torch.stack([entry.predictions for entry in judged]).cpu(),
+        "mean_norm": [entry.size.mean().item() for entry in judged],
+    }
+
+
+def _evasion_norm(task: Task, judged: Judged) -> Tensor:
+    """Return the norm of each perturbation that evades, infinite elsewhere."""
+    return judged.size.masked_fill(~evaded(judged.predictions, task.labels), math.inf)
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)  # kernels run on after the call that started them
+    return time.perf_counter()

@@ -1,0 +1,207 @@
+"""Features of named layers of any network, all taken in one forward pass."""
+
+import difflib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+# So many layer names fit in an error message; a longer list shows its first and last ones.
+NAMES_SHOWN = 20
+
+
+class LayerFeatures(nn.Module):
+    """Take the outputs of named layers of a network as flat features.
+
+    The network runs in evaluation mode whatever mode it is in, and is left as found: training
+    flags, ``requires_grad``, hooks. Gradients flow to the inputs and to the parameters. Each output
+    is copied when the layer returns, so that a later in-place operation (``ReLU(inplace=True)``,
+    ``out += identity``) does not change it. Of a layer that runs several times in a forward pass
+    the last run counts. Of a layer that returns a tuple or a list the first element counts
+    (attention modules return outputs, weights).
+
+    Args:
+        net: Any network whose layers keep the samples in their first dimension.
+        layers: Names as in ``net.named_modules()``, such as ``["layer3", "layer4", "avgpool"]``.
+
+    Raises:
+        ValueError: If ``layers`` is empty, one string, or names a layer twice or one that
+            ``net`` does not have.
+    """
+
+    def __init__(self, net: nn.Module, layers: Sequence[str]) -> None:
+        super().__init__()
+        self.layers = _check_layers(net, layers)
+        self.net = net
+
+    def forward(self, inputs: Tensor) -> dict[str, Tensor]:
+        """Run the network once.
+
+        Args:
+            inputs: What ``net`` takes, ``(n, ...)``.
+
+        Returns:
+            Layer name -> features ``(n, d)``, in the order of ``layers``; dtype and device are
+            those of the layer's output.
+
+        Raises:
+            RuntimeError: If a layer did not run in this forward pass.
+            TypeError: If a layer returned no tensor.
+            ValueError: If a layer's output does not have one row per sample.
+        """
+        captured: dict[str, Tensor] = {}
+        with ExitStack() as stack:
+            stack.enter_context(evaluation_mode(self.net))
+            for name in self.layers:
+                # Looked up at each call: a deep copy of this module then hooks its own layers.
+                layer = self.net.get_submodule(name)
+                stack.callback(layer.register_forward_hook(_capture(name, captured)).remove)
+            self.net(inputs)
+        missing = [name for name in self.layers if name not in captured]
+        if missing:
+            raise RuntimeError(
+                f"layers {missing} did not run in the forward pass; expected every layer to be "
+                "called, not only its weights used by a parent or by compiled code; choose other "
+                "layers, or pass the network before torch.compile"
+            )
+        return {name: _flatten(name, captured[name], len(inputs)) for name in self.layers}
+
+
+@contextmanager
+def evaluation_mode(net: nn.Module) -> Iterator[None]:
+    """Put the modules of ``net`` that are training into evaluation mode, and exactly those back.
+
+    Args:
+        net: Any module; one that is in evaluation mode throughout is not touched.
+
+    Yields:
+        Nothing.
+    """
+    training = [module for module in net.modules() if module.training]
+    try:
+        for module in training:
+            module.training = False  # not .eval(): it would recurse, and networks override .train()
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@torch.no_grad()
+def extract(
+    features: LayerFeatures,
+    data: Tensor | Iterable[Any],
+    *,
+    batch_size: int = 256,
+    device: str | torch.device | None = None,
+    progress: bool = False,
+) -> tuple[dict[str, Tensor], Tensor | None]:
+    """Take the features of a whole data set, batch by batch, without gradient.
+
+    Args:
+        features: The layers to take.
+        data: Images ``(n, ...)``, or an iterable such as a ``DataLoader`` that yields batches of
+            images or ``(images, labels)``.
+        batch_size: Images per forward pass where ``data`` is a tensor, >= 1.
+        device: Where the network runs and the results stay; default: the device of the network.
+        progress: Whether to show a progress bar over the batches.
+
+    Returns:
+        Layer name -> features ``(n, d)``, and the labels ``(n,)`` where ``data`` yields them,
+        else None.
+
+    Raises:
+        ValueError: If ``data`` is empty, ``batch_size`` < 1, or only some batches have labels.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be >= 1, got {batch_size}")
+    batches = data.split(batch_size) if isinstance(data, Tensor) else data
+    device = _device_of(features.net) if device is None else torch.device(device)
+    parts: dict[str, list[Tensor]] = {name: [] for name in features.layers}
+    labels: list[Tensor] = []
+    count = 0
+    # Once for all batches; inside, forward finds nothing left to switch.
+    with evaluation_mode(features.net):
+        for batch in tqdm(batches, desc="features", unit="batch", disable=not progress):
+            images = batch[0] if isinstance(batch, Sequence) else batch
+            for name, values in features(images.to(device, non_blocking=True)).items():
+                parts[name].append(values)
+            if isinstance(batch, Sequence) and len(batch) > 1:
+                labels.append(torch.as_tensor(batch[1]).to(device, non_blocking=True))
+            count += 1
+    if not count or not sum(len(part) for part in next(iter(parts.values()))):
+        raise ValueError(
+            "data holds no image; expected at least one; pass a non-empty tensor or loader"
+        )
+    if labels and len(labels) != count:
+        raise ValueError(
+            f"data must yield labels with every batch or with none, got {len(labels)} of {count}"
+        )
+    # pop: the parts of a layer are freed as soon as they are joined.
+    joined = {name: torch.cat(parts.pop(name)) for name in features.layers}
+    return joined, torch.cat(labels) if labels else None
+
+
+def _check_layers(net: nn.Module, layers: Sequence[str]) -> tuple[str, ...]:
+    if isinstance(layers, str):
+        raise ValueError(
+            f"layers must be a list of names, got the string {layers!r}; pass [{layers!r}]"
+        )
+    layers = tuple(layers)
+    if not layers:
+        raise ValueError("layers must name at least one layer, got none; see net.named_modules()")
+    repeated = sorted({name for name in layers if layers.count(name) > 1})
+    if repeated:
+        raise ValueError(
+            f"layers must be named once each, got {repeated} several times; drop the rest"
+        )
+    # A module that is registered under two names may be asked for by either.
+    names = [name for name, _ in net.named_modules(remove_duplicate=False) if name]
+    for name in layers:
+        if name not in names:
+            raise ValueError(f"no layer {name!r}; {_suggest(name, names)}")
+    return layers
+
+
+def _suggest(name: object, names: list[str]) -> str:
+    if close := difflib.get_close_matches(str(name), names, n=5):
+        return f"did you mean: {', '.join(close)}"
+    if len(names) <= NAMES_SHOWN:
+        return f"choose from: {', '.join(names)}"
+    half = NAMES_SHOWN // 2
+    return (
+        f"choose from the {len(names)} names of net.named_modules(): "
+        f"{', '.join(names[:half])}, ..., {', '.join(names[-half:])}"
+    )
+
+
+def _capture(name: str, captured: dict[str, Tensor]) -> Callable[[nn.Module, Any, Any], None]:
+    def hook(_module: nn.Module, _inputs: object, output: object) -> None:
+        if isinstance(output, tuple | list) and output:
+            output = output[0]
+        if not isinstance(output, Tensor):
+            raise TypeError(
+                f"layer {name!r} must return a tensor, or a tuple that starts with one, "
+                f"got {type(output).__name__}; choose a layer inside it"
+            )
+        captured[name] = output.clone()
+
+    return hook
+
+
+def _flatten(name: str, output: Tensor, n: int) -> Tensor:
+    if output.dim() == 0 or len(output) != n:
+        raise ValueError(
+            f"layer {name!r} must return one row per sample, (n, ...) with n = {n}, "
+            f"got {tuple(output.shape)}; choose a layer that keeps the samples in dimension 0"
+        )
+    return output.flatten(1) if output.dim() > 1 else output.unsqueeze(1)
+
+
+def _device_of(net: nn.Module) -> torch.device:
+    for tensor in (*net.parameters(), *net.buffers()):
+        return tensor.device
+    return torch.device("cpu")

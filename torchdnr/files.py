@@ -1,0 +1,204 @@
+"""Tensors on disk: safetensors with JSON metadata, written whole or not at all, never pickle."""
+
+import errno
+import hashlib
+import json
+import os
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+METADATA_KEY = "torchdnr"
+FORMAT_VERSION = 1
+
+
+class CheckpointError(ValueError):
+    """A file is not the one that was asked for: damaged, of another kind, or of another run."""
+
+
+class DamagedFileError(CheckpointError):
+    """A file cannot be read as safetensors, or its contents are not as they were saved."""
+
+
+@contextmanager
+def atomic_path(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary path beside ``path``; move it onto ``path`` when the block ends well.
+
+    A reader sees the old file or the new one, never a part. When the block raises, the temporary
+    file is removed and ``path`` stays as it was. Missing parent folders are made.
+
+    Args:
+        path: The file to write.
+
+    Yields:
+        The path to write to, in the same folder: renaming is atomic only within one file system.
+
+    Raises:
+        OSError: If the folder cannot be made or written to (the subclass that fits the cause).
+        BaseException: Whatever the block raises, after the clean-up.
+    """
+    path = Path(path)
+    # A name of its own per writer: two processes that write the same file never share a temporary.
+    temporary = path.parent / f".{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        temporary.touch()  # fails here, before any costly work in the block
+    except OSError as error:
+        # OSError picks the subclass from errno: PermissionError, NotADirectoryError, ...
+        raise OSError(
+            error.errno, f"{error.strerror}: cannot write here; choose a writable folder", str(path)
+        ) from error
+    try:
+        yield temporary
+        with temporary.open("rb") as written:
+            os.fsync(written.fileno())  # on disk before the name points at it: survives a power cut
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def atomic_write_bytes(path: str | Path, data: bytes) -> None:
+    """Write ``data`` to ``path`` whole or not at all.
+
+    Args:
+        path: The file to write; missing parent folders are made.
+        data: Its new contents.
+
+    Raises:
+        OSError: If the folder cannot be made or written to.
+    """
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """Compute a fingerprint of names, dtypes, shapes and values.
+
+    Args:
+        tensors: Named dense tensors on any device, in any memory layout.
+
+    Returns:
+        SHA-256 as 64 hexadecimal digits; the order of the names does not matter.
+    """
+    state = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        state.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
+        state.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return state.hexdigest()
+
+
+def save_tensors(
+    path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any], kind: str
+) -> None:
+    """Save tensors and JSON metadata in one safetensors file, whole or not at all.
+
+    Args:
+        path: The file to write; missing parent folders are made, an existing file is replaced.
+        tensors: Named tensors, any device; views and shared storage are allowed (each is copied).
+        metadata: What JSON can hold: dict, list, str, int, float, bool, None; tuples come back as
+            lists.
+        kind: What the file is, such as ``"network"``; `load_tensors` refuses any other kind.
+
+    Raises:
+        OSError: If the folder cannot be made or written to.
+        TypeError: If ``metadata`` holds what JSON cannot.
+    """
+    try:
+        text = json.dumps(dict(metadata))
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"metadata must be what JSON can hold, for {path}: {error}") from error
+    # clone: safetensors refuses tensors that share storage, and a view would store all of its base.
+    stored = {
+        name: tensor.detach().clone(memory_format=torch.contiguous_format).cpu()
+        for name, tensor in tensors.items()
+    }
+    header = {
+        "kind": kind,
+        "format_version": FORMAT_VERSION,
+        "metadata": text,
+        "digest": _checksum(stored, text),
+    }
+    with atomic_path(path) as temporary:
+        mode = temporary.stat().st_mode  # follows the umask; save_file would leave 0600
+        save_file(stored, temporary, metadata={METADATA_KEY: json.dumps(header)})
+        temporary.chmod(mode)
+
+
+def load_tensors(
+    path: str | Path, kind: str, device: str | torch.device = "cpu"
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Load what `save_tensors` wrote, after checking that every bit is as written.
+
+    Args:
+        path: The file to read.
+        kind: The kind it was saved as.
+        device: Where the tensors go.
+
+    Returns:
+        The named tensors, contiguous and writable, and the metadata.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        CheckpointError: If the file is of another kind or not from torchdnr; its subclass
+            ``DamagedFileError`` if it is damaged.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(
+            errno.ENOENT, f"no {kind} file here; check the path or make the {kind} first", str(path)
+        )
+    try:
+        with safe_open(path, framework="pt", device="cpu") as opened:
+            stored = opened.metadata() or {}
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}
+    except SafetensorError as error:
+        raise DamagedFileError(
+            f"{path}: expected a {kind} file in safetensors format, got a damaged or foreign file "
+            f"({error}); delete it and make the {kind} again"
+        ) from error
+    header = _read_header(path, stored, kind)
+    if header["digest"] != _checksum(tensors, header["metadata"]):
+        raise DamagedFileError(
+            f"{path}: expected the {kind} as it was saved, got other contents (its checksum "
+            f"differs); delete it and make the {kind} again"
+        )
+    return {name: tensor.to(device) for name, tensor in tensors.items()}, json.loads(
+        header["metadata"]
+    )
+
+
+def _read_header(path: Path, stored: Mapping[str, str], kind: str) -> dict[str, Any]:
+    try:
+        header = json.loads(stored[METADATA_KEY])
+        found, version = header["kind"], header["format_version"]
+        header["digest"], header["metadata"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{path}: expected a {kind} file written by torchdnr, got a safetensors file without "
+            "its header; give the file that torchdnr saved"
+        ) from error
+    if found != kind:
+        raise CheckpointError(
+            f"{path}: expected a {kind} file, got a {found} file; give the path of the {kind}"
+        )
+    if version != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path}: expected format version {FORMAT_VERSION}, got {version}; "
+            f"use the torchdnr version that wrote it, or make the {kind} again"
+        )
+    return header
+
+
+def _checksum(tensors: Mapping[str, Tensor], metadata: str) -> str:
+    return hashlib.sha256(f"{digest(tensors)} {metadata}".encode()).hexdigest()

@@ -1,0 +1,17 @@
+"""RBF support vector machines: the dual problem, its solver, the module, model selection."""
+
+from torchdnr.svm.dual import ConvergenceWarning, DualSolution
+from torchdnr.svm.model_selection import GridSearch, grid_search, out_of_fold_scores
+from torchdnr.svm.module import RBFSVM, NotFittedError
+from torchdnr.svm.solver import solve_dual
+
+__all__ = [
+    "RBFSVM",
+    "ConvergenceWarning",
+    "DualSolution",
+    "GridSearch",
+    "NotFittedError",
+    "grid_search",
+    "out_of_fold_scores",
+    "solve_dual",
+]
