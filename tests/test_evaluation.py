@@ -107,8 +107,8 @@ def test_the_worst_case_is_pointwise_and_never_recovers(data):
     assert curve.accuracy[1:] == sorted(curve.accuracy[1:], reverse=True)
     assert curve.accuracy[0] < curve.accuracy[1]  # rejects count as errors at eps = 0 only
     assert curve.accuracy[-1] < 0.3
-    recovered = curve.attacks["erratic"].accuracy
-    assert recovered[-1] > recovered[-3]  # an attack alone is shown as it is
+    for attack in curve.attacks.values():  # what evades is not attacked again
+        assert attack.accuracy[1:] == sorted(attack.accuracy[1:], reverse=True)
 
 
 def test_points_are_where_they_should_be_and_do_what_is_claimed(data):
@@ -148,18 +148,28 @@ def test_a_minimum_norm_attack_runs_once_and_counts_where_its_norm_allows(data):
     assert curve.median_evasion_norm == best.median()
 
 
-def test_a_fixed_eps_attack_starts_from_its_previous_points(data):
-    starts = []
+def test_a_fixed_eps_attack_goes_on_with_what_does_not_evade_yet(data):
+    calls = []
 
     def recorded(model, inputs, labels, eps, start):
-        starts.append(start)
-        return move(model, inputs, labels, eps, start)
+        points = move(model, inputs, labels, eps, start)
+        calls.append((inputs, start, points))
+        return points
 
-    curve = evaluate(data, {"move": Attack(recorded)})
-    assert starts[0] is None and len(starts) == len(EPS) - 1
-    assert torch.equal(starts[1], move(Classifier(), *data, EPS[1], None))
-    assert curve.attacks["move"].forwards == [0] + [41] * 5
-    assert curve.attacks["move"].backwards == [0] + [41] * 5
+    inputs, labels = data
+    curve = evaluate(data, {"move": Attack(recorded)}).attacks["move"]
+    assert len(calls) == len(EPS) - 1
+    evading = (curve.predictions != REJECT) & (curve.predictions != labels)
+    for index, (attacked, start, _) in enumerate(calls):
+        assert torch.equal(attacked, inputs[~evading[index]])
+        if index == 0:
+            assert torch.equal(start, attacked)
+        else:
+            still = ~evading[index][~evading[index - 1]]
+            assert torch.equal(start, calls[index - 1][2][still])
+    assert curve.forwards == [0] + [len(attacked) for attacked, *_ in calls]
+    assert curve.backwards == curve.forwards
+    assert 0 < curve.forwards[-1] < curve.forwards[1]
 
 
 def test_a_stopped_evaluation_goes_on_where_it_was(data, tmp_path):

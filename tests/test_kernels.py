@@ -165,3 +165,18 @@ def test_neither_tf32_nor_autocast_reaches_scores_or_gradients(device):
     for g, e in zip(got, expected, strict=True):
         assert g.dtype == torch.float32
         assert torch.equal(g, e)
+
+
+def test_full_precision_leaves_an_inherited_setting_inherited():
+    before, explicit = torch.backends.fp32_precision, torch.backends.cuda.matmul.fp32_precision
+    try:
+        torch.backends.cuda.matmul.fp32_precision = "none"
+        torch.backends.fp32_precision = "tf32"
+        with full_precision(torch.device("cpu")):
+            assert torch.backends.cuda.matmul.fp32_precision == "ieee"
+        assert torch.backends.cuda.matmul.fp32_precision == "tf32"
+        torch.backends.fp32_precision = "ieee"
+        assert torch.backends.cuda.matmul.fp32_precision == "ieee"
+    finally:
+        torch.backends.fp32_precision = before
+        torch.backends.cuda.matmul.fp32_precision = explicit

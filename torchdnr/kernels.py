@@ -31,7 +31,9 @@ def full_precision(device: torch.device) -> Iterator[None]:
             yield
     finally:
         for module, precision in lowered:
-            module.fp32_precision = precision
+            module.fp32_precision = "none"  # inherits, as before if that suffices
+            if module.fp32_precision != precision:
+                module.fp32_precision = precision
 
 
 def squared_distances(inputs: Tensor, vectors: Tensor, center: Tensor) -> Tensor:
@@ -261,7 +263,9 @@ def kernel_scores(
             inputs, vectors, coefficients, gamma, center, block_elements=block_elements
         )
     rows = max(1, block_elements // max(1, len(vectors)))
-    blocks = [
-        kernel_matrix(kernel, block, vectors, center) @ coefficients for block in inputs.split(rows)
-    ]
+    with full_precision(inputs.device):
+        blocks = [
+            kernel_matrix(kernel, block, vectors, center) @ coefficients
+            for block in inputs.split(rows)
+        ]
     return blocks[0] if len(blocks) == 1 else torch.cat(blocks)

@@ -94,6 +94,11 @@ class RejectingClassifier(nn.Module, ABC):
         """Number of classes c."""
 
     @property
+    def device(self) -> torch.device:
+        """Where the scores are computed: the device of the network."""
+        return next((p.device for p in self.parameters()), self.threshold.device)
+
+    @property
     def reject_index(self) -> int:
         """Column of the threshold in the output; it tells attacks that there is one."""
         return self.num_classes
@@ -155,7 +160,7 @@ class RejectingClassifier(nn.Module, ABC):
             NotFittedError: If the classifier is not fitted.
         """
         batches = checked_batches(inputs, self.batch_size)
-        scores = torch.cat([self.scores(images.to(self.threshold.device)) for images, _ in batches])
+        scores = torch.cat([self.scores(images.to(self.device)) for images, _ in batches])
         self.set_threshold(rejection_threshold(scores, rejection_rate))
         return self
 
@@ -168,7 +173,7 @@ class RejectingClassifier(nn.Module, ABC):
         Raises:
             ValueError: If it is not finite.
         """
-        value = torch.as_tensor(threshold, device=self.threshold.device).reshape(())
+        value = torch.as_tensor(threshold, device=self.device).reshape(())
         if not torch.isfinite(value):
             raise ValueError(f"threshold must be finite, got {value.item()}")
         self.threshold = value if value.is_floating_point() else value.float()
@@ -177,6 +182,16 @@ class RejectingClassifier(nn.Module, ABC):
         """Forget theta, as after a new fit."""
         self.threshold = torch.full_like(self.threshold, math.nan)
         self._threshold_seen = False
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: object, **kwargs: object
+    ) -> None:
+        """Look at the threshold again; where none was set, take the stored dtype."""
+        stored = state_dict.get(prefix + "threshold")
+        if stored is not None and torch.isnan(self.threshold):
+            self.threshold = self.threshold.to(stored.dtype)
+        self._threshold_seen = False
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def _require_threshold(self) -> None:
         if not self._threshold_seen:  # looked at once: reading it stalls a GPU
@@ -210,7 +225,12 @@ def checked_batches(
         return
     count = 0
     for batch in data:
-        images, *rest = batch if isinstance(batch, Sequence) else (batch,)
+        images, *rest = batch if isinstance(batch, Sequence) and batch else (batch,)
+        if not isinstance(images, Tensor):
+            raise ValueError(
+                "each batch of the loader must be images, or (images, labels), as tensors; got "
+                f"{type(images).__name__}"
+            )
         check_images("inputs", images)
         count += 1
         yield images, torch.as_tensor(rest[0]) if rest else None

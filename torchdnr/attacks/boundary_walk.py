@@ -23,8 +23,8 @@ from torchdnr.attacks.target import (
     Target,
     check_classes,
     evaluate,
-    evaluation_mode,
     has_reject_column,
+    left_as_found,
 )
 
 _HALVINGS = 6  # bisections of the line to each pool sample; the walk does the rest
@@ -104,7 +104,7 @@ def boundary_walk(
         check_count(name, value, 1)
     target = Target(model, _safe_decision, has_reject_column(model, reject), batch_size)
     nearest, lost = inputs.clone(), 0
-    with evaluation_mode(model), torch.no_grad():
+    with left_as_found(model), torch.no_grad():
         check_classes(target, inputs, labels)
         if init_labels is None:
             init_labels = assigned_classes(target, init_inputs)
@@ -114,7 +114,7 @@ def boundary_walk(
             owner, first = _starts(
                 target, center, row_labels, init_inputs, init_labels, neighbours, starts, bounds
             )
-            with tqdm(total=steps, disable=not progress, desc="boundary walk") as bar:
+            with tqdm(total=steps, disable=not progress, desc="boundary walk", leave=False) as bar:
                 owner, found = walk(
                     target,
                     center,

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from torchdnr.attacks.projections import check_norm
+from torchdnr.inputs import check_images
 
 
 def check_inputs(inputs: Tensor, labels: Tensor, norm: float, bounds: tuple[float, float]) -> None:
@@ -31,28 +32,6 @@ def check_inputs(inputs: Tensor, labels: Tensor, norm: float, bounds: tuple[floa
         )
     if labels.min() < 0:
         raise ValueError(f"labels must be >= 0, got {labels.min()}: attack inputs of known class")
-
-
-def check_images(name: str, images: Tensor, bounds: tuple[float, float]) -> None:
-    """Refuse a batch of images that is empty, not floating point, or outside ``bounds``.
-
-    Raises:
-        ValueError: If it is; ``name`` is what the message calls it.
-    """
-    if images.ndim < 2 or len(images) == 0:
-        raise ValueError(
-            f"{name} must be a non-empty batch (n, ...), got shape {tuple(images.shape)}"
-        )
-    if not images.is_floating_point():
-        raise ValueError(
-            f"{name} must be floating point in {bounds}, got {images.dtype}; scale the images"
-        )
-    low, high = images.min(), images.max()
-    if not (low >= bounds[0] and high <= bounds[1]):  # also true of NaN
-        raise ValueError(
-            f"{name} must lie in {bounds}, got values from {low:g} to {high:g}; "
-            "scale or clamp the images, and keep normalisation inside the model"
-        )
 
 
 def check_like(name: str, images: Tensor, inputs: Tensor, *, same_length: bool = False) -> None:

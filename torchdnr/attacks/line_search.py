@@ -15,8 +15,8 @@ from torchdnr.attacks.target import (
     Target,
     check_classes,
     evaluate,
-    evaluation_mode,
     has_reject_column,
+    left_as_found,
 )
 
 _CANDIDATES = 10  # pool samples tried per input as its second start
@@ -33,8 +33,8 @@ def line_search_pgd(
     steps: int = 20,
     step_size: float = 0.1,
     doublings: int = 10,
-    halvings: int = 10,
-    tol: float = 1e-4,
+    halvings: int = 5,
+    tol: float = 1e-3,
     start: Tensor | None = None,
     init_inputs: Tensor | None = None,
     init_labels: Tensor | None = None,
@@ -99,7 +99,7 @@ def line_search_pgd(
     target = Target(model, find_objective(objective), has_reject_column(model, reject), batch_size)
     exponents = torch.arange(-halvings, doublings + 1, device=inputs.device)
     sizes = step_size * torch.exp2(exponents.to(inputs.dtype))
-    with evaluation_mode(model), torch.no_grad():
+    with left_as_found(model), torch.no_grad():
         check_classes(target, inputs, labels)
         if init_inputs is not None:
             check_pool(init_inputs, init_labels, inputs, bounds)
@@ -111,7 +111,7 @@ def line_search_pgd(
             own = None if start is None else start[rows]
             pool = None if init_inputs is None else (init_inputs, init_labels)
             reference, owner, first = _first_points(target, region, labels[rows], own, pool)
-            with tqdm(total=steps, disable=not progress, desc="line search") as bar:
+            with tqdm(total=steps, disable=not progress, desc="line search", leave=False) as bar:
                 found = descend(
                     target,
                     region.rows(owner),

@@ -9,9 +9,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from torchdnr.attacks.checks import check_images, check_like
+from torchdnr.attacks.checks import check_like
 from torchdnr.attacks.objectives import split_scores
 from torchdnr.attacks.target import Target
+from torchdnr.inputs import check_images
 
 _DISTANCES = 1 << 22  # entries of the distance matrix held at once
 _NO_CLASS = -1  # a rejected sample; the library's REJECT

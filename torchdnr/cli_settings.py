@@ -1,0 +1,246 @@
+"""Settle what a run folder is made with: given options, what the folder remembers, defaults."""
+
+import argparse
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from torchdnr import DNR, __version__
+from torchdnr.cli import Console
+from torchdnr.cli_options import DEFAULT_DATASET
+from torchdnr.data import Dataset, Splits, load_dataset, split
+from torchdnr.evaluation.curve import read_json, write_json
+from torchdnr.files import digest
+from torchdnr.models import CIFAR10_LAYERS, MNIST_LAYERS, CIFAR10Net, MNISTNet
+from torchdnr.training import CIFAR10_TRAINING, MNIST_TRAINING, TrainingSettings
+
+FOLDER_IMAGE_SIZE = 32  # what the network of Table II takes
+# Images for the network, the SVMs and theta.
+SPLIT_SIZES = {
+    "mnist-5k": (2_000, 1_200, 500),
+    "mnist": (30_000, 10_000, 1_000),
+    "cifar10": (40_000, 9_000, 1_000),
+}
+# Table III's 50 are for 30,000 digits; 2,000 are learned sooner.
+EPOCHS = {"mnist-5k": 20}
+SAMPLE_OPTIONS = "network_samples", "svm_samples", "threshold_samples"
+TRAINING_OPTIONS = "epochs", "lr", "momentum", "batch_size"
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A network of the paper, with the layers that DNR reads and how it is trained."""
+
+    build: type[nn.Module]
+    layers: tuple[str, ...]
+    training: TrainingSettings
+
+
+PRESETS = {
+    (1, 28, 28): Preset(MNISTNet, MNIST_LAYERS, MNIST_TRAINING),
+    (3, 32, 32): Preset(CIFAR10Net, CIFAR10_LAYERS, CIFAR10_TRAINING),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """A run folder and all that decides what is in it.
+
+    Attributes:
+        folder: The run folder.
+        settings: What ``settings.json`` holds; JSON values.
+        dataset: Its data set.
+        splits: Which images serve for what.
+        preset: The network that fits the images.
+        training: How it is trained.
+        device: Where everything runs.
+    """
+
+    folder: Path
+    settings: dict[str, Any]
+    dataset: Dataset
+    splits: Splits
+    preset: Preset
+    training: TrainingSettings
+    device: torch.device
+
+    def build_network(self) -> nn.Module:
+        """Build the network with the starting weights of the seed."""
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(self.settings["seed"])
+            channels = self.dataset.images_train.shape[1]
+            return self.preset.build(num_classes=len(self.dataset.classes), channels=channels)
+
+    def images(self, part: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Select images and labels of a split, on the device: network, svm, threshold or test."""
+        indices = getattr(self.splits, part)
+        images, labels = self.dataset.select(indices, test=part == "test")
+        return images.to(self.device), labels.to(self.device)
+
+
+def prepare(options: argparse.Namespace, console: Console) -> Job:
+    """Settle the settings and check them against the data, before any costly work.
+
+    Args:
+        options: Parsed options, None where not given.
+        console: For messages.
+
+    Returns:
+        The job. Its folder exists, with ``settings.json`` in it.
+
+    Raises:
+        ValueError: If an option disagrees with the folder, or does not fit the data.
+        OSError: If the folder cannot be written, or data are missing.
+        ImportError: If a package is missing that holds the data.
+    """
+    device = _device(options.device)
+    folder = Path(options.run or _default_folder(options.dataset or DEFAULT_DATASET))
+    remembered = _read_settings(folder / "settings.json")
+    given = {name: value for name, value in vars(options).items() if value is not None}
+    _check_agreement(folder, remembered, given)
+    source = given.get("dataset", remembered.get("dataset", DEFAULT_DATASET))
+    dataset = load_dataset(source, options.data_root, image_size=FOLDER_IMAGE_SIZE)
+    preset = _preset(dataset)
+    defaults = _defaults(source, dataset, preset)
+    settings = {name: (defaults | remembered | given)[name] for name in defaults}
+    training = replace(preset.training, **{name: settings[name] for name in TRAINING_OPTIONS})
+    sizes = {name.removesuffix("_samples"): settings[name] for name in SAMPLE_OPTIONS}
+    settings |= {
+        "test_samples": _test_size(dataset, sizes),
+        "network": preset.build.__name__,
+        **asdict(training),
+        "data_digest": _data_digest(dataset),
+        "torchdnr": remembered.get("torchdnr", __version__),
+    }
+    _check_data(folder, remembered, settings)
+    splits = split(dataset, **sizes, test=settings["test_samples"], seed=settings["seed"])
+    job = Job(folder, settings, dataset, splits, preset, training, device)
+    _check_fit(job)
+    write_json(folder / "settings.json", settings)  # and so learn at once if it is writable
+    shape = " x ".join(map(str, dataset.images_train.shape[1:]))
+    parts = ", ".join(f"{len(index):,} {part}" for part, index in vars(splits).items())
+    console.say(f"run folder {folder}, on {device}\n{source}: {shape} images, {parts}")
+    return job
+
+
+def _default_folder(source: str) -> str:
+    kind, _, path = source.partition(":")
+    return f"runs/{Path(path).stem if path else kind}"
+
+
+def _device(name: str | None) -> torch.device:
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.ones(1, device=device).sum().item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"no device {name!r} here ({reason}); try --device cpu") from error
+    return device
+
+
+def _read_settings(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    settings = read_json(path)
+    if not isinstance(settings, dict) or "dataset" not in settings:
+        raise ValueError(f"{path} does not hold the settings of a run; choose another --run")
+    return settings
+
+
+def _check_agreement(folder: Path, remembered: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    differ = [name for name in remembered if name in given and given[name] != remembered[name]]
+    if differ:
+        both = ", ".join(
+            f"{_option(name)} {_words(remembered[name])} (given: {_words(given[name])})"
+            for name in differ
+        )
+        raise ValueError(
+            f"{folder} was made with {both}; choose another --run, delete the folder, or "
+            f"drop {' and '.join(map(_option, differ))}"
+        )
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _words(value: object) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _preset(dataset: Dataset) -> Preset:
+    shape = tuple(dataset.images_train.shape[1:])
+    if shape not in PRESETS:
+        raise ValueError(
+            f"there is a built-in network for images {' and '.join(map(str, PRESETS))} "
+            f"(channels, height, width), got {shape} in {dataset.name}; resize the images, or fit "
+            "torchdnr.DNR on a network of your own"
+        )
+    return PRESETS[shape]
+
+
+def _defaults(source: str, dataset: Dataset, preset: Preset) -> dict[str, Any]:
+    n = len(dataset.labels_train)
+    if source in SPLIT_SIZES:
+        sizes = SPLIT_SIZES[source]
+    elif dataset.labels_test is None:
+        sizes = 4 * n // 10, min(24 * n // 100, 10_000), min(n // 10, 1_000)
+    else:
+        sizes = 6 * n // 10, min(3 * n // 10, 10_000), min(n // 10, 1_000)
+    training = asdict(preset.training)
+    return {
+        "dataset": source,
+        "seed": 0,
+        **dict(zip(SAMPLE_OPTIONS, sizes, strict=True)),
+        **{name: training[name] for name in TRAINING_OPTIONS},
+        **({"epochs": EPOCHS[source]} if source in EPOCHS else {}),
+        "layers": list(preset.layers),
+        "rejection_rate": 0.1,
+    }
+
+
+def _test_size(dataset: Dataset, sizes: Mapping[str, int]) -> int:
+    if dataset.labels_test is not None:
+        return len(dataset.labels_test)
+    n = len(dataset.labels_train)
+    if sum(sizes.values()) >= n:
+        raise ValueError(
+            f"{' + '.join(f'{size} {part}' for part, size in sizes.items())} samples leave none of "
+            f"the {n} of {dataset.name} for the test; ask for fewer"
+        )
+    return n - sum(sizes.values())
+
+
+def _data_digest(dataset: Dataset) -> str:
+    tensors = {name: value for name, value in vars(dataset).items() if torch.is_tensor(value)}
+    return digest(tensors)
+
+
+def _check_data(folder: Path, remembered: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+    if remembered.get("data_digest", settings["data_digest"]) != settings["data_digest"]:
+        raise ValueError(
+            f"{folder} was made with other contents of {settings['dataset']}; choose another --run"
+        )
+
+
+def _check_fit(job: Job) -> None:
+    """Find out before the training, not after it, that the SVMs cannot be fitted."""
+    model = DNR(job.build_network(), job.settings["layers"])  # raises for an unknown layer
+    if not 0 <= job.settings["rejection_rate"] < 1:
+        raise ValueError(
+            f"--rejection-rate must be in [0, 1), got {job.settings['rejection_rate']}"
+        )
+    labels = job.dataset.labels_train[job.splits.svm]
+    counts = torch.bincount(labels, minlength=len(job.dataset.classes))
+    if counts.min() < model.folds:
+        raise ValueError(
+            f"--svm-samples must give every class at least {model.folds} samples, one per fold of "
+            f"the search, got {int(counts.min())} of class {job.dataset.classes[counts.argmin()]} "
+            f"among {len(labels)}; ask for more"
+        )

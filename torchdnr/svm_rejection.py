@@ -1,0 +1,251 @@
+"""What DNR and NR share: layers of a network, an SVM on each, fitting, saving, loading."""
+
+from abc import abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from numbers import Real
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from torchdnr.features import LayerFeatures, extract
+from torchdnr.files import CheckpointError, digest, load_tensors, save_tensors
+from torchdnr.kernels import squared_distances
+from torchdnr.rejection import RejectingClassifier, checked_batches
+from torchdnr.svm import RBFSVM, NotFittedError, grid_search, out_of_fold_scores
+from torchdnr.svm.checks import check_features, check_labels
+from torchdnr.svm.model_selection import C_GRID, GAMMA_GRID
+
+
+class SVMRejection(RejectingClassifier):
+    """A rejecting classifier made of RBF-SVMs on layers of a network.
+
+    Subclasses say which SVMs there are beside those of the layers, how they are fitted on the
+    features, and how they score. The options are described in ``DNR``.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        layers: Sequence[str],
+        *,
+        hyperparameters: Mapping[str, tuple[float, float]] | None = None,
+        C_grid: Sequence[float] = C_GRID,
+        gamma_grid: Sequence[float] = GAMMA_GRID,
+        folds: int = 5,
+        stacking_folds: int = 3,
+        tol: float = 1e-3,
+        seed: int = 0,
+        batch_size: int = 256,
+    ) -> None:
+        super().__init__(batch_size)
+        self.features = LayerFeatures(net, layers)
+        self.C_grid, self.gamma_grid = tuple(C_grid), tuple(gamma_grid)
+        self.folds, self.stacking_folds = folds, stacking_folds
+        self.tol, self.seed = tol, seed
+        self._start_afresh()
+        self.hyperparameters = _check_hyperparameters(hyperparameters or {}, list(self._svms()))
+        if min(folds, stacking_folds) < 2:
+            raise ValueError(
+                f"folds must be >= 2, got folds={folds} and stacking_folds={stacking_folds}"
+            )
+
+    @property
+    def net(self) -> nn.Module:
+        """The wrapped network, left as it was given."""
+        return self.features.net
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Names of the layers in use."""
+        return self.features.layers
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes c; 0 before fitting."""
+        return self.base_svms[0].num_classes
+
+    def _svms(self) -> dict[str, RBFSVM]:
+        return dict(zip(self.layers, self.base_svms, strict=True))
+
+    def _start_afresh(self) -> None:
+        """Drop what was fitted: a fit that fails must not leave a mixture of old and new."""
+        self.base_svms = nn.ModuleList(RBFSVM(tol=self.tol) for _ in self.layers)
+        self.selection: dict[str, dict[str, Any]] = {}
+        self.reset_threshold()
+
+    @abstractmethod
+    def _fit_features(self, features: dict[str, Tensor], labels: Tensor, progress: bool) -> None:
+        """Fit all SVMs on the features of the layers; may empty the mapping as it goes."""
+
+    def fit(
+        self,
+        inputs: Tensor | Iterable[Any],
+        labels: Tensor | None = None,
+        *,
+        progress: bool = False,
+    ) -> Self:
+        """Fit the SVMs on clean images; the network itself is not trained.
+
+        Args:
+            inputs: Images ``(n, ...)`` in [0, 1], or a loader that yields ``(images, labels)``.
+            labels: ``(n,)`` int64 in 0..c-1 where ``inputs`` is a tensor.
+            progress: Whether to show progress bars.
+
+        Returns:
+            The classifier itself. A threshold that was set is dropped: it belonged to other scores.
+
+        Raises:
+            ValueError: If images or labels are not as said above, or a class has too few samples.
+
+        Warns:
+            ConvergenceWarning: If a dual problem missed its tolerance.
+        """
+        features, labels = self._training_features(inputs, labels, progress)
+        self._start_afresh()
+        self._fit_features(features, labels, progress)
+        return self
+
+    def _require_fit(self) -> None:
+        if not all(svm.is_fitted for svm in self._svms().values()):
+            raise NotFittedError(
+                f"this {type(self).__name__} is not fitted: call fit(images, labels) or load()"
+            )
+
+    def _training_features(
+        self, data: Tensor | Iterable[Any], labels: Tensor | None, progress: bool
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """Extract the features of checked images, and the labels that go with them."""
+        batches = checked_batches(data, self.batch_size)
+        pairs = (images if given is None else (images, given) for images, given in batches)
+        features, found = extract(self.features, pairs, progress=progress)
+        if (labels is None) == (found is None):
+            raise ValueError(
+                "labels must come once: fit(images, labels), or fit(loader) with a loader that "
+                f"yields (images, labels); got {'none' if labels is None else 'both'}"
+            )
+        first = next(iter(features.values()))
+        labels = torch.as_tensor(found if labels is None else labels, device=first.device)
+        check_labels(labels, len(first))
+        return features, labels.long()
+
+    def _fit_svm(
+        self, name: str, svm: RBFSVM, features: Tensor, labels: Tensor, stack: bool, progress: bool
+    ) -> Tensor | None:
+        """Select (C, gamma), fit one SVM, and score out of fold where a combiner needs it."""
+        check_features(features)
+        distances = squared_distances(features, features, features.mean(dim=0))
+        if name in self.hyperparameters:
+            C, gamma = self.hyperparameters[name]
+            self.selection[name] = {"C": C, "gamma": gamma}
+        else:
+            search = grid_search(
+                features,
+                labels,
+                C_grid=self.C_grid,
+                gamma_grid=self.gamma_grid,
+                folds=self.folds,
+                seed=self.seed,
+                tol=self.tol,
+                distances=distances,
+                progress=progress,
+                description=f"grid search, {name}",
+            )
+            C, gamma = search.C, search.gamma
+            self.selection[name] = search.to_dict()
+        held_out = None
+        if stack:
+            held_out = out_of_fold_scores(
+                features,
+                labels,
+                C=C,
+                gamma=gamma,
+                folds=self.stacking_folds,
+                seed=self.seed,
+                tol=self.tol,
+                distances=distances,
+            )
+        svm.C, svm.gamma = C, gamma
+        svm.fit(features, labels, distances=distances)
+        return held_out
+
+    def settings(self) -> dict[str, Any]:
+        """Return the constructor's options and what fitting chose, as JSON values."""
+        return {
+            "options": {
+                "hyperparameters": {k: list(v) for k, v in self.hyperparameters.items()},
+                "C_grid": list(self.C_grid),
+                "gamma_grid": list(self.gamma_grid),
+                "folds": self.folds,
+                "stacking_folds": self.stacking_folds,
+                "tol": self.tol,
+                "seed": self.seed,
+                "batch_size": self.batch_size,
+            },
+            "layers": list(self.layers),
+            "selection": self.selection,
+        }
+
+    def save(self, path: str | Path) -> None:
+        """Save SVMs, threshold and settings to one safetensors file; the network stays apart.
+
+        Args:
+            path: File to write, whole or not at all.
+
+        Raises:
+            NotFittedError: If there is nothing to save.
+            OSError: If the file cannot be written; an earlier one stays as it was.
+        """
+        self._require_fit()
+        tensors = {k: v for k, v in self.state_dict().items() if not k.startswith("features.net.")}
+        metadata = {**self.settings(), "network_digest": digest(self.net.state_dict())}
+        save_tensors(path, tensors, metadata, kind=type(self).__name__)
+
+    @classmethod
+    def _on_layers(cls, net: nn.Module, layers: list[str], options: dict[str, Any]) -> Self:
+        return cls(net, layers, **options)
+
+    @classmethod
+    def load(cls, path: str | Path, net: nn.Module, *, strict: bool = True) -> Self:
+        """Load what ``save`` wrote, onto the network it was fitted with.
+
+        Args:
+            path: File to read.
+            net: The network, with the weights it had when the classifier was fitted.
+            strict: Whether to refuse a network with other weights, whose features the SVMs do
+                not know.
+
+        Returns:
+            The classifier, on the device of the network.
+
+        Raises:
+            CheckpointError: If the file is damaged, foreign, or belongs to another network.
+        """
+        tensors, metadata = load_tensors(path, kind=cls.__name__)
+        if strict and metadata["network_digest"] != digest(net.state_dict()):
+            raise CheckpointError(
+                f"{path}: expected the network it was fitted on, got one with other weights; load "
+                "those weights first, or pass strict=False"
+            )
+        model = cls._on_layers(net, metadata["layers"], metadata["options"])
+        model.selection = metadata["selection"]
+        for name, svm in model._svms().items():
+            svm.C, svm.gamma = model.selection[name]["C"], model.selection[name]["gamma"]
+        model.load_state_dict(tensors, strict=False)
+        device = next((p.device for p in net.parameters()), torch.device("cpu"))
+        return model.to(device)
+
+
+def _check_hyperparameters(
+    given: Mapping[str, Sequence[float]], names: list[str]
+) -> dict[str, tuple[float, float]]:
+    if unknown := sorted(set(given) - set(names)):
+        raise ValueError(f"hyperparameters must be named after one of {names}, got {unknown}")
+    for name, pair in given.items():
+        numbers = isinstance(pair, Sequence) and all(isinstance(v, Real) and v > 0 for v in pair)
+        if not numbers or len(pair) != 2:
+            raise ValueError(
+                f"hyperparameters must be (C, gamma), two numbers > 0, got {name!r}: {pair!r}"
+            )
+    return {name: (float(C), float(gamma)) for name, (C, gamma) in given.items()}
