@@ -7,7 +7,7 @@ from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "torchdnr/__init__.py").read_text()).group(1)
-DEMO = ["mlxtend>=0.23"]
+DEMO = ["mlxtend>=0.23.1"]
 
 setup(
     name="torchdnr",
@@ -19,15 +19,15 @@ setup(
     packages=find_packages(include=["torchdnr", "torchdnr.*"]),
     python_requires=">=3.11",
     install_requires=[
-        "torch>=2.6",
-        "torchvision>=0.21",
+        "torch>=2.9",
+        "torchvision>=0.24",
         "gpytorch>=1.14",
-        "safetensors>=0.4",
-        "tqdm>=4.66",
-        "matplotlib>=3.8",
+        "safetensors>=0.4.5",
+        "tqdm>=4.66.1",
+        "matplotlib>=3.8.4",
     ],
     extras_require={
         "demo": DEMO,
-        "test": [*DEMO, "pytest>=8", "scikit-learn>=1.4", "hypothesis>=6.100", "ruff>=0.6"],
+        "test": [*DEMO, "pytest>=8", "scikit-learn>=1.5", "hypothesis>=6.100", "ruff>=0.6"],
     },
 )

@@ -13,7 +13,6 @@ from sklearn.datasets import load_digits
 
 import torchdnr.cli_evaluation
 import torchdnr.cli_settings
-import torchdnr.dnr
 import torchdnr.evaluation.checkpoint
 import torchdnr.evaluation.security
 import torchdnr.pipeline
@@ -184,8 +183,8 @@ def test_stopped_in_every_stage_and_resumed_equals_never_stopped(
     command = ["--quiet", *_making(digits, run), *ATTACKING]
     stops = [
         (torchdnr.training, "_save", 2, True, {"training.safetensors"}),
-        (torchdnr.dnr, "grid_search", 2, False, {"network.safetensors"}),
-        (torchdnr.dnr.NR, "calibrate", 1, False, {"dnr.safetensors"}),
+        (torchdnr.RBFSVM, "fit", 2, False, {"network.safetensors"}),
+        (torchdnr.NR, "calibrate", 1, False, {"dnr.safetensors"}),
         (torchdnr.evaluation.checkpoint.Checkpoint, "add", 5, True, {"nr.safetensors"}),
         (torchdnr.cli_evaluation, "save_results", 1, False, {"curve.png", "examples.png"}),
     ]

@@ -1,0 +1,54 @@
+import importlib.util
+import re
+from pathlib import Path
+
+import torch
+
+import torchdnr
+from torchdnr.evaluation import load_results
+from torchdnr.models import MNISTNet, save_network
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def recorded_run():
+    spec = importlib.util.spec_from_file_location("mnist_5k", ROOT / "benchmarks/mnist_5k.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_numbers_are_those_of_the_committed_results():
+    script = recorded_run()
+    section = script.readme_section(*load_results(script.RESULTS / "mnist-5k.json"))
+    assert "\n".join([script.MARKERS[0], section, script.MARKERS[1]]) in README
+
+
+def test_the_files_it_links_to_exist():
+    links = re.findall(r"\]\((?!http)([^)]+)\)", README)
+    assert len(links) == 3
+    assert all((ROOT / link).exists() for link in links)
+
+
+def test_the_python_example_runs(tmp_path, monkeypatch):
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.S)
+    for given, small in [
+        ("svm=1200", "svm=150"),
+        ("threshold=500", "threshold=40"),
+        ("[:20]", "[:2]"),
+    ]:
+        assert given in code
+        code = code.replace(given, small)
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    save_network(MNISTNet(), Path("runs/mnist-5k/network.safetensors"))
+    variables = {}
+    exec(code, variables)
+    assert variables["model"].predict(variables["images"]).shape == (100,)
+    assert len(variables["curve"].accuracy) == 3
+
+
+def test_versions_agree():
+    assert f"## {torchdnr.__version__}\n" in (ROOT / "CHANGELOG.md").read_text()
+    assert f'__version__ = "{torchdnr.__version__}"' in (ROOT / "torchdnr/__init__.py").read_text()
