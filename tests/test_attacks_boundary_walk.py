@@ -114,3 +114,15 @@ def test_inputs_without_a_start_are_counted_and_returned_as_they_are():
     with pytest.warns(UserWarning, match="to start from for 3 of 9 inputs"):
         adversarial = boundary_walk(model, inputs, labels, own, steps=5)
     assert torch.equal(adversarial[labels == 0], inputs[labels == 0])
+
+
+def test_a_constant_added_to_all_scores_does_not_weaken_the_walk():
+    torch.manual_seed(3)
+    weight = torch.randn(6, 3)
+    inputs, pool = torch.rand(5, 6), torch.rand(40, 6)
+    labels = (inputs @ weight).argmax(1)
+    norms = [
+        (boundary_walk(lambda x, c=c: x @ weight + c, inputs, labels, pool) - inputs).norm(dim=1)
+        for c in (0.0, 1e3)
+    ]
+    torch.testing.assert_close(norms[1], norms[0], rtol=0.01, atol=1e-3)

@@ -100,3 +100,16 @@ def test_bad_options_are_refused():
         attack(objective="x")
     with pytest.raises(ValueError, match=r"start must have the shape \(2, 3\), got \(1, 3\)"):
         attack(start=inputs[:1])
+
+
+def test_no_forward_is_larger_than_the_batch_size():
+    sizes = []
+
+    def model(x):
+        sizes.append(len(x))
+        return torch.cat([x, 1 - x], dim=1)
+
+    inputs = torch.full((9, 1), 0.9)
+    labels = torch.zeros(9, dtype=torch.int64)
+    line_search_pgd(model, inputs, labels, 0.3, init_inputs=torch.rand(20, 1), batch_size=16)
+    assert max(sizes) <= 16

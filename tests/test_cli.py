@@ -329,3 +329,25 @@ def test_splits_fit_the_data_sets_of_the_paper():
     for source, available in {"mnist-5k": 5_000, "mnist": 60_000, "cifar10": 50_000}.items():
         sizes = torchdnr.cli_settings.SPLIT_SIZES[source]
         assert sum(sizes) <= available - (1_300 if source == "mnist-5k" else 0)
+
+
+def test_classifiers_without_the_settings_they_were_made_with_are_refused(run, capsys):
+    (run / "settings.json").unlink()
+    message = _error(capsys, train, ["--run", str(run), "--seed", "1"])
+    assert "no settings.json" in message and "--run" in message
+
+
+def test_a_first_run_that_fails_does_not_bind_the_folder(digits, tmp_path, capsys):
+    folder = tmp_path / "run"
+    arguments = [*_making(digits, folder), "--network-samples", "0"]
+    assert "--network-samples must be >= 1" in _error(capsys, train, arguments)
+    assert "lower the learning rate" in _error(
+        capsys, train, [*_making(digits, folder), "--lr", "1e9"]
+    )
+    assert train.main([*_making(digits, folder), "--epochs", "1"]) == 0
+
+
+def test_settings_of_a_wrong_type_are_refused(run, capsys):
+    settings = json.loads((run / "settings.json").read_text())
+    (run / "settings.json").write_text(json.dumps({**settings, "epochs": "x"}))
+    assert "does not hold the settings" in _error(capsys, train, ["--run", str(run)])

@@ -355,3 +355,27 @@ def test_the_default_line_up_breaks_a_toy_classifier_and_tells_its_settings(data
         assert attack.settings["steps"] > 0 and attack.settings["norm"] == 2
         assert sum(attack.forwards) > 0 and sum(attack.violations) == 0
     assert curve.settings["init_inputs"] == 30 and curve.name == "toy"
+
+
+def test_a_model_that_differs_off_the_clean_images_only_does_not_take_over_a_checkpoint(
+    data, tmp_path
+):
+    inputs, labels = data
+    inputs = (inputs * 255).round() / 255
+    net = Classifier().eval()
+    calls = []
+
+    def counted(model, *arguments):
+        calls.append(1)
+        return jump(model, *arguments)
+
+    line_up = {"jump": Attack(counted, minimum_norm=True)}
+    options = {"attacks": line_up, "checkpoint": tmp_path / "steps", "progress": False}
+    for model in (lambda x: net(x), lambda x: net(x)):
+        security_evaluation(model, inputs, labels, EPS, reject=True, **options)
+    assert len(calls) == 1
+    with pytest.warns(UserWarning, match="another model"):
+        security_evaluation(
+            lambda x: net((x * 255).round() / 255), inputs, labels, EPS, reject=True, **options
+        )
+    assert len(calls) == 2

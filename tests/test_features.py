@@ -9,24 +9,21 @@ from torchvision.models.feature_extraction import create_feature_extractor
 
 from torchdnr.features import LayerFeatures, evaluation_mode, extract
 
-
-def make_densenet(weights=None):
-    return models.DenseNet(growth_rate=8, block_config=(2, 2), num_init_features=16)
-
-
 # Network, size of its images, layers: some of each are followed by an in-place operation.
 NETWORKS = {
     "resnet18": (models.resnet18, 64, ["bn1", "layer1.0.bn2", "layer4", "fc"]),
-    "mobilenet": (models.mobilenet_v3_small, 64, ["features.0", "features.6", "classifier.0"]),
-    "densenet": (make_densenet, 32, ["features.norm0", "features.denseblock2", "features"]),
-    "convnext": (models.convnext_tiny, 32, ["features.7", "avgpool"]),
+    "mobilenet_v3_small": (
+        models.mobilenet_v3_small,
+        64,
+        ["features.0", "features.6", "classifier.0"],
+    ),
+    "densenet121": (models.densenet121, 32, ["features.norm0", "features.denseblock2", "features"]),
+    "convnext_tiny": (models.convnext_tiny, 32, ["features.7", "avgpool"]),
 }
 
 
 def make_vit():
-    return models.VisionTransformer(
-        image_size=32, patch_size=8, num_layers=2, num_heads=2, hidden_dim=16, mlp_dim=32
-    )
+    return models.vit_b_16(weights=None, image_size=32)
 
 
 def hooks_of(net):
@@ -71,7 +68,7 @@ def test_vision_transformer_and_its_attention():
     attended = block.self_attention(normed, normed, normed, need_weights=False)[0]
     torch.testing.assert_close(features[names[0]], attended.flatten(1))
     torch.testing.assert_close(features["heads"], net(inputs))
-    assert features["encoder.ln"].shape == (2, 17 * 16)
+    assert features["encoder.ln"].shape == (2, 5 * 768)
     (gradient,) = torch.autograd.grad(features["encoder.ln"].square().sum(), inputs)
     assert gradient.isfinite().all() and gradient.abs().max() > 0
 

@@ -4,6 +4,7 @@ import gpytorch
 import numpy as np
 import pytest
 import torch
+from gpytorch.kernels import MaternKernel
 from sklearn.datasets import load_breast_cancer, load_digits
 from sklearn.svm import SVC
 from torch.autograd import gradcheck
@@ -314,3 +315,17 @@ def test_a_failed_save_leaves_the_earlier_file_as_it_was(tmp_path, monkeypatch):
         svm.save(path)
     assert path.read_bytes() == good
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
+def test_a_kernel_with_other_hidden_options_is_refused_on_load(tmp_path):
+    features, labels = torch.randn(40, 3), torch.arange(40) % 2
+    svm = RBFSVM(kernel=MaternKernel(nu=2.5)).fit(features, labels)
+    svm.save(tmp_path / "svm.safetensors")
+    assert torch.equal(
+        RBFSVM.load(tmp_path / "svm.safetensors", kernel=MaternKernel(nu=2.5))(features),
+        svm(features),
+    )
+    with pytest.raises(CheckpointError, match="other values"):
+        RBFSVM.load(tmp_path / "svm.safetensors", kernel=MaternKernel(nu=0.5))
+    with pytest.raises(CheckpointError, match="got others"):
+        RBFSVM.load(tmp_path / "svm.safetensors", kernel=MaternKernel(nu=2.5, ard_num_dims=3))

@@ -31,6 +31,17 @@ SAMPLE_OPTIONS = "network_samples", "svm_samples", "threshold_samples"
 TRAINING_OPTIONS = "epochs", "lr", "momentum", "batch_size"
 
 
+_SETTING_TYPES = {
+    "dataset": str,
+    "seed": int,
+    **dict.fromkeys(SAMPLE_OPTIONS, int),
+    "epochs": int,
+    "batch_size": int,
+    "layers": list,
+    "rejection_rate": float,
+}
+
+
 @dataclass(frozen=True)
 class Preset:
     """A network of the paper, with the layers that DNR reads and how it is trained."""
@@ -99,7 +110,7 @@ def prepare(options: argparse.Namespace, console: Console) -> Job:
     """
     device = _device(options.device)
     folder = Path(options.run or _default_folder(options.dataset or DEFAULT_DATASET))
-    remembered = _read_settings(folder / "settings.json")
+    remembered = _remembered_settings(folder)
     given = {name: value for name, value in vars(options).items() if value is not None}
     _check_agreement(folder, remembered, given)
     source = given.get("dataset", remembered.get("dataset", DEFAULT_DATASET))
@@ -144,11 +155,22 @@ def _device(name: str | None) -> torch.device:
     return device
 
 
-def _read_settings(path: Path) -> dict[str, Any]:
-    if not path.exists():
+def _remembered_settings(folder: Path) -> dict[str, Any]:
+    """Read what the folder was made with; a folder in which nothing was made yet binds nobody."""
+    path, made = folder / "settings.json", any(folder.glob("[!.]*.safetensors"))
+    if made and not path.exists():
+        raise ValueError(
+            f"{folder} holds classifiers but no settings.json, so what they were made with is "
+            "unknown; choose another --run, or delete the folder"
+        )
+    if not made:
         return {}
     settings = read_json(path)
-    if not isinstance(settings, dict) or "dataset" not in settings:
+    if (
+        not isinstance(settings, dict)
+        or not _SETTING_TYPES.items()
+        <= {name: type(value) for name, value in settings.items()}.items()
+    ):
         raise ValueError(f"{path} does not hold the settings of a run; choose another --run")
     return settings
 
@@ -232,6 +254,10 @@ def _check_data(folder: Path, remembered: Mapping[str, Any], settings: Mapping[s
 def _check_fit(job: Job) -> None:
     """Find out before the training, not after it, that the SVMs cannot be fitted."""
     model = DNR(job.build_network(), job.settings["layers"])  # raises for an unknown layer
+    if job.settings["network_samples"] < 1 and not (job.folder / "network.safetensors").exists():
+        raise ValueError(
+            f"--network-samples must be >= 1 as {job.folder} holds no network, got 0; ask for more"
+        )
     if not 0 <= job.settings["rejection_rate"] < 1:
         raise ValueError(
             f"--rejection-rate must be in [0, 1), got {job.settings['rejection_rate']}"

@@ -48,7 +48,8 @@ def squared_distances(inputs: Tensor, vectors: Tensor, center: Tensor) -> Tensor
         center: Mean of the training features, ``(d,)``.
 
     Returns:
-        Squared distances, ``(n, m)``, at least 0; the diagonal is 0 when ``vectors is inputs``.
+        Squared distances, ``(n, m)``, at least 0. Without gradient the diagonal is exactly 0
+        when ``vectors is inputs``.
     """
     with full_precision(inputs.device):
         moved = inputs - center

@@ -138,7 +138,8 @@ class RejectingClassifier(nn.Module, ABC):
         """
         check_images("inputs", inputs)
         self._require_threshold()
-        scores = torch.cat([self.scores(batch) for batch in inputs.split(self.batch_size)])
+        batches = inputs.split(self.batch_size)
+        scores = torch.cat([self.scores(batch.to(self.device)) for batch in batches])
         return predict_with_rejection(scores, self.threshold.to(scores))
 
     @torch.no_grad()

@@ -228,11 +228,19 @@ class SVMRejection(RejectingClassifier):
                 f"{path}: expected the network it was fitted on, got one with other weights; load "
                 "those weights first, or pass strict=False"
             )
-        model = cls._on_layers(net, metadata["layers"], metadata["options"])
-        model.selection = metadata["selection"]
-        for name, svm in model._svms().items():
-            svm.C, svm.gamma = model.selection[name]["C"], model.selection[name]["gamma"]
-        model.load_state_dict(tensors, strict=False)
+        try:
+            model = cls._on_layers(net, metadata["layers"], metadata["options"])
+            model.selection = metadata["selection"]
+            for name, svm in model._svms().items():
+                svm.C, svm.gamma = model.selection[name]["C"], model.selection[name]["gamma"]
+            missing, unexpected = model.load_state_dict(tensors, strict=False)
+            if unexpected or not all(key.startswith("features.net.") for key in missing):
+                raise KeyError(f"missing {missing}, unexpected {unexpected}")
+        except (KeyError, TypeError, RuntimeError) as error:
+            raise CheckpointError(
+                f"{path}: expected the contents of a {cls.__name__} of this version, got others "
+                f"({error}); fit it again, or use the torchdnr version that wrote it"
+            ) from error
         device = next((p.device for p in net.parameters()), torch.device("cpu"))
         return model.to(device)
 

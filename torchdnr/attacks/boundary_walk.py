@@ -28,7 +28,8 @@ from torchdnr.attacks.target import (
 )
 
 _HALVINGS = 6  # bisections of the line to each pool sample; the walk does the rest
-_SLACK = 512  # roundings of the largest score by which an evading point must evade
+_SLACK = 512  # roundings of the spread of the scores by which an evading point must evade
+_FLOOR = 4  # roundings of the largest score, the least that can be told apart
 
 
 def boundary_walk(
@@ -139,11 +140,16 @@ def boundary_walk(
 
 
 def _safe_decision(scores: Tensor, threshold: Tensor | None, labels: Tensor) -> Tensor:
-    """Compute the "decision" objective plus a slack that no rounding of the scores exceeds."""
-    largest = scores.detach().abs().amax(dim=1)
+    """Compute the "decision" objective plus a slack that rounding of the scores does not exceed.
+
+    It is relative to their spread: a constant added to all scores decides nothing.
+    """
+    values = scores.detach()
     if threshold is not None:
-        largest = torch.maximum(largest, threshold.detach().abs())
-    slack = _SLACK * torch.finfo(scores.dtype).eps * largest
+        values = torch.cat([values, threshold.detach()[:, None]], dim=1)
+    spread = values.amax(dim=1) - values.amin(dim=1)
+    slack = _SLACK * spread + _FLOOR * values.abs().amax(dim=1)
+    slack = slack * torch.finfo(scores.dtype).eps
     return decision_objective(scores, threshold, labels) + slack
 
 

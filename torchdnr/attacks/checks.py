@@ -18,6 +18,11 @@ def check_inputs(inputs: Tensor, labels: Tensor, norm: float, bounds: tuple[floa
     if not bounds[0] < bounds[1]:
         raise ValueError(f"bounds must be (smallest, largest), got {bounds}")
     check_images("inputs", inputs, bounds)
+    if inputs.dtype not in (torch.float32, torch.float64):
+        raise ValueError(
+            f"inputs must be float32 or float64, got {inputs.dtype}: budgets and margins drown in "
+            "its rounding; convert with inputs.float() and let the model cast"
+        )
     if labels.shape != inputs.shape[:1]:
         raise ValueError(
             f"labels must be (n,) with n = {len(inputs)} rows of inputs, got {tuple(labels.shape)}"

@@ -138,7 +138,26 @@ def _line_search(
 def _try_steps(
     target: Target, region: Region, labels: Tensor, inputs: Tensor, direction: Tensor, sizes: Tensor
 ) -> tuple[Points, Points]:
-    """Evaluate all steps of all rows in one batch; return the lowest and the best of each row."""
+    """Evaluate all steps of all rows in batches; return the lowest and the best of each row."""
+    at_once = rows_at_once(target, len(sizes))
+    if len(inputs) <= at_once:
+        return _try_batch(target, region, labels, inputs, direction, sizes)
+    parts = [
+        _try_batch(target, region.rows(part), labels[part], inputs[part], direction[part], sizes)
+        for part in torch.arange(len(inputs), device=inputs.device).split(at_once)
+    ]
+    lowest, found = zip(*parts, strict=True)
+    return tuple(Points(*map(torch.cat, zip(*points, strict=True))) for points in (lowest, found))
+
+
+def rows_at_once(target: Target, count: int) -> int:
+    """Return for how many rows ``count`` points each fit into one forward."""
+    return max(1, target.batch_size // count)
+
+
+def _try_batch(
+    target: Target, region: Region, labels: Tensor, inputs: Tensor, direction: Tensor, sizes: Tensor
+) -> tuple[Points, Points]:
     count = len(sizes)
     rows = torch.arange(len(inputs), device=inputs.device).repeat_interleave(count)
     step = sizes.repeat(len(inputs)).view(-1, *[1] * (inputs.ndim - 1))

@@ -7,7 +7,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from torchdnr.attacks.checks import check_count, check_eps, check_inputs, check_like
-from torchdnr.attacks.descent import Points, Region, best_column, better, descend, put
+from torchdnr.attacks.descent import (
+    Points,
+    Region,
+    best_column,
+    better,
+    descend,
+    put,
+    rows_at_once,
+)
 from torchdnr.attacks.objectives import find_objective
 from torchdnr.attacks.projections import project
 from torchdnr.attacks.starts import assigned_classes, check_pool, nearest_other_class
@@ -49,7 +57,7 @@ def line_search_pgd(
     and halved steps where none of them improves; every trial is projected on ball and box and the
     best one is the next point. A sample stops when no trial improves, or when three steps in a row
     change its objective by no more than ``tol`` of all its descent. It then leaves the batch, and
-    its result does not depend on which samples shared it.
+    its result does not depend, but for rounding, on which samples shared it.
 
     What is returned is the best point evaluated: an evading point (accepted and wrong) beats any
     other, then the lower objective counts. More steps, or a start, never make it worse.
@@ -174,12 +182,15 @@ def _pool_points(
     owner = usable.any(dim=1).nonzero()[:, 0]
     nearest, usable = nearest[owner], usable[owner]
     count = nearest.shape[1]
-    rows = owner.repeat_interleave(count)
-    points = project(pool[nearest.flatten()], *region.rows(rows))
-    tried = Points(points, *evaluate(target, points, labels[rows]))
-    values = torch.where(usable, tried.values.view(-1, count), torch.inf)
-    column = best_column(values, tried.evading.view(-1, count) & usable)
-    return owner, tried.rows(torch.arange(len(owner), device=owner.device) * count + column)
+    found = [Points(region.center[:0], region.center.new_zeros(0), usable[:0, 0])]
+    for part in torch.arange(len(owner), device=owner.device).split(rows_at_once(target, count)):
+        rows = owner[part].repeat_interleave(count)
+        points = project(pool[nearest[part].flatten()], *region.rows(rows))
+        tried = Points(points, *evaluate(target, points, labels[rows]))
+        values = torch.where(usable[part], tried.values.view(-1, count), torch.inf)
+        column = best_column(values, tried.evading.view(-1, count) & usable[part])
+        found.append(tried.rows(torch.arange(len(part), device=owner.device) * count + column))
+    return owner, Points(*map(torch.cat, zip(*found, strict=True)))
 
 
 def _best_of_starts(found: Points, owner: Tensor, count: int) -> Tensor:

@@ -20,13 +20,13 @@ class Checkpoint:
     """Points and costs of the finished steps, in memory and, given a path, in a file.
 
     Opening it reads the steps of an earlier run with the same settings and the same model. The
-    model is recognised by its output on the clean inputs, up to rounding. Any other file there is
+    model is recognised by its output, up to rounding. Any other file there is
     moved aside with a warning, and the evaluation starts again.
 
     Args:
         path: File of the checkpoint, or None to keep the steps in memory only.
         fingerprint: Everything besides the model that the points depend on; JSON values.
-        output: Output of the model on the clean inputs, ``(n, c)`` or ``(n, c + 1)``.
+        output: Output of the model by which it is known again, ``(m, c)`` or ``(m, c + 1)``.
 
     Raises:
         OSError: If the file cannot be written: at once, not after the first attack.

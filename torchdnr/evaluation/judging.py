@@ -24,7 +24,7 @@ class Task:
         model: Maps ``(n, ...)`` to scores ``(n, c)``, or with ``reject`` ``(n, c + 1)``.
         inputs: Clean inputs, ``(n, ...)``.
         labels: True labels, ``(n,)``.
-        norm: Norm of the perturbation: 1, 2 or infinity.
+        norm: Norm of the perturbation; 2.
         bounds: Smallest and largest value of an input.
         batch_size: Inputs per batch when points are judged.
         reject: Whether the last column of the output is theta.

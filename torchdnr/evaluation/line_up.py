@@ -46,12 +46,13 @@ def default_line_up(
 ) -> dict[str, Attack]:
     """Build the default line-up: the paper's attack, and a walk that starts on the far side.
 
-    The line-search PGD starts at the input, where the scores of RBF-SVMs can be too flat to be
-    followed; the boundary walk starts at accepted inputs of other classes and comes nearer.
+    The line-search PGD descends from the input, and from an accepted input of another class that
+    is projected on the ball; it stalls where scores are flat or kinked. The boundary walk starts
+    at accepted inputs of other classes and comes nearer.
 
     Args:
         init_inputs: Inputs from which both attacks may start, ``(m, ...)``.
-        norm: Norm of the perturbation: 1, 2 or infinity.
+        norm: Norm of the perturbation; 2.
         bounds: Smallest and largest value of an input.
         batch_size: Inputs per batch.
         reject: Whether the last column of the output is theta; None: ask the model.

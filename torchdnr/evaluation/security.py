@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
+from torchdnr import __version__
 from torchdnr.attacks.checks import check_inputs, check_like
 from torchdnr.attacks.objectives import decision_objective
 from torchdnr.attacks.target import Target, check_classes, has_reject_column, left_as_found
@@ -53,7 +54,7 @@ def security_evaluation(
         inputs: Clean inputs within ``bounds``, ``(n, ...)``.
         labels: True labels 0..c-1, int64 ``(n,)``.
         eps: Perturbation sizes, >= 0 and increasing.
-        norm: Norm of the perturbation: 1, 2 or infinity.
+        norm: Norm of the perturbation; 2.
         attacks: Line-up by name; None: ``default_line_up``.
         init_inputs: Inputs from which the default attacks may start on the far side, best many of
             every class; None: the inputs themselves.
@@ -99,12 +100,17 @@ def security_evaluation(
         "eps": eps,
         "norm": norm,
         "bounds": bounds,
+        "reject": reject,
+        "torchdnr": __version__,
+        "model": [type(model).__qualname__, digest(model.state_dict())]
+        if isinstance(model, nn.Module)
+        else None,
         "attacks": {key: attack.settings for key, attack in attacks.items()},
     }
     with left_as_found(model):
         check_classes(Target(task.model, decision_objective, reject, batch_size), inputs, labels)
-        steps = Checkpoint(checkpoint, fingerprint, outputs(task.model, inputs, batch_size))
         clean = judge(task, inputs)
+        steps = Checkpoint(checkpoint, fingerprint, _behaviour(task))
         bar = tqdm(total=len(eps) * len(attacks), desc=name, unit="step", disable=not progress)
         with bar:
             runs = {
@@ -125,6 +131,17 @@ def security_evaluation(
         environment=describe_environment(inputs.device),
         **_combine(task, eps, clean, runs),
     )
+
+
+def _behaviour(task: Task) -> Tensor:
+    """Run the model on the inputs and on noise around them, to know it again.
+
+    The noise tells apart models that agree on clean images only, such as one that quantises.
+    """
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(task.inputs.shape, generator=generator).to(task.inputs)
+    noisy = (task.inputs + 0.1 * (task.bounds[1] - task.bounds[0]) * noise).clamp(*task.bounds)
+    return outputs(task.model, torch.cat([task.inputs, noisy]), task.batch_size)
 
 
 def _checked_eps(eps: Sequence[float]) -> list[float]:

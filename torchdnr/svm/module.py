@@ -19,6 +19,8 @@ from torchdnr.svm.checks import check_features, check_labels
 from torchdnr.svm.dual import DualSolution
 from torchdnr.svm.solver import solve_dual
 
+_PROBE = "kernel_probe"
+
 
 class NotFittedError(RuntimeError):
     """A module was used before it was fitted, or before its threshold was set."""
@@ -201,7 +203,14 @@ class RBFSVM(nn.Module):
         """
         if not self.is_fitted:
             raise NotFittedError("this RBFSVM is not fitted: call fit(features, labels) first")
-        save_tensors(path, self.state_dict(), self.settings(), kind="RBFSVM")
+        tensors = {**self.state_dict(), _PROBE: self._probe()}
+        save_tensors(path, tensors, self.settings(), kind="RBFSVM")
+
+    @torch.no_grad()
+    def _probe(self) -> Tensor:
+        """Evaluate the kernel on a few support vectors: it tells kernels of one type apart."""
+        few = self.support_vectors[:8]
+        return kernel_matrix(self.kernel, few, few, self.center)
 
     def settings(self) -> dict[str, Any]:
         """Return what the constructor needs, as JSON values."""
@@ -236,8 +245,19 @@ class RBFSVM(nn.Module):
                 f"{path}: expected kernel={fitted}, as it was fitted, got {given}; pass a kernel "
                 "of that type (None for the default RBF)"
             )
-        module = cls(**settings, kernel=kernel)
-        module.load_state_dict(tensors)
+        module, probe = cls(**settings, kernel=kernel), tensors.pop(_PROBE, None)
+        try:
+            module.load_state_dict(tensors)
+        except RuntimeError as error:
+            raise CheckpointError(
+                f"{path}: expected the tensors of an RBFSVM with kernel={fitted}, got others "
+                f"({error}); pass a kernel built as the fitted one was"
+            ) from error
+        if probe is None or not torch.allclose(module._probe(), probe, rtol=1e-4, atol=1e-5):
+            raise CheckpointError(
+                f"{path}: expected a kernel with the values it was fitted with, got other values; "
+                "pass a kernel built as the fitted one was"
+            )
         return module
 
 

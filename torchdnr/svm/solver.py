@@ -131,6 +131,10 @@ def _check_problem(kernel: Tensor, targets: Tensor, C: float | Tensor) -> tuple[
         raise ValueError(
             f"targets must be (n, P) with n = {n} rows of kernel, got {tuple(targets.shape)}"
         )
+    if targets.device != kernel.device:
+        raise ValueError(
+            f"targets must be on the device of kernel, {kernel.device}, got {targets.device}"
+        )
     if not torch.isfinite(kernel).all():
         raise ValueError("kernel must be finite, got NaN or infinity: check the features and gamma")
     if not (targets.abs() == 1).all():
