@@ -28,7 +28,7 @@ from torchdnr.evaluation.environment import describe_environment
 from torchdnr.evaluation.judging import outputs
 from torchdnr.pipeline import Summary
 
-DEFAULT_SAMPLES = 60
+DEFAULT_SAMPLES = 50
 FILES = "results.json", "curve.png", "examples.png"
 
 

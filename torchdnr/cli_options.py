@@ -48,7 +48,7 @@ def attack_parser() -> argparse.ArgumentParser:
         "--samples",
         type=_whole(1),
         metavar="N",
-        help="test images to attack, drawn by the seed (default: 60, or all if there are fewer)",
+        help="test images to attack, drawn by the seed (default: 50, or all if there are fewer)",
     )
     option(
         "--examples",
