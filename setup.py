@@ -28,6 +28,6 @@ setup(
     ],
     extras_require={
         "demo": DEMO,
-        "test": [*DEMO, "pytest>=8", "scikit-learn>=1.5", "hypothesis>=6.100", "ruff>=0.6"],
+        "test": [*DEMO, "pytest>=8", "scikit-learn>=1.5", "hypothesis>=6.100", "ruff>=0.17"],
     },
 )
