@@ -53,7 +53,7 @@ def test_solutions_are_those_of_libsvm(name, C, multiple, device):
     solution = solve_dual(kernel.to(device), targets.to(device), C)
     decisions = kernel_product(kernel, solution.dual_coef.cpu()) + solution.intercept.cpu()
     assert solution.converged.all() and (solution.violation <= 1e-3).all()
-    for column in range(0, targets.shape[1], 3):
+    for column in range(targets.shape[1]):
         objective, expected = libsvm(kernel.numpy(), targets[:, column].numpy(), C)
         assert solution.objective[column].item() == pytest.approx(objective, rel=1e-6)
         assert np.abs(decisions[:, column].numpy() - expected).max() < 2e-3
