@@ -8,6 +8,7 @@ from setuptools import find_packages, setup
 ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "torchdnr/__init__.py").read_text()).group(1)
 DEMO = ["mlxtend>=0.23.1"]
+SKLEARN = ["scikit-learn>=1.6"]
 
 setup(
     name="torchdnr",
@@ -28,6 +29,7 @@ setup(
     ],
     extras_require={
         "demo": DEMO,
-        "test": [*DEMO, "pytest>=8", "scikit-learn>=1.5", "hypothesis>=6.100", "ruff>=0.17"],
+        "sklearn": SKLEARN,
+        "test": [*DEMO, *SKLEARN, "pytest>=8", "hypothesis>=6.100", "ruff>=0.17"],
     },
 )

@@ -70,6 +70,92 @@ def test_first_and_second_derivatives_pass_gradcheck(block_elements):
     assert gradgradcheck(scores, leaves)
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("d", "offset"), [(30, 0.0), (512, 1.0), (8192, 5.0)])
+def test_kernel_values_far_from_the_origin_are_those_of_direct_differences(device, d, offset):
+    vectors = (torch.randn(40, d) + offset).to(device)
+    inputs = torch.cat([torch.randn(20, d).to(device) + offset, vectors[:20] + 0.01, vectors[:9]])
+    exact = torch.cdist(
+        inputs.double(), vectors.double(), compute_mode="donot_use_mm_for_euclid_dist"
+    )
+    expected = (-exact.square() / d).exp()
+    gamma, identity = torch.tensor(1.0 / d, device=device), torch.eye(40, device=device)
+    got = rbf_scores(inputs, vectors, identity, gamma, vectors.mean(0))
+    assert (got.double() - expected).abs().max() < 2e-6
+    assert got.max() <= 1.0
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_tiles_change_scores_and_gradients_by_rounding_alone(device):
+    inputs, vectors, coefficients, gamma, center = problem(n=1030, m=1100, device=device)
+    leaves = [t.requires_grad_() for t in (inputs, vectors, coefficients, gamma, center)]
+
+    def evaluate(block_elements):
+        scores = rbf_scores(*leaves, block_elements=block_elements)
+        return scores, *torch.autograd.grad(scores.square().sum(), leaves)
+
+    whole = evaluate(2**24)  # kept for the gradient
+    for block_elements in (2**18, 10**4, 700):
+        for got, expected in zip(evaluate(block_elements), whole, strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(whole[0], plain_scores(*leaves[:4]))
+
+
+def test_scores_of_a_row_do_not_depend_on_the_others():
+    inputs, vectors, coefficients, gamma, center = problem(n=1100, m=700, d=30)
+    alone = rbf_scores(inputs[40:41], vectors, coefficients, gamma, center)
+    inputs[:40], inputs[41:] = 1e6, torch.nan
+    for n in (41, 100, 1100):
+        among = rbf_scores(inputs[:n], vectors, coefficients, gamma, center)
+        torch.testing.assert_close(among[40:41], alone, rtol=1e-12, atol=1e-12)
+
+
+def test_one_tensor_given_twice_gets_the_derivatives_of_both_arguments():
+    points, _, coefficients, gamma, center = problem(n=4, m=4)
+    points.requires_grad_()
+    scores = rbf_scores(points, points, coefficients, gamma, center)
+    plain = plain_scores(points, points, coefficients, gamma)
+    found = [
+        torch.autograd.grad(s.square().sum(), points, create_graph=True)[0] for s in (scores, plain)
+    ]
+    torch.testing.assert_close(*found)
+    torch.testing.assert_close(*(torch.autograd.grad(f.square().sum(), points)[0] for f in found))
+
+
+def test_second_derivatives_at_a_support_vector_survive_rounding():
+    _, vectors, coefficients, gamma, center = problem(n=1, m=20, d=64, dtype=torch.float32)
+    inputs = vectors.clone().requires_grad_()  # here rounding makes some distances negative
+
+    def curvature(sums):
+        (slope,) = torch.autograd.grad(sums.sum(), inputs, create_graph=True)
+        return torch.autograd.grad(slope.sum(), inputs)[0]
+
+    ours = rbf_scores(inputs, vectors, coefficients, gamma, center)
+    plain = plain_scores(inputs, vectors, coefficients, gamma)
+    torch.testing.assert_close(curvature(ours), curvature(plain), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(("n", "m"), [(0, 5), (3, 0)])
+def test_nothing_to_score_or_to_sum_gives_empty_or_zero_scores(n, m):
+    inputs, vectors, coefficients, gamma, center = problem(n=n, m=m)
+    inputs.requires_grad_()
+    scores = rbf_scores(inputs, vectors, coefficients, gamma, center)
+    assert torch.equal(scores, torch.zeros(n, 3, dtype=torch.float64))
+    assert torch.equal(torch.autograd.grad(scores.sum(), inputs)[0], torch.zeros_like(inputs))
+
+
+def test_scores_follow_tensors_that_change_in_place():
+    inputs, vectors, coefficients, gamma, center = problem()
+    rbf_scores(inputs, vectors, coefficients, gamma, center)
+    vectors.data.mul_(2.0)
+    coefficients.data.add_(1.0)
+    center.data.add_(1.0)
+    torch.testing.assert_close(
+        rbf_scores(inputs, vectors, coefficients, gamma, center),
+        plain_scores(inputs, vectors, coefficients, gamma),
+    )
+
+
 def test_scores_equal_gpytorch():
     inputs, vectors, coefficients, _, center = problem(dtype=torch.float32)
     kernel = make_rbf_kernel(0.3, inputs)

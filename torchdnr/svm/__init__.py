@@ -15,3 +15,12 @@ __all__ = [
     "out_of_fold_scores",
     "solve_dual",
 ]
+
+
+def __getattr__(name: str) -> type:
+    """Import ``RBFSVC`` when it is asked for: it needs scikit-learn, which the rest does not."""
+    if name != "RBFSVC":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from torchdnr.svm.estimator import RBFSVC
+
+    return RBFSVC

@@ -3,6 +3,9 @@
 import torch
 from torch import Tensor
 
+SYMMETRY = 1e-4
+"""Largest difference across the diagonal of a Gram matrix, relative to its largest entry."""
+
 
 def check_features(features: Tensor) -> None:
     """Check that features are a finite float matrix with at least one row.
@@ -53,3 +56,52 @@ def check_labels(labels: Tensor, n: int, num_classes: int | None = None) -> int:
             f"{missing[:10] or 'a second class'}: add samples or renumber the labels"
         )
     return c
+
+
+def check_gram(gram: Tensor) -> None:
+    """Check that a precomputed kernel is square and symmetric up to rounding.
+
+    Args:
+        gram: Candidate kernel values between all training samples, a finite float matrix.
+
+    Raises:
+        ValueError: Saying what was expected, what came and what to do.
+    """
+    n = len(gram)
+    if gram.shape != (n, n):
+        raise ValueError(
+            "features must be the square Gram matrix (n, n) of the training samples for "
+            f'kernel="precomputed", got {tuple(gram.shape)}'
+        )
+    asymmetry, size = (gram - gram.T).abs().max().item(), gram.abs().max().item()
+    if asymmetry > SYMMETRY * size:
+        raise ValueError(
+            "features must be a symmetric Gram matrix, got entries that differ from their "
+            f"transpose by {asymmetry:.2g}: pass (K + K.T) / 2 if that is meant"
+        )
+
+
+def check_sample_weight(sample_weight: Tensor, labels: Tensor, num_classes: int) -> None:
+    """Check that weights are finite, >= 0, and leave samples of every class.
+
+    Args:
+        sample_weight: Candidate weights.
+        labels: ``(n,)`` in 0..c-1.
+        num_classes: c.
+
+    Raises:
+        ValueError: Saying what was expected, what came and what to do.
+    """
+    n = len(labels)
+    if sample_weight.shape != (n,):
+        raise ValueError(
+            f"sample_weight must be ({n},), one per sample, got {tuple(sample_weight.shape)}"
+        )
+    if not (torch.isfinite(sample_weight) & (sample_weight >= 0)).all():
+        raise ValueError("sample_weight must be finite and >= 0, got other values")
+    counts = torch.bincount(labels[sample_weight > 0].long(), minlength=num_classes)
+    if missing := (counts == 0).nonzero().squeeze(1).tolist():
+        raise ValueError(
+            "sample_weight must leave every class a sample of weight > 0, got none for classes "
+            f"{missing[:10]}: raise a weight, or remove the class"
+        )

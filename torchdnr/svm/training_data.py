@@ -1,0 +1,164 @@
+"""What an `RBFSVM` is fitted on: the samples that count, their kernel and its width."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from gpytorch.kernels import Kernel
+from torch import Tensor
+
+from torchdnr.kernels import kernel_matrix, rbf_gamma, scale_gamma, squared_distances
+from torchdnr.svm.checks import check_gram, check_sample_weight
+from torchdnr.svm.dual import DualSolution
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """Samples of weight > 0, and where they stood among all n.
+
+    Attributes:
+        features: ``(k, d)``; with a precomputed kernel its matrix between the k samples.
+        labels: ``(k,)``.
+        weight: Their weights, float64 ``(k,)``; None if all are 1.
+        kept: Their indices among the n samples, int64 ``(k,)``.
+        count: n.
+        center: Mean of the features, ``(d,)``; zeros ``(n,)`` with a precomputed kernel.
+        distances: Squared distances between the features, ``(k, k)``, if they are at hand.
+        is_precomputed: Whether the features are kernel values.
+    """
+
+    features: Tensor
+    labels: Tensor
+    weight: Tensor | None
+    kept: Tensor
+    count: int
+    center: Tensor
+    distances: Tensor | None
+    is_precomputed: bool
+
+    def gamma(self, given: float | str) -> float:
+        """Compute the kernel width.
+
+        Args:
+            given: As ``checked_gamma`` returns it.
+
+        Returns:
+            Gamma.
+
+        Raises:
+            ValueError: If the variance of the features is not finite.
+        """
+        if given == "auto":
+            return 1.0 / self.features.shape[1]
+        if given != "scale":
+            return float(given)
+        gamma = scale_gamma(self.features)
+        if not 0.0 < gamma < float("inf"):
+            raise ValueError(
+                f'gamma="scale" is {gamma} here, for the variance of the features overflows or '
+                "vanishes: scale the features"
+            )
+        return gamma
+
+    @torch.no_grad()
+    def gram(self, kernel: Kernel | None) -> Tensor:
+        """Evaluate the Gram matrix with the very kernel that will score.
+
+        Args:
+            kernel: The kernel; None for a precomputed one.
+
+        Returns:
+            Kernel values, ``(k, k)``.
+        """
+        if self.is_precomputed:
+            return self.features
+        gamma = rbf_gamma(kernel)
+        if gamma is None:
+            return kernel_matrix(kernel, self.features, self.features, self.center)
+        distances = self.distances
+        if distances is None:
+            distances = squared_distances(self.features, self.features, self.center)
+        return (distances * -gamma).exp()
+
+    def support_vectors(self, chosen: Tensor) -> Tensor:
+        """Copy the rows of support vectors.
+
+        Args:
+            chosen: Which samples are, bool ``(k,)``.
+
+        Returns:
+            Features, ``(m, d)``; ``(m, 0)`` with a precomputed kernel.
+        """
+        features = self.features[:, :0] if self.is_precomputed else self.features
+        return features[chosen].clone()
+
+    def of_all_samples(self, solution: DualSolution) -> DualSolution:
+        """Give the samples of weight 0 their place, with b = 0.
+
+        Args:
+            solution: Of the k samples.
+
+        Returns:
+            The same with ``dual_coef`` ``(n, P)``.
+        """
+        if len(self.kept) == self.count:
+            return solution
+        dual_coef = solution.dual_coef.new_zeros(self.count, solution.dual_coef.shape[1])
+        return replace(solution, dual_coef=dual_coef.index_copy(0, self.kept, solution.dual_coef))
+
+
+def select_training_data(
+    features: Tensor,
+    labels: Tensor,
+    num_classes: int,
+    sample_weight: Tensor | None,
+    distances: Tensor | None,
+    is_precomputed: bool,
+) -> TrainingData:
+    """Check kernel values and weights, and leave out the samples of weight 0.
+
+    Args:
+        features: ``(n, d)``, or a precomputed kernel, ``(n, n)``.
+        labels: ``(n,)`` in 0..c-1.
+        num_classes: c.
+        sample_weight: ``(n,)``, or None for 1 each.
+        distances: Squared distances between the features, ``(n, n)``, if they are at hand.
+        is_precomputed: Whether the features are kernel values.
+
+    Returns:
+        The samples that count.
+
+    Raises:
+        ValueError: If the kernel is not a Gram matrix, or weights do not fit.
+    """
+    n, weight = len(features), None
+    if is_precomputed:
+        check_gram(features)
+    kept = torch.arange(n, device=features.device)
+    if sample_weight is not None:
+        weight = torch.as_tensor(sample_weight, dtype=torch.float64, device=features.device)
+        check_sample_weight(weight, labels, num_classes)
+        kept = weight.nonzero().squeeze(1)
+    if len(kept) < n:
+        features = features[kept][:, kept] if is_precomputed else features[kept]
+        distances = None if distances is None else distances[kept][:, kept]
+        labels, weight = labels[kept], weight[kept]
+    center = features.new_zeros(n) if is_precomputed else features.mean(dim=0)
+    return TrainingData(features, labels, weight, kept, n, center, distances, is_precomputed)
+
+
+def checked_gamma(gamma: float | str) -> float | str:
+    """Check a kernel width.
+
+    Args:
+        gamma: A number > 0, ``"scale"`` or ``"auto"``.
+
+    Returns:
+        The same, a number as float.
+
+    Raises:
+        ValueError: If it is anything else.
+    """
+    named = isinstance(gamma, str)
+    if gamma not in ("scale", "auto") if named else not 0.0 < gamma < float("inf"):
+        raise ValueError(f'gamma must be a number > 0, "scale" or "auto", got {gamma!r}')
+    return gamma if named else float(gamma)
