@@ -13,8 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-PRODUCT_ROWS = 1024
-"""Kernel rows that are turned to float64 at a time."""
+from torchdnr.svm.gram import KernelRows
 
 
 class ConvergenceWarning(UserWarning):
@@ -23,7 +22,7 @@ class ConvergenceWarning(UserWarning):
 
 @dataclass(frozen=True)
 class DualSolution:
-    """Solutions of P dual problems on one kernel; every field but the first has one entry each.
+    """Solutions of P dual problems on one kernel; one entry each but where a shape is given.
 
     Attributes:
         dual_coef: b = y * alpha, float64 ``(n, P)``.
@@ -31,8 +30,12 @@ class DualSolution:
         violation: LIBSVM's largest KKT violation in score units, on a fresh float64 product.
         duality_gap: Primal minus dual objective at (b, intercept), >= 0 up to rounding.
         objective: ``1/2 b'Kb - y'b``, as LIBSVM reports it.
-        steps: Two-variable updates spent.
+        steps: Newton steps and two-variable updates spent.
         converged: Whether the violation is within the tolerance.
+        scores: Decision values ``K b + intercept`` of all samples, those held out too, float64
+            ``(n, P)``.
+        kernel_rows: Rows of the Gram matrix that were evaluated for all problems together; n if
+            it was given whole.
     """
 
     dual_coef: Tensor
@@ -42,6 +45,8 @@ class DualSolution:
     objective: Tensor
     steps: Tensor
     converged: Tensor
+    scores: Tensor
+    kernel_rows: int
 
 
 def dual_bounds(targets: Tensor, C: float | Tensor) -> tuple[Tensor, Tensor]:
@@ -56,23 +61,6 @@ def dual_bounds(targets: Tensor, C: float | Tensor) -> tuple[Tensor, Tensor]:
     """
     limits = targets.double() * C
     return limits.clamp_max(0.0), limits.clamp_min(0.0)
-
-
-def kernel_product(kernel: Tensor, vectors: Tensor) -> Tensor:
-    """Multiply the kernel by float64 vectors with float64 accumulation, whatever its own dtype.
-
-    Args:
-        kernel: Symmetric Gram matrix, ``(n, n)``.
-        vectors: Columns, float64 ``(n, P)``.
-
-    Returns:
-        Product, float64 ``(n, P)``. Only kernel rows with a nonzero coefficient are read.
-    """
-    used = vectors.ne(0).any(dim=1).nonzero().squeeze(1)  # a data-dependent size: syncs once
-    product = torch.zeros_like(vectors)
-    for rows in used.split(PRODUCT_ROWS):
-        product.addmm_(kernel[rows].double().T, vectors[rows])
-    return product
 
 
 def violation_bounds(
@@ -118,7 +106,7 @@ def intercepts(gradient: Tensor, dual_coef: Tensor, lower: Tensor, upper: Tensor
 
 
 def certify(
-    kernel: Tensor,
+    kernel: KernelRows,
     targets: Tensor,
     lower: Tensor,
     upper: Tensor,
@@ -130,7 +118,7 @@ def certify(
     """Measure a candidate solution afresh: nothing that the solver kept is trusted.
 
     Args:
-        kernel: Gram matrix, ``(n, n)``.
+        kernel: Gram matrix.
         targets: Labels in {-1, +1}, ``(n, P)``.
         lower: Lower bounds of b, float64 ``(n, P)``.
         upper: Upper bounds of b, float64 ``(n, P)``.
@@ -142,7 +130,7 @@ def certify(
         The solution with intercepts and certificate.
     """
     targets = targets.double()
-    product = kernel_product(kernel, dual_coef)
+    product = kernel.product(dual_coef.T.contiguous()).T
     gradient = product - targets
     steepest_up, steepest_down = violation_bounds(gradient, dual_coef, lower, upper)
     violation = (steepest_up - steepest_down).clamp_min(0.0)
@@ -159,6 +147,8 @@ def certify(
         objective=quadratic / 2 - linear,
         steps=steps,
         converged=violation <= tol,
+        scores=product + intercept,
+        kernel_rows=kernel.evaluated,
     )
 
 

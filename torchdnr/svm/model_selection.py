@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from torchdnr.kernels import scale_gamma, squared_distances
 from torchdnr.svm.checks import check_features, check_labels
-from torchdnr.svm.dual import DualSolution, kernel_product
+from torchdnr.svm.dual import DualSolution
 from torchdnr.svm.module import one_vs_rest
 from torchdnr.svm.solver import solve_dual
 
@@ -206,8 +206,7 @@ def _held_out_scores(
     limits = C * kept.double().repeat_interleave(c, dim=1)  # column = fold * c + class
     targets = one_vs_rest(labels, c).repeat(1, folds)
     solution = solve_dual(kernel, targets, limits, tol=tol, initial=initial)
-    scores = kernel_product(kernel, solution.dual_coef) + solution.intercept
-    scores = scores.view(len(labels), folds, c)
+    scores = solution.scores.view(len(labels), folds, c)
     return scores[torch.arange(len(labels), device=fold.device), fold], solution
 
 

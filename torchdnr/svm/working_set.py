@@ -45,6 +45,142 @@ def select_working_sets(
     return torch.cat([top, shrinking.topk(size // 2, dim=1).indices], dim=1)
 
 
+FIRST_SAMPLES = 512
+"""Samples of the first working set."""
+NEW_SAMPLES = 128
+"""Samples at a bound that enter a working set at least, if so many want to leave their bound."""
+NEW_SHARE = 0.5
+"""The same as a share of the free samples."""
+NEW_NONZERO = 0.25
+"""The same as a share of all that are not 0."""
+
+
+def largest_violators(
+    gradient: Tensor,
+    dual_coef: Tensor,
+    lower: Tensor,
+    upper: Tensor,
+    intercept: Tensor,
+    largest: int,
+) -> tuple[Tensor, Tensor]:
+    """Choose each problem's working set: its free samples, and the worst of those at a bound.
+
+    Args:
+        gradient: F = K b - y, ``(P, n)``.
+        dual_coef: b, ``(P, n)``.
+        lower: Lower bounds of b, ``(P, n)``.
+        upper: Upper bounds of b, ``(P, n)``.
+        intercept: Intercepts, ``(P,)``: a multiplier is F + intercept.
+        largest: Samples in a set at the most.
+
+    Returns:
+        Indices, ``(P, k)``, and whether they belong to the set, bool ``(P, k)``. Those that do
+        belong do not repeat, and the pair that violates most is among them.
+    """
+    multiplier = gradient + intercept.unsqueeze(1)
+    free = (dual_coef > lower) & (dual_coef < upper)
+    count = free.sum(dim=1)
+    nonzero = (dual_coef != 0).sum(dim=1)
+    new = (
+        torch.maximum(NEW_SHARE * count, NEW_NONZERO * nonzero)
+        .long()
+        .clamp(min(NEW_SAMPLES, largest), max(2, largest // 2))
+    )
+    half = int(((new + 1) // 2).max().clamp_max(gradient.shape[1]))
+    rank = torch.arange(half, device=gradient.device)
+    growing = (-multiplier).masked_fill((dual_coef >= upper) | free, -torch.inf).topk(half, dim=1)
+    shrinking = multiplier.masked_fill((dual_coef <= lower) | free, -torch.inf).topk(half, dim=1)
+    within = rank < ((new + 1) // 2).unsqueeze(1)
+    n = gradient.shape[1]
+    room = n if n <= largest else max(1, largest - 2 * half)
+    worst = multiplier.abs().masked_fill(~free, -1.0)
+    held = worst.topk(min(room, int(count.max())), dim=1)
+    index = torch.cat([held.indices, growing.indices, shrinking.indices], dim=1)
+    valid = [held.values >= 0, (growing.values > 0) & within, (shrinking.values > 0) & within]
+    return index, torch.cat(valid, dim=1)
+
+
+def common_sample(n: int, device: torch.device) -> Tensor:
+    """Draw the samples that problems without a solution have in common at first.
+
+    Args:
+        n: Samples.
+        device: Where to put them.
+
+    Returns:
+        At most ``FIRST_SAMPLES`` indices, ascending; always the same for the same n.
+    """
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(0))
+    return order[:FIRST_SAMPLES].sort().values.to(device)
+
+
+def first_sets(
+    lower: Tensor, upper: Tensor, index: Tensor, valid: Tensor, fresh: Tensor, largest: int
+) -> tuple[Tensor, Tensor]:
+    """Give problems at b = 0 one random working set, whose kernel they share.
+
+    There all samples violate alike, so that any choice is as good as the worst violators.
+
+    Args:
+        lower: Lower bounds of b, ``(P, n)``.
+        upper: Upper bounds of b, ``(P, n)``.
+        index: Working sets for the other problems, and for those of which the random set holds one
+            class only, ``(P, k)``.
+        valid: Which of those entries count, ``(P, k)``.
+        fresh: Which problems are at b = 0, ``(P,)``.
+        largest: Samples in a set at the most.
+
+    Returns:
+        Indices and which of them count.
+    """
+    common = common_sample(lower.shape[1], index.device)[:largest]
+    both = (lower[:, common] < 0).any(dim=1) & (upper[:, common] > 0).any(dim=1)
+    width = max(len(common), index.shape[1])
+    padded, flags = index.new_zeros(2, len(index), width), valid.new_zeros(2, len(index), width)
+    padded[0, :, : len(common)], flags[0, :, : len(common)] = common, True
+    padded[1, :, : index.shape[1]], flags[1, :, : index.shape[1]] = index, valid
+    choice = (both & fresh).unsqueeze(1)
+    return torch.where(choice, *padded), torch.where(choice, *flags)
+
+
+def settle(values: Tensor, gradient: Tensor, lower: Tensor, upper: Tensor, total: Tensor) -> Tensor:
+    """Bring values within their bounds and to their sum, leaving on a bound what is there.
+
+    Args:
+        values: b or entries of it, ``(P, k)``.
+        gradient: F there or nearby, ``(P, k)``: where samples have to leave their bounds for the
+            sake of the sum, those go first that win most by it.
+        lower: Lower bounds, ``(P, k)``.
+        upper: Upper bounds, ``(P, k)``.
+        total: What each row has to sum to, within the sums of its bounds, ``(P,)``.
+
+    Returns:
+        Feasible values, ``(P, k)``.
+    """
+    tiny, slack = torch.finfo(values.dtype).tiny, 1e-9 * (upper - lower)
+    for _ in range(2):  # the second time for what the first put within the slack of a bound
+        values = torch.minimum(torch.maximum(values, lower), upper)
+        values = torch.where(values <= lower + slack, lower, values)
+        values = torch.where(values >= upper - slack, upper, values)
+        missing = (total - values.sum(dim=1)).unsqueeze(1)
+        room = torch.where(missing > 0, upper - values, values - lower)
+        inner = room * ((values > lower) & (values < upper))
+        whole = inner.sum(dim=1, keepdim=True)
+        share = inner * (missing / whole.clamp_min(tiny))
+        fill = _fill(room, torch.where(missing > 0, gradient, -gradient), missing.abs())
+        values = values + torch.where(whole > 2 * missing.abs(), share, fill * missing.sign())
+    return torch.minimum(torch.maximum(values, lower), upper)
+
+
+def _fill(room: Tensor, cost: Tensor, amount: Tensor) -> Tensor:
+    """Use up the room of the cheapest entries, one after the other."""
+    order = cost.argsort(dim=1, stable=True)
+    ordered = room.gather(1, order)
+    before = ordered.cumsum(dim=1) - ordered
+    taken = torch.minimum((amount - before).clamp_min(0.0), ordered)
+    return torch.zeros_like(room).scatter(1, order, taken)
+
+
 def solve_blocks(
     kernels: Tensor,
     gradient: Tensor,
@@ -52,7 +188,7 @@ def solve_blocks(
     lower: Tensor,
     upper: Tensor,
     tol: Tensor,
-    max_steps: int,
+    max_steps: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Solve P small dual problems by two-variable updates, second-order selection.
 
@@ -63,7 +199,7 @@ def solve_blocks(
         lower: Lower bounds of b, ``(P, q)``.
         upper: Upper bounds of b, ``(P, q)``.
         tol: Violation at which each problem stops, ``(P,)``.
-        max_steps: Updates of one problem at the most.
+        max_steps: Updates of each problem at the most, ``(P,)``.
 
     Returns:
         New b, ``(P, q)``, and updates spent, ``(P,)``.
@@ -78,10 +214,11 @@ def solve_blocks(
     blocked_up = torch.zeros_like(negative).masked_fill_(dual_coef >= upper, -torch.inf)
     blocked_down = torch.zeros_like(negative).masked_fill_(dual_coef <= lower, torch.inf)
     steps = torch.zeros(count, dtype=torch.int64, device=gradient.device)
-    for step in range(max_steps):
+    for step in range(int(max_steps.max())):
         steepest_up, i = (negative + blocked_up).max(dim=1, keepdim=True)
         down = negative + blocked_down
         running = steepest_up - down.amin(dim=1, keepdim=True) > tol.unsqueeze(1)
+        running &= (steps < max_steps).unsqueeze(1)
         if step % CHECK_EVERY == 0 and not running.any():
             break
         row_i = rows[offset + i.squeeze(1)]

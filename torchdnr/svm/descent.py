@@ -1,0 +1,237 @@
+"""Outer steps of the dual solver: choose working sets, improve on them, update the gradients.
+
+Each problem chooses, improves and stops by its own state only. A step is kept only if it lowers
+the problem's objective; where Newton's method on the working set fails to, two-variable updates,
+which cannot, take over. So every problem converges.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from torchdnr.svm.active_set import newton_blocks
+from torchdnr.svm.dual import intercepts, violation_bounds
+from torchdnr.svm.gram import KernelRows
+from torchdnr.svm.working_set import (
+    first_sets,
+    largest_violators,
+    select_working_sets,
+    settle,
+    solve_blocks,
+)
+
+BLOCK_ACCURACY = 0.1
+"""Two-variable updates stop when the violation is this share of the whole problem's."""
+NEWTON_ACCURACY = 0.01
+"""The same for Newton's method, whose last digits cost little; a tenth would leave points that are
+no better than where the block began."""
+SHORTEST_STEP = 1e-3
+"""Share of the way to Newton's answer below which a block counts as not improved."""
+FIRST_DAMPING, LEAST_DAMPING, MOST_DAMPING = 1e-2, 1e-9, 1.0
+SINGLE_DAMPING = 1e-4
+"""Least damping at which systems are factored in float32: their condition is then below 1e7."""
+EASY_STEPS = 8
+"""Newton steps up to which a block counts as easy, and the damping falls."""
+FALLBACK_SET, FALLBACK_STEPS = 256, 1024
+BLOCK_ELEMENTS = {"cpu": 2**22, "cuda": 2**27}
+"""Entries of the matrices that are factored together: on a CPU only small ones gain from it."""
+PADDING = 0.75
+"""Least share of the largest working set of a batch that the smallest one fills."""
+
+
+@dataclass
+class Descent:
+    """State of P problems on n samples; one row each.
+
+    Attributes:
+        dual_coef: b, float64 ``(P, n)``.
+        gradient: F = K b - y, float64 ``(P, n)``.
+        lower: Lower bounds of b, ``(P, n)``.
+        upper: Upper bounds of b, ``(P, n)``.
+        steps: Newton steps and two-variable updates spent, ``(P,)``.
+        damping: Proximal term of the next Newton steps, ``(P,)``.
+        failures: Newton blocks in a row that were not solved, ``(P,)``.
+    """
+
+    dual_coef: Tensor
+    gradient: Tensor
+    lower: Tensor
+    upper: Tensor
+    steps: Tensor
+    damping: Tensor
+    failures: Tensor
+
+    @classmethod
+    def start(
+        cls, dual_coef: Tensor | None, targets: Tensor, lower: Tensor, upper: Tensor
+    ) -> "Descent":
+        """Begin at given b, whose gradient is still to be set, or at b = 0.
+
+        Args:
+            dual_coef: b, ``(P, n)``, within the bounds; None for 0.
+            targets: Labels in {-1, +1}, ``(P, n)``.
+            lower: Lower bounds of b, ``(P, n)``.
+            upper: Upper bounds of b, ``(P, n)``.
+
+        Returns:
+            The state; its gradient is that of b = 0.
+        """
+        dual_coef = torch.zeros_like(lower) if dual_coef is None else dual_coef
+        counts = torch.zeros(len(targets), dtype=torch.int64, device=targets.device)
+        damping = torch.full_like(targets[:, 0], FIRST_DAMPING)
+        return cls(dual_coef, -targets, lower, upper, counts, damping, counts.clone())
+
+
+@torch.no_grad()
+def descend(rows: KernelRows, state: Descent, goal: float, max_steps: int, largest: int) -> None:
+    """Run outer steps until every problem is within the goal by its running gradient.
+
+    Args:
+        rows: The kernel.
+        state: Of all problems; changed in place.
+        goal: Largest violation to reach.
+        max_steps: Steps of one problem at the most.
+        largest: Samples in a working set at the most.
+    """
+    fresh = ~state.dual_coef.any(dim=1)
+    while True:
+        bounds = violation_bounds(state.gradient.T, state.dual_coef.T, state.lower.T, state.upper.T)
+        violation = bounds[0] - bounds[1]
+        # Finished problems leave the batch; that needs their number: one sync per outer step.
+        running = ((violation > goal) & (state.steps < max_steps)).nonzero().squeeze(1)
+        if len(running) == 0:
+            return
+        _outer_step(rows, state, running, violation, goal, max_steps, largest, fresh)
+        fresh = torch.zeros_like(fresh)
+
+
+def _outer_step(
+    rows: KernelRows,
+    state: Descent,
+    running: Tensor,
+    violation: Tensor,
+    goal: float,
+    max_steps: int,
+    largest: int,
+    fresh: Tensor,
+) -> None:
+    current = [t[running] for t in (state.gradient, state.dual_coef, state.lower, state.upper)]
+    intercept = intercepts(*(t.T for t in current))
+    index, valid = largest_violators(*current, intercept, largest)
+    if fresh.any():
+        index, valid = first_sets(*current[2:], index, valid, fresh[running], largest)
+    changes = torch.zeros_like(current[0])
+    failed = torch.zeros(len(running), dtype=torch.bool, device=running.device)
+    sizes = valid.sum(dim=1)
+    for batch, width in _batches(sizes, state.damping[running] < SINGLE_DAMPING, rows):
+        taken, used = _compact(index[batch], valid[batch], width)
+        who = running[batch]
+        local = [t[batch].gather(1, taken) * used for t in current]
+        allowed = max_steps - state.steps[who]
+        block_tol = (NEWTON_ACCURACY * violation[who]).clamp_min(0.2 * goal)
+        change, lowered = _improve(
+            rows.block(taken), local, intercept[batch], state, who, block_tol, allowed
+        )
+        changes[batch] = changes[batch].scatter_add(1, taken, change * used)
+        failed[batch] = ~lowered
+    failed |= state.failures[running] >= 2
+    _move(rows, state, running, changes)
+    stuck = running[failed]
+    if len(stuck):
+        _fall_back(rows, state, stuck, violation[stuck], goal, max_steps)
+
+
+def _batches(sizes: Tensor, double: Tensor, rows: KernelRows) -> list[tuple[Tensor, int]]:
+    """Group problems of one precision and similar size, largest first."""
+    limit = BLOCK_ELEMENTS[rows.store.device.type]
+    batches = []
+    for kind in (~double, double):
+        members = kind.nonzero().squeeze(1)
+        order = members[sizes[members].argsort(descending=True, stable=True)]
+        lengths = sizes[order].tolist()
+        start = 0
+        while start < len(lengths):
+            width, end = max(1, lengths[start]), start + 1
+            most = min(limit // (width * width), rows.capacity // width)
+            while end < len(lengths) and end - start < most and lengths[end] >= PADDING * width:
+                end += 1
+            batches.append((order[start:end], width))
+            start = end
+    return batches
+
+
+def _compact(index: Tensor, valid: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """Put the valid entries first, cut the rest, and sort by sample for the sake of the cache."""
+    order = valid.to(torch.uint8).sort(dim=1, descending=True, stable=True).indices[:, :width]
+    taken, order = index.gather(1, order).sort(dim=1), valid.gather(1, order)
+    return taken.values, order.gather(1, taken.indices)
+
+
+def _improve(
+    kernels: Tensor,
+    local: list[Tensor],
+    intercept: Tensor,
+    state: Descent,
+    who: Tensor,
+    tol: Tensor,
+    allowed: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Solve the blocks by Newton's method; return the change of b, and whether it is downhill."""
+    gradient, dual_coef, lower, upper = local
+    damping = state.damping[who]
+    if damping.min() < SINGLE_DAMPING:
+        kernels = kernels.double()
+    dtype = kernels.dtype
+    solution, solved, spent = newton_blocks(
+        kernels,
+        *(t.to(dtype) for t in (*local, intercept, damping, tol)),
+        allowed,
+    )
+    target = settle(solution.double(), gradient, lower, upper, dual_coef.sum(dim=1))
+    change = target - dual_coef
+    bent = torch.bmm(kernels, change.to(dtype).unsqueeze(2)).squeeze(2).double()
+    slope, bend = (gradient * change).sum(dim=1), (change * bent).sum(dim=1)
+    # The minimum along the way to the target, which is feasible as both its ends are.
+    length = (-slope / bend.clamp_min(torch.finfo(torch.float64).tiny)).clamp(0.0, 1.0)
+    length = torch.where(length > 0.9, 1.0, length)  # the target has its samples on the bounds
+    lowered = (length * slope + length.square() * bend / 2 < 0) & (length > SHORTEST_STEP)
+    state.steps[who] += spent
+    easy = solved & (spent <= EASY_STEPS)
+    # The proximal term leaves a violation of damping times the change: too much near the end.
+    held_back = damping * change.abs().amax(dim=1) > tol
+    floor = torch.where(held_back, LEAST_DAMPING, SINGLE_DAMPING)
+    falling = torch.maximum(damping / 10, floor).minimum(damping)
+    rising = (damping * 10).clamp_max(MOST_DAMPING)
+    state.damping[who] = torch.where(easy, falling, torch.where(solved, damping, rising))
+    state.failures[who] = torch.where(solved & lowered, 0, state.failures[who] + 1)
+    return change * (length * lowered).unsqueeze(1), lowered
+
+
+def _move(rows: KernelRows, state: Descent, who: Tensor, changes: Tensor) -> None:
+    """Add changes to b, and what they do to the gradient."""
+    moved, lower, upper = state.dual_coef[who] + changes, state.lower[who], state.upper[who]
+    slack = 1e-12 * (upper - lower)
+    moved = torch.where(moved <= lower + slack, lower, moved)
+    state.dual_coef[who] = torch.where(moved >= upper - slack, upper, moved)
+    state.gradient[who] += rows.product(changes)
+
+
+def _fall_back(
+    rows: KernelRows, state: Descent, who: Tensor, violation: Tensor, goal: float, max_steps: int
+) -> None:
+    """Improve by two-variable updates, which lower every objective that can be lowered."""
+    current = [t[who] for t in (state.gradient, state.dual_coef, state.lower, state.upper)]
+    index = select_working_sets(*current, min(FALLBACK_SET, rows.n, rows.capacity))
+    for part in torch.arange(len(who), device=who.device).split(
+        max(1, min(FALLBACK_SET, rows.capacity // index.shape[1]))
+    ):
+        local = [t[part].gather(1, index[part]) for t in current]
+        tol = (BLOCK_ACCURACY * violation[part]).clamp_min(0.9 * goal)
+        allowed = (max_steps - state.steps[who[part]]).clamp_max(FALLBACK_STEPS)
+        kernels = rows.block(index[part]).double()
+        solution, spent = solve_blocks(kernels, *local, tol, allowed)
+        state.steps[who[part]] += spent
+        changes = torch.zeros_like(current[0][part]).scatter(1, index[part], solution - local[1])
+        _move(rows, state, who[part], changes)
+    state.failures[who] = 0

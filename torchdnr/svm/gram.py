@@ -1,0 +1,201 @@
+"""`KernelRows`: rows of a Gram matrix, each evaluated when it is first needed, in bounded memory.
+
+An SVM needs the kernel rows of the samples that some working set holds, and no others. Where few
+samples become support vectors that is a small part of the Gram matrix; where most do, all of it.
+A row costs the same either way, so rows on demand are never dearer than the whole matrix.
+"""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from torchdnr.rbf import full_precision
+
+EVALUATE_ELEMENTS = 2**22
+"""Kernel values evaluated at once: few enough to stay in a CPU's cache between two steps."""
+EXACT_ELEMENTS = 2**19
+"""Kernel values turned to float64 at a time: 4 MiB, which stay in a CPU's cache."""
+
+
+class KernelRows:
+    """A Gram matrix that is evaluated row by row on demand.
+
+    Args:
+        evaluate: Maps sample indices ``(m,)`` to their kernel rows ``(m, n)``.
+        n: Samples.
+        like: Tensor whose dtype and device the rows have.
+        capacity: Rows held at the most; those used least recently give way. Default: all.
+
+    Attributes:
+        evaluated: Rows evaluated so far, repeats counted.
+        store: The rows held, ``(slots, n)``; see ``slots``.
+    """
+
+    def __init__(
+        self,
+        evaluate: Callable[[Tensor], Tensor],
+        n: int,
+        like: Tensor,
+        capacity: int | None = None,
+    ) -> None:
+        self._evaluate, self.n = evaluate, n
+        self.capacity = n if capacity is None else max(1, min(capacity, n))
+        # A CPU gives memory only to the part that gets written.
+        self.store = torch.empty(self.capacity, n, dtype=like.dtype, device=like.device)
+        self._slot_of = torch.full((n,), -1, dtype=torch.int64, device=like.device)
+        self._sample_in = torch.zeros(self.capacity, dtype=torch.int64, device=like.device)
+        self._last_use = torch.zeros(self.capacity, dtype=torch.int64, device=like.device)
+        self._used, self._time, self.evaluated = 0, 0, 0
+
+    @classmethod
+    def dense(cls, kernel: Tensor) -> "KernelRows":
+        """Wrap a Gram matrix that is at hand.
+
+        Args:
+            kernel: Symmetric Gram matrix, ``(n, n)``.
+
+        Returns:
+            Rows that are all held already.
+        """
+        rows = cls(lambda index: kernel[index], len(kernel), kernel, capacity=1)
+        rows.capacity = rows.n
+        rows.store, rows._used = kernel, rows.n
+        rows.evaluated = rows.n
+        rows._slot_of = rows._sample_in = torch.arange(rows.n, device=kernel.device)
+        return rows
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether the matrix was given whole."""
+        return self._slot_of is self._sample_in
+
+    def slots(self, index: Tensor) -> Tensor:
+        """Make sure that rows are held.
+
+        Args:
+            index: Samples, ``(m,)``, any order, repeats allowed; at most ``capacity`` different.
+
+        Returns:
+            Rows of ``store`` that hold them, ``(m,)``; valid until the next call.
+        """
+        if self.is_dense:
+            return index
+        self._time += 1
+        wanted = index.unique()
+        found = self._slot_of[wanted]
+        self._last_use[found[found >= 0]] = self._time
+        missing = wanted[found < 0]
+        if len(missing):
+            self._add(missing)
+        return self._slot_of[index]
+
+    def block(self, index: Tensor) -> Tensor:
+        """Return the kernels between the samples of several working sets.
+
+        Args:
+            index: Samples of each set, ``(p, k)``.
+
+        Returns:
+            Kernel values, ``(p, k, k)``.
+        """
+        union, position = index.unique(return_inverse=True)
+        slots = self.slots(union)[position]
+        return self.store[slots.unsqueeze(2), index.unsqueeze(1)]
+
+    def product(self, vectors: Tensor, *, exact: bool = True) -> Tensor:
+        """Multiply vectors by the Gram matrix; only rows with a nonzero coefficient are read.
+
+        Args:
+            vectors: One vector per row, float64 ``(P, n)``.
+            exact: Whether to accumulate in float64 whatever the dtype of the kernel.
+
+        Returns:
+            Products, float64 ``(P, n)``.
+        """
+        used = vectors.ne(0).any(dim=0).nonzero().squeeze(1)  # a data-dependent size: syncs once
+        result = torch.zeros_like(vectors)
+        step = max(1, EXACT_ELEMENTS // self.n) if exact else self.n
+        room = result.new_empty(step, self.n) if exact else None
+        with full_precision(vectors.device):
+            for samples, rows in self._parts(used, step, spread=2 if exact else 10):
+                coefficients = vectors[:, samples]
+                if exact:
+                    result.addmm_(coefficients, room[: len(rows)].copy_(rows))
+                else:
+                    result += coefficients.to(rows.dtype) @ rows
+        return result
+
+    def _parts(self, used: Tensor, step: int, spread: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Pair samples with their rows, some at a time; all that are held if that saves a copy."""
+        held = self._slot_of[used]
+        if spread * len(used) > self._used and bool((held >= 0).all()):  # no copy of the rows
+            for slot in range(0, self._used, step):
+                rows = self.store[slot : min(slot + step, self._used)]
+                yield self._sample_in[slot : slot + len(rows)], rows
+            return
+        for part in used.split(step):
+            held = self._slot_of[part]
+            if bool((held >= 0).all()):
+                yield part, self.store[held]
+            else:  # rows that had to give way: evaluated again, and not kept
+                self.evaluated += len(part)
+                yield part, self._evaluate(part)
+
+    def _add(self, missing: Tensor) -> None:
+        """Evaluate rows into free slots, then into those used least recently."""
+        new = min(self.capacity - self._used, len(missing))
+        slots = torch.arange(self._used, self._used + new, device=missing.device)
+        if new < len(missing):
+            freed = self._last_use[: self._used].argsort(stable=True)[: len(missing) - new]
+            self._slot_of[self._sample_in[freed]] = -1
+            slots = torch.cat([slots, freed])
+        step = max(1, EVALUATE_ELEMENTS // self.n)
+        for samples, places in zip(missing.split(step), slots.split(step), strict=True):
+            self.store[places] = self._evaluate(samples)
+        self._used += new
+        self._slot_of[missing], self._sample_in[slots] = slots, missing
+        self._last_use[slots] = self._time
+        self.evaluated += len(missing)
+
+
+def rbf_rows(
+    features: Tensor, gamma: float, center: Tensor, capacity: int | None = None
+) -> KernelRows:
+    """Build the Gram matrix of the RBF kernel, to be evaluated on demand.
+
+    Args:
+        features: ``(n, d)``.
+        gamma: Kernel width.
+        center: Mean of the features, ``(d,)``; it serves the rounding.
+        capacity: Rows held at the most.
+
+    Returns:
+        Rows ``exp(-gamma |x_i - x_j|^2)``.
+    """
+    moved = features - center
+    scaled, norms = moved * (2.0 * gamma), moved.square().sum(dim=1) * -gamma
+
+    def evaluate(index: Tensor) -> Tensor:
+        with full_precision(features.device):
+            exponents = torch.addmm(norms, scaled[index], moved.T)
+        rows = exponents.add_(norms[index].unsqueeze(1)).clamp_max_(0.0).exp_()
+        return rows.scatter_(1, index.unsqueeze(1), 1.0)
+
+    return KernelRows(evaluate, len(features), features, capacity)
+
+
+def distance_rows(distances: Tensor, gamma: float, capacity: int | None = None) -> KernelRows:
+    """Build the Gram matrix of the RBF kernel from squared distances, on demand.
+
+    Args:
+        distances: Squared distances between all samples, ``(n, n)``.
+        gamma: Kernel width.
+        capacity: Rows held at the most.
+
+    Returns:
+        Rows ``exp(-gamma D_i)``.
+    """
+    return KernelRows(
+        lambda index: distances[index].mul_(-gamma).exp_(), len(distances), distances, capacity
+    )
