@@ -30,6 +30,7 @@ setup(
     extras_require={
         "demo": DEMO,
         "sklearn": SKLEARN,
+        "bench": [*SKLEARN, "scikit-learn-intelex>=2026.2", "torchkm>=4.3.2"],
         "test": [*DEMO, *SKLEARN, "pytest>=8", "hypothesis>=6.100", "ruff>=0.17"],
     },
 )

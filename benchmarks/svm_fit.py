@@ -70,6 +70,7 @@ def _ours(job: dict[str, Any], features: np.ndarray, labels: np.ndarray) -> Fit:
             answer["peak_device_mib"] = (torch.cuda.max_memory_allocated() - before) / 2**20
         fields = ("violation", "duality_gap", "steps", "converged")
         answer["reported"] = {name: getattr(solution, name).tolist() for name in fields}
+        answer["reported"]["kernel_rows"] = solution.kernel_rows
         answer["coef"] = solution.dual_coef.double().cpu().numpy()
         answer["intercept"] = solution.intercept.double().cpu().numpy()
         return answer

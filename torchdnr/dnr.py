@@ -26,6 +26,7 @@ class DNR(SVMRejection):
         tol: Largest KKT violation accepted.
         seed: Of all folds.
         batch_size: Images per forward pass.
+        memory_limit: Bytes that one fit may take beyond the features; default 4 GiB.
 
     Attributes:
         base_svms: One ``RBFSVM`` per layer, in the order of ``layers``.
@@ -61,12 +62,13 @@ class DNR(SVMRejection):
 
     def _fit_features(self, features: dict[str, Tensor], labels: Tensor, progress: bool) -> None:
         """Fit the base SVMs, then the combiner on their out-of-fold scores."""
-        held_out = [
-            self._fit_svm(name, svm, features.pop(name), labels, True, progress)
-            for name, svm in zip(self.layers, self.base_svms, strict=True)
-        ]
+        held_out = []
+        for index, name in enumerate(self.layers):
+            fitted = self._fit_svm(name, features.pop(name), labels, True, progress)
+            self.base_svms[index] = fitted[0]
+            held_out.append(fitted[1])
         stacked = torch.cat(held_out, dim=1)
-        self._fit_svm(COMBINER, self.combiner, stacked, labels, False, progress)
+        self.combiner, _ = self._fit_svm(COMBINER, stacked, labels, False, progress)
 
 
 class NR(SVMRejection):
@@ -102,7 +104,7 @@ class NR(SVMRejection):
 
     def _fit_features(self, features: dict[str, Tensor], labels: Tensor, progress: bool) -> None:
         layer = self.layers[0]
-        self._fit_svm(layer, self.base_svms[0], features[layer], labels, False, progress)
+        self.base_svms[0], _ = self._fit_svm(layer, features[layer], labels, False, progress)
 
     @classmethod
     def _on_layers(cls, net: nn.Module, layers: list[str], options: dict[str, Any]) -> Self:

@@ -11,10 +11,9 @@ from torch import Tensor, nn
 
 from torchdnr.features import LayerFeatures, extract
 from torchdnr.files import CheckpointError, digest, load_tensors, save_tensors
-from torchdnr.kernels import squared_distances
 from torchdnr.rejection import RejectingClassifier, checked_batches
 from torchdnr.svm import RBFSVM, NotFittedError, grid_search, out_of_fold_scores
-from torchdnr.svm.checks import check_features, check_labels
+from torchdnr.svm.checks import check_labels
 from torchdnr.svm.model_selection import C_GRID, GAMMA_GRID
 
 
@@ -38,12 +37,13 @@ class SVMRejection(RejectingClassifier):
         tol: float = 1e-3,
         seed: int = 0,
         batch_size: int = 256,
+        memory_limit: int | None = None,
     ) -> None:
         super().__init__(batch_size)
         self.features = LayerFeatures(net, layers)
         self.C_grid, self.gamma_grid = tuple(C_grid), tuple(gamma_grid)
         self.folds, self.stacking_folds = folds, stacking_folds
-        self.tol, self.seed = tol, seed
+        self.tol, self.seed, self.memory_limit = tol, seed, memory_limit
         self._start_afresh()
         self.hyperparameters = _check_hyperparameters(hyperparameters or {}, list(self._svms()))
         if min(folds, stacking_folds) < 2:
@@ -131,14 +131,15 @@ class SVMRejection(RejectingClassifier):
         return features, labels.long()
 
     def _fit_svm(
-        self, name: str, svm: RBFSVM, features: Tensor, labels: Tensor, stack: bool, progress: bool
-    ) -> Tensor | None:
+        self, name: str, features: Tensor, labels: Tensor, stack: bool, progress: bool
+    ) -> tuple[RBFSVM, Tensor | None]:
         """Select (C, gamma), fit one SVM, and score out of fold where a combiner needs it."""
-        check_features(features)
-        distances = squared_distances(features, features, features.mean(dim=0))
         if name in self.hyperparameters:
             C, gamma = self.hyperparameters[name]
             self.selection[name] = {"C": C, "gamma": gamma}
+            svm = RBFSVM(C, gamma, tol=self.tol).fit(
+                features, labels, memory_limit=self.memory_limit
+            )
         else:
             search = grid_search(
                 features,
@@ -148,27 +149,24 @@ class SVMRejection(RejectingClassifier):
                 folds=self.folds,
                 seed=self.seed,
                 tol=self.tol,
-                distances=distances,
+                memory_limit=self.memory_limit,
                 progress=progress,
                 description=f"grid search, {name}",
             )
-            C, gamma = search.C, search.gamma
-            self.selection[name] = search.to_dict()
-        held_out = None
-        if stack:
-            held_out = out_of_fold_scores(
-                features,
-                labels,
-                C=C,
-                gamma=gamma,
-                folds=self.stacking_folds,
-                seed=self.seed,
-                tol=self.tol,
-                distances=distances,
-            )
-        svm.C, svm.gamma = C, gamma
-        svm.fit(features, labels, distances=distances)
-        return held_out
+            self.selection[name], svm = search.to_dict(), search.svm
+        if not stack:
+            return svm, None
+        held_out = out_of_fold_scores(
+            features,
+            labels,
+            C=svm.C,
+            gamma=svm.gamma,
+            folds=self.stacking_folds,
+            seed=self.seed,
+            tol=self.tol,
+            memory_limit=self.memory_limit,
+        )
+        return svm, held_out
 
     def settings(self) -> dict[str, Any]:
         """Return the constructor's options and what fitting chose, as JSON values."""
@@ -182,6 +180,7 @@ class SVMRejection(RejectingClassifier):
                 "tol": self.tol,
                 "seed": self.seed,
                 "batch_size": self.batch_size,
+                "memory_limit": self.memory_limit,
             },
             "layers": list(self.layers),
             "selection": self.selection,

@@ -28,9 +28,12 @@ NEWTON_ACCURACY = 0.01
 no better than where the block began."""
 SHORTEST_STEP = 1e-3
 """Share of the way to Newton's answer below which a block counts as not improved."""
-FIRST_DAMPING, LEAST_DAMPING, MOST_DAMPING = 1e-2, 1e-9, 1.0
+FIRST_DAMPING, LEAST_DAMPING, MOST_DAMPING = 0.3, 1e-9, 1.0
 SINGLE_DAMPING = 1e-4
 """Least damping at which systems are factored in float32: their condition is then below 1e7."""
+SMALL_SET = 256
+"""Samples up to which float64 costs next to nothing. Float32 is too coarse for the last steps where
+many samples are at a small bound: its sums are off by more than what is left to gain."""
 EASY_STEPS = 8
 """Newton steps up to which a block counts as easy, and the damping falls."""
 FALLBACK_SET, FALLBACK_STEPS = 256, 1024
@@ -95,11 +98,16 @@ def descend(rows: KernelRows, state: Descent, goal: float, max_steps: int, large
         largest: Samples in a working set at the most.
     """
     fresh = ~state.dual_coef.any(dim=1)
+    polish = rows.n <= SMALL_SET
     while True:
         bounds = violation_bounds(state.gradient.T, state.dual_coef.T, state.lower.T, state.upper.T)
         violation = bounds[0] - bounds[1]
         # Finished problems leave the batch; that needs their number: one sync per outer step.
         running = ((violation > goal) & (state.steps < max_steps)).nonzero().squeeze(1)
+        if len(running) == 0 and polish:  # one step without damping, to the last digits
+            polish = False
+            running = ((violation > 0.0) & (state.steps < max_steps)).nonzero().squeeze(1)
+            state.damping.fill_(LEAST_DAMPING)
         if len(running) == 0:
             return
         _outer_step(rows, state, running, violation, goal, max_steps, largest, fresh)
@@ -124,14 +132,23 @@ def _outer_step(
     changes = torch.zeros_like(current[0])
     failed = torch.zeros(len(running), dtype=torch.bool, device=running.device)
     sizes = valid.sum(dim=1)
-    for batch, width in _batches(sizes, state.damping[running] < SINGLE_DAMPING, rows):
+    double = (sizes <= SMALL_SET) | (state.damping[running] < SINGLE_DAMPING)
+    double |= state.failures[running] > 0
+    for batch, width in _batches(sizes, double, rows):
         taken, used = _compact(index[batch], valid[batch], width)
         who = running[batch]
         local = [t[batch].gather(1, taken) * used for t in current]
         allowed = max_steps - state.steps[who]
         block_tol = (NEWTON_ACCURACY * violation[who]).clamp_min(0.2 * goal)
         change, lowered = _improve(
-            rows.block(taken), local, intercept[batch], state, who, block_tol, allowed
+            rows.block(taken),
+            local,
+            intercept[batch],
+            state,
+            who,
+            block_tol,
+            allowed,
+            bool(double[batch[0]]),
         )
         changes[batch] = changes[batch].scatter_add(1, taken, change * used)
         failed[batch] = ~lowered
@@ -144,7 +161,7 @@ def _outer_step(
 
 def _batches(sizes: Tensor, double: Tensor, rows: KernelRows) -> list[tuple[Tensor, int]]:
     """Group problems of one precision and similar size, largest first."""
-    limit = BLOCK_ELEMENTS[rows.store.device.type]
+    limit = min(BLOCK_ELEMENTS[rows.store.device.type], rows.largest_set**2)
     batches = []
     for kind in (~double, double):
         members = kind.nonzero().squeeze(1)
@@ -176,12 +193,12 @@ def _improve(
     who: Tensor,
     tol: Tensor,
     allowed: Tensor,
+    double: bool,
 ) -> tuple[Tensor, Tensor]:
     """Solve the blocks by Newton's method; return the change of b, and whether it is downhill."""
     gradient, dual_coef, lower, upper = local
     damping = state.damping[who]
-    if damping.min() < SINGLE_DAMPING:
-        kernels = kernels.double()
+    kernels = kernels.double() if double else kernels
     dtype = kernels.dtype
     solution, solved, spent = newton_blocks(
         kernels,

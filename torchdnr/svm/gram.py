@@ -6,6 +6,7 @@ A row costs the same either way, so rows on demand are never dearer than the who
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -18,6 +19,61 @@ EXACT_ELEMENTS = 2**19
 """Kernel values turned to float64 at a time: 4 MiB, which stay in a CPU's cache."""
 
 
+MEMORY_LIMIT = 4 * 2**30
+"""Bytes that a fit may take where the caller sets no limit."""
+STATE_ARRAYS = 24
+"""Float64 arrays of one entry per sample and problem that are alive at once, at the most."""
+LARGEST_SET = 8192
+"""Samples in a working set at the most."""
+SET_BYTES = 40
+"""Bytes per entry of the matrices that a working set needs at once."""
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """How a memory limit is spent.
+
+    Attributes:
+        capacity: Kernel rows held at the most.
+        largest_set: Samples in a working set at the most.
+    """
+
+    capacity: int
+    largest_set: int
+
+
+def plan_memory(
+    n: int, problems: int, itemsize: int, memory_limit: int | None, taken: int = 0
+) -> MemoryPlan:
+    """Divide memory between the state of the problems, working sets and kernel rows.
+
+    Args:
+        n: Samples.
+        problems: Problems solved at once.
+        itemsize: Bytes of a kernel value.
+        memory_limit: Bytes beyond the features; None for ``MEMORY_LIMIT``.
+        taken: Bytes of it that are spent already, on copies of the features.
+
+    Returns:
+        The plan: a fifth of what the state leaves goes to working sets, the rest to kernel rows.
+
+    Raises:
+        ValueError: If the limit leaves less room than a small working set needs.
+    """
+    limit = MEMORY_LIMIT if memory_limit is None else int(memory_limit)
+    state = STATE_ARRAYS * 8 * n * problems + taken
+    least = state + 5 * SET_BYTES * 256**2 + 2 * n * itemsize * min(n, 256)
+    if limit < least:
+        raise ValueError(
+            f"memory_limit must be at least {least} bytes for {n} samples and {problems} problems "
+            f"at once, got {limit}: raise it, or use fewer samples"
+        )
+    sets = (limit - state) // 5
+    largest = min(LARGEST_SET, int((sets / SET_BYTES) ** 0.5))
+    capacity = (limit - state - sets) // (n * itemsize)
+    return MemoryPlan(min(n, capacity), min(largest, max(2, capacity)))
+
+
 class KernelRows:
     """A Gram matrix that is evaluated row by row on demand.
 
@@ -25,9 +81,10 @@ class KernelRows:
         evaluate: Maps sample indices ``(m,)`` to their kernel rows ``(m, n)``.
         n: Samples.
         like: Tensor whose dtype and device the rows have.
-        capacity: Rows held at the most; those used least recently give way. Default: all.
+        plan: How many rows are held at the most; those used least recently give way. Default: all.
 
     Attributes:
+        largest_set: Samples in a working set at the most.
         evaluated: Rows evaluated so far, repeats counted.
         store: The rows held, ``(slots, n)``; see ``slots``.
     """
@@ -37,10 +94,11 @@ class KernelRows:
         evaluate: Callable[[Tensor], Tensor],
         n: int,
         like: Tensor,
-        capacity: int | None = None,
+        plan: MemoryPlan | None = None,
     ) -> None:
+        plan = MemoryPlan(n, LARGEST_SET) if plan is None else plan
         self._evaluate, self.n = evaluate, n
-        self.capacity = n if capacity is None else max(1, min(capacity, n))
+        self.capacity, self.largest_set = max(1, min(plan.capacity, n)), plan.largest_set
         # A CPU gives memory only to the part that gets written.
         self.store = torch.empty(self.capacity, n, dtype=like.dtype, device=like.device)
         self._slot_of = torch.full((n,), -1, dtype=torch.int64, device=like.device)
@@ -58,7 +116,7 @@ class KernelRows:
         Returns:
             Rows that are all held already.
         """
-        rows = cls(lambda index: kernel[index], len(kernel), kernel, capacity=1)
+        rows = cls(lambda index: kernel[index], len(kernel), kernel, MemoryPlan(1, LARGEST_SET))
         rows.capacity = rows.n
         rows.store, rows._used = kernel, rows.n
         rows.evaluated = rows.n
@@ -160,7 +218,7 @@ class KernelRows:
 
 
 def rbf_rows(
-    features: Tensor, gamma: float, center: Tensor, capacity: int | None = None
+    features: Tensor, gamma: float, center: Tensor, plan: MemoryPlan | None = None
 ) -> KernelRows:
     """Build the Gram matrix of the RBF kernel, to be evaluated on demand.
 
@@ -168,13 +226,20 @@ def rbf_rows(
         features: ``(n, d)``.
         gamma: Kernel width.
         center: Mean of the features, ``(d,)``; it serves the rounding.
-        capacity: Rows held at the most.
+        plan: How many rows are held at the most. Default: all.
 
     Returns:
         Rows ``exp(-gamma |x_i - x_j|^2)``.
+
+    Raises:
+        ValueError: If squared distances overflow.
     """
     moved = features - center
     scaled, norms = moved * (2.0 * gamma), moved.square().sum(dim=1) * -gamma
+    if not torch.isfinite(norms).all():
+        raise ValueError(
+            "kernel must be finite, got squared distances that overflow: scale the features"
+        )
 
     def evaluate(index: Tensor) -> Tensor:
         with full_precision(features.device):
@@ -182,20 +247,20 @@ def rbf_rows(
         rows = exponents.add_(norms[index].unsqueeze(1)).clamp_max_(0.0).exp_()
         return rows.scatter_(1, index.unsqueeze(1), 1.0)
 
-    return KernelRows(evaluate, len(features), features, capacity)
+    return KernelRows(evaluate, len(features), features, plan)
 
 
-def distance_rows(distances: Tensor, gamma: float, capacity: int | None = None) -> KernelRows:
+def distance_rows(distances: Tensor, gamma: float, plan: MemoryPlan | None = None) -> KernelRows:
     """Build the Gram matrix of the RBF kernel from squared distances, on demand.
 
     Args:
         distances: Squared distances between all samples, ``(n, n)``.
         gamma: Kernel width.
-        capacity: Rows held at the most.
+        plan: How many rows are held at the most. Default: all.
 
     Returns:
         Rows ``exp(-gamma D_i)``.
     """
     return KernelRows(
-        lambda index: distances[index].mul_(-gamma).exp_(), len(distances), distances, capacity
+        lambda index: distances[index].mul_(-gamma).exp_(), len(distances), distances, plan
     )

@@ -10,9 +10,9 @@ from tqdm import tqdm
 
 from torchdnr.kernels import scale_gamma, squared_distances
 from torchdnr.svm.checks import check_features, check_labels
-from torchdnr.svm.dual import DualSolution
-from torchdnr.svm.module import one_vs_rest
-from torchdnr.svm.solver import solve_dual
+from torchdnr.svm.gram import MEMORY_LIMIT, KernelRows, distance_rows, plan_memory, rbf_rows
+from torchdnr.svm.module import RBFSVM
+from torchdnr.svm.warm_start import FoldedFits
 
 C_GRID = (0.01, 0.1, 1.0, 10.0, 100.0)
 GAMMA_GRID = (0.0625, 0.25, 1.0, 4.0)
@@ -30,6 +30,7 @@ class GridSearch:
         gamma_grid: Absolute values of gamma tried.
         accuracy: Cross-validated accuracy, ``(len(C_grid), len(gamma_grid))``.
         not_converged: Dual problems that missed the tolerance, over the whole search.
+        svm: The fit of the chosen point on all samples.
     """
 
     C: float
@@ -38,11 +39,13 @@ class GridSearch:
     gamma_grid: tuple[float, ...]
     accuracy: Tensor
     not_converged: int
+    svm: RBFSVM
 
     def to_dict(self) -> dict[str, Any]:
-        """Return all fields as JSON values."""
-        lists = {name: list(getattr(self, name)) for name in ("C_grid", "gamma_grid")}
-        return {**vars(self), **lists, "accuracy": self.accuracy.tolist()}
+        """Return all fields but the fit as JSON values."""
+        values = {name: value for name, value in vars(self).items() if name != "svm"}
+        lists = {name: list(values[name]) for name in ("C_grid", "gamma_grid")}
+        return {**values, **lists, "accuracy": self.accuracy.tolist()}
 
 
 def stratified_folds(labels: Tensor, folds: int, seed: int = 0) -> Tensor:
@@ -89,10 +92,11 @@ def grid_search(
     seed: int = 0,
     tol: float = 1e-3,
     distances: Tensor | None = None,
+    memory_limit: int | None = None,
     progress: bool = False,
     description: str = "grid search",
 ) -> GridSearch:
-    """Find the (C, gamma) of the best cross-validated accuracy.
+    """Find the (C, gamma) of the best cross-validated accuracy, and fit it on all samples.
 
     Ties are broken towards the smallest C, then the largest gamma: among equally accurate
     machines the most regularised, and of these the one whose scores fall off fastest away from
@@ -107,43 +111,50 @@ def grid_search(
         seed: Of the folds.
         tol: Largest KKT violation accepted.
         distances: Squared distances between all features, ``(n, n)``, if they are at hand.
+        memory_limit: Bytes that the search may take beyond its inputs; default 4 GiB.
         progress: Whether to show a progress bar.
         description: What the progress bar is called.
 
     Returns:
-        The chosen pair and the whole table.
+        The chosen pair, the whole table, and the fit of the chosen pair.
 
     Raises:
-        ValueError: If the data, a grid or the folds do not fit.
+        ValueError: If the data, a grid, the folds or the memory limit do not fit.
 
     Warns:
         ConvergenceWarning: For each grid point with problems that missed ``tol``.
     """
     check_features(features)
-    c = check_labels(labels, len(features))
+    c, labels = check_labels(labels, len(features)), labels.long()
     Cs, scale = tuple(sorted(float(C) for C in C_grid)), scale_gamma(features)
     gammas = tuple(sorted(scale * float(multiple) for multiple in gamma_grid))
     if not Cs or not gammas or min(*Cs, *gammas) <= 0.0:
         raise ValueError(f"grids must hold numbers > 0, got C {C_grid} and gamma {gamma_grid}")
     fold = stratified_folds(labels, folds, seed)
-    if distances is None:
-        distances = squared_distances(features, features, features.mean(dim=0))
+    kernels = _Kernels(features, distances, c * folds, memory_limit)
     accuracy = torch.zeros(len(Cs), len(gammas), dtype=torch.float64)
-    not_converged = 0
-    bar = tqdm(total=len(Cs) * len(gammas), desc=description, unit="fit", disable=not progress)
+    best, not_converged = None, 0
+    bar = tqdm(total=len(Cs) * len(gammas), desc=description, unit="point", disable=not progress)
     with bar:
         for column, gamma in enumerate(gammas):
-            kernel = torch.exp(distances * -gamma)
-            initial = None
-            for row, C in enumerate(Cs):
-                scores, solution = _held_out_scores(kernel, labels, c, fold, C, tol, initial)
-                initial = solution.dual_coef  # feasible for every larger C
-                hits = scores.argmax(dim=1) == labels
-                accuracy[row, column] = hits.double().mean()
-                not_converged += int((~solution.converged).sum())
+            fits = FoldedFits(kernels.rows(gamma), labels, c, fold, tol)
+            for row, C in enumerate(Cs):  # ascending: each C starts from the one before
+                scores = fits.advance(C)
+                hits = int((scores.argmax(dim=1) == labels).sum())
+                accuracy[row, column] = hits / len(labels)
+                if best is None or (hits, -row, column) > best[0]:
+                    best = (hits, -row, column), C, gamma, fits.dual_coef
                 bar.update()
-    row, column = _best(accuracy)
-    return GridSearch(Cs[row], gammas[column], Cs, gammas, accuracy, not_converged)
+            not_converged += fits.not_converged
+    _, C, gamma, dual_coef = best
+    svm = RBFSVM(C, gamma, tol=tol).fit(
+        features,
+        labels,
+        distances=kernels.distances,
+        initial=dual_coef,
+        memory_limit=memory_limit,
+    )
+    return GridSearch(C, gamma, Cs, gammas, accuracy, not_converged, svm)
 
 
 @torch.no_grad()
@@ -157,6 +168,7 @@ def out_of_fold_scores(
     seed: int = 0,
     tol: float = 1e-3,
     distances: Tensor | None = None,
+    memory_limit: int | None = None,
 ) -> Tensor:
     """Score every sample by the machine that was fitted on the other folds.
 
@@ -169,12 +181,13 @@ def out_of_fold_scores(
         seed: Of the folds.
         tol: Largest KKT violation accepted.
         distances: Squared distances between all features, ``(n, n)``, if they are at hand.
+        memory_limit: Bytes that the fits may take beyond their inputs; default 4 GiB.
 
     Returns:
         Scores, ``(n, c)``, in the dtype of the features.
 
     Raises:
-        ValueError: If the data or the folds do not fit.
+        ValueError: If the data, the folds or the memory limit do not fit.
 
     Warns:
         ConvergenceWarning: If a problem missed ``tol``.
@@ -182,36 +195,32 @@ def out_of_fold_scores(
     Source: Wolpert, "Stacked generalization" (1992); Sotgiu et al., Sec. IV-A.
     """
     check_features(features)
-    c = check_labels(labels, len(features))
+    c, labels = check_labels(labels, len(features)), labels.long()
     fold = stratified_folds(labels, folds, seed)
-    if distances is None:
-        distances = squared_distances(features, features, features.mean(dim=0))
-    kernel = torch.exp(distances * -gamma)
-    scores, _ = _held_out_scores(kernel, labels, c, fold, C, tol, initial=None)
-    return scores.to(features)
+    kernels = _Kernels(features, distances, c * folds, memory_limit)
+    return FoldedFits(kernels.rows(gamma), labels, c, fold, tol).advance(C).to(features)
 
 
-def _held_out_scores(
-    kernel: Tensor,
-    labels: Tensor,
-    c: int,
-    fold: Tensor,
-    C: float,
-    tol: float,
-    initial: Tensor | None,
-) -> tuple[Tensor, DualSolution]:
-    """Fit all folds in one batch, held-out samples being those with C = 0; score them."""
-    folds = int(fold.max()) + 1
-    kept = fold.unsqueeze(1) != torch.arange(folds, device=fold.device)
-    limits = C * kept.double().repeat_interleave(c, dim=1)  # column = fold * c + class
-    targets = one_vs_rest(labels, c).repeat(1, folds)
-    solution = solve_dual(kernel, targets, limits, tol=tol, initial=initial)
-    scores = solution.scores.view(len(labels), folds, c)
-    return scores[torch.arange(len(labels), device=fold.device), fold], solution
+class _Kernels:
+    """Gram matrices of several widths: from common distances, where there is room for them."""
 
+    def __init__(
+        self, features: Tensor, distances: Tensor | None, problems: int, memory_limit: int | None
+    ) -> None:
+        n, itemsize = len(features), features.element_size()
+        limit = MEMORY_LIMIT if memory_limit is None else memory_limit
+        self.features, self.center = features, features.mean(dim=0)
+        self.distances = distances
+        if distances is None:
+            # Half of what remains has to do for the rows of one width.
+            if 4 * itemsize * n * n <= limit:
+                self.distances = squared_distances(features, features, self.center)
+                limit -= itemsize * n * n
+        copies = 2 * itemsize * features.numel() if self.distances is None else 0
+        self.plan = plan_memory(n, problems, itemsize, limit, copies)
 
-def _best(accuracy: Tensor) -> tuple[int, int]:
-    """Pick the best entry: ties to the first row (smallest C), then the last column."""
-    best = accuracy >= accuracy.max() - 1e-12
-    row = int(best.any(dim=1).nonzero()[0])
-    return row, int(best[row].nonzero()[-1])
+    def rows(self, gamma: float) -> KernelRows:
+        """Prepare the Gram matrix of one width."""
+        if self.distances is not None:
+            return distance_rows(self.distances, gamma, self.plan)
+        return rbf_rows(self.features, gamma, self.center, self.plan)

@@ -56,7 +56,8 @@ class RBFSVM(FittedState):
             counts, where each problem of one-vs-rest is balanced by itself: total / (2 * count).
         strategy: ``"one-vs-rest"``, or ``"one-vs-one"`` as in scikit-learn's SVC.
         tol: Largest KKT violation accepted, in score units.
-        max_steps: Two-variable updates per problem before fitting gives up with a warning.
+        max_steps: Newton steps and two-variable updates per problem before fitting gives up with a
+            warning.
 
     Attributes:
         support_vectors: ``(m, d)``; ``(m, 0)`` with a precomputed kernel.
@@ -113,6 +114,8 @@ class RBFSVM(FittedState):
         sample_weight: Tensor | None = None,
         num_classes: int | None = None,
         distances: Tensor | None = None,
+        initial: Tensor | None = None,
+        memory_limit: int | None = None,
     ) -> "RBFSVM":
         """Solve the binary problems and keep the support vectors.
 
@@ -125,6 +128,9 @@ class RBFSVM(FittedState):
                 variance heeds no other weight, as in scikit-learn.
             num_classes: c; default: largest label + 1.
             distances: Squared distances between all features, ``(n, n)``, if they are at hand.
+            initial: b = alpha * y to start from, ``(n, P)``; it need not be feasible.
+            memory_limit: Bytes that the fit may take beyond its inputs; default 4 GiB. Kernel rows
+                are evaluated on demand; those that find no room are evaluated again.
 
         Returns:
             The module itself.
@@ -146,7 +152,12 @@ class RBFSVM(FittedState):
         limits = upper_bounds(data.labels, c, self.strategy, self.C, self.class_weight, data.weight)
         targets = binary_targets(data.labels, c, self.strategy)
         solution = solve_dual(
-            data.gram(kernel), targets, limits, tol=self.tol, max_steps=self.max_steps
+            data.gram(kernel, targets.shape[1], memory_limit),
+            targets,
+            limits,
+            tol=self.tol,
+            max_steps=self.max_steps,
+            initial=None if initial is None else initial[data.kept],
         )
         chosen = solution.dual_coef.ne(0).any(dim=1)
         self.support_vectors, self.support = data.support_vectors(chosen), data.kept[chosen]

@@ -14,8 +14,6 @@ GOAL = 0.5
 decision values agree with the exact optimum to about the tolerance."""
 REFRESHES = 5
 """Times that drifted gradients are computed afresh before a problem counts as not converged."""
-LARGEST_SET = 8192
-"""Samples in a working set at the most: its matrix has 0.5 GiB in float64."""
 
 
 @torch.no_grad()
@@ -68,7 +66,7 @@ def solve_dual(
     if start is not None:
         state.gradient += rows.product(state.dual_coef)
     for _ in range(REFRESHES):
-        descend(rows, state, GOAL * tol, max_steps, min(LARGEST_SET, rows.capacity))
+        descend(rows, state, GOAL * tol, max_steps, min(rows.largest_set, rows.capacity))
         dual_coef = state.dual_coef.T.contiguous()
         solution = certify(rows, targets, lower, upper, dual_coef, tol=tol, steps=state.steps)
         if (solution.converged | (state.steps >= max_steps)).all():

@@ -6,9 +6,10 @@ import torch
 from gpytorch.kernels import Kernel
 from torch import Tensor
 
-from torchdnr.kernels import kernel_matrix, rbf_gamma, scale_gamma, squared_distances
+from torchdnr.kernels import kernel_matrix, rbf_gamma, scale_gamma
 from torchdnr.svm.checks import check_gram, check_sample_weight
 from torchdnr.svm.dual import DualSolution
+from torchdnr.svm.gram import KernelRows, distance_rows, plan_memory, rbf_rows
 
 
 @dataclass(frozen=True)
@@ -60,24 +61,39 @@ class TrainingData:
         return gamma
 
     @torch.no_grad()
-    def gram(self, kernel: Kernel | None) -> Tensor:
-        """Evaluate the Gram matrix with the very kernel that will score.
+    def gram(
+        self, kernel: Kernel | None, problems: int, memory_limit: int | None
+    ) -> Tensor | KernelRows:
+        """Prepare the Gram matrix with the very kernel that will score.
 
         Args:
             kernel: The kernel; None for a precomputed one.
+            problems: Problems that will be solved on it at once.
+            memory_limit: Bytes that the fit may take; None for the default.
 
         Returns:
-            Kernel values, ``(k, k)``.
+            Kernel values, ``(k, k)``: whole if they are at hand, otherwise evaluated on demand.
+
+        Raises:
+            ValueError: If the memory limit is too small, or squared distances overflow.
         """
         if self.is_precomputed:
             return self.features
+        features, center = self.features, self.center
+        itemsize, on_demand = features.element_size(), self.distances is None
+        copies = 2 * itemsize * features.numel() if on_demand else 0
+        plan = plan_memory(len(features), problems, itemsize, memory_limit, copies)
         gamma = rbf_gamma(kernel)
         if gamma is None:
-            return kernel_matrix(kernel, self.features, self.features, self.center)
-        distances = self.distances
-        if distances is None:
-            distances = squared_distances(self.features, self.features, self.center)
-        return (distances * -gamma).exp()
+            return KernelRows(
+                lambda index: kernel_matrix(kernel, features[index], features, center),
+                len(features),
+                features,
+                plan,
+            )
+        if self.distances is not None:
+            return distance_rows(self.distances, gamma.item(), plan)
+        return rbf_rows(features, gamma.item(), center, plan)
 
     def support_vectors(self, chosen: Tensor) -> Tensor:
         """Copy the rows of support vectors.
@@ -92,18 +108,23 @@ class TrainingData:
         return features[chosen].clone()
 
     def of_all_samples(self, solution: DualSolution) -> DualSolution:
-        """Give the samples of weight 0 their place, with b = 0.
+        """Give the samples of weight 0 their place, with b = 0 and no score.
 
         Args:
             solution: Of the k samples.
 
         Returns:
-            The same with ``dual_coef`` ``(n, P)``.
+            The same with ``dual_coef`` and ``scores`` ``(n, P)``; scores left out are NaN.
         """
         if len(self.kept) == self.count:
             return solution
-        dual_coef = solution.dual_coef.new_zeros(self.count, solution.dual_coef.shape[1])
-        return replace(solution, dual_coef=dual_coef.index_copy(0, self.kept, solution.dual_coef))
+        spread = {}
+        for name in ("dual_coef", "scores"):
+            values = getattr(solution, name)
+            missing = 0.0 if name == "dual_coef" else torch.nan
+            whole = values.new_full((self.count, values.shape[1]), missing)
+            spread[name] = whole.index_copy(0, self.kept, values)
+        return replace(solution, **spread)
 
 
 def select_training_data(

@@ -45,9 +45,9 @@ def select_working_sets(
     return torch.cat([top, shrinking.topk(size // 2, dim=1).indices], dim=1)
 
 
-FIRST_SAMPLES = 512
+FIRST_SAMPLES = 256
 """Samples of the first working set."""
-NEW_SAMPLES = 128
+NEW_SAMPLES = 96
 """Samples at a bound that enter a working set at least, if so many want to leave their bound."""
 NEW_SHARE = 0.5
 """The same as a share of the free samples."""
