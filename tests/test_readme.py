@@ -1,4 +1,6 @@
+import importlib
 import importlib.util
+import json
 import re
 from pathlib import Path
 
@@ -25,14 +27,21 @@ def test_the_numbers_are_those_of_the_committed_results():
     assert "\n".join([script.MARKERS[0], section, script.MARKERS[1]]) in README
 
 
+def test_the_svm_numbers_are_those_of_the_committed_results(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    script = importlib.import_module("svm_readme")
+    section = script.readme_section(json.loads(script.RESULTS.read_text()))
+    assert "\n".join([script.MARKERS[0], section, script.MARKERS[1]]) in README
+
+
 def test_the_files_it_links_to_exist():
     links = re.findall(r"\]\((?!http)([^)]+)\)", README)
-    assert len(links) == 3
+    assert len(links) == 4
     assert all((ROOT / link).exists() for link in links)
 
 
 def test_the_python_example_runs(tmp_path, monkeypatch):
-    (code,) = re.findall(r"```python\n(.*?)```", README, re.S)
+    code, svm_code = re.findall(r"```python\n(.*?)```", README, re.S)
     for given, small in [
         ("svm=1200", "svm=150"),
         ("threshold=500", "threshold=40"),
@@ -47,6 +56,10 @@ def test_the_python_example_runs(tmp_path, monkeypatch):
     exec(code, variables)
     assert variables["model"].predict(variables["images"]).shape == (100,)
     assert len(variables["curve"].accuracy) == 3
+    features = torch.randn(40, 3)
+    variables = {"features": features, "classes": (features[:, 0] > 0).long()}
+    exec(svm_code, variables)
+    assert variables["search"].svm(features).shape == (40, 2)
 
 
 def test_versions_agree():

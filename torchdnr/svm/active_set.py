@@ -140,7 +140,7 @@ def _newton_step(
     change = change.scatter_add(1, index, moved)
     slope = gradient + torch.bmm(kernels, change.unsqueeze(2)).squeeze(2)
     slope = slope + damping.unsqueeze(1) * change
-    sound = (info == 0) & torch.isfinite(intercept) & free.any(dim=1)
+    sound = (info == 0) & torch.isfinite(slope).all(dim=1) & free.any(dim=1)
     return dual_coef + change, slope, intercept, sound
 
 
@@ -166,7 +166,8 @@ def _count_violations(
     """Count samples outside their bounds, and those at a bound that want to leave it."""
     multiplier = slope + intercept.unsqueeze(1)
     tol = tol.unsqueeze(1)
-    slack = SLACK[point.dtype] * (upper - lower)
+    scale = point.abs().amax(dim=1, keepdim=True)  # C may be far beyond all values
+    slack = SLACK[point.dtype] * torch.minimum(upper - lower, scale)
     outside = (point < lower - slack) | (point > upper + slack)
     leaving = (up & (multiplier > tol)) | (low & (multiplier < -tol))
     return (outside | (leaving & (upper > lower))).sum(dim=1)

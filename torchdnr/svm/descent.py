@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from torchdnr.svm.active_set import newton_blocks
-from torchdnr.svm.dual import intercepts, violation_bounds
+from torchdnr.svm.dual import intercepts, snap_to_bounds, violation_bounds
 from torchdnr.svm.gram import KernelRows
 from torchdnr.svm.working_set import (
     first_sets,
@@ -222,15 +222,13 @@ def _improve(
     rising = (damping * 10).clamp_max(MOST_DAMPING)
     state.damping[who] = torch.where(easy, falling, torch.where(solved, damping, rising))
     state.failures[who] = torch.where(solved & lowered, 0, state.failures[who] + 1)
-    return change * (length * lowered).unsqueeze(1), lowered
+    return torch.where(lowered.unsqueeze(1), change * length.unsqueeze(1), 0.0), lowered
 
 
 def _move(rows: KernelRows, state: Descent, who: Tensor, changes: Tensor) -> None:
     """Add changes to b, and what they do to the gradient."""
     moved, lower, upper = state.dual_coef[who] + changes, state.lower[who], state.upper[who]
-    slack = 1e-12 * (upper - lower)
-    moved = torch.where(moved <= lower + slack, lower, moved)
-    state.dual_coef[who] = torch.where(moved >= upper - slack, upper, moved)
+    state.dual_coef[who] = snap_to_bounds(moved, lower, upper, 1e-12)
     state.gradient[who] += rows.product(changes)
 
 

@@ -63,6 +63,28 @@ def dual_bounds(targets: Tensor, C: float | Tensor) -> tuple[Tensor, Tensor]:
     return limits.clamp_max(0.0), limits.clamp_min(0.0)
 
 
+def snap_to_bounds(
+    values: Tensor, lower: Tensor, upper: Tensor, share: float, scale: Tensor | None = None
+) -> Tensor:
+    """Put values that are all but at a bound exactly on it: else they would count as free.
+
+    Args:
+        values: b or entries of it, ``(P, k)``.
+        lower: Their lower bounds.
+        upper: Their upper bounds.
+        share: How near counts as at the bound: a share of the room between the bounds, or of the
+            largest value of the problem where C is far beyond all of them.
+        scale: Largest value of each problem, ``(P, 1)``; default: that of ``values``.
+
+    Returns:
+        Values within the bounds.
+    """
+    scale = values.abs().amax(dim=1, keepdim=True) if scale is None else scale
+    slack = share * torch.minimum(upper - lower, scale)
+    values = torch.where(values <= lower + slack, lower, values)
+    return torch.where(values >= upper - slack, upper, values)
+
+
 def violation_bounds(
     gradient: Tensor, dual_coef: Tensor, lower: Tensor, upper: Tensor
 ) -> tuple[Tensor, Tensor]:

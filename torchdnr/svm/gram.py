@@ -81,7 +81,8 @@ class KernelRows:
         evaluate: Maps sample indices ``(m,)`` to their kernel rows ``(m, n)``.
         n: Samples.
         like: Tensor whose dtype and device the rows have.
-        plan: How many rows are held at the most; those used least recently give way. Default: all.
+        plan: How many rows are held at the most, at least 3; those used least recently give way.
+            Default: all.
 
     Attributes:
         largest_set: Samples in a working set at the most.
@@ -98,7 +99,7 @@ class KernelRows:
     ) -> None:
         plan = MemoryPlan(n, LARGEST_SET) if plan is None else plan
         self._evaluate, self.n = evaluate, n
-        self.capacity, self.largest_set = max(1, min(plan.capacity, n)), plan.largest_set
+        self.capacity, self.largest_set = max(min(3, n), min(plan.capacity, n)), plan.largest_set
         # A CPU gives memory only to the part that gets written.
         self.store = torch.empty(self.capacity, n, dtype=like.dtype, device=like.device)
         self._slot_of = torch.full((n,), -1, dtype=torch.int64, device=like.device)

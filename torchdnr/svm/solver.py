@@ -59,6 +59,11 @@ def solve_dual(
     lower, upper = _check_problem(kernel, targets, C)
     rows = kernel if isinstance(kernel, KernelRows) else KernelRows.dense(kernel)
     by_problem = [t.T.contiguous() for t in (targets.double(), lower, upper)]
+    if initial is not None and (initial.shape != targets.shape or bool(torch.isnan(initial).any())):
+        raise ValueError(
+            f"initial must be {tuple(targets.shape)} as targets and hold no NaN, got "
+            f"{tuple(initial.shape)} or NaN: leave it out to start from 0"
+        )
     start = bounded_start(rows, *by_problem, GOAL * tol) if initial is None else initial.T
     if start is not None:
         start = _feasible(start, *by_problem)

@@ -12,6 +12,8 @@ Wen et al., "ThunderSVM", JMLR 19 (2018).
 import torch
 from torch import Tensor
 
+from torchdnr.svm.dual import snap_to_bounds
+
 TAU = 1e-12
 """Floor of the curvature along a pair, for duplicate samples (as in LIBSVM)."""
 CHECK_EVERY = 32
@@ -75,7 +77,8 @@ def largest_violators(
 
     Returns:
         Indices, ``(P, k)``, and whether they belong to the set, bool ``(P, k)``. Those that do
-        belong do not repeat, and the pair that violates most is among them.
+        belong do not repeat. The pair that violates most is among them, unless the free samples are
+        more than the set has room for.
     """
     multiplier = gradient + intercept.unsqueeze(1)
     free = (dual_coef > lower) & (dual_coef < upper)
@@ -157,11 +160,10 @@ def settle(values: Tensor, gradient: Tensor, lower: Tensor, upper: Tensor, total
     Returns:
         Feasible values, ``(P, k)``.
     """
-    tiny, slack = torch.finfo(values.dtype).tiny, 1e-9 * (upper - lower)
+    tiny = torch.finfo(values.dtype).tiny
     for _ in range(2):  # the second time for what the first put within the slack of a bound
         values = torch.minimum(torch.maximum(values, lower), upper)
-        values = torch.where(values <= lower + slack, lower, values)
-        values = torch.where(values >= upper - slack, upper, values)
+        values = snap_to_bounds(values, lower, upper, 1e-9)
         missing = (total - values.sum(dim=1)).unsqueeze(1)
         room = torch.where(missing > 0, upper - values, values - lower)
         inner = room * ((values > lower) & (values < upper))
@@ -232,7 +234,9 @@ def solve_blocks(
         negative.addcmul_(change, rows[offset + j.squeeze(1)] - row_i)
         pair, signed = torch.cat([i, j], dim=1), torch.cat([change, -change], dim=1)
         low, high = lower.gather(1, pair), upper.gather(1, pair)
-        moved = snap_to_bounds(dual_coef.gather(1, pair) + signed, low, high)
+        old = dual_coef.gather(1, pair)
+        scale = torch.maximum(old.abs(), signed.abs()).amax(dim=1, keepdim=True)
+        moved = snap_to_bounds(old + signed, low, high, 1e-12, scale)
         dual_coef.scatter_(1, pair, moved)
         blocked_up.scatter_(
             1, pair, torch.zeros_like(moved).masked_fill_(moved >= high, -torch.inf)
@@ -242,19 +246,3 @@ def solve_blocks(
         )
         steps += running.squeeze(1)
     return dual_coef, steps
-
-
-def snap_to_bounds(values: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
-    """Put values within rounding of a bound exactly on it: else they would count as free.
-
-    Args:
-        values: b or entries of it.
-        lower: Their lower bounds.
-        upper: Their upper bounds.
-
-    Returns:
-        Values within the bounds.
-    """
-    slack = 1e-12 * (upper - lower)
-    values = torch.where(values <= lower + slack, lower, values)
-    return torch.where(values >= upper - slack, upper, values)
