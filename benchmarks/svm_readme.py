@@ -51,7 +51,8 @@ def readme_section(results: dict[str, Any]) -> str:
     lines += ["", "| target | reached | |", "|---|---|---|"]
     for row in results["targets"]:
         value = number(row["value"], ".3g")
-        lines.append(f"| {row['name']} {row['target']} | {value} | {row['status']} |")
+        name = row["name"].replace("|", "\\|")  # a bare one would end the cell
+        lines.append(f"| {name} {row['target']} | {value} | {row['status']} |")
     return "\n".join(lines)
 
 
