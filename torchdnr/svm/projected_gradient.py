@@ -99,6 +99,8 @@ def project(values: Tensor, lower: Tensor, upper: Tensor, shift: Tensor) -> tupl
         newton = shift + excess / inner.clamp_min(1)
         outside = (newton <= least) | (newton >= most) | (inner == 0)
         shift = torch.where(outside, (least + most) / 2, newton)
+    else:
+        clipped = torch.minimum(torch.maximum(values - shift.unsqueeze(1), lower), upper)
     return clipped, shift
 
 
