@@ -160,7 +160,7 @@ EXTREMES = {
     "rank 1": lambda: (linear(1), noisy(300)[1]),
     "rank 2": lambda: (linear(2), noisy(300)[1]),
     "rank 3": lambda: (linear(3), noisy(300)[1]),
-    "large values": lambda: (1e3 * gram(noisy(60)[0], 0.3), noisy(60)[1]),
+    "large values": lambda: (1e6 * gram(noisy(60)[0], 0.3), noisy(60)[1]),
     "small values": lambda: (1e-6 * gram(noisy(60)[0], 0.3), noisy(60)[1]),
     "one positive": lambda: (gram(noisy(60)[0], 0.3), 2.0 * torch.eye(60)[:, 7:8] - 1),
 }
