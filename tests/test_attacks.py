@@ -157,7 +157,7 @@ def test_zero_and_nan_gradients_do_no_harm(attack):
         ({"labels": torch.tensor([0, 3])}, "below the 3 classes of the model, got 3"),
         ({"eps": -1.0}, "eps must be >= 0"),
         ({"eps": torch.zeros(3)}, r"eps must be a number or \(n,\) with n = 2"),
-        ({"norm": 1}, "no norm 1; choose from: 2"),
+        ({"norm": 3}, "no norm 3; choose from: 1, 2, inf"),
         ({"bounds": (1.0, 0.0)}, "bounds must be"),
         ({"pool": torch.zeros(4, 5)}, "init_inputs must have the shape"),
         ({"pool": torch.zeros(4, 3).double()}, "init_inputs must be like inputs"),

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from torchdnr.attacks import OBJECTIVES, evades, split_scores
-from torchdnr.attacks.objectives import find_objective
+from torchdnr.attacks import OBJECTIVES, evades, objectives, split_scores
+from torchdnr.attacks.objectives import find_objective, succeeds
 
 LABELS = torch.tensor([0, 0, 0, 0, 0])
 SCORES = torch.tensor(
@@ -38,7 +38,7 @@ def test_secml_differs_from_decision_where_accepted_with_a_low_true_score():
     assert OBJECTIVES["decision"](scores, theta, labels).item() == -1.5
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("name", ["paper", "decision", "secml"])
 def test_without_threshold_all_are_equation_2(name):
     labels = torch.randint(0, 4, (50,))
     scores = torch.randn(50, 4)
@@ -51,6 +51,42 @@ def test_evades_means_accepted_and_wrong():
     assert evades(OUTPUT, LABELS, reject=True).tolist() == [False, True, False, False, False]
     assert evades(SCORES, LABELS, reject=False).tolist() == [False, True, True, False, True]
     assert evades(torch.full((1, 3), torch.nan), LABELS[:1], reject=False).tolist() == [False]
+
+
+@pytest.mark.parametrize("reject", [True, False])
+def test_targeted_decision_is_negative_iff_accepted_as_the_target(reject):
+    output, wanted = torch.randn(2000, 5), torch.randint(0, 4, (2000,))
+    scores, theta = split_scores(output, reject)
+    accepted = True if theta is None else scores.amax(dim=1) > theta
+    expected = accepted & (scores.argmax(dim=1) == wanted)
+    assert torch.equal(succeeds(output, wanted, reject, targeted=True), expected)
+    assert torch.equal(OBJECTIVES["decision"](scores, theta, wanted, targeted=True) < 0, expected)
+
+
+@pytest.mark.parametrize("reject", [True, False])
+@pytest.mark.parametrize("targeted", [True, False])
+def test_log_sum_exp_tends_to_the_decision_objective(reject, targeted, monkeypatch):
+    output, labels = torch.randn(200, 5).double(), torch.randint(0, 4, (200,))
+    scores, theta = split_scores(output, reject)
+    monkeypatch.setattr(objectives, "TEMPERATURE", 1e-4)
+    smooth = OBJECTIVES["log-sum-exp"](scores, theta, labels, targeted)
+    hard = OBJECTIVES["decision"](scores, theta, labels, targeted)
+    torch.testing.assert_close(smooth, hard, atol=2e-3, rtol=0)
+
+
+@pytest.mark.parametrize("targeted", [True, False])
+def test_cross_entropy_is_that_of_pytorch(targeted):
+    output, labels = torch.randn(200, 5).double(), torch.randint(0, 4, (200,))
+    scores, theta = split_scores(output, True)
+    value = OBJECTIVES["cross-entropy"](scores, theta, labels, targeted)
+    if targeted:
+        expected = torch.nn.functional.cross_entropy(output, labels, reduction="none")
+    else:  # the true class has max(s_y, theta)
+        logits = scores.clone()
+        row = torch.arange(200)
+        logits[row, labels] = torch.maximum(scores[row, labels], theta)
+        expected = -torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+    torch.testing.assert_close(value, expected)
 
 
 @pytest.mark.parametrize("reject", [True, False])

@@ -98,5 +98,5 @@ def test_huge_and_tiny_steps_stay_finite():
 def test_project_names_the_norms_it_knows():
     x = torch.rand(2, 3)
     assert torch.equal(project(x + 1, x, math.inf, 2, BOUNDS), project_box(x + 1, BOUNDS))
-    with pytest.raises(ValueError, match="no norm 1; choose from: 2"):
-        project(x, x, 1.0, 1, BOUNDS)
+    with pytest.raises(ValueError, match="no norm 3; choose from: 1, 2, inf"):
+        project(x, x, 1.0, 3, BOUNDS)

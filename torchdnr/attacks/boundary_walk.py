@@ -139,7 +139,9 @@ def boundary_walk(
     return nearest if radius is None else project(nearest, inputs, radius, norm, bounds)
 
 
-def _safe_decision(scores: Tensor, threshold: Tensor | None, labels: Tensor) -> Tensor:
+def _safe_decision(
+    scores: Tensor, threshold: Tensor | None, classes: Tensor, targeted: bool = False
+) -> Tensor:
     """Compute the "decision" objective plus a slack that rounding of the scores does not exceed.
 
     It is relative to their spread: a constant added to all scores decides nothing.
@@ -150,7 +152,7 @@ def _safe_decision(scores: Tensor, threshold: Tensor | None, labels: Tensor) -> 
     spread = values.amax(dim=1) - values.amin(dim=1)
     slack = _SLACK * spread + _FLOOR * values.abs().amax(dim=1)
     slack = slack * torch.finfo(scores.dtype).eps
-    return decision_objective(scores, threshold, labels) + slack
+    return decision_objective(scores, threshold, classes, targeted) + slack
 
 
 def _evading_rows(target: Target, points: Tensor, labels: Tensor) -> Tensor:

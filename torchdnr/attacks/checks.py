@@ -80,3 +80,37 @@ def check_count(name: str, value: int, smallest: int) -> None:
     """
     if value < smallest:
         raise ValueError(f"{name} must be >= {smallest}, got {value}")
+
+
+def check_targets(targets: Tensor | None, labels: Tensor) -> None:
+    """Refuse wanted classes that do not fit the labels.
+
+    Raises:
+        ValueError: If they are not int64 ``(n,)`` beside the labels, or one is the true class.
+    """
+    if targets is None:
+        return
+    if (targets.shape, targets.dtype, targets.device) != (
+        labels.shape,
+        torch.int64,
+        labels.device,
+    ):
+        raise ValueError(
+            f"targets must be int64 (n,) with n = {len(labels)} on {labels.device}, "
+            f"got {targets.dtype} {tuple(targets.shape)} on {targets.device}"
+        )
+    if targets.min() < 0 or (targets == labels).any():
+        raise ValueError(
+            "targets must be classes >= 0 other than the true ones: to be accepted as the true "
+            "class is no evasion"
+        )
+
+
+def check_step_size(step_size: float | None) -> None:
+    """Refuse a step size that is not a positive number, or None for the default.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    if step_size is not None and not 0 < step_size < torch.inf:
+        raise ValueError(f"step_size must be > 0 and finite, got {step_size}")

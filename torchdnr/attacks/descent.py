@@ -1,109 +1,51 @@
 """The loop of the line-search attack: descend, try many step sizes at once, keep the best."""
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
+from torchdnr.attacks.fixed_eps import Run
+from torchdnr.attacks.points import Points, Region, best_column, better, evaluated, put
 from torchdnr.attacks.projections import project
-from torchdnr.attacks.target import Target, descent_direction, evaluate
+from torchdnr.attacks.steps import steepest
+from torchdnr.attacks.target import Target, slope_at
 
 _PATIENCE = 3  # consecutive small changes that end a descent
 
 
-class Region(NamedTuple):
-    """Where the points of each row may lie: ball and box."""
-
-    center: Tensor
-    eps: Tensor
-    norm: float
-    bounds: tuple[float, float]
-
-    def rows(self, rows: Tensor) -> "Region":
-        """Return the regions of some rows."""
-        return self._replace(center=self.center[rows], eps=self.eps[rows])
-
-
-class Points(NamedTuple):
-    """Points with their objective and success, one per row."""
-
-    inputs: Tensor
-    values: Tensor
-    evading: Tensor
-
-    def rows(self, rows: Tensor) -> "Points":
-        """Return some rows."""
-        return Points(*(field[rows] for field in self))
-
-
-def better(new: Points, old: Points) -> Tensor:
-    """Tell where ``new`` beats ``old``: evading first, then the lower objective, bool ``(n,)``."""
-    lower = (new.evading == old.evading) & (new.values < old.values)
-    return (new.evading & ~old.evading) | lower
-
-
-def best_column(values: Tensor, evading: Tensor) -> Tensor:
-    """Find the best of k points per row, in the order of ``better``, ``(n,)`` from ``(n, k)``."""
-    ranked = torch.where(evading == evading.any(dim=1, keepdim=True), values, torch.inf)
-    return ranked.argmin(dim=1)
-
-
-def put(points: Points, rows: Tensor, new: Points, where: Tensor) -> None:
-    """Overwrite ``points[rows]`` by ``new`` where told, in place."""
-    rows = rows[where]
-    for field, values in zip(points, new, strict=True):
-        field[rows] = values[where]
-
-
-def descend(
-    target: Target,
-    region: Region,
-    labels: Tensor,
-    first: Points,
-    sizes: tuple[Tensor, Tensor],
-    *,
-    steps: int,
-    tol: float,
-    reference: Tensor,
-    bar: tqdm,
-) -> Points:
+def descend(run: Run, sizes: tuple[Tensor, Tensor], *, steps: int, tol: float) -> Points:
     """Descend from the first points and return the best point evaluated, row by row.
 
     Args:
-        target: Model and objective.
-        region: Ball and box of each row.
-        labels: True classes, ``(n,)``.
-        first: Where each row starts.
+        run: What is attacked, and from where.
         sizes: Step sizes tried at once, and those tried where none of them improves.
         steps: Largest number of steps.
-        tol: Change that counts as small, relative to the descent below ``reference``.
-        reference: Objective at the centre of each region, ``(n,)``.
-        bar: Progress, one per step.
+        tol: Change that counts as small, relative to the descent below the reference.
 
     Returns:
         Best points, in the order of ``better``.
     """
-    path, best = (Points(*(field.clone() for field in first)) for _ in range(2))
+    target, labels = run.target, run.labels
+    path, best = (Points(*(field.clone() for field in run.first)) for _ in range(2))
     small = torch.zeros_like(labels)  # small changes in a row
     running = torch.arange(len(labels), device=labels.device)
     for _ in range(steps):
         if len(running) == 0:
             break
-        here, row_labels, row_region = path.rows(running), labels[running], region.rows(running)
-        direction, _ = descent_direction(target, here.inputs, row_labels)
-        lowest, found = _line_search(target, row_region, row_labels, here, direction, sizes)
+        here, row_labels, region = path.rows(running), labels[running], run.region.rows(running)
+        direction = slope_at(target, here.inputs, row_labels).direction
+        direction = steepest(direction, here.inputs, region.norm, region.bounds)
+        lowest, found = _line_search(target, region, row_labels, here, direction, sizes)
         put(best, running, found, better(found, best.rows(running)))
         moved = lowest.values < here.values
         put(path, running, lowest, moved)
         # Relative to its own descent: a combiner may live within 0.1 of its intercept.
-        scale = (reference[running] - lowest.values).abs()
+        scale = (run.reference[running] - lowest.values).abs()
         slow = here.values - lowest.values <= tol * scale
         small[running] = torch.where(slow, small[running] + 1, 0)
         # A row that did not move would repeat this step. Selecting the others waits for the
         # device, once per step, and saves a dozen forwards of every row that has stopped.
         running = running[moved & (small[running] < _PATIENCE)]
-        bar.update()
+        run.bar.update()
     return best
 
 
@@ -139,7 +81,7 @@ def _try_steps(
     target: Target, region: Region, labels: Tensor, inputs: Tensor, direction: Tensor, sizes: Tensor
 ) -> tuple[Points, Points]:
     """Evaluate all steps of all rows in batches; return the lowest and the best of each row."""
-    at_once = rows_at_once(target, len(sizes))
+    at_once = max(1, target.batch_size // len(sizes))
     if len(inputs) <= at_once:
         return _try_batch(target, region, labels, inputs, direction, sizes)
     parts = [
@@ -150,11 +92,6 @@ def _try_steps(
     return tuple(Points(*map(torch.cat, zip(*points, strict=True))) for points in (lowest, found))
 
 
-def rows_at_once(target: Target, count: int) -> int:
-    """Return for how many rows ``count`` points each fit into one forward."""
-    return max(1, target.batch_size // count)
-
-
 def _try_batch(
     target: Target, region: Region, labels: Tensor, inputs: Tensor, direction: Tensor, sizes: Tensor
 ) -> tuple[Points, Points]:
@@ -163,7 +100,7 @@ def _try_batch(
     step = sizes.repeat(len(inputs)).view(-1, *[1] * (inputs.ndim - 1))
     center, eps, norm, bounds = region.rows(rows)
     trials = project(inputs[rows] + step * direction[rows], center, eps, norm, bounds)
-    tried = Points(trials, *evaluate(target, trials, labels[rows]))
+    tried = evaluated(target, trials, labels[rows])
     values, evading = tried.values.view(-1, count), tried.evading.view(-1, count)
     offset = torch.arange(len(inputs), device=inputs.device) * count
     return (

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from torchdnr.attacks.projections import project
 from torchdnr.attacks.starts import bisect, keep_nearest
-from torchdnr.attacks.target import Target, descent_direction, evaluate
+from torchdnr.attacks.target import Target, evaluate, slope_at
 
 # The schedule is a function of the step alone, never of their number: more steps only add to it.
 _FIRST_CYCLE = 100  # steps of the first cosine cycle; each later one is twice as long
@@ -110,8 +110,8 @@ def _step(
     """Evaluate every point, note it if it is the nearest that evades, and move on."""
     owner, point, radius, streak, best, best_norm = state
     shape = (-1, *[1] * (point.ndim - 1))
-    direction, value = descent_direction(target, point, labels)
-    evading = value < 0
+    slope = slope_at(target, point, labels)
+    direction, evading = slope.direction, slope.values < 0
     length = (point - center).flatten(1).norm(dim=1)
     nearer = evading & (length < best_norm)
     best = torch.where(nearer.view(shape), point, best)

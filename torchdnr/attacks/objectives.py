@@ -4,16 +4,27 @@ An attacked model returns scores ``(n, c)``, or ``(n, c + 1)`` with the rejectio
 the last column. An input is accepted iff its best score is above theta, so a tie rejects. Evasion
 means accepted and wrong: a rejected input is no success for the attacker.
 
-Every objective maps ``(scores (n, c), threshold (n,) or None, labels (n,))`` to ``(n,)``, and
-``None`` stands for a model that never rejects.
+Every objective maps ``(scores (n, c), threshold (n,) or None, classes (n,), targeted)`` to
+``(n,)``. ``None`` stands for a model that never rejects. ``classes`` are the true ones, to be left;
+or, targeted, the wanted ones. "paper", "decision" and "secml" need no scale; the others are smooth.
 """
 
-from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-ObjectiveFunction = Callable[[Tensor, Tensor | None, Tensor], Tensor]
+TEMPERATURE = 0.1
+"""Of the log-sum-exp objective, as a share of the spread of the scores."""
+
+
+class ObjectiveFunction(Protocol):
+    """What an attack minimises, from scores to one number per row."""
+
+    def __call__(
+        self, scores: Tensor, threshold: Tensor | None, classes: Tensor, targeted: bool = False
+    ) -> Tensor:
+        """Compute the objective, ``(n,)``."""
 
 
 def split_scores(output: Tensor, reject: bool) -> tuple[Tensor, Tensor | None]:
@@ -29,27 +40,33 @@ def split_scores(output: Tensor, reject: bool) -> tuple[Tensor, Tensor | None]:
     return (output[:, :-1], output[:, -1]) if reject else (output, None)
 
 
-def paper_objective(scores: Tensor, threshold: Tensor | None, labels: Tensor) -> Tensor:
+def paper_objective(
+    scores: Tensor, threshold: Tensor | None, classes: Tensor, targeted: bool = False
+) -> Tensor:
     """Compute Eq. (2), ``s_y - max_{j != y} s_j``, in which theta takes no part.
 
-    Negative iff another class scores higher, rejected or not.
+    Negative iff another class scores higher, rejected or not; targeted: ``max_{j != t} s_j - s_t``.
 
     Source: Sotgiu et al., "Deep neural rejection against adversarial examples", Eq. (2).
     """
-    true, other = true_and_best_other(scores, labels)
-    return true - other
+    against, toward = _sides(scores, classes, targeted)
+    return against - toward
 
 
-def decision_objective(scores: Tensor, threshold: Tensor | None, labels: Tensor) -> Tensor:
+def decision_objective(
+    scores: Tensor, threshold: Tensor | None, classes: Tensor, targeted: bool = False
+) -> Tensor:
     """Compute ``max(s_y, theta) - max_{j != y} s_j``: negative iff accepted and wrong.
 
-    Without a threshold it equals Eq. (2).
+    Without a threshold it equals Eq. (2). Targeted it is negative iff accepted as the target.
     """
-    true, other = true_and_best_other(scores, labels)
-    return (true if threshold is None else torch.maximum(true, threshold)) - other
+    against, toward = _sides(scores, classes, targeted)
+    return (against if threshold is None else torch.maximum(against, threshold)) - toward
 
 
-def secml_objective(scores: Tensor, threshold: Tensor | None, labels: Tensor) -> Tensor:
+def secml_objective(
+    scores: Tensor, threshold: Tensor | None, classes: Tensor, targeted: bool = False
+) -> Tensor:
     """Compute ``theta - max_{j != y} s_j`` where the input is rejected, Eq. (2) elsewhere.
 
     It jumps where the decision changes between reject and accept. Without a threshold it equals
@@ -57,17 +74,61 @@ def secml_objective(scores: Tensor, threshold: Tensor | None, labels: Tensor) ->
 
     Source: the objective that the authors' library ``secml`` minimises.
     """
-    true, other = true_and_best_other(scores, labels)
+    against, toward = _sides(scores, classes, targeted)
     if threshold is None:
-        return true - other
-    rejected = torch.maximum(true, other) <= threshold
-    return torch.where(rejected, threshold, true) - other
+        return against - toward
+    rejected = torch.maximum(against, toward) <= threshold
+    return torch.where(rejected, threshold, against) - toward
+
+
+def cross_entropy_objective(
+    scores: Tensor, threshold: Tensor | None, classes: Tensor, targeted: bool = False
+) -> Tensor:
+    """Compute the log-probability of staying right or rejected under a softmax.
+
+    That of ``max(s_y, theta)`` among it and the scores of the other classes; targeted: minus the
+    log-probability of the target among all scores and theta. It saturates where the margin is far
+    above 1 and hardly moves where all scores are close: it is here to be compared with.
+    """
+    if targeted:
+        logits = scores if threshold is None else torch.cat([scores, threshold[:, None]], dim=1)
+        return -logits.log_softmax(dim=1).gather(1, classes[:, None])[:, 0]
+    true = scores.gather(1, classes[:, None])[:, 0]
+    stay = true if threshold is None else torch.maximum(true, threshold)
+    logits = scores.scatter(1, classes[:, None], stay[:, None])
+    return logits.log_softmax(dim=1).gather(1, classes[:, None])[:, 0]
+
+
+def log_sum_exp_objective(
+    scores: Tensor, threshold: Tensor | None, classes: Tensor, targeted: bool = False
+) -> Tensor:
+    """Compute the "decision" objective with each maximum replaced by a log-sum-exp.
+
+    The temperature is ``TEMPERATURE`` times the spread of the scores at that point, held fixed for
+    the gradient: several classes pull at once, and the scale of the scores does not matter.
+    """
+    columns = scores if threshold is None else torch.cat([scores, threshold[:, None]], dim=1)
+    values = columns.detach()
+    spread = values.amax(dim=1, keepdim=True) - values.amin(dim=1, keepdim=True)
+    tau = (TEMPERATURE * spread).clamp_min(torch.finfo(scores.dtype).tiny ** 0.5)
+    chosen = torch.zeros_like(columns, dtype=torch.bool).scatter(1, classes[:, None], True)
+    toward = chosen if targeted else ~chosen
+    if threshold is not None:  # theta is never what an attacker wants
+        last = torch.arange(columns.shape[1], device=columns.device) == scores.shape[1]
+        toward = toward & ~last
+
+    def smooth_max(which: Tensor) -> Tensor:
+        return torch.where(which, columns / tau, -torch.inf).logsumexp(dim=1) * tau[:, 0]
+
+    return smooth_max(~toward) - smooth_max(toward)
 
 
 OBJECTIVES: dict[str, ObjectiveFunction] = {
     "paper": paper_objective,
     "decision": decision_objective,
     "secml": secml_objective,
+    "cross-entropy": cross_entropy_objective,
+    "log-sum-exp": log_sum_exp_objective,
 }
 """Objectives by name."""
 
@@ -97,10 +158,25 @@ def evades(output: Tensor, labels: Tensor, reject: bool) -> Tensor:
     Returns:
         Evasions, bool ``(n,)``.
     """
+    return succeeds(output, labels, reject)
+
+
+def succeeds(output: Tensor, classes: Tensor, reject: bool, targeted: bool = False) -> Tensor:
+    """Tell which inputs are accepted as another class than the true one, or as the target.
+
+    Args:
+        output: Model output, ``(n, c)``, or ``(n, c + 1)`` with theta in the last column.
+        classes: True classes, or targets, ``(n,)``.
+        reject: Whether the last column is theta.
+        targeted: Whether ``classes`` are targets.
+
+    Returns:
+        Successes, bool ``(n,)``. A tie or a NaN is none.
+    """
     scores, threshold = split_scores(output, reject)
-    true, other = true_and_best_other(scores, labels)
-    wrong = other > true
-    return wrong if threshold is None else wrong & (other > threshold)
+    against, toward = _sides(scores, classes, targeted)
+    better = toward > against
+    return better if threshold is None else better & (toward > threshold)
 
 
 def true_and_best_other(scores: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -108,3 +184,9 @@ def true_and_best_other(scores: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]
     labels = labels[:, None]
     true = scores.gather(1, labels)[:, 0]
     return true, scores.scatter(1, labels, -torch.inf).max(dim=1).values
+
+
+def _sides(scores: Tensor, classes: Tensor, targeted: bool) -> tuple[Tensor, Tensor]:
+    """Return what the attack wants low and what it wants high, each ``(n,)``."""
+    chosen, other = true_and_best_other(scores, classes)
+    return (other, chosen) if targeted else (chosen, other)

@@ -53,19 +53,25 @@ def assigned_classes(target: Target, pool: Tensor) -> Tensor:
 
 
 def nearest_other_class(
-    inputs: Tensor, labels: Tensor, pool: Tensor, classes: Tensor, neighbours: int
+    inputs: Tensor,
+    labels: Tensor,
+    pool: Tensor,
+    classes: Tensor,
+    neighbours: int,
+    targeted: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Find near pool samples that are assigned to classes other than the label.
+    """Find near pool samples that are assigned to classes other than the label, or to the target.
 
     Half of them are the nearest samples of the nearest classes, one per class, and the rest the
     nearest of all others: the nearest sample need not be of the class that is easiest to reach.
 
     Args:
         inputs: Attacked inputs, ``(n, ...)``.
-        labels: Their true classes, ``(n,)``.
+        labels: Their true classes, or targets, ``(n,)``.
         pool: Samples, ``(m, ...)``.
         classes: Class assigned to each of them, -1 for none, ``(m,)``.
         neighbours: Samples wanted per input, k; at most m are returned.
+        targeted: Whether ``labels`` are targets.
 
     Returns:
         Indices into the pool ``(n, k)``, and whether there is such a sample, bool ``(n, k)``.
@@ -79,7 +85,8 @@ def nearest_other_class(
     for chunk, chunk_labels in zip(points.split(rows), labels.split(rows), strict=True):
         # Differences, not a matrix product: an input's neighbours do not depend on its batch.
         distances = torch.cdist(chunk, samples, compute_mode="donot_use_mm_for_euclid_dist")
-        usable = (classes != chunk_labels[:, None]) & (classes != _NO_CLASS)
+        fits = (classes == chunk_labels[:, None]) == targeted
+        usable = fits & (classes != _NO_CLASS)
         distances = torch.where(usable, distances, torch.inf)
         if len(present):
             per_class = torch.where(members, distances[:, None], torch.inf).min(dim=2)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from torchdnr.attacks.objectives import ObjectiveFunction, evades, split_scores
+from torchdnr.attacks.objectives import ObjectiveFunction, split_scores, succeeds
 from torchdnr.features import evaluation_mode
 
 
@@ -19,12 +19,14 @@ class Target(NamedTuple):
         objective: Maps scores, threshold and labels to ``(n,)``.
         reject: Whether the model returns theta.
         batch_size: Rows in one forward.
+        targeted: Whether the classes of the rows are wanted, not to be left.
     """
 
     model: Callable[[Tensor], Tensor]
     objective: ObjectiveFunction
     reject: bool
     batch_size: int
+    targeted: bool = False
 
 
 def has_reject_column(model: Callable[[Tensor], Tensor], reject: bool | None) -> bool:
@@ -44,10 +46,10 @@ def evaluate(target: Target, points: Tensor, labels: Tensor) -> tuple[Tensor, Te
     Args:
         target: Model and objective.
         points: ``(n, ...)``.
-        labels: True classes, ``(n,)``.
+        labels: True classes, or targets, ``(n,)``.
 
     Returns:
-        Objective ``(n,)``, infinite where it is NaN, and which points evade, bool ``(n,)``.
+        Objective ``(n,)``, infinite where it is NaN, and which points succeed, bool ``(n,)``.
 
     Raises:
         ValueError: If the output is not ``(n, c)``, or ``(n, c + 1)`` for a rejecting model.
@@ -57,46 +59,79 @@ def evaluate(target: Target, points: Tensor, labels: Tensor) -> tuple[Tensor, Te
     for chunk, chunk_labels in zip(points.split(size), labels.split(size), strict=True):
         output = target.model(chunk)
         values.append(_objective(target, output, chunk_labels))
-        evading.append(evades(output, chunk_labels, target.reject))
+        evading.append(succeeds(output, chunk_labels, target.reject, target.targeted))
     values = torch.cat(values)
     return torch.where(values.isnan(), torch.inf, values), torch.cat(evading)
 
 
-def descent_direction(target: Target, points: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Find the direction of steepest descent of the objective at each point, of unit l2 norm.
+class Slope(NamedTuple):
+    """What one forward and backward tells of each point.
+
+    Attributes:
+        direction: Of steepest descent, of unit l2 norm, ``(n, ...)``; zero where the gradient is
+            zero or NaN.
+        values: Objective, infinite where it is NaN, ``(n,)``.
+        evading: Whether the point succeeds, bool ``(n,)``.
+        length: l2 norm of the gradient, ``(n,)``.
+    """
+
+    direction: Tensor
+    values: Tensor
+    evading: Tensor
+    length: Tensor
+
+
+def slope_at(target: Target, points: Tensor, labels: Tensor) -> Slope:
+    """Evaluate objective, success and gradient of each point, in chunks.
 
     The gradient of an RBF score vanishes far from the support vectors, so its length tells
-    nothing; it is scaled by its largest entry first, so that squaring does not underflow.
+    little; the direction is scaled by its largest entry first, so that squaring does not underflow.
 
     Args:
         target: Model and objective.
         points: ``(n, ...)``.
-        labels: True classes, ``(n,)``.
+        labels: True classes, or targets, ``(n,)``.
 
     Returns:
-        Directions ``(n, ...)``, zero where the gradient is zero or NaN; objective ``(n,)``,
-        infinite where it is NaN.
+        ``Slope``.
 
     Raises:
         ValueError: If no gradient leads from the output to the input.
     """
-    directions, values = [], []
+    found = []
     size = target.batch_size
     for chunk, chunk_labels in zip(points.split(size), labels.split(size), strict=True):
         with torch.enable_grad():
             chunk = chunk.detach().requires_grad_()
             output = target.model(chunk)
             value = _objective(target, output, chunk_labels)
-            if not value.requires_grad:
-                raise ValueError(
-                    "model must be differentiable, got an output without gradient; remove "
-                    "no_grad, detach and numpy between its input and its scores"
-                )
-            gradient = torch.autograd.grad(value.sum(), chunk)[0]
-        directions.append(_unit(-gradient))
-        values.append(value.detach())
-    values = torch.cat(values)
-    return torch.cat(directions), torch.where(values.isnan(), torch.inf, values)
+            gradient = input_gradient(value, chunk)
+        value = value.detach()
+        evading = succeeds(output.detach(), chunk_labels, target.reject, target.targeted)
+        direction, length = unit(-gradient)
+        found.append((direction, torch.where(value.isnan(), torch.inf, value), evading, length))
+    if len(found) == 1:
+        return Slope(*found[0])
+    return Slope(*(torch.cat(parts) for parts in zip(*found, strict=True)))
+
+
+def input_gradient(value: Tensor, points: Tensor, *, retain: bool = False) -> Tensor:
+    """Differentiate a value per row by the points.
+
+    Raises:
+        ValueError: If no gradient leads from the value to the points.
+    """
+    gradient = None
+    if value.requires_grad:
+        gradient = torch.autograd.grad(value.sum(), points, allow_unused=True, retain_graph=retain)[
+            0
+        ]
+    if gradient is None:
+        raise ValueError(
+            "model must be differentiable, got an output without gradient; remove "
+            "no_grad, detach and numpy between its input and its scores"
+        )
+    return gradient
 
 
 def check_classes(target: Target, inputs: Tensor, labels: Tensor) -> None:
@@ -123,13 +158,18 @@ def check_classes(target: Target, inputs: Tensor, labels: Tensor) -> None:
 
 
 def _objective(target: Target, output: Tensor, labels: Tensor) -> Tensor:
-    return target.objective(*split_scores(output, target.reject), labels)
+    return target.objective(*split_scores(output, target.reject), labels, target.targeted)
 
 
-def _unit(gradient: Tensor) -> Tensor:
-    """Scale each row to unit l2 norm; zero, NaN and infinite entries do no harm."""
-    flat = gradient.flatten(1).nan_to_num()
+def unit(vectors: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale each row to unit l2 norm; zero, NaN and infinite entries do no harm.
+
+    Returns:
+        Unit rows ``(n, ...)``, and the norms they had ``(n,)``.
+    """
+    flat = vectors.flatten(1).nan_to_num()
     largest = flat.abs().amax(dim=1, keepdim=True)
     flat = flat / torch.where(largest > 0, largest, 1)
     length = flat.square().sum(dim=1, keepdim=True).sqrt()
-    return (flat / torch.where(length > 0, length, 1)).view_as(gradient)
+    flat = flat / torch.where(length > 0, length, 1)
+    return flat.view_as(vectors), (length * largest)[:, 0]
