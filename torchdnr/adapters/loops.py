@@ -1,0 +1,145 @@
+"""Any attack, of whatever library, run so that only accepted and wrong points count."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from torchdnr.adapters.views import for_label, for_target
+from torchdnr.attacks.checks import check_inputs
+from torchdnr.attacks.objectives import decision_objective
+from torchdnr.attacks.target import (
+    Target,
+    check_classes,
+    evaluate,
+    has_reject_column,
+    left_as_found,
+)
+
+ForeignAttack = Callable[[nn.Module, Tensor, Tensor], Tensor]
+"""``attack(view, inputs, classes) -> points``: the view returns logits, all classes are equal."""
+
+
+def attack_per_label(
+    attack: ForeignAttack,
+    model: nn.Module,
+    inputs: Tensor,
+    labels: Tensor,
+    *,
+    bounds: tuple[float, float] = (0.0, 1.0),
+    reject: bool | None = None,
+) -> Tensor:
+    """Run an untargeted attack once per class, on the view in which argmax tells evasion.
+
+    Args:
+        attack: Called as ``attack(view, inputs, labels)`` with the inputs of one class, on
+            ``for_label(model, y)``; returns points like the inputs.
+        model: Returns ``(n, c)``, or ``(n, c + 1)`` with the threshold in the last column. Left as
+            found; in evaluation mode while it is attacked.
+        inputs: ``(n, ...)`` in ``bounds``.
+        labels: True classes, int64 ``(n,)``.
+        bounds: Smallest and largest value of an input.
+        reject: Whether the last column is the threshold; ``None`` asks ``model.reject_index``.
+
+    Returns:
+        Points in the order of the inputs; ``torchdnr.attacks.evades`` tells which succeed.
+
+    Raises:
+        ValueError: If an argument is not as described, or the attack returns other shapes.
+    """
+    reject = _checked(model, inputs, labels, bounds, reject, 1).reject
+    points = inputs.clone()
+    with left_as_found(model):
+        for label in labels.unique().tolist():
+            rows = (labels == label).nonzero()[:, 0]
+            view = for_label(model, label, reject=reject)
+            points[rows] = _points(attack(view, inputs[rows], labels[rows]), inputs[rows])
+    return points
+
+
+def attack_all_targets(
+    attack: ForeignAttack,
+    model: nn.Module,
+    inputs: Tensor,
+    labels: Tensor,
+    *,
+    norm: float = 2,
+    bounds: tuple[float, float] = (0.0, 1.0),
+    reject: bool | None = None,
+    batch_size: int = 256,
+) -> Tensor:
+    """Run a targeted attack once per wrong class, and keep the best point of each input.
+
+    Args:
+        attack: Called as ``attack(view, inputs, targets)`` with all inputs of other classes, on
+            ``for_target(model, t)``, every target being t; returns points like the inputs.
+        model: Returns ``(n, c)``, or ``(n, c + 1)`` with the threshold in the last column. Left as
+            found; in evaluation mode while it is attacked.
+        inputs: ``(n, ...)`` in ``bounds``.
+        labels: True classes, int64 ``(n,)``.
+        norm: Norm by which evading points are compared: 1, 2 or infinity.
+        bounds: Smallest and largest value of an input.
+        reject: Whether the last column is the threshold; ``None`` asks ``model.reject_index``.
+        batch_size: Rows in one forward when points are judged.
+
+    Returns:
+        The evading point of smallest norm. Where none evades, that of the lowest "decision"
+        objective, the input itself among them. An input that evades is returned as it is.
+
+    Raises:
+        ValueError: If an argument is not as described, or the attack returns other shapes.
+    """
+    target = _checked(model, inputs, labels, bounds, reject, batch_size)
+    with left_as_found(model):
+        values, evading = evaluate(target, inputs, labels)
+        done, best = evading.clone(), inputs.clone()
+        sizes = torch.zeros(len(inputs), dtype=torch.float64, device=inputs.device)
+        for wanted in range(_count_classes(target, inputs)):
+            rows = ((labels != wanted) & ~done).nonzero()[:, 0]
+            if len(rows) == 0:
+                continue
+            view = for_target(model, wanted, reject=target.reject)
+            found = attack(view, inputs[rows], torch.full_like(labels[rows], wanted))
+            points = _points(found, inputs[rows])
+            new_values, new_evading = evaluate(target, points, labels[rows])
+            shift = (points.double() - inputs[rows].double()).flatten(1)
+            new_sizes = torch.linalg.vector_norm(shift, norm, dim=1)
+            nearer = ~evading[rows] | (new_sizes < sizes[rows])
+            lower = ~evading[rows] & (new_values < values[rows])
+            better = torch.where(new_evading, nearer, lower)
+            chosen = rows[better]
+            best[chosen], sizes[chosen] = points[better], new_sizes[better]
+            values[chosen], evading[chosen] = new_values[better], new_evading[better]
+    return best
+
+
+def _checked(
+    model: nn.Module,
+    inputs: Tensor,
+    labels: Tensor,
+    bounds: tuple[float, float],
+    reject: bool | None,
+    batch_size: int,
+) -> Target:
+    """Check what the caller gave, and return the model with the objective that judges points."""
+    check_inputs(inputs, labels, 2, bounds)
+    target = Target(model, decision_objective, has_reject_column(model, reject), batch_size)
+    with left_as_found(model):
+        check_classes(target, inputs, labels)
+    return target
+
+
+@torch.no_grad()
+def _count_classes(target: Target, inputs: Tensor) -> int:
+    return target.model(inputs[:1]).shape[1] - target.reject
+
+
+def _points(found: Tensor, inputs: Tensor) -> Tensor:
+    """Check what an attack returned, and bring it to the dtype and device of the inputs."""
+    if not isinstance(found, Tensor) or found.shape != inputs.shape:
+        kind = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+        raise ValueError(
+            f"attack must return a tensor like its inputs, {tuple(inputs.shape)}, got {kind}; "
+            "choose from what the library returns, or convert, within the function"
+        )
+    return found.detach().to(inputs)

@@ -1,0 +1,192 @@
+"""A model that may reject, shown to attack libraries that know nothing of rejection.
+
+They stop at, and count, whatever ``argmax`` says of the logits they are given. Shown all c + 1
+columns, an untargeted attack counts rejections as successes; shown the class scores alone, it stops
+at points that are rejected. Two views make ``argmax`` say just what evasion is, accepted and wrong:
+``for_label`` for untargeted attacks on inputs of one class, ``for_target`` for targeted ones.
+
+Each is a module with the model inside, so that its parameters, device and mode are found, and
+returns a fresh tensor, into which a library may write. NaN is left to whoever judges the points.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from torchdnr.attacks import split_scores
+from torchdnr.attacks.target import has_reject_column
+from torchdnr.detectors import spacing
+
+
+class _View(nn.Module):
+    """What all views share: the model, and whether its last column is the threshold."""
+
+    def __init__(self, model: nn.Module, reject: bool | None) -> None:
+        super().__init__()
+        if not isinstance(model, nn.Module):
+            raise ValueError(
+                f"model must be a torch.nn.Module, got {type(model).__name__}: attack libraries "
+                "look for its parameters and its mode; call it in the forward of a module"
+            )
+        self.model = model
+        self.reject = has_reject_column(model, reject)
+        # A library that puts the view back into its mode must not train the model.
+        self.training = model.training
+
+    def _split(self, inputs: Tensor) -> tuple[Tensor, Tensor | None]:
+        return split_scores(self.model(inputs), self.reject)
+
+
+class _ClassifierView(_View):
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self._split(inputs)[0].clone()
+
+
+class _RejectView(_View):
+    def __init__(self, model: nn.Module, reject: bool | None) -> None:
+        super().__init__(model, reject)
+        if not self.reject:
+            raise ValueError(
+                "model must have the threshold as the last column of its output, got one without "
+                "reject_index; pass reject=True if it has, or use as_classifier"
+            )
+        self.reject_index = getattr(model, "reject_index", -1)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        scores, threshold = self._split(inputs)
+        tie = scores.detach().amax(dim=1) == threshold.detach()
+        threshold = torch.where(tie, threshold + spacing(threshold), threshold)
+        return torch.cat([scores, threshold[:, None]], dim=1)
+
+
+class _LabelView(_View):
+    def __init__(self, model: nn.Module, labels: int | Tensor, reject: bool | None) -> None:
+        super().__init__(model, reject)
+        labels = torch.as_tensor(labels)
+        if labels.dtype != torch.int64 or labels.ndim > 1 or (labels < 0).any():
+            raise ValueError(
+                "labels must be a class >= 0, or int64 (n,), got "
+                f"{labels.dtype} {tuple(labels.shape)}"
+            )
+        self.register_buffer("labels", labels, persistent=False)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        scores, threshold = self._split(inputs)
+        labels = _each(self.labels, scores)
+        own = scores.gather(1, labels)[:, 0]
+        if threshold is not None:
+            own = torch.maximum(own, threshold)
+        tie = own.detach() == _best_other(scores, labels)
+        own = torch.where(tie, own + spacing(own), own)  # argmax would take the first of equals
+        return scores.scatter(1, labels, own[:, None])
+
+
+class _TargetView(_View):
+    def __init__(self, model: nn.Module, target: int, reject: bool | None) -> None:
+        super().__init__(model, reject)
+        if target < 0:
+            raise ValueError(f"target must be a class >= 0, got {target}")
+        self.target = target
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        scores, threshold = self._split(inputs)
+        columns = scores if threshold is None else torch.cat([scores, threshold[:, None]], dim=1)
+        targets = _each(torch.as_tensor(self.target, device=scores.device), columns)
+        wanted = columns.gather(1, targets)[:, 0]
+        tie = wanted.detach() == _best_other(columns, targets)
+        wanted = torch.where(tie, wanted - spacing(wanted), wanted)
+        return columns.scatter(1, targets, wanted[:, None])
+
+
+def _each(classes: Tensor, scores: Tensor) -> Tensor:
+    """Return the class of every row, ``(n, 1)``."""
+    if classes.ndim and len(classes) != len(scores):
+        raise ValueError(
+            f"for_label was given {len(classes)} labels and then {len(scores)} inputs: what calls "
+            "it takes batches apart; use attack_per_label, or one label per view"
+        )
+    return classes.expand(len(scores))[:, None]
+
+
+def _best_other(columns: Tensor, classes: Tensor) -> Tensor:
+    """Compute the best of each row but that of its class, without gradient."""
+    return columns.detach().scatter(1, classes, -torch.inf).amax(dim=1)
+
+
+def as_classifier(model: nn.Module, *, reject: bool | None = None) -> nn.Module:
+    """Show the class scores alone, as if the model never rejected.
+
+    For attacks that are to ignore the rejection, such as those transferred to the model: they stop
+    at points that it rejects, and overrate it.
+
+    Args:
+        model: Returns ``(n, c)``, or ``(n, c + 1)`` with the threshold in the last column.
+        reject: Whether the last column is the threshold; ``None`` asks ``model.reject_index``.
+
+    Returns:
+        Module from inputs to ``(n, c)``.
+
+    Raises:
+        ValueError: If the model is no module.
+    """
+    return _ClassifierView(model, reject)
+
+
+def with_reject(model: nn.Module, *, reject: bool | None = None) -> nn.Module:
+    """Show rejection as one more class, the last: ``argmax`` is c iff the model rejects.
+
+    It is the model's own output, but for ties with the threshold, which reject. Untargeted attacks
+    on this view count rejected inputs as successes; use ``for_label`` for them.
+
+    Args:
+        model: Returns ``(n, c + 1)`` with the threshold in the last column.
+        reject: Whether it does; ``None`` asks ``model.reject_index``.
+
+    Returns:
+        Module from inputs to ``(n, c + 1)``.
+
+    Raises:
+        ValueError: If the model is no module, or has no threshold.
+    """
+    return _RejectView(model, reject)
+
+
+def for_label(model: nn.Module, labels: int | Tensor, *, reject: bool | None = None) -> nn.Module:
+    """Show the model to an untargeted attack on inputs of a known class y.
+
+    The class keeps the larger of its score and the threshold, ``z_y = max(s_y, theta)``, the others
+    their scores: ``argmax z != y`` iff the model accepts and is wrong. A tie is moved by the least
+    possible amount, so that this also holds where the first of equals wins.
+
+    Args:
+        model: Returns ``(n, c)``, or ``(n, c + 1)`` with the threshold in the last column.
+        labels: True class of all inputs. Or ``(n,)``, one per input, for libraries that send the
+            whole batch through the model each time, in order.
+        reject: Whether the last column is the threshold; ``None`` asks ``model.reject_index``.
+
+    Returns:
+        Module from inputs to ``(n, c)``.
+
+    Raises:
+        ValueError: If the model is no module, or the labels are no classes.
+    """
+    return _LabelView(model, labels, reject)
+
+
+def for_target(model: nn.Module, target: int, *, reject: bool | None = None) -> nn.Module:
+    """Show the model to a targeted attack: ``argmax`` is the target iff it is accepted as that.
+
+    The model's own output, but that a tie of the target with anything is moved against it. An input
+    evades iff it reaches some target other than its class.
+
+    Args:
+        model: Returns ``(n, c)``, or ``(n, c + 1)`` with the threshold in the last column.
+        target: Class that the attack wants.
+        reject: Whether the last column is the threshold; ``None`` asks ``model.reject_index``.
+
+    Returns:
+        Module from inputs to ``(n, c + 1)``, or ``(n, c)`` if the model never rejects.
+
+    Raises:
+        ValueError: If the model is no module, or the target no class.
+    """
+    return _TargetView(model, target, reject)
