@@ -1,6 +1,13 @@
 """Evaluation of classifiers that may reject, under attack."""
 
 from torchdnr.evaluation.curve import AttackCurve, SecurityCurve
+from torchdnr.evaluation.detection import (
+    Detection,
+    detection_scores,
+    measure_detection,
+    rejection_scores,
+)
+from torchdnr.evaluation.intervals import Estimate, median_of, share
 from torchdnr.evaluation.line_up import BOUNDARY_WALK, LINE_SEARCH_PGD, Attack, default_line_up
 from torchdnr.evaluation.metrics import (
     accuracy_under_attack,
@@ -10,25 +17,71 @@ from torchdnr.evaluation.metrics import (
     wilson_interval,
 )
 from torchdnr.evaluation.plots import plot_curves, plot_examples
+from torchdnr.evaluation.plots_rejection import plot_roc, plot_stratified, plot_threshold_sweep
+from torchdnr.evaluation.rates import (
+    DecisionRates,
+    attack_costs,
+    attack_rates,
+    decision_rates,
+    median_evasion_norm,
+)
 from torchdnr.evaluation.report import format_table, load_results, save_results
+from torchdnr.evaluation.robust_error import robust_error, robust_errors, threshold_at_tpr
+from torchdnr.evaluation.roc import ROC, auroc, fpr_at_tpr, roc_curve
 from torchdnr.evaluation.security import security_evaluation
+from torchdnr.evaluation.stratified import ALPHAS, StratifiedCurve, stratified_curve
+from torchdnr.evaluation.threshold_sweep import (
+    ThresholdSweep,
+    threshold_sweep,
+    thresholds_at_rates,
+)
+from torchdnr.evaluation.threshold_view import WithThreshold
 
 __all__ = [
+    "ALPHAS",
     "BOUNDARY_WALK",
     "LINE_SEARCH_PGD",
+    "ROC",
     "Attack",
     "AttackCurve",
+    "DecisionRates",
+    "Detection",
+    "Estimate",
     "SecurityCurve",
+    "StratifiedCurve",
+    "ThresholdSweep",
+    "WithThreshold",
     "accuracy_under_attack",
+    "attack_costs",
+    "attack_rates",
+    "auroc",
+    "decision_rates",
     "default_line_up",
+    "detection_scores",
     "evasion_rate",
     "format_table",
+    "fpr_at_tpr",
     "load_results",
+    "measure_detection",
+    "median_evasion_norm",
+    "median_of",
     "plot_curves",
     "plot_examples",
+    "plot_roc",
+    "plot_stratified",
+    "plot_threshold_sweep",
     "predict_labels",
     "rejection_rate",
+    "rejection_scores",
+    "robust_error",
+    "robust_errors",
+    "roc_curve",
     "save_results",
     "security_evaluation",
+    "share",
+    "stratified_curve",
+    "threshold_at_tpr",
+    "threshold_sweep",
+    "thresholds_at_rates",
     "wilson_interval",
 ]

@@ -1,0 +1,165 @@
+"""ROC of two groups of scores: curve, area with DeLong's interval, FPR at a given TPR.
+
+Higher scores mean positive, and a score equal to a threshold is called positive, as in scikit-learn
+and in pytorch-ood ("higher = more outlying").
+"""
+
+import math
+from statistics import NormalDist
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from torchdnr.evaluation.intervals import Estimate, quantile_ranks, square_and_add
+from torchdnr.evaluation.metrics import wilson_interval
+
+
+class ROC(NamedTuple):
+    """Operating points in the order of falling thresholds, the first at infinity.
+
+    Attributes:
+        false_positive_rate: Share of negatives with a score >= threshold, float64 ``(t,)``.
+        true_positive_rate: Share of positives with a score >= threshold, float64 ``(t,)``.
+        thresholds: Infinity, then every score that occurs, once, ``(t,)``.
+    """
+
+    false_positive_rate: Tensor
+    true_positive_rate: Tensor
+    thresholds: Tensor
+
+
+def roc_curve(negatives: Tensor, positives: Tensor) -> ROC:
+    """Compute the ROC curve; equal scores are one step of it.
+
+    Args:
+        negatives: Scores of negatives, ``(m,)``.
+        positives: Scores of positives, ``(n,)``; higher means more positive.
+
+    Returns:
+        ``ROC``; the area by the trapezoidal rule is ``auroc``.
+
+    Raises:
+        ValueError: If a group is empty, or a score is NaN.
+    """
+    _check(negatives, positives)
+    values = torch.cat([negatives, positives]).unique().flip(0)
+    rates = []
+    for group in (negatives, positives):
+        at_least = len(group) - torch.searchsorted(group.sort().values, values)
+        rates.append(torch.cat([at_least.new_zeros(1), at_least]).double() / len(group))
+    return ROC(*rates, torch.cat([values.new_full((1,), torch.inf), values]))
+
+
+def auroc(negatives: Tensor, positives: Tensor, *, confidence: float = 0.95) -> Estimate:
+    """Compute the area under the ROC curve: P(positive above negative), ties counting a half.
+
+    The interval is DeLong's, on the scale of the logit, so that it stays in [0, 1]. Two cases have
+    no variance. Groups that do not overlap: with k samples in the smaller group, k independent
+    pairs are all in order with probability AUROC^k, which gives an exact bound. Scores that are all
+    equal: Wilson's interval for k samples. A group of one sample tells nothing: [0, 1].
+
+    Args:
+        negatives: Scores of negatives, ``(m,)``.
+        positives: Scores of positives, ``(n,)``; higher means more positive.
+        confidence: Coverage of the interval, in (0, 1).
+
+    Returns:
+        ``Estimate`` on m + n samples.
+
+    Raises:
+        ValueError: If a group is empty, or a score is NaN.
+
+    Source: DeLong et al., "Comparing the areas under two or more correlated receiver operating
+    characteristic curves", Biometrics 44 (1988).
+    """
+    _check(negatives, positives)
+    below = _share_below(positives, negatives)  # of the negatives, for each positive
+    above = 1 - _share_below(negatives, positives)
+    area = below.mean().item()
+    smaller, total = min(len(below), len(above)), len(below) + len(above)
+    if smaller == 1:
+        return Estimate(area, 0.0, 1.0, total)
+    variance = (below.var() / len(below) + above.var() / len(above)).item()
+    if not 0 < area < 1:
+        reach = ((1 - confidence) / 2) ** (1 / smaller)
+        return Estimate(area, *((reach, 1.0) if area == 1 else (0.0, 1 - reach)), total)
+    if variance < 1e-15:  # all placements are equal but for rounding
+        return Estimate(area, *wilson_interval(area, smaller, confidence), total)
+    z = NormalDist().inv_cdf(0.5 + confidence / 2)
+    logit = math.log(area) - math.log1p(-area)
+    half = z * math.sqrt(variance) / (area * (1 - area))
+    ends = torch.tensor([logit - half, logit + half], dtype=torch.float64).sigmoid()
+    return Estimate(area, *ends.tolist(), total)
+
+
+def fpr_at_tpr(
+    negatives: Tensor, positives: Tensor, tpr: float = 0.95, *, confidence: float = 0.95
+) -> Estimate:
+    """Compute the share of negatives called positive where at least a given share of positives is.
+
+    No interpolation: the threshold is the highest that reaches ``tpr``, a score that occurs. The
+    interval adds, in squares, Wilson's at that threshold and the range of the FPR over the interval
+    of the threshold, which was itself found on a sample of positives.
+
+    Which group is positive differs between authors. Outlier detection (pytorch-ood): adversarial
+    inputs are, with the rejection score. CCAT: accepted clean inputs are; call with
+    ``fpr_at_tpr(-adversarial, -clean, tpr)``.
+
+    Args:
+        negatives: Scores of negatives, ``(m,)``.
+        positives: Scores of positives, ``(n,)``; higher means more positive.
+        tpr: Share of positives to be found, in (0, 1].
+        confidence: Coverage of the interval, in (0, 1).
+
+    Returns:
+        ``Estimate`` on m samples.
+
+    Raises:
+        ValueError: If a group is empty, a score is NaN, or ``tpr`` is out of range.
+    """
+    _check(negatives, positives)
+    if not 0 < tpr <= 1:
+        raise ValueError(f"tpr must be in (0, 1], got {tpr}")
+    falling = positives.sort(descending=True).values
+    ordered, n = negatives.sort().values, len(negatives)
+
+    def rate_at(rank: int) -> float:
+        if rank < 1:
+            return 0.0
+        if rank > len(falling):
+            return 1.0
+        return 1 - torch.searchsorted(ordered, falling[rank - 1]).item() / n
+
+    value = rate_at(needed_rank(len(falling), tpr))
+    last = len(falling)  # at a TPR of 1 nothing tells how low the scores of further positives are
+    ranks = quantile_ranks(last, tpr, confidence) if tpr < 1 else (last, last + 1)
+    of_threshold = min(value, rate_at(ranks[0])), max(value, rate_at(ranks[1]))
+    low, high = square_and_add(value, wilson_interval(value, n, confidence), of_threshold)
+    return Estimate(value, max(0.0, low), min(1.0, high), n)
+
+
+def needed_rank(n: int, share: float) -> int:
+    """Return the smallest number of n samples that is at least a share of them, >= 1."""
+    return max(1, math.ceil(share * n - 1e-9))  # 0.95 * 20 is 19.000...
+
+
+def _share_below(points: Tensor, group: Tensor) -> Tensor:
+    """Return for each point the share of a group below it, ties counting a half, float64."""
+    ordered = group.sort().values
+    less = torch.searchsorted(ordered, points)
+    not_greater = torch.searchsorted(ordered, points, right=True)
+    return (less + not_greater).double() / (2 * len(group))
+
+
+def _check(negatives: Tensor, positives: Tensor) -> None:
+    for name, scores in (("negatives", negatives), ("positives", positives)):
+        if scores.ndim != 1 or len(scores) == 0:
+            raise ValueError(f"{name} must be (n,) with n >= 1, got {tuple(scores.shape)}")
+        if not scores.is_floating_point() or scores.isnan().any():
+            raise ValueError(f"{name} must be floating point without NaN, got {scores.dtype}")
+    if negatives.dtype != positives.dtype or negatives.device != positives.device:
+        raise ValueError(
+            f"positives must be like negatives, {negatives.dtype} on {negatives.device}, "
+            f"got {positives.dtype} on {positives.device}"
+        )

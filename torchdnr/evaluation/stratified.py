@@ -1,0 +1,195 @@
+"""Robustness where rejecting a small perturbation is an error too: the price of easy rejection."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from torchdnr.attacks.checks import check_inputs
+from torchdnr.attacks.lowest_confidence import lowest_confidence
+from torchdnr.attacks.target import has_reject_column, left_as_found
+from torchdnr.evaluation.decisions import stacked
+from torchdnr.evaluation.intervals import Estimate, share
+from torchdnr.evaluation.judging import Task, judge, keep_inside
+from torchdnr.evaluation.metrics import evaded
+from torchdnr.rejection import REJECT
+
+ALPHAS = 0.0, 0.01, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.5, 1.0
+
+
+@dataclass(frozen=True, eq=False)
+class StratifiedCurve:
+    """Robustness at one eps, over the share of it within which to reject is an error.
+
+    Attributes:
+        name: Name of the classifier.
+        eps: Perturbation size of the attack that wants to evade.
+        norm: Norm of the perturbations.
+        alphas: Shares of eps, increasing.
+        evaded: Whether each sample is accepted and wrong somewhere within eps, bool ``(n,)``.
+        rejected: Whether it is rejected somewhere within alpha * eps, bool ``(len(alphas), n)``.
+        confidence: Coverage of the intervals.
+        settings: Options of the attacks, and what the caller added.
+    """
+
+    name: str | None
+    eps: float
+    norm: float
+    alphas: list[float]
+    evaded: Tensor
+    rejected: Tensor
+    confidence: float = 0.95
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def robustness(self) -> list[Estimate]:
+        """Share of samples neither evaded nor rejected within alpha * eps, one per alpha."""
+        return [share(~(self.evaded | row), confidence=self.confidence) for row in self.rejected]
+
+    @property
+    def rejection(self) -> list[Estimate]:
+        """Share of samples rejected somewhere within alpha * eps, one per alpha."""
+        return [share(row, confidence=self.confidence) for row in self.rejected]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Convert to numbers, lists and dictionaries."""
+        return {
+            "name": self.name,
+            "eps": self.eps,
+            "norm": self.norm,
+            "alphas": self.alphas,
+            "robustness": [rate.to_dict() for rate in self.robustness],
+            "rejection": [rate.to_dict() for rate in self.rejection],
+            "evaded": self.evaded.tolist(),
+            "rejected": self.rejected.tolist(),
+            "confidence": self.confidence,
+            "settings": self.settings,
+        }
+
+
+def stratified_curve(
+    model: Callable[[Tensor], Tensor],
+    inputs: Tensor,
+    labels: Tensor,
+    adversarial: Tensor,
+    eps: float,
+    *,
+    norm: float = 2,
+    alphas: Sequence[float] = ALPHAS,
+    reject_attack: Callable[..., Tensor] | None = None,
+    reject_options: Mapping[str, Any] | None = None,
+    bounds: tuple[float, float] = (0.0, 1.0),
+    batch_size: int = 256,
+    reject: bool | None = None,
+    confidence: float = 0.95,
+    name: str | None = None,
+    settings: Mapping[str, Any] | None = None,
+    progress: bool = False,
+) -> StratifiedCurve:
+    """Count per alpha the samples that are neither evaded nor rejected within ``alpha * eps``.
+
+    An attack that wants to be rejected is run at every alpha, on the samples not rejected yet; what
+    is rejected stays so within every larger ball, so the curve falls. It is an upper bound, as each
+    attack only finds what it finds.
+
+    Args:
+        model: Maps ``(n, ...)`` to scores ``(n, c)``, or ``(n, c + 1)`` with theta in the last
+            column. A module is evaluated in evaluation mode and left as it was found.
+        inputs: Clean inputs within ``bounds``, ``(n, ...)``.
+        labels: True labels 0..c-1, int64 ``(n,)``.
+        adversarial: Points within ``eps`` that want to evade, ``(n, ...)`` or of k attacks
+            ``(k, n, ...)``, for instance ``SecurityCurve.adversarial[index]``; the inputs
+            themselves are counted too.
+        eps: Radius of the ball, > 0.
+        norm: Norm of the perturbation; 1, 2 or infinity.
+        alphas: Shares of ``eps``, in [0, 1] and increasing.
+        reject_attack: ``reject_attack(model, inputs, labels, radius) -> points``, each within
+            ``radius``; None: ``lowest_confidence``, from where it ended at the previous alpha.
+        reject_options: Options of ``lowest_confidence``: steps, restarts, seed, ...
+        bounds: Smallest and largest value of an input.
+        batch_size: Inputs per batch.
+        reject: Whether the last column of the output is theta; None: ask the model.
+        confidence: Coverage of the intervals, in (0, 1).
+        name: Name of the classifier.
+        settings: What else to store with the result.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        ``StratifiedCurve``.
+
+    Raises:
+        ValueError: If an argument is not as described.
+
+    Source: Chen et al., "Stratified adversarial robustness with rejection", ICML 2023.
+    """
+    check_inputs(inputs, labels, norm, bounds)
+    alphas = _checked_alphas(alphas)
+    if not 0 < eps < float("inf"):
+        raise ValueError(f"eps must be > 0 and finite, got {eps}")
+    if reject_attack is not None and reject_options:
+        raise ValueError("reject_options belong to the default attack: leave out one of the two")
+    reject = has_reject_column(model, reject)
+    task = Task(model, inputs, labels, norm, bounds, batch_size, reject)
+    options = {"norm": norm, "bounds": bounds, "batch_size": batch_size, "reject": reject}
+    own = {**(reject_options or {})}
+
+    def attack(rows: Tensor, radius: float, start: Tensor) -> Tensor:
+        if reject_attack is not None:
+            return reject_attack(model, inputs[rows], labels[rows], radius)
+        return lowest_confidence(model, inputs[rows], radius, start=start, **options, **own)
+
+    with left_as_found(model):
+        evading = evaded(judge(task, inputs).predictions, labels)
+        for points in stacked(adversarial, inputs):
+            points, _ = keep_inside(task, points.to(inputs), eps, "adversarial")
+            evading = evading | evaded(judge(task, points).predictions, labels)
+        bar = tqdm(alphas, desc=name, unit="alpha", disable=not progress)
+        rejected = _reject_within(task, (alpha * eps for alpha in bar), attack)
+    return StratifiedCurve(
+        name=name,
+        eps=float(eps),
+        norm=float(norm),
+        alphas=alphas,
+        evaded=evading.cpu(),
+        rejected=rejected.cpu(),
+        confidence=confidence,
+        settings={
+            "reject_attack": "lowest confidence" if reject_attack is None else "given",
+            **own,
+            **(settings or {}),
+        },
+    )
+
+
+def _reject_within(
+    task: Task, radii: Iterable[float], attack: Callable[[Tensor, float, Tensor], Tensor]
+) -> Tensor:
+    """Tell which samples are rejected somewhere within each radius, bool ``(len(radii), n)``."""
+    points = task.inputs.clone()
+    rejected = judge(task, points).predictions == REJECT
+    found = []
+    for radius in radii:
+        rows = (~rejected).nonzero()[:, 0]
+        if radius > 0 and task.reject and len(rows):
+            part = replace(task, inputs=task.inputs[rows], labels=task.labels[rows])
+            moved, _ = keep_inside(
+                part, attack(rows, radius, points[rows]), radius, "reject attack"
+            )
+            points = points.index_copy(0, rows, moved)
+            rejected = rejected.index_copy(0, rows, judge(part, moved).predictions == REJECT)
+        found.append(rejected)
+    return torch.stack(found)
+
+
+def _checked_alphas(alphas: Sequence[float]) -> list[float]:
+    alphas = [float(alpha) for alpha in alphas]
+    increasing = all(one < two for one, two in pairwise(alphas))
+    if not alphas or not increasing or not all(0 <= alpha <= 1 for alpha in alphas):
+        raise ValueError(f"alphas must be in [0, 1] and increasing, got {alphas}: sort them")
+    return alphas

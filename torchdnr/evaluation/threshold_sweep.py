@@ -1,0 +1,242 @@
+"""Accuracy under attack over the rejection threshold: what security costs on clean inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from torchdnr.attacks.checks import check_inputs
+from torchdnr.attacks.target import has_reject_column, left_as_found
+from torchdnr.evaluation.decisions import stacked, worst_predictions
+from torchdnr.evaluation.intervals import Estimate
+from torchdnr.evaluation.judging import Task, keep_inside, outputs
+from torchdnr.evaluation.metrics import evaded
+from torchdnr.evaluation.rates import DecisionRates, decision_rates
+from torchdnr.evaluation.threshold_view import WithThreshold
+from torchdnr.rejection import rejection_threshold
+
+Rates = list[list[Estimate]]
+Attack = Callable[[nn.Module, Tensor, Tensor, float], Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class ThresholdSweep:
+    """Rates of one classifier over the threshold, for attacks of several sizes.
+
+    Attributes:
+        name: Name of the classifier.
+        norm: Norm of the perturbations.
+        eps: Perturbation sizes, > 0, increasing: the rows of the rates below.
+        thresholds: theta, increasing: the columns.
+        clean_accuracy: Accuracy on clean inputs, a reject being an error, one per theta.
+        false_rejection_rate: Share of clean inputs rejected, one per theta.
+        accuracy: Accuracy under attack on the given points, one row per eps.
+        rejection_rate: Share of them rejected.
+        reattacked_accuracy: The same in the worst case over the given points and those of an attack
+            on the classifier with that theta; None if there was no such attack.
+        reattacked_rejection_rate: Share of these worst-case points rejected; or None.
+        settings: What the caller added.
+    """
+
+    name: str | None
+    norm: float
+    eps: list[float]
+    thresholds: list[float]
+    clean_accuracy: list[Estimate]
+    false_rejection_rate: list[Estimate]
+    accuracy: Rates
+    rejection_rate: Rates
+    reattacked_accuracy: Rates | None = None
+    reattacked_rejection_rate: Rates | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Convert to numbers, lists and dictionaries."""
+        return {key: _plain(value) for key, value in vars(self).items()}
+
+
+def thresholds_at_rates(scores: Tensor, rates: Sequence[float]) -> list[float]:
+    """Find the thresholds that reject given shares of clean calibration inputs.
+
+    Args:
+        scores: Class scores of inputs that nothing else is measured on, ``(n, c)``.
+        rates: Shares to reject, in [0, 1).
+
+    Returns:
+        Thresholds, increasing and without repetition.
+
+    Raises:
+        ValueError: If the scores are not finite, or a rate is out of range.
+    """
+    return sorted({rejection_threshold(scores, rate).item() for rate in rates})
+
+
+def threshold_sweep(
+    model: Callable[[Tensor], Tensor],
+    inputs: Tensor,
+    labels: Tensor,
+    adversarial: Mapping[float, Tensor],
+    thresholds: Sequence[float],
+    *,
+    attack: Attack | None = None,
+    norm: float = 2,
+    bounds: tuple[float, float] = (0.0, 1.0),
+    batch_size: int = 256,
+    reject: bool | None = None,
+    confidence: float = 0.95,
+    name: str | None = None,
+    settings: Mapping[str, Any] | None = None,
+    progress: bool = False,
+) -> ThresholdSweep:
+    """Vary the threshold: on given adversarial points, and if wanted attacked again at each.
+
+    Points made against one threshold are weak against another: one that was rejected need not be
+    the best that an attacker can do about a lower theta. The paper does not say which of the two
+    its figure shows. Points of a smaller eps count at every larger one, as do the clean inputs;
+    points found again at a threshold count at every lower one too, where they are accepted as well.
+
+    Args:
+        model: Maps ``(n, ...)`` to scores ``(n, c)``, or ``(n, c + 1)`` with theta in the last
+            column, which is not used. A module is left as it was found.
+        inputs: Clean inputs within ``bounds``, ``(n, ...)``.
+        labels: True labels 0..c-1, int64 ``(n,)``.
+        adversarial: Points by eps > 0, ``(n, ...)`` or of k attacks ``(k, n, ...)``, each within
+            eps.
+        thresholds: Values of theta, finite; see ``thresholds_at_rates``.
+        attack: ``attack(model, inputs, labels, eps) -> points`` on a model that has the threshold
+            in question, for the samples not evaded yet; None: only the given points.
+        norm: Norm of the perturbation; 1, 2 or infinity.
+        bounds: Smallest and largest value of an input.
+        batch_size: Inputs per batch.
+        reject: Whether the last column of the output is theta; None: ask the model.
+        confidence: Coverage of the intervals, in (0, 1).
+        name: Name of the classifier.
+        settings: What else to store with the result.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        ``ThresholdSweep``.
+
+    Raises:
+        ValueError: If an argument is not as described.
+
+    Source: Sotgiu et al., Fig. 4.
+    """
+    check_inputs(inputs, labels, norm, bounds)
+    eps, thetas = _checked_grid(adversarial, thresholds)
+    reject = has_reject_column(model, reject)
+    task = Task(model, inputs, labels, norm, bounds, batch_size, reject)
+
+    def rates_at(pool: Tensor, theta: float, value: float) -> DecisionRates:
+        predictions = worst_predictions(pool, labels, reject, theta)
+        return decision_rates(predictions, labels, value, confidence=confidence)
+
+    with left_as_found(model):
+        clean = outputs(model, inputs, batch_size)[None]
+        without = [rates_at(clean, theta, 0.0) for theta in thetas]
+        pools, pool = [], clean
+        for value in eps:
+            pool = torch.cat([pool, _given_outputs(task, adversarial[value], value)])
+            pools.append(pool)
+        fixed = [
+            [rates_at(pool, theta, value) for theta in thetas]
+            for pool, value in zip(pools, eps, strict=True)
+        ]
+        again = None
+        if attack is not None:
+            with tqdm(total=len(thetas) * len(eps), desc=name, disable=not progress) as bar:
+                again = _attacked_again(task, attack, pools, eps, thetas, rates_at, bar)
+    return ThresholdSweep(
+        name=name,
+        norm=float(norm),
+        eps=eps,
+        thresholds=thetas,
+        clean_accuracy=[rates.accuracy for rates in without],
+        false_rejection_rate=[rates.rejection for rates in without],
+        accuracy=_column(fixed, "accuracy"),
+        rejection_rate=_column(fixed, "rejection"),
+        reattacked_accuracy=again and _column(again, "accuracy"),
+        reattacked_rejection_rate=again and _column(again, "rejection"),
+        settings={"samples": len(inputs), "confidence": confidence, **(settings or {})},
+    )
+
+
+def _given_outputs(task: Task, points: Tensor, eps: float) -> Tensor:
+    """Run the model on the given points of one eps, ``(k, n, columns)``."""
+    found = []
+    for one in stacked(points, task.inputs):
+        one, _ = keep_inside(task, one.to(task.inputs), eps, "adversarial")
+        found.append(outputs(task.model, one, task.batch_size))
+    return torch.stack(found)
+
+
+def _attacked_again(
+    task: Task,
+    attack: Attack,
+    pools: list[Tensor],
+    eps: Sequence[float],
+    thetas: Sequence[float],
+    rates_at: Callable[[Tensor, float, float], DecisionRates],
+    bar: tqdm,
+) -> list[list[DecisionRates]]:
+    """Attack at every theta, the highest first, and at every eps, the smallest first."""
+    again = [[] for _ in eps]
+    for theta in reversed(thetas):
+        for row, value in enumerate(eps):
+            found = _attack_again(task, attack, pools[row], theta, value)
+            if found is not None:
+                pools[row:] = [torch.cat([pool, found]) for pool in pools[row:]]
+            again[row].insert(0, rates_at(pools[row], theta, value))
+            bar.update()
+    return again
+
+
+def _attack_again(
+    task: Task,
+    attack: Attack,
+    pool: Tensor,
+    theta: float,
+    eps: float,
+) -> Tensor | None:
+    """Attack the samples not evaded at this theta; outputs ``(1, n, columns)``, or None."""
+    evading = evaded(worst_predictions(pool, task.labels, task.reject, theta), task.labels)
+    rows = (~evading).nonzero()[:, 0]
+    if len(rows) == 0:
+        return None
+    part = replace(task, inputs=task.inputs[rows], labels=task.labels[rows])
+    view = WithThreshold(task.model, theta, task.reject)
+    points = attack(view, part.inputs, part.labels, eps)
+    if points.shape != part.inputs.shape or not points.isfinite().all():
+        raise ValueError(
+            f"attack must return finite points like its inputs, {tuple(part.inputs.shape)}, "
+            f"got {tuple(points.shape)} or NaN"
+        )
+    points, _ = keep_inside(part, points.detach().to(part.inputs), eps, "attack")
+    return pool[:1].index_copy(1, rows, outputs(task.model, points, task.batch_size)[None])
+
+
+def _checked_grid(
+    adversarial: Mapping[float, Tensor], thresholds: Sequence[float]
+) -> tuple[list[float], list[float]]:
+    eps = sorted(adversarial)
+    if not eps or not all(0 < value < float("inf") for value in eps):
+        raise ValueError(f"adversarial must have points for eps > 0 and finite, got eps {eps}")
+    thetas = sorted({float(value) for value in thresholds})
+    if not thetas or not all(abs(value) < float("inf") for value in thetas):
+        raise ValueError(f"thresholds must be finite and at least one, got {thetas}")
+    return eps, thetas
+
+
+def _column(rows: list[list[DecisionRates]], rate: str) -> Rates:
+    return [[getattr(rates, rate) for rates in row] for row in rows]
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, Estimate):
+        return value.to_dict()
+    return [_plain(item) for item in value] if isinstance(value, list) else value
