@@ -1,0 +1,153 @@
+"""Does a gradient lead from the decision to the input, is it zero, and does it tell the truth?"""
+
+import torch
+from torch import Tensor
+
+from torchdnr.attacks.objectives import split_scores
+from torchdnr.attacks.projections import project_box
+from torchdnr.attacks.target import slope_at
+from torchdnr.evaluation.checks.context import Context, share_status
+from torchdnr.evaluation.checks.result import CannotRun, Check
+from torchdnr.evaluation.judging import outputs
+
+DIFFERENTIABLE = "differentiable"
+ZERO_GRADIENT = "zero gradient"
+TRUE_GRADIENT = "true gradient"
+
+TINY = 1e-12
+"""Length of a gradient below which it counts as vanished."""
+SHARE_VANISHED = 0.1
+"""Share of vanished gradients above which the check fails; any at all warns."""
+MASKED = (
+    "Gradient attacks cannot see this model: attack a differentiable approximation of it (backward "
+    "pass of the identity for a quantisation), rescale the scores in float64, or attack without "
+    "gradients."
+)
+
+_STEP = 1e-3  # of the finite difference, relative to the width of the box
+_DISAGREES = 0.5  # relative error of the change that the gradient predicts
+_ROUNDINGS = 100  # of the largest output: smaller changes are lost in rounding
+
+
+def check_differentiable(context: Context) -> Check:
+    """Run the model backwards at clean samples: there is a gradient, and it is finite.
+
+    Source: Pintor et al., "Indicators of attack failure", NeurIPS 2022 (interrupted graph).
+    """
+    rows = context.first
+    inputs = context.inputs[rows].clone()
+    try:
+        gradients = _raw_gradient(context, inputs, context.labels[rows])
+    except RuntimeError as error:
+        return Check(
+            DIFFERENTIABLE,
+            "fail",
+            {"samples": len(rows), "without": len(rows)},
+            f"The backward pass broke off: {error}",
+            MASKED,
+        )
+    if gradients is None:
+        return Check(
+            DIFFERENTIABLE,
+            "fail",
+            {"samples": len(rows), "without": len(rows)},
+            "No gradient leads from the output of the model to its input.",
+            MASKED,
+        )
+    broken = int((~gradients.isfinite()).flatten(1).any(dim=1).sum())
+    return Check(
+        DIFFERENTIABLE,
+        "fail" if broken else "pass",
+        {"samples": len(rows), "without": 0, "not_finite": broken},
+        f"The gradient is NaN or infinite at {broken} of {len(rows)} clean samples."
+        if broken
+        else f"A finite gradient reaches the input at all {len(rows)} clean samples.",
+        "Find the operation that overflows, such as the root or logarithm of zero." * bool(broken),
+    )
+
+
+def _raw_gradient(context: Context, points: Tensor, labels: Tensor) -> Tensor | None:
+    """Differentiate the "decision" objective; None if no gradient leads to the points."""
+    target, found = context.target(), []
+    size = context.batch_size
+    for chunk, chunk_labels in zip(points.split(size), labels.split(size), strict=True):
+        with torch.enable_grad():
+            chunk = chunk.detach().requires_grad_()
+            output = target.model(chunk)
+            value = target.objective(*split_scores(output, target.reject), chunk_labels)
+            if not value.requires_grad:
+                return None
+            found.append(torch.autograd.grad(value.sum(), chunk, allow_unused=True)[0])
+    return None if any(part is None for part in found) else torch.cat(found)
+
+
+def check_zero_gradient(context: Context) -> Check:
+    """Count gradients of the "decision" objective that vanish, at clean and at final points.
+
+    Fails above ``SHARE_VANISHED`` of either, warns if there is any.
+
+    Source: Pintor et al., "Indicators of attack failure"; Croce et al., AutoAttack's own checks.
+    """
+    counts: dict[str, int | float] = {"samples": len(context.first)}
+    largest = 0
+    for name, points in (("clean", context.inputs), ("final", context.points)):
+        rows = context.first
+        length = slope_at(context.target(), points[rows], context.labels[rows]).length
+        counts[f"{name}_zero"] = int((length == 0).sum())
+        counts[f"{name}_tiny"] = int((length < TINY).sum())
+        largest = max(largest, counts[f"{name}_tiny"])
+    share = largest / len(context.first)
+    status = "fail" if share > SHARE_VANISHED else "warn" if largest else "pass"
+    message = (
+        f"Of {len(context.first)} gradients {counts['clean_tiny']} are below {TINY:g} at clean and "
+        f"{counts['final_tiny']} at final points ({counts['clean_zero']} and "
+        f"{counts['final_zero']} exactly zero)."
+    )
+    return Check(ZERO_GRADIENT, status, counts, message, MASKED if largest else "")
+
+
+def check_true_gradient(context: Context) -> Check:
+    """Compare the change that the gradient predicts for a small step with the one that occurs.
+
+    A step of a thousandth of the box both ways along the gradient, at clean and at final points. A
+    straight-through or otherwise replaced gradient, noise, and steps in the scores disagree.
+    Predicted changes that drown in rounding are left out. Warns from a tenth of the points on,
+    fails from half of them on.
+
+    Raises:
+        CannotRun: If every predicted change drowns in rounding.
+
+    Source: the definition of the derivative; Athalye et al., "Obfuscated gradients give a false
+    sense of security", ICML 2018, on gradients that are replaced.
+    """
+    labels = context.labels[context.first].repeat(2)
+    points = torch.cat([context.inputs[context.first], context.points[context.first]])
+    target = context.target()
+    slope = slope_at(target, points, labels)
+    step = _STEP * context.width * slope.direction
+    ahead, behind = (project_box(points + sign * step, context.bounds) for sign in (1, -1))
+    ahead_out, behind_out = (outputs(target.model, p, context.batch_size) for p in (ahead, behind))
+    before, after = (
+        target.objective(*split_scores(output, target.reject), labels)
+        for output in (behind_out, ahead_out)
+    )
+    moved = ((ahead - behind) * slope.direction).flatten(1).sum(dim=1)
+    predicted = -slope.length * moved
+    scale = torch.cat([ahead_out, behind_out], dim=1).abs().amax(dim=1)
+    clear = predicted.abs() > _ROUNDINGS * torch.finfo(predicted.dtype).eps * scale
+    total = int(clear.sum())
+    if total == 0:
+        raise CannotRun("every predicted change is below the rounding of the scores")
+    wrong = ((after - before) - predicted).abs() > _DISAGREES * predicted.abs()
+    count = int((wrong & clear).sum())
+    return Check(
+        TRUE_GRADIENT,
+        share_status(count, total),
+        {"points": total, "disagree": count, "lost_in_rounding": len(points) - total},
+        f"The change predicted by the gradient is off by more than half at {count} of {total} "
+        "points.",
+        "The gradient is not that of the scores (straight-through estimate, quantisation or "
+        "noise): trust attacks without gradients, or the expectation over the noise."
+        if count
+        else "",
+    )

@@ -1,0 +1,121 @@
+"""Every point that an attack shows to the model while it attacks one sample."""
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from torchdnr.attacks.objectives import decision_objective, evades, split_scores
+from torchdnr.evaluation.checks.context import Context
+from torchdnr.evaluation.line_up import Attack
+
+
+class Recorder(nn.Module):
+    """A model that notes margin, norm and success of all points it is shown.
+
+    An attack may be any function: all it knows of the model went through here, so that a point in
+    the ball that evades was within its reach, whatever the attack itself made of it.
+
+    Args:
+        context: What is checked.
+        row: The attacked sample.
+    """
+
+    def __init__(self, context: Context, row: int) -> None:
+        super().__init__()
+        self.model = context.model
+        self.reject_index = context.model.reject_index
+        self.training = False
+        self._context = context
+        self._center = context.inputs[row : row + 1]
+        self._label = context.labels[row : row + 1]
+        self._seen: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Return the output of the model."""
+        output = self.model(inputs)
+        self._seen.append(self._note(inputs.detach(), output.detach()))
+        return output
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401 - whatever the model has
+        """Look up in the model what this wrapper does not have, such as smoothed views of it."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "model":
+                raise
+            return getattr(self.model, name)
+
+    def _note(self, points: Tensor, output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        low, high = self._context.bounds
+        labels, reject = self._label.expand(len(points)), self._context.reject
+        margin = decision_objective(*split_scores(output, reject), labels)
+        moved = (points.double() - self._center.double()).flatten(1)
+        norm = torch.linalg.vector_norm(moved, self._context.norm, dim=1)
+        in_box = ((points >= low) & (points <= high)).flatten(1).all(dim=1)
+        return margin.double(), norm.masked_fill(~in_box, math.inf), evades(output, labels, reject)
+
+    def seen(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return margin, norm (infinite outside the box) and success, in order, each ``(k,)``."""
+        return tuple(torch.cat(parts) for parts in zip(*self._seen, strict=True))
+
+
+class Recorded(NamedTuple):
+    """One attack on one sample.
+
+    Attributes:
+        succeeded: Whether what it returned evades within eps; of a minimum-norm attack, at all.
+        silent: Whether it saw a success that it did not return: within eps, or nearer.
+        falling: Whether its best value still fell at the end.
+        stuck: Whether its best value never fell.
+    """
+
+    succeeded: bool
+    silent: bool
+    falling: bool
+    stuck: bool
+
+
+LAST = 0.1
+"""Share of the forwards that counts as the end of an attack."""
+STILL_FALLING = 0.05
+"""Share of the whole descent, or of the final norm, that it may fall at the end."""
+NEARER = 0.01
+"""Share of its norm by which a success has to be nearer than the one returned to count."""
+
+
+def record(context: Context, attack: Attack, row: int) -> Recorded:
+    """Attack one sample alone, from the clean input, and look at all it showed to the model."""
+    model = Recorder(context, row)
+    inputs, labels = context.inputs[row : row + 1], context.labels[row : row + 1]
+    if attack.minimum_norm:
+        points = attack.run(model, inputs, labels)
+    else:
+        points = attack.run(model, inputs, labels, context.eps, inputs)
+    margin, norm, success = model.seen()
+    with torch.no_grad():
+        model(points)
+    _, (returned,), (succeeded,) = (part[len(margin) :] for part in model.seen())
+    if attack.minimum_norm:
+        values = norm.masked_fill(~success, math.inf)
+        succeeded = succeeded & returned.isfinite()
+        silent = values.amin() < (returned * (1 - NEARER) if succeeded else math.inf)
+    else:
+        inside = norm <= context.eps
+        values = margin.masked_fill(~inside, math.inf)
+        succeeded = succeeded & (returned <= context.eps * (1 + 1e-5) + 1e-6)
+        silent = (success & inside).any() & ~succeeded
+    falling, stuck = _end_of(values, relative_to_last=attack.minimum_norm)
+    return Recorded(bool(succeeded), bool(silent), falling, stuck)
+
+
+def _end_of(values: Tensor, *, relative_to_last: bool) -> tuple[bool, bool]:
+    """Tell whether the best value so far still fell at the end, and whether it never fell."""
+    values = values[values.isfinite()]
+    if len(values) == 0:
+        return False, True
+    best = values.cummin(dim=0).values
+    whole, end = best[0] - best[-1], best[int((1 - LAST) * len(best))] - best[-1]
+    scale = best[-1] if relative_to_last else whole
+    return bool(end > STILL_FALLING * scale), bool(whole <= 0)

@@ -1,0 +1,125 @@
+"""What a check reports, and the report of all of them."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from textwrap import TextWrapper
+from typing import Any, Literal
+
+Status = Literal["pass", "warn", "fail", "skipped"]
+
+_WIDTH = 100  # columns of the text
+
+
+@dataclass(frozen=True)
+class Check:
+    """What one check found.
+
+    Attributes:
+        name: Name of the check.
+        status: "pass"; "warn" where the numbers are doubtful; "fail" where they cannot be trusted;
+            "skipped" where the check could not run.
+        counts: What was counted or measured.
+        message: One sentence on what was found, or why the check was skipped.
+        advice: One sentence on what to do; empty where there is nothing to do.
+    """
+
+    name: str
+    status: Status
+    counts: Mapping[str, int | float]
+    message: str
+    advice: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Convert to a dictionary of text and numbers."""
+        return asdict(self) | {"counts": dict(self.counts)}
+
+
+class CannotRun(Exception):
+    """Raised by a check that does not apply.
+
+    Args:
+        reason: Why.
+        advice: What it would need.
+    """
+
+    def __init__(self, reason: str, advice: str = "") -> None:
+        super().__init__(reason)
+        self.advice = advice
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """What all checks of one evaluation found.
+
+    Attributes:
+        checks: One entry per check, in the order in which they ran.
+        forwards: Input rows sent through the model.
+        backwards: Input rows sent back through the model.
+        seconds: Time taken.
+        settings: Options of the checks.
+    """
+
+    checks: list[Check]
+    forwards: int = 0
+    backwards: int = 0
+    seconds: float = 0.0
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def status(self) -> Status:
+        """The worst status; a check that broke off with an error counts as "warn"."""
+        found = {check.status for check in self.checks}
+        broken = any(
+            check.status == "skipped" and "errors" in check.counts for check in self.checks
+        )
+        if "fail" in found:
+            return "fail"
+        if "warn" in found or broken:
+            return "warn"
+        return "pass" if "pass" in found else "skipped"
+
+    def names(self, status: Status) -> list[str]:
+        """Return the names of the checks with this status."""
+        return [check.name for check in self.checks if check.status == status]
+
+    def __getitem__(self, name: str) -> Check:
+        """Return the check of this name.
+
+        Raises:
+            KeyError: If there is none.
+        """
+        for check in self.checks:
+            if check.name == name:
+                return check
+        raise KeyError(f"no check {name!r}; choose from: {', '.join(c.name for c in self.checks)}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Convert to numbers, lists and dictionaries."""
+        return {
+            "status": self.status,
+            "checks": [check.to_dict() for check in self.checks],
+            "forwards": self.forwards,
+            "backwards": self.backwards,
+            "seconds": self.seconds,
+            "settings": dict(self.settings),
+        }
+
+    def __str__(self) -> str:
+        """Format the report as plain text: what failed first, with what to do about it."""
+        order: tuple[Status, ...] = "fail", "warn", "pass", "skipped"
+        totals = ", ".join(f"{len(self.names(status))} {status}" for status in order)
+        lines = [f"checks of the evaluation: {self.status.upper()} ({totals})"]
+        width = max((len(check.name) for check in self.checks), default=0)
+        indent = " " * (width + 13)
+        for status in order:
+            for check in (check for check in self.checks if check.status == status):
+                head = f"  {status.upper():<7}  {check.name:<{width}}  "
+                lines += _wrap(check.message, head, indent)
+                if check.advice and status != "pass":
+                    lines += _wrap(check.advice, f"{indent}-> ", f"{indent}   ")
+        lines.append(f"{self.forwards} forwards, {self.backwards} backwards, {self.seconds:.1f} s")
+        return "\n".join(lines)
+
+
+def _wrap(text: str, first: str, others: str) -> list[str]:
+    return TextWrapper(_WIDTH, initial_indent=first, subsequent_indent=others).wrap(text)

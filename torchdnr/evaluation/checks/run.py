@@ -1,0 +1,265 @@
+"""All checks of an evaluation, one after the other."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from torchdnr.attacks.checks import check_count
+from torchdnr.attacks.objectives import decision_objective
+from torchdnr.attacks.starts import assigned_classes
+from torchdnr.attacks.target import Target, check_classes, has_reject_column, left_as_found
+from torchdnr.evaluation.checks import (
+    components,
+    gradients,
+    limits,
+    loss_surface,
+    model_outputs,
+    optimisation,
+    plausibility,
+    stored,
+    weaker,
+)
+from torchdnr.evaluation.checks.context import Context, Model, choose_eps
+from torchdnr.evaluation.checks.inputs import check_evaluation
+from torchdnr.evaluation.checks.result import CannotRun, Check, CheckReport
+from torchdnr.evaluation.curve import SecurityCurve
+from torchdnr.evaluation.judging import CountedModel, outputs
+from torchdnr.evaluation.line_up import ATTACKS, DEFAULT_ATTACKS, Attack, default_line_up
+from torchdnr.evaluation.metrics import evaded, predict_labels
+
+CHECKS: dict[str, Callable[[Context], Check]] = {
+    gradients.DIFFERENTIABLE: gradients.check_differentiable,
+    gradients.ZERO_GRADIENT: gradients.check_zero_gradient,
+    gradients.TRUE_GRADIENT: gradients.check_true_gradient,
+    loss_surface.UNSTABLE_LOSS: loss_surface.check_unstable_loss,
+    model_outputs.DETERMINISTIC: model_outputs.check_deterministic,
+    model_outputs.UNBOUNDED_SCORES: model_outputs.check_unbounded_scores,
+    stored.STORED_POINTS: stored.check_stored_points,
+    stored.MONOTONE: stored.check_monotone,
+    optimisation.SILENT_SUCCESS: optimisation.check_silent_success,
+    optimisation.INCOMPLETE: optimisation.check_incomplete,
+    optimisation.CONVERGED: optimisation.check_converged,
+    weaker.SINGLE_STEP: weaker.check_single_step,
+    weaker.NOISE: weaker.check_noise,
+    weaker.BLACK_BOX: weaker.check_black_box,
+    weaker.TRANSFER: weaker.check_transfer,
+    weaker.UNAWARE: weaker.check_unaware,
+    components.COMPONENTS: components.check_components,
+    limits.UNBOUNDED: limits.check_unbounded,
+    limits.CHANCE: limits.check_chance,
+    plausibility.HALF_EPS: plausibility.check_half_eps,
+}
+"""All checks by name, in the order in which they run."""
+
+
+def run_checks(
+    model: Model,
+    inputs: Tensor,
+    labels: Tensor,
+    curve: SecurityCurve,
+    *,
+    norm: float | None = None,
+    bounds: tuple[float, float] = (0.0, 1.0),
+    reject: bool | None = None,
+    eps: float | None = None,
+    attacks: Mapping[str, Attack] | None = None,
+    init_inputs: Tensor | None = None,
+    surrogate: Model | None = None,
+    reference: SecurityCurve | Mapping[float, float] | None = None,
+    samples: int = 32,
+    recorded: int = 8,
+    steps: int = 50,
+    draws: int = 100,
+    noise_draws: int = 1000,
+    queries: int = 1000,
+    passes: int = 5,
+    batch_size: int = 256,
+    seed: int = 0,
+    only: Sequence[str] | None = None,
+    progress: bool = False,
+) -> CheckReport:
+    """Check whether a security evaluation can be trusted.
+
+    Most checks look at one eps and at the first ``samples`` that the evaluation did not evade
+    there: what should be weaker than the evaluation must not evade them. A check that does not
+    apply, or breaks off, is listed as "skipped" with its reason; one that breaks off also makes
+    the report warn.
+
+    The cost is bounded. With S = ``samples``, R = ``recorded``, T = ``steps``, W = 300, A and A'
+    the forwards and backwards that the line-up spends on one sample, and n samples at k eps, the
+    rows sent forwards are at most about
+    ``S (2 draws + noise_draws + queries + T (15 + layers) + 40 W / 10 + A) + R A + k n``, those
+    sent backwards ``S (T (15 + layers) + 4 W + A') + R A'``. What it was is in the report.
+
+    Args:
+        model: Maps inputs to scores ``(n, c)``, or ``(n, c + 1)`` with theta in the last column. A
+            module is evaluated in evaluation mode and left as it was found.
+        inputs: Clean inputs of the evaluation, ``(n, ...)`` in ``bounds``.
+        labels: Their true labels, int64 ``(n,)``.
+        curve: What ``security_evaluation`` returned, with ``adversarial``. Without these points, as
+            after loading, checks look at clean inputs instead or are skipped.
+        norm: Norm of the perturbation; None: that of the curve.
+        bounds: Smallest and largest value of an input.
+        reject: Whether the last column of the output is theta; None: ask the model.
+        eps: At which eps of the curve attacks are compared; None: where the accuracy is nearest
+            to one half.
+        attacks: Line-up of the evaluation; None: the default one.
+        init_inputs: Samples of all classes to start from; None: the inputs.
+        surrogate: Classifier without defence, to scores ``(n, c)``; None: ``model.net`` if it
+            classifies.
+        reference: The most robust classifier known, for ``eps / 2``: its curve, or its robust
+            accuracy by eps.
+        samples: Samples looked at.
+        recorded: Samples on which each attack is watched, one by one.
+        steps: Steps of the attacks run here.
+        draws: Points around each sample for the stability of the loss.
+        noise_draws: Points of each ball for the noise control.
+        queries: Queries per sample of the black-box attack.
+        passes: Passes through the model that have to agree.
+        batch_size: Rows in one forward.
+        seed: Of everything that is drawn.
+        only: Names of the checks to run; None: all in ``CHECKS``.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        ``CheckReport``; print it to read it.
+
+    Raises:
+        ValueError: If an argument is not as described, or inputs and curve do not belong together.
+    """
+    counts = {
+        "samples": samples,
+        "recorded": recorded,
+        "steps": steps,
+        "draws": draws,
+        "noise_draws": noise_draws,
+        "queries": queries,
+        "passes": passes,
+    }
+    for name, value in {**counts, "batch_size": batch_size}.items():
+        check_count(name, value, 2 if name == "passes" else 1)
+    norm = curve.norm if norm is None else norm
+    check_evaluation(inputs, labels, curve, norm, bounds, init_inputs)
+    chosen = _named(only)
+    began = time.perf_counter()
+    counted = CountedModel(model)
+    with left_as_found(counted):
+        context = _context(
+            counted,
+            inputs,
+            labels,
+            curve,
+            original=model,
+            norm=norm,
+            bounds=bounds,
+            reject=has_reject_column(model, reject),
+            index=choose_eps(curve, eps),
+            attacks=attacks,
+            pool=inputs if init_inputs is None else init_inputs,
+            surrogate=surrogate,
+            reference=reference,
+            options=counts,
+            batch_size=batch_size,
+            seed=seed,
+        )
+        bar = tqdm(chosen.items(), desc="checks", unit="check", disable=not progress)
+        checks = [_run(name, check, context) for name, check in bar]
+    settings = {**counts, "eps": context.eps, "norm": float(norm), "bounds": list(bounds)}
+    settings |= {"unevaded": len(context.rows), "batch_size": batch_size, "seed": seed}
+    seconds = time.perf_counter() - began
+    return CheckReport(checks, counted.forwards, counted.backwards, seconds, settings)
+
+
+def _named(only: Sequence[str] | None) -> dict[str, Callable[[Context], Check]]:
+    if only is None:
+        return CHECKS
+    unknown = [name for name in only if name not in CHECKS]
+    if unknown or not only:
+        raise ValueError(f"no check {unknown}; choose from: {', '.join(CHECKS)}")
+    return {name: check for name, check in CHECKS.items() if name in only}
+
+
+def _run(name: str, check: Callable[[Context], Check], context: Context) -> Check:
+    try:
+        return check(context)
+    except CannotRun as reason:
+        return Check(name, "skipped", {}, f"Did not run: {reason}.", reason.advice)
+    except Exception as error:  # whatever a foreign model or attack raises; the others still run
+        return Check(
+            name,
+            "skipped",
+            {"errors": 1},
+            f"Broke off with {type(error).__name__}: {error}",
+            "Mend what broke off and check again.",
+        )
+
+
+def _context(
+    model: CountedModel,
+    inputs: Tensor,
+    labels: Tensor,
+    curve: SecurityCurve,
+    *,
+    index: int,
+    pool: Tensor,
+    attacks: Mapping[str, Attack] | None,
+    surrogate: Model | None,
+    options: Mapping[str, int],
+    **fields: Any,  # noqa: ANN401 - fields of Context as they are
+) -> Context:
+    """Look up what the checks share; the model is in evaluation mode already."""
+    batch_size, reject = fields["batch_size"], fields["reject"]
+    target = Target(model, decision_objective, reject, batch_size)
+    check_classes(target, inputs, labels)
+    clean = predict_labels(outputs(model, inputs, batch_size), reject)
+    pool_labels = assigned_classes(target, pool)
+    if attacks is None:
+        attacks = _default_attacks(pool, pool_labels, fields)
+    evading = evaded(curve.predictions[index], curve.labels)
+    rows = (~evading).nonzero()[:, 0][: options["samples"]].to(inputs.device)
+    points = inputs if curve.adversarial is None else curve.adversarial[index].to(inputs)
+    return Context(
+        model=model,
+        inputs=inputs,
+        labels=labels,
+        curve=curve,
+        eps=curve.eps[index],
+        points=points,
+        evading=evading,
+        clean=clean,
+        rows=rows,
+        first=torch.arange(min(options["samples"], len(inputs)), device=inputs.device),
+        pool=pool,
+        pool_labels=pool_labels,
+        attacks=attacks,
+        surrogate=_network(fields["original"], inputs) if surrogate is None else surrogate,
+        options=options,
+        **fields,
+    )
+
+
+def _default_attacks(
+    pool: Tensor, pool_labels: Tensor, fields: Mapping[str, Any]
+) -> Mapping[str, Attack]:
+    """Build the default line-up, where the classes of the pool are known already."""
+    known = {
+        name: {"init_labels": pool_labels}
+        for name in DEFAULT_ATTACKS
+        if "init_labels" in ATTACKS[name].accepts
+    }
+    shared = {key: fields[key] for key in ("norm", "bounds", "batch_size", "reject")}
+    return default_line_up(pool, own_options=known, **shared)
+
+
+def _network(model: Model, inputs: Tensor) -> Model | None:
+    """Return the network under the defence if it classifies."""
+    net = getattr(model, "net", None)
+    if not isinstance(net, nn.Module):
+        return None
+    with torch.no_grad():
+        output = net(inputs[:1])
+    return net if isinstance(output, Tensor) and output.ndim == 2 and output.shape[1] > 1 else None
