@@ -111,7 +111,7 @@ def test_evading_inputs_stay_and_farther_points_end_on_the_ball():
 def test_inputs_without_a_start_are_counted_and_returned_as_they_are():
     model, inputs, labels, pool = problem()
     own = pool[labels == 0]
-    with pytest.warns(UserWarning, match="to start from for 3 of 9 inputs"):
+    with pytest.warns(UserWarning, match="no evading point for 3 of 9 inputs"):
         adversarial = boundary_walk(model, inputs, labels, own, steps=5)
     assert torch.equal(adversarial[labels == 0], inputs[labels == 0])
 

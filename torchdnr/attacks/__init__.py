@@ -1,17 +1,41 @@
 """Attacks on classifiers that may reject, where success means accepted and wrong."""
 
+from torchdnr.attacks.apgd import apgd
 from torchdnr.attacks.boundary_walk import boundary_walk
+from torchdnr.attacks.ddn import ddn
+from torchdnr.attacks.ensemble import EnsembleAttack, EnsembleResult
+from torchdnr.attacks.fmn import fmn
 from torchdnr.attacks.line_search import line_search_pgd
-from torchdnr.attacks.objectives import OBJECTIVES, evades, split_scores
+from torchdnr.attacks.multi_target import multi_target
+from torchdnr.attacks.noise import noise
+from torchdnr.attacks.objectives import OBJECTIVES, evades, split_scores, succeeds
+from torchdnr.attacks.orthogonal import orthogonal_pgd
+from torchdnr.attacks.pgd import pgd
 from torchdnr.attacks.projections import project, project_box, project_l2
+from torchdnr.attacks.smoothing import smoothed_pgd
+from torchdnr.attacks.square import square
+from torchdnr.attacks.transfer import transfer
 
 __all__ = [
     "OBJECTIVES",
+    "EnsembleAttack",
+    "EnsembleResult",
+    "apgd",
     "boundary_walk",
+    "ddn",
     "evades",
+    "fmn",
     "line_search_pgd",
+    "multi_target",
+    "noise",
+    "orthogonal_pgd",
+    "pgd",
     "project",
     "project_box",
     "project_l2",
+    "smoothed_pgd",
     "split_scores",
+    "square",
+    "succeeds",
+    "transfer",
 ]

@@ -1,35 +1,12 @@
 """Minimum-norm evasion: a walk along the boundary from accepted samples of other classes."""
 
-import math
-import warnings
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from torchdnr.attacks.checks import check_count, check_eps, check_inputs
-from torchdnr.attacks.minimum_norm import walk
-from torchdnr.attacks.objectives import decision_objective
-from torchdnr.attacks.projections import project
-from torchdnr.attacks.starts import (
-    assigned_classes,
-    bisect,
-    check_pool,
-    keep_nearest,
-    nearest_other_class,
-)
-from torchdnr.attacks.target import (
-    Target,
-    check_classes,
-    evaluate,
-    has_reject_column,
-    left_as_found,
-)
-
-_HALVINGS = 6  # bisections of the line to each pool sample; the walk does the rest
-_SLACK = 512  # roundings of the spread of the scores by which an evading point must evade
-_FLOOR = 4  # roundings of the largest score, the least that can be told apart
+from torchdnr.attacks.checks import check_count
+from torchdnr.attacks.minimum_norm import MinimumNorm
+from torchdnr.attacks.walk import walk
 
 
 def boundary_walk(
@@ -39,14 +16,17 @@ def boundary_walk(
     init_inputs: Tensor,
     *,
     init_labels: Tensor | None = None,
+    targets: Tensor | None = None,
     eps: float | Tensor | None = None,
     norm: float = 2,
     steps: int = 100,
     neighbours: int = 20,
     starts: int = 10,
+    restarts: int = 0,
     bounds: tuple[float, float] = (0.0, 1.0),
     reject: bool | None = None,
     batch_size: int = 256,
+    seed: int = 0,
     progress: bool = False,
 ) -> Tensor:
     """Find the nearest evading (accepted and wrong) point of each input.
@@ -77,16 +57,19 @@ def boundary_walk(
             ``(m,)``; saves one forward over them. Their true classes serve as well.
         eps: Project farther points onto this radius, a number or ``(n,)``; they do not evade then.
             ``None`` returns the nearest evading points at any distance.
-        norm: Norm of the perturbation; 2.
+        targets: Class wanted for each input, int64 ``(n,)``; ``None``: any but the true one.
+        norm: Norm of the perturbation; 1, 2 or infinity.
         steps: Steps of the walk.
         neighbours: Pool samples tried per input, half of them the nearest of each of the nearest
             classes.
         starts: Starts per input, of different classes as far as there are; half of them are dropped
             after 15, 30 and 45 steps.
+        restarts: Further walks, each from the nearest of another random half of the pool.
         bounds: Smallest and largest value of an input.
         batch_size: Rows in one forward, and inputs attacked at a time.
         reject: Whether the last column of the output is the threshold; ``None`` asks whether
             ``model.reject_index`` is set.
+        seed: Of the halves of the pool.
         progress: Whether to show a progress bar.
 
     Returns:
@@ -96,98 +79,30 @@ def boundary_walk(
         ValueError: If an argument is out of range, or shapes, dtypes or devices disagree.
 
     Warns once (``UserWarning``) with the number of inputs without a start: give a larger pool.
+
+    Source: the radius as in Pintor et al., "Fast minimum-norm adversarial attacks through adaptive
+    norm constraints", NeurIPS 2021; starts on the far side as in Brendel et al., "Accurate,
+    reliable and fast robustness evaluation", NeurIPS 2019.
     """
-    check_inputs(inputs, labels, norm, bounds)
-    radius = None if eps is None else check_eps(eps, inputs)
-    check_pool(init_inputs, init_labels, inputs, bounds)
     check_count("steps", steps, 0)
-    for name, value in (("neighbours", neighbours), ("starts", starts), ("batch_size", batch_size)):
-        check_count(name, value, 1)
-    target = Target(model, _safe_decision, has_reject_column(model, reject), batch_size)
-    nearest, lost = inputs.clone(), 0
-    with left_as_found(model), torch.no_grad():
-        check_classes(target, inputs, labels)
-        if init_labels is None:
-            init_labels = assigned_classes(target, init_inputs)
-        unsolved = (~_evading_rows(target, inputs, labels)).nonzero()[:, 0]
-        for rows in unsolved.split(batch_size) if len(unsolved) else ():
-            center, row_labels = inputs[rows], labels[rows]
-            owner, first = _starts(
-                target, center, row_labels, init_inputs, init_labels, neighbours, starts, bounds
-            )
-            with tqdm(total=steps, disable=not progress, desc="boundary walk", leave=False) as bar:
-                owner, found = walk(
-                    target,
-                    center,
-                    row_labels,
-                    owner,
-                    first,
-                    steps=steps if len(owner) else 0,
-                    starts=starts,
-                    norm=norm,
-                    bounds=bounds,
-                    bar=bar,
-                )
-            nearest[rows[owner]] = found
-            lost += len(rows) - len(owner)
-    if lost:
-        warnings.warn(
-            f"no accepted sample of another class in init_inputs to start from for {lost} of "
-            f"{len(inputs)} inputs, returned as they are; pass more samples of all classes",
-            stacklevel=2,
-        )
-    return nearest if radius is None else project(nearest, inputs, radius, norm, bounds)
-
-
-def _safe_decision(
-    scores: Tensor, threshold: Tensor | None, classes: Tensor, targeted: bool = False
-) -> Tensor:
-    """Compute the "decision" objective plus a slack that rounding of the scores does not exceed.
-
-    It is relative to their spread: a constant added to all scores decides nothing.
-    """
-    values = scores.detach()
-    if threshold is not None:
-        values = torch.cat([values, threshold.detach()[:, None]], dim=1)
-    spread = values.amax(dim=1) - values.amin(dim=1)
-    slack = _SLACK * spread + _FLOOR * values.abs().amax(dim=1)
-    slack = slack * torch.finfo(scores.dtype).eps
-    return decision_objective(scores, threshold, classes, targeted) + slack
-
-
-def _evading_rows(target: Target, points: Tensor, labels: Tensor) -> Tensor:
-    """Tell which points evade, slack or not, bool ``(n,)``."""
-    return evaluate(target, points, labels)[1]
-
-
-def _starts(
-    target: Target,
-    center: Tensor,
-    labels: Tensor,
-    pool: Tensor,
-    classes: Tensor,
-    neighbours: int,
-    starts: int,
-    bounds: tuple[float, float],
-) -> tuple[Tensor, Tensor]:
-    """Find evading points near each input: the nearest of each class, then the nearest of all.
-
-    Returns:
-        The input that each of them belongs to ``(r,)``, and the points ``(r, ...)``.
-    """
-    nearest, usable = nearest_other_class(center, labels, pool, classes, neighbours)
-    owner, column = usable.nonzero(as_tuple=True)
-    sample = nearest[owner, column]
-
-    def evading(points: Tensor) -> Tensor:
-        return evaluate(target, points, labels[owner])[0] < 0
-
-    good = evading(pool[sample])
-    owner, sample = owner[good], sample[good]
-    points = bisect(evading, center[owner], pool[sample], _HALVINGS)
-    lengths = (points - center[owner]).flatten(1).norm(dim=1)
-    leaders = keep_nearest(owner * (classes.max() + 1) + classes[sample], lengths, 1)
-    diameter = (bounds[1] - bounds[0]) * math.sqrt(center[0].numel())
-    rank = (lengths + diameter).index_copy(0, leaders, lengths[leaders])  # leaders come first
-    keep = keep_nearest(owner, rank, starts)
-    return owner[keep], points[keep]
+    common = MinimumNorm(
+        model=model,
+        inputs=inputs,
+        labels=labels,
+        norm=norm,
+        init_inputs=init_inputs,
+        eps=eps,
+        targets=targets,
+        init_labels=init_labels,
+        neighbours=neighbours,
+        starts=starts,
+        restarts=restarts,
+        bounds=bounds,
+        batch_size=batch_size,
+        reject=reject,
+        seed=seed,
+        progress=progress,
+    )
+    return common.run(
+        lambda run: walk(run, steps), steps=steps, name="boundary walk", from_inputs=False
+    )

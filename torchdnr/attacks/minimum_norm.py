@@ -1,134 +1,225 @@
-"""The loop of the boundary walk: shrink the radius while evading, descend the margin, grow it back.
+"""What all minimum-norm attacks share: checks, batches, starts, restarts, the nearest point kept.
 
-Source of the two-speed scheme: Pintor et al., "Fast minimum-norm adversarial attacks through
-adaptive norm constraints", NeurIPS 2021.
+An attack of this kind is a loop that goes on from first points, the inputs themselves or evading
+points near samples of other classes, and returns the nearest evading point of each input.
 """
 
-import math
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from torchdnr.attacks.checks import check_count, check_eps, check_inputs, check_targets
+from torchdnr.attacks.objectives import decision_objective
+from torchdnr.attacks.points import Region
 from torchdnr.attacks.projections import project
-from torchdnr.attacks.starts import bisect, keep_nearest
-from torchdnr.attacks.target import Target, evaluate, slope_at
+from torchdnr.attacks.starts import assigned_classes, check_pool, evading_starts
+from torchdnr.attacks.steps import random_points
+from torchdnr.attacks.target import (
+    Target,
+    check_classes,
+    evaluate,
+    has_reject_column,
+    left_as_found,
+)
 
-# The schedule is a function of the step alone, never of their number: more steps only add to it.
-_FIRST_CYCLE = 100  # steps of the first cosine cycle; each later one is twice as long
-_STEP_SIZE = (0.4, 0.004)  # first and last step of a cycle, relative to the best norm so far
-_SHRINKAGE = (0.05, 0.001)  # the same for the relative change of the radius
-_MAX_RATE = 0.3  # largest relative change of the radius in one step
-_HALVE_AT = (15, 30, 45)  # steps after which the farther half of each input's starts is dropped
-_HALVINGS = 10  # bisections towards the input at the end of a cycle
-
-
-class Walkers(NamedTuple):
-    """Walks under way, one per row; an input may own several."""
-
-    owner: Tensor
-    point: Tensor
-    radius: Tensor
-    streak: Tensor  # evading steps in a row; not evading counts below zero
-    best: Tensor
-    best_norm: Tensor
-
-    def rows(self, rows: Tensor) -> "Walkers":
-        """Return some rows."""
-        return Walkers(*(field[rows] for field in self))
+_SLACK = 512  # roundings of the spread of the scores by which an evading point must evade
+_FLOOR = 4  # roundings of the largest score, the least that can be told apart
 
 
-def walk(
-    target: Target,
-    center: Tensor,
-    labels: Tensor,
-    owner: Tensor,
-    start: Tensor,
-    *,
-    steps: int,
-    starts: int,
-    norm: float,
-    bounds: tuple[float, float],
-    bar: tqdm,
-) -> tuple[Tensor, Tensor]:
-    """Walk from evading points to nearer ones.
+class NearRun(NamedTuple):
+    """What a loop is given: the inputs of a batch, and points to start from.
 
-    Args:
-        target: Model with an objective that is negative iff a point evades.
+    Attributes:
+        target: Model, with an objective that is negative iff a point evades.
         center: Attacked inputs, ``(n, ...)``.
-        labels: Their true classes, ``(n,)``.
+        labels: Their true classes, or targets, ``(n,)``.
         owner: Input that each start belongs to, ``(r,)``.
-        start: Evading points, ``(r, ...)``.
-        steps: Steps of a walk, each one forward and backward.
+        first: Where to start, ``(r, ...)``.
         starts: Largest number of starts of one input.
         norm: Norm of the perturbation.
         bounds: Smallest and largest value of an input.
-        bar: Progress, one per step.
-
-    Returns:
-        Inputs that have a start, and the nearest evading point found for each of them.
+        bar: Progress; ``update`` it once per step.
     """
-    length = (start - center[owner]).flatten(1).norm(dim=1)
-    state = Walkers(owner, start, length, torch.zeros_like(length), start, length)
-    for step in range(steps):
-        if step in _HALVE_AT:
-            starts = (starts + 1) // 2
-            state = state.rows(keep_nearest(state.owner, state.best_norm, starts))
-        size, shrinkage, first, last = _schedule(step)
-        if first:
-            state = state._replace(point=state.best, radius=state.best_norm)
-        near, near_labels = center[state.owner], labels[state.owner]
-        state = _step(target, near, near_labels, state, size, shrinkage, norm, bounds)
-        if last:
-            state = _approach(target, near, near_labels, state)
-        bar.update()
-    nearest = state.rows(keep_nearest(state.owner, state.best_norm, 1))
-    return nearest.owner, nearest.best
+
+    target: Target
+    center: Tensor
+    labels: Tensor
+    owner: Tensor
+    first: Tensor
+    starts: int
+    norm: float
+    bounds: tuple[float, float]
+    bar: tqdm
 
 
-def _schedule(step: int) -> tuple[float, float, bool, bool]:
-    """Return step size, shrinkage, and whether the step begins and ends a cycle."""
-    begin, length = 0, _FIRST_CYCLE
-    while step >= begin + length:
-        begin, length = begin + length, 2 * length
-    fade = (1 + math.cos(math.pi * (step - begin) / (length - 1))) / 2
-    size, shrinkage = (low + (high - low) * fade for high, low in (_STEP_SIZE, _SHRINKAGE))
-    return size, shrinkage, step == begin, step == begin + length - 1
+class Nearest(NamedTuple):
+    """Evading points: the input they belong to, the points, and their norms (infinite: none)."""
+
+    owner: Tensor
+    points: Tensor
+    norms: Tensor
 
 
-def _step(
-    target: Target,
-    center: Tensor,
-    labels: Tensor,
-    state: Walkers,
-    size: float,
-    shrinkage: float,
-    norm: float,
-    bounds: tuple[float, float],
-) -> Walkers:
-    """Evaluate every point, note it if it is the nearest that evades, and move on."""
-    owner, point, radius, streak, best, best_norm = state
-    shape = (-1, *[1] * (point.ndim - 1))
-    slope = slope_at(target, point, labels)
-    direction, evading = slope.direction, slope.values < 0
-    length = (point - center).flatten(1).norm(dim=1)
-    nearer = evading & (length < best_norm)
-    best = torch.where(nearer.view(shape), point, best)
-    best_norm = torch.where(nearer, length, best_norm)
-    # The rate doubles while the answer stays the same: far starts come near in a few steps.
-    sign = torch.where(evading, 1.0, -1.0).to(length.dtype)
-    streak = torch.where(streak * sign > 0, streak + sign, sign)
-    rate = (shrinkage * torch.exp2(streak.abs() - 1)).clamp_max(_MAX_RATE)
-    radius = torch.where(evading, best_norm * (1 - rate), radius * (1 + rate)).minimum(best_norm)
-    point = point + (size * best_norm).view(shape) * direction
-    point = project(point, center, radius, norm, bounds)
-    return Walkers(owner, point, radius, streak, best, best_norm)
+@dataclass(frozen=True, kw_only=True, eq=False)
+class MinimumNorm:
+    """The options that all minimum-norm attacks have; see the attacks for what they mean."""
+
+    model: Callable[[Tensor], Tensor]
+    inputs: Tensor
+    labels: Tensor
+    norm: float
+    init_inputs: Tensor | None
+    eps: float | Tensor | None = None
+    targets: Tensor | None = None
+    init_labels: Tensor | None = None
+    neighbours: int = 20
+    starts: int = 1
+    restarts: int = 0
+    bounds: tuple[float, float] = (0.0, 1.0)
+    batch_size: int = 256
+    reject: bool | None = None
+    seed: int = 0
+    progress: bool = False
+
+    def run(
+        self,
+        loop: Callable[[NearRun], Nearest],
+        *,
+        steps: int,
+        name: str,
+        from_inputs: bool,
+    ) -> Tensor:
+        """Check the options, run a loop from every start, and return the nearest evading points.
+
+        Args:
+            loop: The attack.
+            steps: Its steps, for the progress bar.
+            name: Its name, for the progress bar.
+            from_inputs: Whether it can start at the inputs too, that do not evade.
+
+        Returns:
+            Points, like ``inputs``. An input that evades, or for which no evading point was found,
+            is returned as it is.
+
+        Raises:
+            ValueError: If an option is out of range, or shapes, dtypes or devices disagree.
+        """
+        radius, target = self._checked()
+        classes = self.labels if self.targets is None else self.targets
+        generator = torch.Generator(device=self.inputs.device).manual_seed(self.seed)
+        nearest, lost = self.inputs.clone(), 0
+        with left_as_found(self.model), torch.no_grad():
+            check_classes(target, self.inputs, classes)
+            pool = None
+            if self.init_inputs is not None:
+                given = self.init_labels
+                given = assigned_classes(target, self.init_inputs) if given is None else given
+                pool = (self.init_inputs, given)
+            unsolved = (~evaluate(target, self.inputs, classes)[1]).nonzero()[:, 0]
+            for rows in unsolved.split(self.batch_size) if len(unsolved) else ():
+                batch = _Batch(self, target, self.inputs[rows], classes[rows], pool, generator)
+                points, norms = batch.attack(loop, steps, name, from_inputs)
+                nearest[rows], lost = points, lost + (~norms.isfinite()).sum()
+        if lost:
+            warnings.warn(
+                f"found no evading point for {int(lost)} of {len(self.inputs)} inputs, returned as "
+                "they are; pass init_inputs with more samples of all classes, or more steps",
+                stacklevel=3,
+            )
+        if radius is None:
+            return nearest
+        return project(nearest, self.inputs, radius, self.norm, self.bounds)
+
+    def _checked(self) -> tuple[Tensor | None, Target]:
+        check_inputs(self.inputs, self.labels, self.norm, self.bounds)
+        check_targets(self.targets, self.labels)
+        check_count("restarts", self.restarts, 0)
+        for name in ("neighbours", "starts", "batch_size"):
+            check_count(name, getattr(self, name), 1)
+        if self.init_inputs is not None:
+            check_pool(self.init_inputs, self.init_labels, self.inputs, self.bounds)
+        reject = has_reject_column(self.model, self.reject)
+        targeted = self.targets is not None
+        target = Target(self.model, _safe_decision, reject, self.batch_size, targeted)
+        return None if self.eps is None else check_eps(self.eps, self.inputs), target
 
 
-def _approach(target: Target, center: Tensor, labels: Tensor, state: Walkers) -> Walkers:
-    """Move the best points straight towards the inputs while they evade."""
-    best = bisect(
-        lambda points: evaluate(target, points, labels)[0] < 0, center, state.best, _HALVINGS
-    )
-    return state._replace(best=best, best_norm=(best - center).flatten(1).norm(dim=1))
+class _Batch(NamedTuple):
+    options: MinimumNorm
+    target: Target
+    center: Tensor
+    labels: Tensor
+    pool: tuple[Tensor, Tensor] | None
+    generator: torch.Generator
+
+    def attack(
+        self, loop: Callable[[NearRun], Nearest], steps: int, name: str, from_inputs: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Return the nearest points of all starts ``(n, ...)``, and their norms ``(n,)``."""
+        best = self.center.clone()
+        norms = torch.full_like(self.center.flatten(1)[:, 0], torch.inf)
+        for restart in range(1 + self.options.restarts):
+            owner, first = self._starts(restart, from_inputs, norms)
+            with tqdm(
+                total=steps, disable=not self.options.progress, desc=name, leave=False
+            ) as bar:
+                shared = (self.options.starts, self.options.norm, self.options.bounds, bar)
+                found = loop(NearRun(self.target, self.center, self.labels, owner, first, *shared))
+            nearer = found.norms < norms[found.owner]
+            rows = found.owner[nearer]
+            best[rows], norms[rows] = found.points[nearer], found.norms[nearer]
+        return best, norms
+
+    def _starts(self, restart: int, from_inputs: bool, norms: Tensor) -> tuple[Tensor, Tensor]:
+        """Return where to start: near other classes, and, for loops that can, elsewhere too."""
+        rows = torch.arange(len(self.center), device=self.center.device)
+        options, owner, first = self.options, rows[:0], self.center[:0]
+        if self.pool is not None:
+            pool, classes = self.pool
+            if restart:  # the nearest of a random half: others than before
+                half = torch.rand(len(pool), generator=self.generator, device=rows.device) < 0.5
+                pool, classes = pool[half], classes[half]
+            owner, first = evading_starts(
+                self.target,
+                self.center,
+                self.labels,
+                pool,
+                classes,
+                options.neighbours,
+                options.starts,
+                options.norm,
+                options.bounds,
+            )
+        if from_inputs:
+            own = self.center
+            if restart:
+                region = Region(self.center, norms, options.norm, options.bounds)
+                own = random_points(region, self.generator)
+            owner, first = torch.cat([rows, owner]), torch.cat([own, first])
+        return owner, first
+
+
+def lengths(points: Tensor, center: Tensor, norm: float) -> Tensor:
+    """Compute the norm of each perturbation, ``(n,)``."""
+    return torch.linalg.vector_norm((points - center).flatten(1), norm, dim=1)
+
+
+def _safe_decision(
+    scores: Tensor, threshold: Tensor | None, classes: Tensor, targeted: bool = False
+) -> Tensor:
+    """Compute the "decision" objective plus a slack that rounding of the scores does not exceed.
+
+    It is relative to their spread: a constant added to all scores decides nothing.
+    """
+    values = scores.detach()
+    if threshold is not None:
+        values = torch.cat([values, threshold.detach()[:, None]], dim=1)
+    spread = values.amax(dim=1) - values.amin(dim=1)
+    slack = _SLACK * spread + _FLOOR * values.abs().amax(dim=1)
+    slack = slack * torch.finfo(scores.dtype).eps
+    return decision_objective(scores, threshold, classes, targeted) + slack

@@ -11,10 +11,12 @@ from torch import Tensor
 
 from torchdnr.attacks.checks import check_like
 from torchdnr.attacks.objectives import split_scores
-from torchdnr.attacks.target import Target
+from torchdnr.attacks.target import Target, evaluate
 from torchdnr.inputs import check_images
 
 _DISTANCES = 1 << 22  # entries of the distance matrix held at once
+LINE_HALVINGS = 6
+"""Bisections of the line to each pool sample; the walk does the rest."""
 _NO_CLASS = -1  # a rejected sample; the library's REJECT
 
 
@@ -130,3 +132,50 @@ def keep_nearest(groups: Tensor, distances: Tensor, count: int) -> Tensor:
     ordered = groups[order]
     rank = torch.arange(len(ordered), device=ordered.device) - torch.searchsorted(ordered, ordered)
     return order[rank < count]
+
+
+def evading_starts(
+    target: Target,
+    center: Tensor,
+    labels: Tensor,
+    pool: Tensor,
+    classes: Tensor,
+    neighbours: int,
+    starts: int,
+    norm: float,
+    bounds: tuple[float, float],
+) -> tuple[Tensor, Tensor]:
+    """Find evading points near each input: the nearest of each class, then the nearest of all.
+
+    Args:
+        target: Model, with an objective that is negative iff a point evades.
+        center: Attacked inputs, ``(n, ...)``.
+        labels: Their true classes, or targets, ``(n,)``.
+        pool: Samples, ``(m, ...)``.
+        classes: Class assigned to each of them, -1 for none, ``(m,)``.
+        neighbours: Pool samples tried per input.
+        starts: Points wanted per input, at the most.
+        norm: Norm in which they are near.
+        bounds: Smallest and largest value of an input.
+
+    Returns:
+        The input that each of them belongs to ``(r,)``, and the points ``(r, ...)``.
+    """
+    nearest, usable = nearest_other_class(
+        center, labels, pool, classes, neighbours, target.targeted
+    )
+    owner, column = usable.nonzero(as_tuple=True)
+    sample = nearest[owner, column]
+
+    def evading(points: Tensor) -> Tensor:
+        return evaluate(target, points, labels[owner])[0] < 0
+
+    good = evading(pool[sample])
+    owner, sample = owner[good], sample[good]
+    points = bisect(evading, center[owner], pool[sample], LINE_HALVINGS)
+    lengths = torch.linalg.vector_norm((points - center[owner]).flatten(1), norm, dim=1)
+    leaders = keep_nearest(owner * (classes.max() + 1) + classes[sample], lengths, 1)
+    diameter = (bounds[1] - bounds[0]) * max(1.0, center[0].numel() ** (1 / norm))
+    rank = (lengths + diameter).index_copy(0, leaders, lengths[leaders])  # leaders come first
+    keep = keep_nearest(owner, rank, starts)
+    return owner[keep], points[keep]

@@ -51,6 +51,19 @@ def steepest(
     return (signs / chosen.sum(dim=1, keepdim=True).clamp_min(1)).view_as(direction)
 
 
+def unit_step(direction: Tensor, norm: float) -> Tensor:
+    """Scale a direction of unit l2 norm to unit length in another norm; signs for l-infinity.
+
+    Unlike `steepest` it keeps all coordinates in the l1 norm: the projection that follows selects.
+    """
+    if norm == math.inf:
+        return direction.sign()
+    if norm == 2:
+        return direction
+    length = direction.flatten(1).abs().sum(dim=1).view(-1, *[1] * (direction.ndim - 1))
+    return direction / torch.where(length > 0, length, 1)
+
+
 def random_points(region: Region, generator: torch.Generator) -> Tensor:
     """Draw a point of each ball, uniformly, and project it on the box.
 

@@ -1,0 +1,80 @@
+"""Toys whose nearest accepted-and-wrong points are known, for the tests of attacks."""
+
+import math
+
+import torch
+
+NORMS = (1, 2, math.inf)
+DUAL = {1: math.inf, 2: 2, math.inf: 1}
+
+
+class LinearBand:
+    """Scores (f, -f) of f(x) = w . (x - 0.5), rejected while |f| <= theta."""
+
+    reject_index = 2
+
+    def __init__(self, d=12, theta=0.05, seed=0, dtype=torch.float64):
+        generator = torch.Generator().manual_seed(seed)
+        self.weight = torch.randn(d, generator=generator, dtype=torch.float64).to(dtype)
+        self.theta = theta
+
+    def __call__(self, x):
+        f = (x.flatten(1) - 0.5) @ self.weight
+        return torch.stack([f, -f, torch.full_like(f, self.theta)], dim=1)
+
+    def samples(self, n=40, seed=1):
+        """Inputs of both classes near enough to the band for the box not to matter."""
+        generator = torch.Generator().manual_seed(seed)
+        noise = torch.randn(n, len(self.weight), generator=generator, dtype=torch.float64)
+        inputs = 0.5 + 0.02 * noise.to(self.weight)
+        labels = (self(inputs)[:, 0] < 0).long()
+        pool = 0.5 + 0.1 * torch.randn(
+            60, len(self.weight), generator=generator, dtype=torch.float64
+        ).to(self.weight)
+        return inputs, labels, pool.clamp(0, 1)
+
+    def optimum(self, inputs, norm):
+        """Distance to the far side of the band, by Hoelder's inequality."""
+        f = self(inputs)[:, 0].abs()
+        return (f + self.theta) / torch.linalg.vector_norm(self.weight, DUAL[norm])
+
+
+class RBFMap:
+    """RBF scores of three classes around centres in the unit square, with a reject region."""
+
+    reject_index = 3
+
+    def __init__(self, gamma=60.0, theta=0.35, seed=0):
+        generator = torch.Generator().manual_seed(seed)
+        self.centers = 0.1 + 0.8 * torch.rand(12, 2, generator=generator, dtype=torch.float64)
+        self.classes = torch.arange(3).repeat(4)
+        self.coefs = 1.2 * torch.nn.functional.one_hot(self.classes, 3).double() - 0.4
+        self.gamma, self.theta = gamma, theta
+
+    def __call__(self, x):
+        scores = torch.exp(-self.gamma * torch.cdist(x, self.centers).square()) @ self.coefs
+        return torch.cat([scores, scores.new_full((len(x), 1), self.theta)], dim=1)
+
+    def samples(self, n=60, seed=1):
+        """Accepted inputs of the right class near the centres, and a pool like them."""
+        generator = torch.Generator().manual_seed(seed)
+        draws = self.centers.repeat(40, 1)
+        draws = draws + 0.05 * torch.randn(len(draws), 2, generator=generator, dtype=torch.float64)
+        labels = self.classes.repeat(40)
+        output = self(draws)
+        right = (output[:, :3].argmax(1) == labels) & (output[:, :3].amax(1) > self.theta)
+        right &= ((draws >= 0) & (draws <= 1)).all(1)
+        draws, labels = draws[right], labels[right]
+        return draws[:n], labels[:n], draws[n : n + 120]
+
+    def optimum(self, inputs, labels, norm, side=1000):
+        """Least distance to an accepted and wrong point of a fine grid over the box."""
+        axis = torch.linspace(0, 1, side, dtype=torch.float64)
+        grid = torch.cartesian_prod(axis, axis)
+        best, classes = self(grid)[:, :3].max(dim=1)
+        grid, classes = grid[best > self.theta], classes[best > self.theta]
+        found = []
+        for one, label in zip(inputs, labels, strict=True):
+            distance = torch.linalg.vector_norm(grid[classes != label] - one, norm, dim=1)
+            found.append(distance.min())
+        return torch.stack(found)

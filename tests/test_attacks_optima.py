@@ -1,0 +1,93 @@
+"""Every attack against exact optima: a linear model with a reject band, RBF maps on a fine grid."""
+
+from functools import lru_cache, partial
+
+import pytest
+import torch
+from attack_toys import NORMS, LinearBand, RBFMap
+
+from torchdnr.attacks import apgd, boundary_walk, ddn, evades, fmn, line_search_pgd, pgd
+
+MINIMUM_NORM = {
+    "boundary walk": boundary_walk,
+    "FMN": partial(fmn, steps=200, starts=6),
+    "DDN": partial(ddn, steps=200, starts=6),
+}
+FIXED_EPS = {
+    "PGD": partial(pgd, restarts=2),
+    "APGD": partial(apgd, restarts=2),
+    "line-search PGD, Eq. 2": partial(line_search_pgd, restarts=2),
+    "line-search PGD, decision": partial(line_search_pgd, objective="decision", restarts=2),
+}
+GRID_SIDE = 1000
+CASES = [
+    (name, norm) for name in MINIMUM_NORM for norm in NORMS if not (name == "DDN" and norm != 2)
+]
+
+
+def sizes(points, inputs, norm):
+    return torch.linalg.vector_norm((points.double() - inputs.double()).flatten(1), norm, dim=1)
+
+
+@lru_cache
+def rbf_problem(seed, norm):
+    toy = RBFMap(seed=seed)
+    inputs, labels, pool = toy.samples(n=40)
+    return toy, inputs, labels, pool, toy.optimum(inputs, labels, norm, side=GRID_SIDE)
+
+
+@pytest.mark.parametrize(("name", "norm"), CASES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_minimum_norm_attacks_cross_a_reject_band_at_its_nearest_point(name, norm, dtype):
+    toy = LinearBand(dtype=dtype)
+    inputs, labels, pool = toy.samples()
+    found = MINIMUM_NORM[name](toy, inputs, labels, pool, **({} if norm == 2 else {"norm": norm}))
+    assert found.dtype == dtype
+    assert evades(toy(found), labels, True).all()
+    ratio = sizes(found, inputs, norm) / toy.optimum(inputs, norm).double()
+    assert (ratio <= 1.02).all() and (ratio >= 1 - 1e-4).all()
+
+
+@pytest.mark.parametrize(("name", "norm"), CASES)
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_minimum_norm_attacks_find_the_nearest_point_of_an_rbf_map(name, norm, seed):
+    toy, inputs, labels, pool, optimum = rbf_problem(seed, norm)
+    found = MINIMUM_NORM[name](toy, inputs, labels, pool, **({} if norm == 2 else {"norm": norm}))
+    assert evades(toy(found), labels, True).all()
+    norms = sizes(found, inputs, norm)
+    near = norms <= 1.02 * optimum + 1 / GRID_SIDE  # the grid misses the optimum by up to a cell
+    assert near.double().mean() >= 0.95 and (norms <= 1.1 * optimum + 1 / GRID_SIDE).all()
+    if name == "boundary walk":
+        assert near.all()
+
+
+@pytest.mark.parametrize("name", FIXED_EPS)
+@pytest.mark.parametrize("norm", NORMS)
+def test_fixed_eps_attacks_succeed_where_success_exists(name, norm):
+    evading, count = 0, 0
+    for seed in (0, 1):
+        toy, inputs, labels, pool, optimum = rbf_problem(seed, norm)
+        eps = 1.02 * optimum + 1 / GRID_SIDE
+        found = FIXED_EPS[name](toy, inputs, labels, eps, norm=norm, init_inputs=pool)
+        evading += int(evades(toy(found), labels, True).sum())
+        assert (sizes(found, inputs, norm) <= eps * (1 + 1e-9)).all()
+        count += len(inputs)
+        few = (0.95 * optimum - 1 / GRID_SIDE).clamp_min(0)
+        found = FIXED_EPS[name](toy, inputs, labels, few, norm=norm, restarts=0)
+        assert not evades(toy(found), labels, True).any()  # nothing is there to be found
+    toy = LinearBand()
+    inputs, labels, pool = toy.samples()
+    eps = 1.02 * toy.optimum(inputs, norm)
+    found = FIXED_EPS[name](toy, inputs, labels, eps, norm=norm, init_inputs=pool)
+    evading += int(evades(toy(found), labels, True).sum())
+    count += len(inputs)
+    assert evading >= 0.98 * count
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_fmn_crosses_a_linear_band_from_the_inputs_alone(norm):
+    toy = LinearBand()
+    inputs, labels, _ = toy.samples()
+    found = fmn(toy, inputs, labels, norm=norm)
+    assert evades(toy(found), labels, True).all()
+    assert (sizes(found, inputs, norm) <= 1.02 * toy.optimum(inputs, norm)).all()
