@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from torchdnr.evaluation import (
@@ -38,6 +38,7 @@ def test_rates_by_hand():
     assert math.isnan(nothing.value) and nothing.n == 0
 
 
+@settings(max_examples=60, deadline=None)
 @given(st.integers(0, 1000), st.sampled_from([0.0, 0.5]))
 def test_rates_are_the_metrics(seed, eps):
     generator = torch.Generator().manual_seed(seed)

@@ -188,3 +188,15 @@ def test_refuses_what_makes_no_sense(data, points, thresholds, message):
         threshold_sweep(Sides(), inputs, labels, points, thresholds)
     with pytest.raises(ValueError, match="attack must return finite points"):
         sweep(data, lambda model, x, y, eps: x[:1] * math.nan)
+
+
+def test_view_offers_smoothed_views_where_the_model_does(data):
+    class Smoothable(Sides):
+        def smoothed(self, factor):
+            return lambda x: factor * self(x)
+
+    assert not hasattr(WithThreshold(Sides(), 0.2), "smoothed")
+    model = Smoothable().eval()
+    smooth = WithThreshold(model, 0.2).smoothed(0.5)
+    assert torch.equal(smooth(data[0])[:, :2], 0.5 * model(data[0])[:, :2])
+    assert (smooth(data[0])[:, 2] == 0.2).all()

@@ -22,16 +22,19 @@ def plot_threshold_sweep(
     path: str | Path,
     *,
     operating_point: float | None = OPERATING_POINT,
+    over_threshold: bool = False,
 ) -> None:
     """Draw accuracy under attack over the false rejection rate, one panel per classifier.
 
-    Solid lines are of fixed points, dashed ones attacked again at each threshold, with the 95 %
-    confidence interval as a band around the lower of the two. A second axis shows theta.
+    Solid lines with hollow markers are of fixed points, dashed ones with full markers attacked
+    again at each threshold; the band is the 95 % confidence interval of the latter, or, without
+    them, of the former. The dotted line is the accuracy without attack.
 
     Args:
         sweeps: Classifier name to its sweep.
         path: Image file, of a type that its suffix names; replaced atomically.
         operating_point: False rejection rate marked by a vertical line; None: no line.
+        over_threshold: Draw over theta instead; then there is no operating point.
 
     Raises:
         ValueError: If there is no sweep.
@@ -41,27 +44,24 @@ def plot_threshold_sweep(
     if not sweeps:
         raise ValueError("sweeps is empty: give at least one threshold sweep")
     sizes = sorted({eps for sweep in sweeps.values() for eps in sweep.eps})
+    marked = None if over_threshold else operating_point
     figure = Figure(figsize=(1.0 + 4.6 * len(sweeps), 4.9), layout="constrained")
-    panels = figure.subplots(1, len(sweeps), squeeze=False, sharex=True, sharey=True)[0]
+    panels = figure.subplots(1, len(sweeps), squeeze=False, sharex=not over_threshold, sharey=True)[
+        0
+    ]
     for axes, (name, sweep) in zip(panels, sweeps.items(), strict=True):
-        rates = [rate.value for rate in sweep.false_rejection_rate]
-        _band(axes, rates, sweep.clean_accuracy, "black", "", linestyle=":", band=False)
-        for row, eps in enumerate(sweep.eps):
-            index = sizes.index(eps)
-            options = {"marker": MARKERS[index % len(MARKERS)]}
-            colour = COLOURS[index % len(COLOURS)]
-            again = sweep.reattacked_accuracy
-            _band(axes, rates, sweep.accuracy[row], colour, "", band=again is None, **options)
-            if again is not None:
-                _band(axes, rates, again[row], colour, "", linestyle="--", **options)
-        if operating_point is not None:
-            axes.axvline(operating_point, color="0.45", linestyle=(0, (1, 1.5)), linewidth=1.3)
+        _draw_sweep(axes, sweep, sizes, over_threshold)
         _style(axes)
-        axes.set_xlim(0, None)
+        if marked is not None:
+            axes.axvline(marked, color="0.3", linestyle="-.", linewidth=1.2, zorder=2.5)
+        if over_threshold:
+            axes.set_xlabel(r"rejection threshold $\theta$", fontsize=11)
+        else:
+            axes.set_xlim(0, None)
+            axes.set_xlabel("false rejection rate (clean inputs)", fontsize=11)
         axes.set_title(name, fontsize=12, pad=8)
-        axes.set_xlabel("false rejection rate (clean inputs)", fontsize=11)
     panels[0].set_ylabel("accuracy under attack", fontsize=11)
-    _sweep_legend(figure, sweeps, sizes)
+    _sweep_legend(figure, sweeps, sizes, marked)
     _save(figure, path)
 
 
@@ -87,7 +87,6 @@ def plot_roc(detections: Mapping[str, Detection], path: str | Path) -> None:
             found.roc.true_positive_rate.tolist(),
             color=colour,
             linewidth=1.9,
-            drawstyle="default",
             label=f"{name}: AUROC {area.value:.3f} [{area.low:.3f}, {area.high:.3f}]",
             clip_on=False,
         )
@@ -98,8 +97,9 @@ def plot_roc(detections: Mapping[str, Detection], path: str | Path) -> None:
     axes.set_aspect("equal")
     axes.set_xlabel("clean inputs rejected", fontsize=11)
     axes.set_ylabel("adversarial inputs rejected", fontsize=11)
-    axes.legend(loc="lower right", fontsize=10, framealpha=0.9)
-    figure.supxlabel("Marker: the threshold in use. Intervals: 95 %.", fontsize=9, color="0.35")
+    figure.legend(loc="outside upper center", fontsize=10.5, frameon=False)
+    note = "Marker: the threshold in use. Bars and brackets: 95 % confidence intervals."
+    figure.supxlabel(note, fontsize=9, color="0.35")
     _save(figure, path)
 
 
@@ -131,11 +131,28 @@ def plot_stratified(curves: Mapping[str, StratifiedCurve], path: str | Path) -> 
     axes.set_ylabel(rf"robustness at $\epsilon$ = {eps:g} ({_norm_name(norm)})", fontsize=11)
     axes.legend(loc="upper right", fontsize=11, frameon=False)
     note = (
-        r"Share neither accepted and wrong within $\epsilon$ nor rejected within "
-        r"$\alpha\,\epsilon$. Band: 95 % confidence interval."
+        r"Share neither accepted and wrong within $\epsilon$ nor rejected "
+        "within $\\alpha\\,\\epsilon$.\nBand: 95 % confidence interval."
     )
     figure.supxlabel(note, fontsize=9, color="0.35")
     _save(figure, path)
+
+
+def _draw_sweep(
+    axes: Axes, sweep: ThresholdSweep, sizes: Sequence[float], over_threshold: bool
+) -> None:
+    x = [rate.value for rate in sweep.false_rejection_rate]
+    if over_threshold:
+        x = sweep.thresholds
+    again = sweep.reattacked_accuracy
+    _band(axes, x, sweep.clean_accuracy, "black", "", linestyle=":", band=False)
+    for row, eps in enumerate(sweep.eps):
+        index = sizes.index(eps)
+        colour, marker = COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]
+        options = {"marker": marker, "band": again is None, "hollow": again is not None}
+        _band(axes, x, sweep.accuracy[row], colour, "", **options)
+        if again is not None:
+            _band(axes, x, again[row], colour, "", linestyle="--", marker=marker)
 
 
 def _band(
@@ -148,6 +165,7 @@ def _band(
     band: bool = True,
     linestyle: str = "-",
     marker: str = "",
+    hollow: bool = False,
 ) -> None:
     if band:
         low, high = [e.low for e in estimates], [e.high for e in estimates]
@@ -159,7 +177,8 @@ def _band(
         linestyle=linestyle,
         marker=marker,
         markersize=5.5,
-        markeredgecolor="white",
+        markeredgecolor=colour if hollow else "white",
+        markerfacecolor="white" if hollow else colour,
         linewidth=1.7,
         label=label,
         clip_on=False,  # a marker at 0 or 1 stays whole
@@ -185,33 +204,39 @@ def _cross(axes: Axes, x: Estimate, y: Estimate, colour: str, marker: str) -> No
 
 
 def _sweep_legend(
-    figure: Figure, sweeps: Mapping[str, ThresholdSweep], sizes: Sequence[float]
+    figure: Figure,
+    sweeps: Mapping[str, ThresholdSweep],
+    sizes: Sequence[float],
+    marked: float | None,
 ) -> None:
-    handles = [Line2D([], [], color="black", linestyle=":", linewidth=1.7, label="no attack")]
-    for index, eps in enumerate(sizes):
-        handles.append(
-            Line2D(
-                [],
-                [],
-                color=COLOURS[index % len(COLOURS)],
-                marker=MARKERS[index % len(MARKERS)],
-                markeredgecolor="white",
-                linewidth=1.7,
-                label=rf"$\epsilon$ = {eps:g}",
-            )
-        )
+    def line(label: str, **options: object) -> Line2D:
+        return Line2D([], [], **{"linewidth": 1.7, "label": label} | options)
+
     again = any(sweep.reattacked_accuracy is not None for sweep in sweeps.values())
+    handles = [
+        line(
+            rf"$\epsilon$ = {eps:g}",
+            color=COLOURS[index % len(COLOURS)],
+            marker=MARKERS[index % len(MARKERS)],
+            linestyle="none" if again else "-",
+        )
+        for index, eps in enumerate(sizes)
+    ]
+    handles.append(line("no attack", color="black", linestyle=":"))
     if again:
-        for style, label in (("-", "fixed points"), ("--", "attacked again")):
-            handles.append(Line2D([], [], color="0.35", linestyle=style, label=label))
+        handles.append(line("fixed points", color="0.35", marker="o", markerfacecolor="white"))
+        handles.append(line("attacked again", color="0.35", marker="o", linestyle="--"))
+    columns = min(len(handles), 3 * len(sweeps))
     figure.legend(
         handles=handles,
         loc="outside upper center",
-        ncols=min(len(handles), 6),
+        ncols=columns,
         fontsize=10.5,
         frameon=False,
+        handlelength=2.6,
     )
-    norm = _norm_name(next(iter(sweeps.values())).norm)
-    note = f"{norm}. Band: 95 % confidence interval"
-    note += ", attacked again." if again else "."
+    note = f"{_norm_name(next(iter(sweeps.values())).norm)}. Band: 95 % confidence interval"
+    note += " when attacked again." if again else "."
+    if marked is not None:
+        note += f" Vertical line: {100 * marked:g} %."
     figure.supxlabel(note, fontsize=9, color="0.35")

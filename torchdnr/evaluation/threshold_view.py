@@ -32,3 +32,11 @@ class WithThreshold(nn.Module):
         """Compute scores and the threshold of the view, ``(n, c + 1)``."""
         scores, _ = split_scores(self.model(inputs), self.reject)
         return torch.cat([scores, scores.new_full((len(scores), 1), self.threshold)], dim=1)
+
+    @property
+    def smoothed(self) -> Callable[..., "WithThreshold"]:
+        """Smoothed views of the model with this threshold; there are some iff the model has any."""
+        smoothed = self.model.smoothed
+        return lambda *args, **options: WithThreshold(
+            smoothed(*args, **options), self.threshold, self.reject
+        )
