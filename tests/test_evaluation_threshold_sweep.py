@@ -155,6 +155,7 @@ def test_sweep_as_json_and_as_figure(data, tmp_path):
     assert content["settings"] == {"samples": 80, "confidence": 0.95, "seed": 1}
     plot_threshold_sweep(found, tmp_path / "sweep.png")
     plot_threshold_sweep({"fixed": found["fixed"]}, tmp_path / "one.png", operating_point=None)
+    plot_threshold_sweep(found, tmp_path / "theta.png", over_threshold=True)
     inputs, labels = data
     model = Sides().eval()
     adversarial = model(step_over(model, inputs, labels, 0.3, 0.1)).detach()
@@ -164,7 +165,7 @@ def test_sweep_as_json_and_as_figure(data, tmp_path):
         "without": measure_detection(clean[:, :2], adversarial[:, :2], labels, False),
     }
     plot_roc(detections, tmp_path / "roc.png")
-    for name in ("sweep", "one", "roc"):
+    for name in ("sweep", "one", "theta", "roc"):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     for plot in (plot_roc, plot_threshold_sweep):
         with pytest.raises(ValueError, match="is empty"):
