@@ -30,6 +30,14 @@ setup(
     extras_require={
         "demo": DEMO,
         "sklearn": SKLEARN,
+        "peers": [
+            "foolbox>=3.3.4",
+            "numba>=0.61",  # for foolbox's Brendel-Bethge attack
+            "torchattacks>=3.5.1",
+            "adversarial-robustness-toolbox>=1.20.1",
+            "pyautoattack>=0.2.0",
+            "pytorch-ood>=0.4.0",
+        ],
         "bench": [*SKLEARN, "scikit-learn-intelex>=2026.2", "torchkm>=4.3.2"],
         "test": [*DEMO, *SKLEARN, "pytest>=8", "hypothesis>=6.100", "ruff>=0.17"],
     },

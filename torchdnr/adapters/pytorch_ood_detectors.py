@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Self
 
+import torch
 from torch import Tensor, nn
 
 from torchdnr.adapters.packages import require
@@ -72,6 +73,43 @@ class SVMDetector(api.FeaturesDetector):
         super().__init__()
         self.encoder = encoder
         self.svm = RBFSVM(**options)
+
+    @torch.no_grad()
+    def fit(self, data_loader: Iterable[Any]) -> Self:
+        """Encode the inputs of known class, and fit the SVM on their features.
+
+        Args:
+            data_loader: Yields ``(inputs, labels)``; rows with a label below 0 are left out.
+
+        Returns:
+            The detector itself.
+
+        Raises:
+            ModelNotSetException: If there is no encoder.
+        """
+        batches = [(self._encode(inputs), labels) for inputs, labels in _known(data_loader)]
+        features, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
+        return self.fit_features(features, labels.to(features.device))
+
+    def predict(self, x: Tensor) -> Tensor:
+        """Encode and score inputs.
+
+        Args:
+            x: Inputs of the encoder, ``(n, ...)``.
+
+        Returns:
+            ``-max_k s_k``, ``(n,)``, differentiable if the encoder is.
+
+        Raises:
+            ModelNotSetException: If there is no encoder.
+            RequiresFittingException: If ``fit`` or ``fit_features`` has not run.
+        """
+        return self.predict_features(self._encode(x))
+
+    def _encode(self, x: Tensor) -> Tensor:
+        if self.encoder is None:
+            raise api.ModelNotSetException("SVMDetector has no encoder: pass one, or give features")
+        return self.encoder(x if self.device is None else x.to(self.device))
 
     def fit_features(self, x: Tensor, y: Tensor) -> Self:
         """Fit the SVM on the features of known class.
