@@ -1,5 +1,6 @@
 """Deep Neural Rejection (DNR) and Neural Rejection (NR)."""
 
+from collections.abc import Mapping
 from typing import Any, Self
 
 import torch
@@ -38,6 +39,10 @@ class DNR(SVMRejection):
 
     def _svms(self) -> dict[str, RBFSVM]:
         return {**super()._svms(), COMBINER: self.combiner}
+
+    def _set_svms(self, svms: Mapping[str, RBFSVM]) -> None:
+        super()._set_svms(svms)
+        self.combiner = svms[COMBINER]
 
     def _start_afresh(self) -> None:
         super()._start_afresh()

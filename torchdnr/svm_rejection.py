@@ -1,7 +1,8 @@
 """What DNR and NR share: layers of a network, an SVM on each, fitting, saving, loading."""
 
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from copy import copy
 from numbers import Real
 from pathlib import Path
 from typing import Any, Self
@@ -68,6 +69,10 @@ class SVMRejection(RejectingClassifier):
 
     def _svms(self) -> dict[str, RBFSVM]:
         return dict(zip(self.layers, self.base_svms, strict=True))
+
+    def _set_svms(self, svms: Mapping[str, RBFSVM]) -> None:
+        """Put others in the place of the SVMs, by the names that ``_svms`` gives them."""
+        self.base_svms = nn.ModuleList(svms[name] for name in self.layers)
 
     def _start_afresh(self) -> None:
         """Drop what was fitted: a fit that fails must not leave a mixture of old and new."""
@@ -167,6 +172,35 @@ class SVMRejection(RejectingClassifier):
             memory_limit=self.memory_limit,
         )
         return svm, held_out
+
+    def smoothed(self, factor: float, svms: Collection[str] | None = None) -> Self:
+        """Return a view whose kernels have ``factor`` times the gamma; everything else is shared.
+
+        An attacker follows the gradients of such views where those of the classifier vanish. The
+        threshold is the same; nothing is copied but the hyper-parameters of the kernels.
+
+        Args:
+            factor: > 0; below 1 for smoother scores.
+            svms: Which SVMs, named as in ``hyperparameters``; None: all.
+
+        Returns:
+            The view, to be called as the classifier is. Do not move it: its network and its tensors
+            are those of the classifier.
+
+        Raises:
+            NotFittedError: If the classifier is not fitted.
+            ValueError: If ``factor`` is not > 0, or there is no SVM of a name.
+        """
+        self._require_fit()
+        own = self._svms()
+        if unknown := sorted(set(svms or ()) - set(own)):
+            raise ValueError(f"svms must be named after {list(own)}, got {unknown}")
+        chosen = own if svms is None else svms
+        views = {name: svm.smoothed(factor) if name in chosen else svm for name, svm in own.items()}
+        view = copy(self)
+        view._buffers, view._modules = dict(self._buffers), dict(self._modules)
+        view._set_svms(views)
+        return view
 
     def settings(self) -> dict[str, Any]:
         """Return the constructor's options and what fitting chose, as JSON values."""
