@@ -12,6 +12,7 @@ import torch
 from sklearn.datasets import load_digits
 
 import torchdnr.cli_evaluation
+import torchdnr.cli_report
 import torchdnr.cli_settings
 import torchdnr.evaluation.checkpoint
 import torchdnr.evaluation.security
@@ -21,8 +22,14 @@ import torchdnr.training
 ROOT = Path(__file__).parents[1]
 FILES = {
     *("settings.json", "training.safetensors", "network.safetensors", "dnr.safetensors"),
-    *("nr.safetensors", "attack-dnn.safetensors", "attack-nr.safetensors"),
-    *("attack-dnr.safetensors", "results.json", "curve.png", "examples.png"),
+    *("nr.safetensors", "results.json", "results.csv", "report.html"),
+    *("curve.png", "examples.png", "roc.png"),
+    *(f"checks-{name}.json" for name in ("dnn", "nr", "dnr")),
+    *(
+        f"attack-{name}-{attack}.safetensors"
+        for name in ("dnn", "nr", "dnr")
+        for attack in ("line-search-pgd", "boundary-walk", "apgd")
+    ),
 }
 
 
@@ -41,13 +48,25 @@ def _short():
     """Shorten the attacks, which have tests of their own, and use one thread on tiny data."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    steps = {"line_search_options": {"steps": 2}, "walk_options": {"steps": 6}}
+    steps = {
+        "line-search-pgd": {"steps": 2},
+        "boundary-walk": {"steps": 6},
+        "apgd": {"steps": 3},
+    }
+    few = {
+        "samples": 2,
+        "recorded": 1,
+        "noise_draws": 2,
+        "only": ["deterministic", "noise control"],
+    }
     with pytest.MonkeyPatch.context() as patch:
-        for owner, name, options in (
-            (torchdnr.evaluation.security, "default_line_up", steps),
-            (torchdnr.cli_evaluation, "line_search_pgd", {"steps": 2}),
+        for name, options in (
+            ("build_line_up", {"own_options": steps}),
+            ("line_search_pgd", {"steps": 2}),
+            ("run_checks", few),
         ):
-            patch.setattr(owner, name, partial(getattr(owner, name), **options))
+            original = getattr(torchdnr.cli_evaluation, name)
+            patch.setattr(torchdnr.cli_evaluation, name, partial(original, **options))
         yield
     torch.set_num_threads(threads)
 
@@ -67,7 +86,7 @@ def _making(digits, run):
     return [
         *("--dataset", f"npz:{digits}", "--run", str(run), "--device", "cpu", "--epochs", "4"),
         *("--network-samples", "80", "--svm-samples", "40", "--threshold-samples", "30"),
-        *("--lr", "0.05", "--batch-size", "16", "--layers", "relu_fc2", "logits"),
+        *("--lr", "0.05", "--train-batch-size", "16", "--layers", "relu_fc2", "logits"),
     ]
 
 
@@ -78,7 +97,7 @@ ATTACKING = ["--samples", "4", "--eps", "0", "2", "1", "--examples", "2"]
 def finished(digits, tmp_path_factory):
     """A run folder in which all is done, and its results."""
     folder = tmp_path_factory.mktemp("finished")
-    assert attack.main([*_making(digits, folder), *ATTACKING]) == 0
+    assert attack.main(["--quiet", *_making(digits, folder), *ATTACKING]) == 0
     return folder
 
 
@@ -91,7 +110,9 @@ def run(finished, tmp_path):
 def _results(folder):
     """Everything in results.json that must not differ between two runs."""
     content = json.loads((folder / "results.json").read_text())
-    del content["settings"]["cost"]
+    del content["settings"]["cost"], content["costs"]
+    for report in content["checks"].values():
+        del report["seconds"], report["text"]
     for curve in content["curves"].values():
         del curve["seconds"]
         for alone in curve["attacks"].values():
@@ -126,7 +147,7 @@ def test_one_command_does_the_whole_job(finished):
         assert 0 <= found[name]["test_rejection_rate"] <= 1
     cost = json.loads((finished / "results.json").read_text())["settings"]["cost"]
     assert cost["seconds"] > 0 and cost["peak_memory_mib"] > 50
-    assert set(cost["stage_seconds"]) == {"network", "DNR", "NR", "attacks"}
+    assert set(cost["stage_seconds"]) == {"network", "DNR", "NR", "attacks", "checks"}
 
 
 def test_nr_takes_over_what_the_search_found_for_dnr(finished):
@@ -140,14 +161,15 @@ def test_rerun_is_quick_and_shows_the_same_table(run, monkeypatch, capsys):
         raise AssertionError("done once more")
 
     monkeypatch.setattr(torchdnr.pipeline, "train_network", refuse)
-    monkeypatch.setattr(torchdnr.cli_evaluation, "security_evaluation", refuse)
+    monkeypatch.setattr(torchdnr.cli_evaluation, "security_evaluations", refuse)
+    monkeypatch.setattr(torchdnr.cli_evaluation, "run_checks", refuse)
     before = (run / "results.json").read_bytes()
     # options of the run folder need not be repeated, only those of the attack
     assert attack.main(["--run", str(run), *ATTACKING]) == 0
     out, err = capsys.readouterr()
     assert out.count("worst case |") + out.count("worst case\n") == 1
     assert "line-search PGD" in out and "DNR" in out
-    assert "done already" in err and f"examples.png: in {run}" in err
+    assert "done already" in err and f"roc.png: in {run}" in err
     assert (run / "results.json").read_bytes() == before
     assert train.main(["--run", str(run)]) == 0
     assert "clean accuracy" in capsys.readouterr().err
@@ -186,7 +208,8 @@ def test_stopped_in_every_stage_and_resumed_equals_never_stopped(
         (torchdnr.RBFSVM, "fit", 2, False, {"network.safetensors"}),
         (torchdnr.NR, "calibrate", 1, False, {"dnr.safetensors"}),
         (torchdnr.evaluation.checkpoint.Checkpoint, "add", 5, True, {"nr.safetensors"}),
-        (torchdnr.cli_evaluation, "save_results", 1, False, {"curve.png", "examples.png"}),
+        (torchdnr.cli_evaluation, "run_checks", 2, False, {"checks-dnn.json"}),
+        (torchdnr.cli_report, "save_results", 1, False, {"curve.png", "report.html"}),
     ]
     for owner, name, call, after, files in stops:
         with monkeypatch.context() as patch:

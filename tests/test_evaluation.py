@@ -199,6 +199,8 @@ def test_a_foreign_checkpoint_is_told_and_not_used(data, tmp_path, change):
     path = tmp_path / "steps.safetensors"
     eps = [0, 0.2]
     evaluate(data, checkpoint=path, eps=eps)
+    touched = {"eps": "move", "settings": "jump"}.get(change, "erratic")
+    file = tmp_path / f"steps-{touched}.safetensors"
     inputs, labels = data
     attacks, model = dict(LINE_UP), Classifier()
     if change == "inputs":
@@ -212,14 +214,14 @@ def test_a_foreign_checkpoint_is_told_and_not_used(data, tmp_path, change):
     elif change == "model":
         nn.init.constant_(model.weight, 1.01)
     elif change == "damage":
-        path.write_bytes(path.read_bytes()[:-9])
+        file.write_bytes(file.read_bytes()[:-9])
     else:
-        path.write_text("no checkpoint")
+        file.write_text("no checkpoint")
     options = {"attacks": attacks, "batch_size": 7, "progress": False}
     with pytest.warns(UserWarning, match=r"does not belong to this evaluation.*starting again"):
         curve = security_evaluation(model, inputs, labels, eps, checkpoint=path, **options)
     same(curve, security_evaluation(model, inputs, labels, eps, **options))
-    assert path.with_name("steps.safetensors.unused").exists()
+    assert file.with_name(f"{file.name}.unused").exists()
 
 
 def test_an_unwritable_checkpoint_fails_before_the_first_attack(data, tmp_path):
@@ -272,7 +274,7 @@ def test_rows_sent_through_the_model_are_counted():
     model(x.detach())
     with torch.no_grad():
         model(x[:2])
-    assert (model.forwards, model.backwards) == (12, 5)
+    assert (model.count.forwards, model.count.backwards) == (12, 5)
 
 
 @pytest.mark.parametrize(
@@ -347,7 +349,7 @@ def test_the_default_line_up_breaks_a_toy_classifier_and_tells_its_settings(data
     lower = inputs * torch.tensor([1.0, 0.8])  # nothing is near the corner that is rejected
     options = {"init_inputs": torch.rand(30, 2), "progress": False, "name": "toy"}
     curve = security_evaluation(Classifier(), lower, labels, [0, 0.6], **options)
-    assert list(curve.attacks) == [LINE_SEARCH_PGD, BOUNDARY_WALK]
+    assert list(curve.attacks) == [LINE_SEARCH_PGD, BOUNDARY_WALK, "APGD"]
     assert curve.accuracy[-1] == 0  # nothing is farther than 0.55 from the other side
     exact = ((0.5 - lower[:, 0]) * (1 - 2 * labels.to(lower)) + 0.05).clamp_min(0)
     assert (curve.evasion_norm - exact).abs().max() < 0.01

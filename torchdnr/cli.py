@@ -20,13 +20,21 @@ class Console:
     Attributes:
         stages: Number of stages announced.
         seconds: Stage name to its duration.
+        process: Which of several processes this is; empty if it is the only one.
     """
 
     def __init__(self, quiet: bool = False) -> None:
         self.progress = not quiet
         self.stages = 0
+        self.process = ""
         self.seconds: dict[str, float] = {}
         self._began = time.perf_counter()
+
+    def join(self, rank: int, count: int) -> None:
+        """Take note of the other processes of the job: only the first one talks."""
+        if count > 1:
+            self.process = f"process {rank + 1} of {count}: "
+            self.progress = self.progress and rank == 0
 
     @property
     def total_seconds(self) -> float:
@@ -64,12 +72,12 @@ def run_command(options: argparse.Namespace, job: Callable[[Console], None]) -> 
     try:
         job(console)
     except KeyboardInterrupt:
-        print("\nstopped; the same command goes on from here", file=sys.stderr)
+        print(f"\n{console.process}stopped; the same command goes on from here", file=sys.stderr)
         return STOPPED
     except Exception as error:
         if not _foreseen(error):
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(f"{console.process}error: {error}", file=sys.stderr)
         return 2
     memory = peak_memory_mib()
     used = "" if memory is None else f", peak memory {memory:,.0f} MiB"

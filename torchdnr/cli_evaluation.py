@@ -1,9 +1,9 @@
-"""Attack the classifiers of a run folder, and write the report into it."""
+"""Attack the classifiers of a run folder, and check the attacks; what is done is not done again."""
 
 import argparse
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,24 +12,20 @@ from torch import nn
 from torchdnr import __version__
 from torchdnr.attacks import line_search_pgd
 from torchdnr.attacks.target import has_reject_column
-from torchdnr.cli import Console, peak_memory_mib
+from torchdnr.cli import Console
+from torchdnr.cli_options import EPS, EXAMPLE_EPS
 from torchdnr.cli_settings import Job
-from torchdnr.evaluation import (
-    SecurityCurve,
-    format_table,
-    load_results,
-    plot_curves,
-    plot_examples,
-    predict_labels,
-    save_results,
-    security_evaluation,
-)
-from torchdnr.evaluation.environment import describe_environment
+from torchdnr.evaluation.checks import run_checks
+from torchdnr.evaluation.curve import SecurityCurve, plain_json, read_json, write_json
+from torchdnr.evaluation.distribution import Processes
 from torchdnr.evaluation.judging import outputs
-from torchdnr.pipeline import Summary
+from torchdnr.evaluation.line_up import Attack, build_line_up, choose_attacks
+from torchdnr.evaluation.measures import Measures, measure
+from torchdnr.evaluation.metrics import predict_labels
+from torchdnr.evaluation.security import security_evaluations
+from torchdnr.files import digest
 
 DEFAULT_SAMPLES = 50
-FILES = "results.json", "curve.png", "examples.png"
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,138 +35,168 @@ class Evaluation:
     Attributes:
         job: The run folder and its settings.
         settings: Of the attacks; JSON values.
+        classifiers: From ``make_classifiers``.
+        clean: How they do on clean images, from ``summarise``.
+        processes: Those that share the work.
+        console: For messages and progress bars.
     """
 
     job: Job
     settings: dict[str, Any]
+    classifiers: dict[str, nn.Module]
+    clean: dict[str, dict[str, Any]]
+    processes: Processes
+    console: Console
 
     @property
-    def results(self) -> Path:
-        """File of the results, written last: it tells that all is done."""
-        return self.job.folder / "results.json"
+    def norm(self) -> float:
+        """Norm of the perturbations."""
+        return float(self.settings["norm"])  # "inf" in JSON
 
-    def earlier_table(self, clean: Summary) -> str | None:
-        """Format the results that the folder holds, if they are those of this evaluation."""
-        try:
-            curves, settings = load_results(self.results)
-        except (OSError, ValueError):
-            return None  # none yet, or damaged: written again
-        if not all((self.job.folder / name).exists() for name in settings.get("figures", ["?"])):
-            return None
-        known = json.loads(json.dumps(self._identity(clean)))  # tuples as lists, as in the file
-        return format_table(curves) if {key: settings.get(key) for key in known} == known else None
-
-    def run(self, classifiers: dict[str, nn.Module], clean: Summary, console: Console) -> str:
-        """Attack, draw the figures and write the results.
-
-        Args:
-            classifiers: From ``make_classifiers``.
-            clean: How they do on clean images.
-            console: For messages and progress bars.
-
-        Returns:
-            The table of the results.
-
-        Raises:
-            OSError: If a file cannot be written; an earlier one then stays as it was.
-        """
-        with console.stage("attacks", self._describe()):
-            curves = {
-                name: self._attack(name, model, console) for name, model in classifiers.items()
-            }
-        with console.stage("report", f"figures and results.json in {self.job.folder}"):
-            figures = ["curve.png"]
-            plot_curves(curves, self.job.folder / "curve.png")
-            if self._draw_examples(classifiers, console):
-                figures.append("examples.png")
-            cost = {
-                "stage_seconds": console.seconds,
-                "seconds": console.total_seconds,
-                "peak_memory_mib": peak_memory_mib(),
-            }
-            environment = describe_environment(self.job.device)
-            found = {"environment": environment, "cost": cost, "figures": figures}
-            save_results(self.results, curves, self._identity(clean) | found)
-        return format_table(curves)
-
-    def _describe(self) -> str:
-        sizes = " ".join(f"{eps:g}" for eps in self.settings["eps"])
-        return f"DNN, NR and DNR, {self.settings['samples']} test images, eps {sizes}"
-
-    def _identity(self, clean: Summary) -> dict[str, Any]:
-        """Collect all that the numbers depend on, and what is known before the attacks."""
-        return {
+    @property
+    def identity(self) -> dict[str, Any]:
+        """All that the numbers depend on, and what is known before the attacks; JSON values."""
+        found = {
             "torchdnr": __version__,
             "run": self.job.settings,
             "attack": self.settings,
-            "device": str(self.job.device),
-            "classifiers": clean.classifiers,
+            "device": self.job.device.type,
+            "classifiers": self.clean,
         }
+        return json.loads(json.dumps(plain_json(found)))  # tuples as lists, as in a file
 
-    def _attack(self, name: str, model: nn.Module, console: Console) -> SecurityCurve:
+    def images(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Select the images to attack, and their labels."""
         images, labels = self.job.images("test")
         count = self.settings["samples"]  # any beginning of a split is a stratified sample of it
-        return security_evaluation(
-            model,
-            images[:count],
-            labels[:count],
-            self.settings["eps"],
-            norm=self.settings["norm"],
-            init_inputs=self.job.images("svm")[0],
+        return images[:count], labels[:count]
+
+    def line_up(self, progress: bool) -> dict[str, Attack]:
+        """Build the attacks, with progress bars of their own or without."""
+        names = "objective", "steps", "restarts"
+        options = {name: self.settings[name] for name in names if self.settings[name] is not None}
+        return build_line_up(
+            self.settings["attacks"],
+            self.job.images("svm")[0],
+            norm=self.norm,
             batch_size=self.settings["batch_size"],
-            name=name,
-            settings={"seed": self.job.settings["seed"], "dataset": self.job.settings["dataset"]},
-            checkpoint=self.job.folder / f"attack-{name.lower()}.safetensors",
-            progress=console.progress,
+            progress=progress,
+            surrogate=self.classifiers["DNN"],
+            options={"seed": self.job.settings["seed"], **options},
         )
 
-    def _draw_examples(self, classifiers: dict[str, nn.Module], console: Console) -> bool:
-        """Draw attacked images that all classifiers get right when they are clean, if any."""
-        path = self.job.folder / "examples.png"
-        images, labels = self.job.images("test")
-        images, labels = images[: self.settings["samples"]], labels[: self.settings["samples"]]
+    def attack(self) -> dict[str, SecurityCurve]:
+        """Attack all classifiers, in all processes together."""
+        return security_evaluations(
+            self.classifiers,
+            *self.images(),
+            self.settings["eps"],
+            norm=self.norm,
+            attacks=self.line_up(self.console.progress),
+            init_inputs=self.job.images("svm")[0],
+            batch_size=self.settings["batch_size"],
+            settings={"seed": self.job.settings["seed"], "dataset": self.job.settings["dataset"]},
+            checkpoints={
+                name: self.job.folder / f"attack-{name.lower()}.safetensors"
+                for name in self.classifiers
+            },
+            processes=self.processes,
+            progress=self.console.progress,
+        )
+
+    def check(self, curves: Mapping[str, SecurityCurve]) -> dict[str, dict[str, Any]]:
+        """Check the evaluations, each by one process; what a file of the folder holds is kept.
+
+        Returns:
+            ``CheckReport.to_dict()`` by classifier, with the report as "text".
+        """
+        done: dict[str, dict[str, Any]] = {}
+        for number, name in enumerate(self.classifiers):
+            if self.processes.mine(number):
+                done[name] = self._check(name, curves[name])
+        self.processes.wait()
+        return {
+            name: json.loads(
+                self.processes.share_text(json.dumps(done.get(name)), self.processes.owner(number))
+            )
+            for number, name in enumerate(self.classifiers)
+        }
+
+    def _check(self, name: str, curve: SecurityCurve) -> dict[str, Any]:
+        path = self.job.folder / f"checks-{name.lower()}.json"
+        points = {"predictions": curve.predictions, "adversarial": curve.adversarial}
+        known = {**self.identity, "points": digest(points)}
+        try:
+            earlier = read_json(path)
+            if earlier["of"] == known:
+                return earlier["checks"]
+        except (OSError, ValueError, KeyError, TypeError):
+            pass  # none yet, or damaged: made again
+        report = run_checks(
+            self.classifiers[name],
+            *self.images(),
+            curve,
+            attacks=self.line_up(progress=False),
+            init_inputs=self.job.images("svm")[0],
+            surrogate=self.classifiers["DNN"] if curve.rejects else None,
+            batch_size=self.settings["batch_size"],
+            seed=self.job.settings["seed"],
+            progress=self.console.progress,
+        )
+        checks = plain_json({**report.to_dict(), "text": str(report)})
+        write_json(path, {"of": known, "checks": checks})
+        return checks
+
+    def measure(self, curves: Mapping[str, SecurityCurve]) -> dict[str, Measures]:
+        """Measure how well rejection does its work."""
+        return {
+            name: measure(
+                model,
+                self.images()[0],
+                curves[name],
+                calibration=self.job.images("threshold"),
+                batch_size=self.settings["batch_size"],
+            )
+            for name, model in self.classifiers.items()
+        }
+
+    def examples(self) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]] | None:
+        """Attack a few images that all classifiers get right when they are clean, if any.
+
+        Returns:
+            Images, labels, and adversarial images by classifier.
+        """
+        images, labels = self.images()
         right = torch.ones_like(labels, dtype=torch.bool)
-        for model in classifiers.values():
-            right &= self._predict(model, images) == labels
+        for name in self.classifiers:
+            right &= self.predict(name, images) == labels
         chosen = right.nonzero()[: self.settings["examples"], 0]
         if len(chosen) == 0:
-            if self.settings["examples"]:
-                console.say("no examples.png: no attacked image is right for all classifiers")
-            path.unlink(missing_ok=True)  # it would show other results than these
-            return False
+            return None
         images, labels = images[chosen], labels[chosen]
-        pool = self.job.images("svm")[0]
         adversarials = {
             name: line_search_pgd(
                 model,
                 images,
                 labels,
                 self.settings["example_eps"],
-                norm=self.settings["norm"],
-                init_inputs=pool,
+                norm=self.norm,
+                init_inputs=self.job.images("svm")[0],
                 batch_size=self.settings["batch_size"],
-                progress=console.progress,
+                progress=self.console.progress,
             )
-            for name, model in classifiers.items()
+            for name, model in self.classifiers.items()
         }
-        plot_examples(
-            path,
-            images,
-            labels,
-            adversarials,
-            {name: self._predict(classifiers[name], new) for name, new in adversarials.items()},
-            self.settings["example_eps"],
-            self.job.dataset.classes,
-            norm=self.settings["norm"],
-        )
-        return True
+        return images, labels, adversarials
 
-    def _predict(self, model: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    def predict(self, name: str, images: torch.Tensor) -> torch.Tensor:
+        """Predict labels, or ``REJECT``, by one of the classifiers."""
+        model = self.classifiers[name]
         output = outputs(model, images, self.settings["batch_size"])
         return predict_labels(output, has_reject_column(model, None))
 
 
-def plan(options: argparse.Namespace, job: Job) -> Evaluation:
+def plan(options: argparse.Namespace, job: Job) -> dict[str, Any]:
     """Settle the settings of the attacks, before any costly work.
 
     Args:
@@ -178,10 +204,11 @@ def plan(options: argparse.Namespace, job: Job) -> Evaluation:
         job: The run folder and its settings.
 
     Returns:
-        The evaluation, not yet begun.
+        Settings, as JSON values.
 
     Raises:
-        ValueError: If there are fewer test images than asked for.
+        ValueError: If there are fewer test images than asked for, or an attack does not know the
+            norm.
     """
     available = len(job.splits.test)
     samples = min(DEFAULT_SAMPLES, available) if options.samples is None else options.samples
@@ -189,12 +216,19 @@ def plan(options: argparse.Namespace, job: Job) -> Evaluation:
         raise ValueError(
             f"--samples must be at most the {available} test images, got {samples}; ask for fewer"
         )
-    settings = {
-        "eps": sorted(set(options.eps)),
-        "norm": 2,
-        "samples": samples,
-        "examples": options.examples,
-        "example_eps": options.example_eps,
-        "batch_size": options.attack_batch_size,
-    }
-    return Evaluation(job, settings)
+    norm, size = options.norm, options.example_eps
+    return plain_json(
+        {
+            "attacks": choose_attacks(options.attack, norm),
+            "norm": norm,
+            "eps": sorted(set(EPS[norm] if options.eps is None else options.eps)),
+            "objective": options.objective,
+            "steps": options.steps,
+            "restarts": options.restarts,
+            "samples": samples,
+            "checks": options.checks,
+            "examples": options.examples,
+            "example_eps": EXAMPLE_EPS[norm] if size is None else size,
+            "batch_size": options.attack_batch_size,
+        }
+    )

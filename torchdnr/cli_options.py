@@ -2,9 +2,11 @@
 
 import argparse
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+from torchdnr.attacks.objectives import OBJECTIVES
 from torchdnr.data import SOURCES
+from torchdnr.evaluation.line_up import ATTACKS, DEFAULT, DEFAULT_ATTACKS, FULL
 
 DEFAULT_DATASET = "mnist-5k"
 
@@ -18,37 +20,99 @@ _ATTACK = """\
 Attack the network (DNN), NR and DNR with adversarial examples of growing size, made against each
 of them in full knowledge of it, and tell how often they are still right or reject. First makes
 whatever the run folder lacks, as train.py does: without options this is the whole job, on 5,000
-handwritten digits. Prints a table, and writes results.json, curve.png and examples.png. A run
-that was stopped goes on where it was when the same command is given again."""
+handwritten digits. Then checks whether the attacks were as strong as they should be. Prints a
+table and the checks, and writes report.html, results.json, results.csv, curve.png and
+examples.png. A run that was stopped goes on where it was when the same command is given again.
+Several processes share the attacks: torchrun --nproc-per-node 2 attack.py ..."""
+
+NORMS = {"1": 1.0, "2": 2.0, "inf": math.inf}
+# Sizes of the perturbation on images in [0, 1], and that of the examples, by norm.
+EPS = {
+    1.0: [0, 5, 10, 20, 40],
+    2.0: [0, 0.5, 1, 1.5, 2, 3, 4],
+    math.inf: [0, 0.05, 0.1, 0.15, 0.2, 0.3],
+}
+EXAMPLE_EPS = {1.0: 10.0, 2.0: 1.0, math.inf: 0.1}
 
 
 def train_parser() -> argparse.ArgumentParser:
     """Build the parser of ``train.py``. Options of the run folder are None where not given."""
     parser = argparse.ArgumentParser(prog="train.py", description=_TRAIN)
-    _add_shared_options(parser)
+    _add_shared_options(parser, "--batch-size", "--train-batch-size")
     return parser
 
 
 def attack_parser() -> argparse.ArgumentParser:
     """Build the parser of ``attack.py``. Options of the run folder are None where not given."""
     parser = argparse.ArgumentParser(prog="attack.py", description=_ATTACK)
-    _add_shared_options(parser)
-    group = parser.add_argument_group("attack")
-    option = group.add_argument
+    _add_shared_options(parser, "--train-batch-size")
+    _add_attack_options(parser)
+    return parser
+
+
+def _add_attack_options(parser: argparse.ArgumentParser) -> None:
+    lines = "; ".join(f"{name}: {entry.help}" for name, entry in ATTACKS.items())
+    option = parser.add_argument_group("attack").add_argument
+    option(
+        "--attack",
+        nargs="+",
+        metavar="NAME",
+        default=[DEFAULT],
+        choices=[DEFAULT, FULL, *ATTACKS],
+        help="attacks to run; the worst of them counts, for each image. default: "
+        f"{', '.join(DEFAULT_ATTACKS)}; full: all that know the norm, many times as long. {lines} "
+        "(default: default)",
+    )
+    option(
+        "--norm",
+        type=_norm,
+        default=2.0,
+        metavar="{1,2,inf}",
+        help="how the size of a perturbation is measured: 1, the sum over all pixels; 2, their "
+        "Euclidean length; inf, the largest change of any pixel (default: 2)",
+    )
     option(
         "--eps",
         type=_at_least(0),
         nargs="+",
         metavar="E",
-        default=[0, 0.5, 1, 1.5, 2, 3, 4],
-        help="sizes of the perturbation: l2 norm over all pixels, which are in [0, 1]; "
-        "0 is no attack (default: 0 0.5 1 1.5 2 3 4)",
+        help="sizes of the perturbation, of pixels in [0, 1]; 0 is no attack (default: "
+        + "; ".join(f"norm {key}: {_words(EPS[norm])}" for key, norm in NORMS.items())
+        + ")",
     )
     option(
         "--samples",
         type=_whole(1),
         metavar="N",
         help="test images to attack, drawn by the seed (default: 50, or all if there are fewer)",
+    )
+    option(
+        "--objective",
+        choices=list(OBJECTIVES),
+        help="what the attacks lower, those that have a choice. paper: the score of the true "
+        "class against the best other; decision: the same with the threshold, negative exactly "
+        "where an image is accepted and wrong; secml: as the authors' library does (default: "
+        "line-search-pgd paper, the others decision)",
+    )
+    option(
+        "--steps",
+        type=_whole(1),
+        metavar="N",
+        help="steps of the attacks that take steps; more are stronger and slower (default: "
+        "20 to 100, each its own)",
+    )
+    option(
+        "--restarts",
+        type=_whole(0),
+        metavar="N",
+        help="further runs from random starts, of the attacks that have them (default: 0)",
+    )
+    option(
+        "--checks",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="check the evaluation itself: gradients that vanish, attacks that stop too soon, ... "
+        "(default: --checks)",
     )
     option(
         "--examples",
@@ -60,21 +124,23 @@ def attack_parser() -> argparse.ArgumentParser:
     option(
         "--example-eps",
         type=_at_least(0),
-        default=1.0,
         metavar="E",
-        help="size of their perturbation (default: %(default)s)",
+        help="size of their perturbation (default: "
+        + "; ".join(f"norm {key}: {EXAMPLE_EPS[norm]:g}" for key, norm in NORMS.items())
+        + ")",
     )
     option(
-        "--attack-batch-size",
+        "--batch-size",
+        dest="attack_batch_size",
         type=_whole(1),
         default=256,
         metavar="N",
-        help="images per forward pass; lower it if memory runs out (default: %(default)s)",
+        help="images per forward pass of the attacks; lower it if memory runs out. The training's "
+        "is --train-batch-size (default: %(default)s)",
     )
-    return parser
 
 
-def _add_shared_options(parser: argparse.ArgumentParser) -> None:
+def _add_shared_options(parser: argparse.ArgumentParser, *batch_size: str) -> None:
     option = parser.add_argument
     option(
         "--run",
@@ -130,7 +196,8 @@ def _add_shared_options(parser: argparse.ArgumentParser) -> None:
     option("--lr", type=float, metavar="LR", help="learning rate (default: Table III, 0.1 or 0.01)")
     option("--momentum", type=float, metavar="M", help="momentum (default: Table III, 0.9)")
     option(
-        "--batch-size",
+        *batch_size,
+        dest="batch_size",
         type=_whole(1),
         metavar="N",
         help="images per training step (default: Table III, 128 or 100)",
@@ -148,6 +215,16 @@ def _add_shared_options(parser: argparse.ArgumentParser) -> None:
         metavar="R",
         help="share of clean images to reject, in [0, 1) (default: 0.1)",
     )
+
+
+def _norm(text: str) -> float:
+    if text not in NORMS:
+        raise argparse.ArgumentTypeError(f"expected {', '.join(NORMS)}, got {text}")
+    return NORMS[text]
+
+
+def _words(values: Sequence[float]) -> str:
+    return " ".join(f"{value:g}" for value in values)
 
 
 def _at_least(low: float) -> Callable[[str], float]:

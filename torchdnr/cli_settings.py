@@ -14,6 +14,7 @@ from torchdnr.cli import Console
 from torchdnr.cli_options import DEFAULT_DATASET
 from torchdnr.data import Dataset, Splits, load_dataset, split
 from torchdnr.evaluation.curve import read_json, write_json
+from torchdnr.evaluation.distribution import local_device
 from torchdnr.files import digest
 from torchdnr.models import CIFAR10_LAYERS, MNIST_LAYERS, CIFAR10Net, MNISTNet
 from torchdnr.training import CIFAR10_TRAINING, MNIST_TRAINING, TrainingSettings
@@ -108,7 +109,7 @@ def prepare(options: argparse.Namespace, console: Console) -> Job:
         OSError: If the folder cannot be written, or data are missing.
         ImportError: If a package is missing that holds the data.
     """
-    device = _device(options.device)
+    device = find_device(options.device)
     folder = Path(options.run or _default_folder(options.dataset or DEFAULT_DATASET))
     remembered = _remembered_settings(folder)
     given = {name: value for name, value in vars(options).items() if value is not None}
@@ -143,11 +144,16 @@ def _default_folder(source: str) -> str:
     return f"runs/{Path(path).stem if path else kind}"
 
 
-def _device(name: str | None) -> torch.device:
+def find_device(name: str | None) -> torch.device:
+    """Find the device of this name; without one a GPU if there is any, else the CPU.
+
+    Raises:
+        ValueError: If it is not here, or there is none for each of several processes.
+    """
     if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.device(name)
+        device = local_device(torch.device(name))
         torch.ones(1, device=device).sum().item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
@@ -189,6 +195,8 @@ def _check_agreement(folder: Path, remembered: Mapping[str, Any], given: Mapping
 
 
 def _option(name: str) -> str:
+    if name == "batch_size":
+        return "--train-batch-size"  # attack.py has another --batch-size
     return f"--{name.replace('_', '-')}"
 
 

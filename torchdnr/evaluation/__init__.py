@@ -8,7 +8,15 @@ from torchdnr.evaluation.detection import (
     rejection_scores,
 )
 from torchdnr.evaluation.intervals import Estimate, median_of, share
-from torchdnr.evaluation.line_up import BOUNDARY_WALK, LINE_SEARCH_PGD, Attack, default_line_up
+from torchdnr.evaluation.line_up import (
+    ATTACKS,
+    BOUNDARY_WALK,
+    LINE_SEARCH_PGD,
+    Attack,
+    build_line_up,
+    default_line_up,
+)
+from torchdnr.evaluation.measures import Measures, measure
 from torchdnr.evaluation.metrics import (
     accuracy_under_attack,
     evasion_rate,
@@ -26,9 +34,11 @@ from torchdnr.evaluation.rates import (
     median_evasion_norm,
 )
 from torchdnr.evaluation.report import format_table, load_results, save_results
+from torchdnr.evaluation.report_csv import save_csv
+from torchdnr.evaluation.report_html import save_html
 from torchdnr.evaluation.robust_error import robust_error, robust_errors, threshold_at_tpr
 from torchdnr.evaluation.roc import ROC, auroc, fpr_at_tpr, roc_curve
-from torchdnr.evaluation.security import security_evaluation
+from torchdnr.evaluation.security import security_evaluation, security_evaluations
 from torchdnr.evaluation.stratified import ALPHAS, StratifiedCurve, stratified_curve
 from torchdnr.evaluation.threshold_sweep import (
     ThresholdSweep,
@@ -39,6 +49,7 @@ from torchdnr.evaluation.threshold_view import WithThreshold
 
 __all__ = [
     "ALPHAS",
+    "ATTACKS",
     "BOUNDARY_WALK",
     "LINE_SEARCH_PGD",
     "ROC",
@@ -47,6 +58,7 @@ __all__ = [
     "DecisionRates",
     "Detection",
     "Estimate",
+    "Measures",
     "SecurityCurve",
     "StratifiedCurve",
     "ThresholdSweep",
@@ -55,6 +67,7 @@ __all__ = [
     "attack_costs",
     "attack_rates",
     "auroc",
+    "build_line_up",
     "decision_rates",
     "default_line_up",
     "detection_scores",
@@ -62,6 +75,7 @@ __all__ = [
     "format_table",
     "fpr_at_tpr",
     "load_results",
+    "measure",
     "measure_detection",
     "median_evasion_norm",
     "median_of",
@@ -76,8 +90,11 @@ __all__ = [
     "robust_error",
     "robust_errors",
     "roc_curve",
+    "save_csv",
+    "save_html",
     "save_results",
     "security_evaluation",
+    "security_evaluations",
     "share",
     "stratified_curve",
     "threshold_at_tpr",

@@ -1,27 +1,30 @@
-"""Finished steps of an evaluation on disk, so that a stopped one goes on where it was."""
+"""Finished steps of one attack on disk, so that a stopped evaluation goes on where it was."""
 
 import json
 import os
+import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from torchdnr.evaluation.distribution import Processes
 from torchdnr.files import CheckpointError, load_tensors, save_tensors
 
 KIND = "torchdnr security evaluation"
 CLEAN_OUTPUT = "clean output"  # no step has this name
+COSTS = "seconds", "forwards", "backwards"
 
 
 class Checkpoint:
-    """Points and costs of the finished steps, in memory and, given a path, in a file.
+    """Points and costs of the finished steps of an attack, in memory and, given a path, in a file.
 
     Opening it reads the steps of an earlier run with the same settings and the same model. The
     model is recognised by its output, up to rounding. Any other file there is
-    moved aside with a warning, and the evaluation starts again.
+    moved aside with a warning, and the attack starts again.
 
     Args:
         path: File of the checkpoint, or None to keep the steps in memory only.
@@ -29,7 +32,7 @@ class Checkpoint:
         output: Output of the model by which it is known again, ``(m, c)`` or ``(m, c + 1)``.
 
     Raises:
-        OSError: If the file cannot be written: at once, not after the first attack.
+        OSError: If the file cannot be written: at once, not after the first step.
     """
 
     def __init__(
@@ -48,7 +51,7 @@ class Checkpoint:
                 warnings.warn(
                     f"{self.path} does not belong to this evaluation ({problem}): "
                     f"moved to {aside.name}, starting again",
-                    stacklevel=3,
+                    stacklevel=4,
                 )
             self._write()
 
@@ -57,6 +60,27 @@ class Checkpoint:
         self.points[step] = points.cpu()
         self.costs[step] = cost
         self._write()
+
+    def share(self, processes: Processes, owner: int, steps: Iterable[str], like: Tensor) -> None:
+        """Give all processes the steps that one of them has finished.
+
+        Args:
+            processes: All of them; they must call this together.
+            owner: Rank of the one that has the steps.
+            steps: Their names.
+            like: Tensor with the shape, dtype and device of the points, such as the inputs.
+        """
+        here = processes.rank == owner
+        for step in steps:
+            points = self.points[step].to(like.device) if here else torch.empty_like(like)
+            spent = [self.costs[step][key] if here else 0.0 for key in COSTS]
+            points = processes.share(points, owner)
+            # float64 holds counts exactly up to 2^53
+            cost = torch.tensor(spent, dtype=torch.float64, device=like.device)
+            seconds, *counts = processes.share(cost, owner).tolist()
+            if not here:
+                self.points[step] = points.cpu()
+                self.costs[step] = dict(zip(COSTS, [seconds, *map(int, counts)], strict=True))
 
     def _write(self) -> None:
         if self.path is None:
@@ -71,7 +95,7 @@ class Checkpoint:
             output = tensors.pop(CLEAN_OUTPUT)
             costs = metadata["costs"]
             if metadata["fingerprint"] != self.fingerprint:
-                return "other inputs, eps, attacks or settings"
+                return "other inputs, eps or settings"
             if costs.keys() != tensors.keys():
                 return "its steps and costs disagree"
         except (CheckpointError, OSError, KeyError, TypeError, AttributeError) as error:
@@ -84,3 +108,25 @@ class Checkpoint:
             return "another model"
         self.points, self.costs = dict(tensors), dict(costs)
         return None
+
+
+def attack_paths(path: str | Path | None, attacks: Iterable[str]) -> dict[str, Path | None]:
+    """Name a checkpoint for each attack: ``dnr.safetensors`` becomes ``dnr-boundary-walk...``.
+
+    A file each: attacks can be added to the line-up, and run in several processes, without any of
+    them touching what another has finished.
+
+    Raises:
+        ValueError: If two attacks have names that differ only by punctuation.
+    """
+    names = list(attacks)
+    if path is None:
+        return dict.fromkeys(names)
+    path = Path(path)
+    slugs = [re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") for name in names]
+    if len(set(slugs)) < len(slugs):
+        raise ValueError(f"attacks must differ in letters or digits of their names, got {names}")
+    return {
+        name: path.with_name(f"{path.stem}-{slug}{path.suffix}")
+        for name, slug in zip(names, slugs, strict=True)
+    }

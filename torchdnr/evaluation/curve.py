@@ -62,10 +62,15 @@ class Predictions:
         """95 % confidence interval of the rejection rate, one per eps."""
         return [metrics.wilson_interval(rate, len(self.labels)) for rate in self.rejection_rate]
 
+    @property
+    def evasion_interval(self) -> list[tuple[float, float]]:
+        """95 % confidence interval of the evasion rate, one per eps."""
+        return [metrics.wilson_interval(rate, len(self.labels)) for rate in self.evasion_rate]
+
     def rates(self) -> dict[str, list]:
         """Collect every rate for a reader of the JSON file; loading computes them afresh."""
         names = "accuracy", "accuracy_interval", "rejection_rate", "rejection_interval"
-        return {name: getattr(self, name) for name in (*names, "evasion_rate")}
+        return {name: getattr(self, name) for name in (*names, "evasion_rate", "evasion_interval")}
 
 
 @dataclass(eq=False)
@@ -211,7 +216,7 @@ class SecurityCurve(Predictions):
 
 def write_json(path: str | Path, content: Mapping[str, Any]) -> None:
     """Write strict JSON atomically; infinity, paths, devices and the like become text."""
-    text = json.dumps(_plain(content), indent=1, allow_nan=False) + "\n"
+    text = json.dumps(plain_json(content), indent=1, allow_nan=False) + "\n"
     atomic_write_bytes(path, text.encode())
 
 
@@ -227,11 +232,12 @@ def read_json(path: str | Path) -> Any:  # noqa: ANN401 - whatever the file hold
         raise ValueError(f"{path} is not a JSON file: {error}") from None
 
 
-def _plain(value: object) -> object:
+def plain_json(value: object) -> Any:  # noqa: ANN401 - as the value
+    """Convert to what strict JSON holds: infinity, paths, devices and the like become text."""
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain_json(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [plain_json(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     return value if isinstance(value, str | int | float | None) else str(value)

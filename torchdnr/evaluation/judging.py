@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ class Task:
         model: Maps ``(n, ...)`` to scores ``(n, c)``, or with ``reject`` ``(n, c + 1)``.
         inputs: Clean inputs, ``(n, ...)``.
         labels: True labels, ``(n,)``.
-        norm: Norm of the perturbation; 2.
+        norm: Norm of the perturbation; 1, 2 or infinity.
         bounds: Smallest and largest value of an input.
         batch_size: Inputs per batch when points are judged.
         reject: Whether the last column of the output is theta.
@@ -138,28 +138,66 @@ def keep_inside(task: Task, points: Tensor, eps: float, name: str) -> tuple[Tens
     return points, count
 
 
+@dataclass
+class Count:
+    """Input rows sent through a model.
+
+    Attributes:
+        forwards: Rows sent forwards.
+        backwards: Rows sent back.
+    """
+
+    forwards: int = 0
+    backwards: int = 0
+
+
 class CountedModel(nn.Module):
     """A model that counts the input rows sent forwards and backwards through it.
 
+    Whatever else the model has can be reached through it. A smoothed view of the model, if it has
+    any (``model.smoothed(factor)``), counts into the same numbers.
+
     Args:
         model: Module or callable; a module is left as it is.
+        count: Where to count; None: from zero.
     """
 
-    def __init__(self, model: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, model: Callable[[Tensor], Tensor], count: Count | None = None) -> None:
         super().__init__()
         self.model = model
         self.reject_index = getattr(model, "reject_index", None)
         self.training = False
-        self.forwards = 0
-        self.backwards = 0
+        self.count = Count() if count is None else count
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Return the output of the model."""
-        self.forwards += len(inputs)
+        self.count.forwards += len(inputs)
         output = self.model(inputs)
         if output.requires_grad:
             output.register_hook(partial(self._count_backwards, len(inputs)))
         return output
 
+    @property
+    def forwards(self) -> int:
+        """Input rows sent forwards so far."""
+        return self.count.forwards
+
+    @property
+    def backwards(self) -> int:
+        """Input rows sent back so far."""
+        return self.count.backwards
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401 - whatever the model has
+        try:
+            return super().__getattr__(name)  # parameters, buffers and submodules
+        except AttributeError:
+            submodules = self.__dict__.get("_modules", {})  # none yet while it is being copied
+            if "model" not in submodules and "model" not in self.__dict__:
+                raise
+            found = getattr(self.model, name)
+        if name == "smoothed":
+            return lambda *args, **options: CountedModel(found(*args, **options), self.count)
+        return found
+
     def _count_backwards(self, rows: int, _: Tensor) -> None:
-        self.backwards += rows
+        self.count.backwards += rows

@@ -1,16 +1,34 @@
 """The attacks of an evaluation: never one alone, as each has a weakness that flatters a defence."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from inspect import signature
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from torchdnr.attacks import boundary_walk, line_search_pgd
+from torchdnr.attacks.apgd import apgd
+from torchdnr.attacks.boundary_walk import boundary_walk
+from torchdnr.attacks.ddn import ddn
+from torchdnr.attacks.fmn import fmn
+from torchdnr.attacks.line_search import line_search_pgd
+from torchdnr.attacks.multi_target import multi_target
+from torchdnr.attacks.noise import noise
+from torchdnr.attacks.orthogonal import orthogonal_pgd
+from torchdnr.attacks.pgd import pgd
+from torchdnr.attacks.smoothing import smoothed_pgd
+from torchdnr.attacks.square import square
+from torchdnr.attacks.transfer import transfer
 
 LINE_SEARCH_PGD = "line-search PGD"
 BOUNDARY_WALK = "boundary walk"
+DEFAULT, FULL = "default", "full"
+# What an attack is given with the inputs, and what does not change its points.
+_GIVEN = {
+    *("start", "init_inputs", "init_labels", "targets", "eps", "batch_size", "progress"),
+    *("attack", "surrogate", "smoothed"),
+}
 
 
 @dataclass(frozen=True)
@@ -26,14 +44,123 @@ class Attack:
         minimum_norm: Which of the two signatures ``run`` has.
         settings: Every option that changes the points, seed included: stored with the results,
             and a checkpoint is only resumed if they are the same.
+        needs: Name of a method without which a model cannot be attacked like this: it is left out.
     """
 
     run: Callable[..., Tensor]
     minimum_norm: bool = False
     settings: Mapping[str, Any] = field(default_factory=dict)
+    needs: str | None = None
 
 
-def default_line_up(
+class Entry(NamedTuple):
+    """An attack that can be asked for by name.
+
+    Attributes:
+        label: Its name in results, tables and figures.
+        attack: The function of ``torchdnr.attacks``.
+        help: What it is, in a few words.
+        minimum_norm: Whether it finds the nearest evading points.
+        options: Its options where they are not the defaults.
+        inner: Attack that it runs within itself, whose options it has as well.
+        without: Options of the inner attack that it does not have.
+        needs: See ``Attack``.
+    """
+
+    label: str
+    attack: Callable[..., Tensor]
+    help: str
+    minimum_norm: bool = False
+    options: Mapping[str, Any] = MappingProxyType({})
+    inner: Callable[..., Tensor] | None = None
+    without: frozenset[str] = frozenset()
+    needs: str | None = None
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """Its options, as far as they change its points, with the values they have if not given."""
+        names = self.accepts - _GIVEN
+        both = [self.attack] if self.inner is None else [self.inner, self.attack]
+        found: dict[str, Any] = {}
+        for function in both:
+            found |= {
+                name: parameter.default
+                for name, parameter in signature(function).parameters.items()
+                if name in names and parameter.default is not parameter.empty
+            }
+        return found | dict(self.options)
+
+    @property
+    def accepts(self) -> set[str]:
+        """Names of everything that it can be given."""
+        inner = set() if self.inner is None else set(signature(self.inner).parameters)
+        return (inner | set(signature(self.attack).parameters)) - self.without
+
+
+ATTACKS = {
+    "line-search-pgd": Entry(
+        LINE_SEARCH_PGD,
+        line_search_pgd,
+        "the paper's: descent with a line search, from the image and from another class",
+        options={"objective": "paper"},
+    ),
+    "boundary-walk": Entry(
+        BOUNDARY_WALK, boundary_walk, "a walk to the image from accepted ones", minimum_norm=True
+    ),
+    "apgd": Entry("APGD", apgd, "descent with momentum and steps that adapt"),
+    "apgd-multi-target": Entry(
+        "multi-target APGD", multi_target, "APGD towards each other class in turn", inner=apgd
+    ),
+    "pgd": Entry("PGD", pgd, "plain projected descent"),
+    "fmn": Entry("FMN", fmn, "nearest evasion: a radius that adapts", minimum_norm=True),
+    "ddn": Entry("DDN", ddn, "nearest evasion: direction, then norm; l2 only", minimum_norm=True),
+    "selective-pgd": Entry(
+        "selective PGD",
+        orthogonal_pgd,
+        "first to another class, then to be accepted",
+        options={"projected": "none"},
+    ),
+    "orthogonal-pgd": Entry(
+        "orthogonal PGD", orthogonal_pgd, "the same, along gradients that do not disturb each other"
+    ),
+    "smoothed-pgd": Entry(
+        "smoothed PGD", smoothed_pgd, "on wider kernels first, for NR and DNR", needs="smoothed"
+    ),
+    "square": Entry("Square", square, "random search, without gradients"),
+    "transfer": Entry(
+        "transfer",
+        transfer,
+        "made on the network, tried on the others",
+        inner=pgd,
+        without=frozenset({"objective"}),  # it goes through several of its own
+    ),
+    "noise": Entry("noise", noise, "random points: what any attack has to beat"),
+}
+"""Attacks by the names that the command line knows, in the order in which they run."""
+
+DEFAULT_ATTACKS = "line-search-pgd", "boundary-walk", "apgd"
+
+
+def default_line_up(init_inputs: Tensor, **options: Any) -> dict[str, Attack]:  # noqa: ANN401
+    """Build the default line-up: the paper's attack, a walk from the far side, and APGD.
+
+    The line-search PGD descends on the paper's objective, from the input and from an accepted
+    input of another class that is projected on the ball; it stalls where scores are flat or
+    kinked. The boundary walk starts at accepted inputs of other classes and comes nearer. APGD
+    descends from the same places as the first, on what decides about evasion.
+
+    Args:
+        init_inputs: Inputs from which the attacks may start, ``(m, ...)``.
+        **options: See ``build_line_up``.
+
+    Returns:
+        Attacks by the names that results have for them.
+    """
+    return build_line_up([DEFAULT], init_inputs, **options)
+
+
+def build_line_up(
+    names: Iterable[str],
     init_inputs: Tensor,
     *,
     norm: float = 2,
@@ -41,59 +168,116 @@ def default_line_up(
     batch_size: int = 256,
     reject: bool | None = None,
     progress: bool = False,
-    line_search_options: Mapping[str, Any] | None = None,
-    walk_options: Mapping[str, Any] | None = None,
+    surrogate: Callable[[Tensor], Tensor] | None = None,
+    options: Mapping[str, Any] | None = None,
+    own_options: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> dict[str, Attack]:
-    """Build the default line-up: the paper's attack, and a walk that starts on the far side.
-
-    The line-search PGD descends from the input, and from an accepted input of another class that
-    is projected on the ball; it stalls where scores are flat or kinked. The boundary walk starts
-    at accepted inputs of other classes and comes nearer.
+    """Build a line-up of the attacks of the given names.
 
     Args:
-        init_inputs: Inputs from which both attacks may start, ``(m, ...)``.
-        norm: Norm of the perturbation; 2.
+        names: Keys of ``ATTACKS``, "default" or "full".
+        init_inputs: Inputs from which attacks may start on the far side, ``(m, ...)``.
+        norm: Norm of the perturbation; 1, 2 or infinity.
         bounds: Smallest and largest value of an input.
         batch_size: Inputs per batch.
         reject: Whether the last column of the output is theta; None: ask the model.
         progress: Whether to show progress bars.
-        line_search_options: Other options of ``line_search_pgd``: steps, objective, ...
-        walk_options: Other options of ``boundary_walk``: steps, starts, ...
+        surrogate: Classifier without a reject option, for the attacks that need one: the transfer.
+        options: Options of all attacks that have them: objective, steps, restarts, seed.
+        own_options: Options of single attacks, by their names.
 
     Returns:
-        Attacks by name.
-    """
-    shared = {"norm": norm, "bounds": bounds, "reject": reject}
-    search = shared | {"objective": "paper"} | dict(line_search_options or {})
-    walk = shared | dict(walk_options or {})
-    running = {"batch_size": batch_size, "progress": progress}
+        Attacks by the names that results have for them, each once.
 
-    def run_search(
+    Raises:
+        ValueError: If a name or norm is unknown, or an attack cannot do what is asked for.
+    """
+    own_options = dict(own_options or {})
+    chosen = choose_attacks(names, norm, surrogate is not None)
+    if unknown := own_options.keys() - ATTACKS.keys():
+        raise ValueError(f"no attack {sorted(unknown)}; choose from: {', '.join(ATTACKS)}")
+    shared = {"norm": norm, "bounds": bounds, "reject": reject, **(options or {})}
+    given = {"init_inputs": init_inputs, "batch_size": batch_size, "progress": progress}
+    given |= {"surrogate": surrogate}
+    line_up = {}
+    for name in chosen:
+        entry = ATTACKS[name]
+        settings = entry.defaults
+        settings |= {key: value for key, value in shared.items() if key in entry.accepts}
+        settings |= own_options.get(name, {})
+        extra = {key: value for key, value in given.items() if key in entry.accepts}
+        if entry.inner is not None:
+            extra["attack"] = entry.inner
+        run = _nearest(entry.attack, settings, extra)
+        if not entry.minimum_norm:
+            run = _at_eps(entry.attack, settings, extra, "start" in entry.accepts)
+        line_up[entry.label] = Attack(run, entry.minimum_norm, settings, entry.needs)
+    return line_up
+
+
+def choose_attacks(names: Iterable[str], norm: float = 2, surrogate: bool = True) -> list[str]:
+    """Resolve names, "default" and "full" to attacks, each once, in the order in which they run.
+
+    Args:
+        names: Keys of ``ATTACKS``, "default" or "full".
+        norm: Norm of the perturbation: "full" are those attacks that know it.
+        surrogate: Whether there is a surrogate, for those that need one.
+
+    Returns:
+        Keys of ``ATTACKS``.
+
+    Raises:
+        ValueError: If a name is unknown, or an attack named cannot do what is asked for.
+    """
+    usable = [name for name in ATTACKS if _problem(name, norm, surrogate) is None]
+    groups = {DEFAULT: DEFAULT_ATTACKS, FULL: usable}
+    wanted: set[str] = set()
+    for name in names:
+        if name not in ATTACKS and name not in groups:
+            choices = ", ".join([*groups, *ATTACKS])
+            raise ValueError(f"no attack {name!r}; choose from: {choices}")
+        for single in groups.get(name, [name]):
+            if problem := _problem(single, norm, surrogate):
+                raise ValueError(f"{single} {problem}; choose from: {', '.join(usable)}")
+            wanted.add(single)
+    if not wanted:
+        raise ValueError("no attack is named: give at least one, or 'default'")
+    return [name for name in ATTACKS if name in wanted]
+
+
+def _problem(name: str, norm: float, surrogate: bool) -> str | None:
+    has = ATTACKS[name].accepts
+    if "norm" not in has and norm != 2:
+        return f"is for the l2 norm only, got {norm}"
+    if "surrogate" in has and not surrogate:
+        return "needs a surrogate, a classifier without a reject option"
+    return None
+
+
+def _nearest(
+    attack: Callable[..., Tensor], settings: Mapping[str, Any], given: Mapping[str, Any]
+) -> Callable[..., Tensor]:
+    def run(model: Callable[[Tensor], Tensor], inputs: Tensor, labels: Tensor) -> Tensor:
+        return attack(model=model, inputs=inputs, labels=labels, **settings, **given)
+
+    return run
+
+
+def _at_eps(
+    attack: Callable[..., Tensor],
+    settings: Mapping[str, Any],
+    given: Mapping[str, Any],
+    goes_on: bool,
+) -> Callable[..., Tensor]:
+    def run(
         model: Callable[[Tensor], Tensor],
         inputs: Tensor,
         labels: Tensor,
         eps: float,
         start: Tensor,
     ) -> Tensor:
-        options = {"start": start, "init_inputs": init_inputs, **search, **running}
-        return line_search_pgd(model, inputs, labels, eps, **options)
+        own = {"start": start} if goes_on else {}
+        points = {"model": model, "inputs": inputs, "labels": labels, "eps": eps}
+        return attack(**points, **own, **settings, **given)
 
-    def run_walk(model: Callable[[Tensor], Tensor], inputs: Tensor, labels: Tensor) -> Tensor:
-        return boundary_walk(model, inputs, labels, init_inputs, **walk, **running)
-
-    return {
-        LINE_SEARCH_PGD: Attack(run_search, settings=_defaults(line_search_pgd) | search),
-        BOUNDARY_WALK: Attack(
-            run_walk, minimum_norm=True, settings=_defaults(boundary_walk) | walk
-        ),
-    }
-
-
-def _defaults(attack: Callable[..., Tensor]) -> dict[str, Any]:
-    """Read the options that an attack takes if none are given, as far as they change its points."""
-    skip = {"start", "init_inputs", "init_labels", "batch_size", "progress"}
-    return {
-        name: parameter.default
-        for name, parameter in signature(attack).parameters.items()
-        if parameter.default is not parameter.empty and name not in skip
-    }
+    return run

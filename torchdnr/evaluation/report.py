@@ -60,6 +60,7 @@ def save_results(
     path: str | Path,
     curves: Mapping[str, SecurityCurve],
     settings: Mapping[str, Any] | None = None,
+    more: Mapping[str, Any] | None = None,
 ) -> None:
     """Write the curves of all classifiers to one JSON file, atomically.
 
@@ -67,9 +68,10 @@ def save_results(
         path: File to write.
         curves: Classifier name to its curve.
         settings: What else the numbers depend on: data set, seed, layers, thresholds, ...
+        more: Further results by name, other than "settings" and "curves": checks, measures, ...
     """
     content = {name: curve.to_dict() for name, curve in curves.items()}
-    write_json(path, {"settings": dict(settings or {}), "curves": content})
+    write_json(path, {"settings": dict(settings or {}), **(more or {}), "curves": content})
 
 
 def load_results(path: str | Path) -> tuple[dict[str, SecurityCurve], dict[str, Any]]:

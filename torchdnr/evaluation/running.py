@@ -35,6 +35,8 @@ def run_attack(
 ) -> AttackRun:
     """Run one attack at every eps, from the points of the previous eps.
 
+    Steps that the checkpoint holds are judged, not run again.
+
     A point that evades stays inside every larger ball: at the next eps only samples that do not
     evade yet are attacked. Neither accuracy nor rejection rate depends on that; the time does.
     """
@@ -80,26 +82,38 @@ def _run_step(
     before: Judged | None = None,
 ) -> tuple[Tensor, dict[str, float]]:
     """Run an attack once, on the samples that do not evade before, or read the checkpoint."""
-    step = f"{name} @ {eps}"
+    step = _step_name(eps)
     if step not in steps.points:
-        model = task.model
-        forwards, backwards, began = model.forwards, model.backwards, _now(task.inputs.device)
+        count = task.model.count
+        forwards, backwards, began = count.forwards, count.backwards, _now(task.inputs.device)
         if attack.minimum_norm:
-            points = _checked(attack.run(model, task.inputs, task.labels), task.inputs, name)
+            points = _checked(attack.run(task.model, task.inputs, task.labels), task.inputs, name)
         else:
             points = before.points.to(task.inputs.device)
             rows = (~evaded(before.predictions, task.labels)).nonzero()[:, 0]
             inputs, labels, start = (t[rows] for t in (task.inputs, task.labels, points))
             if len(rows):
-                found = attack.run(model, inputs, labels, eps, start)
+                found = attack.run(task.model, inputs, labels, eps, start)
                 points = points.index_copy(0, rows, _checked(found, inputs, name))
         cost = {
             "seconds": _now(task.inputs.device) - began,
-            "forwards": model.forwards - forwards,
-            "backwards": model.backwards - backwards,
+            "forwards": count.forwards - forwards,
+            "backwards": count.backwards - backwards,
         }
         steps.add(step, points, cost)
     return steps.points[step].to(task.inputs.device), steps.costs[step]
+
+
+def step_names(attack: Attack, eps: list[float]) -> list[str]:
+    """Name the steps that an attack takes over all eps, as its checkpoint does."""
+    positive = [value for value in eps if value > 0]
+    if attack.minimum_norm:
+        return [_step_name(math.inf)] if positive else []
+    return [_step_name(value) for value in positive]
+
+
+def _step_name(eps: float) -> str:
+    return f"eps {eps}"
 
 
 def _checked(points: Tensor, inputs: Tensor, name: str) -> Tensor:

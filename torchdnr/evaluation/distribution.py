@@ -1,0 +1,155 @@
+"""Work on several processes that torchrun started: who does what, and how all learn of it.
+
+What is shared travels as plain tensors: gloo carries those on the CPU, NCCL those on a GPU.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+# Longer than any training or attack: a process that dies is noticed by its closed connection.
+TIMEOUT = timedelta(days=30)
+
+
+class PeerError(RuntimeError):
+    """Another process of the job has ended before its work was done."""
+
+
+@dataclass(frozen=True)
+class Processes:
+    """The processes of a job, as one of them sees them.
+
+    Attributes:
+        rank: Number of this process, from 0.
+        count: How many there are.
+    """
+
+    rank: int = 0
+    count: int = 1
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that writes the files and talks."""
+        return self.rank == 0
+
+    def owner(self, unit: int) -> int:
+        """Return the rank that does the unit of work of this number: they are dealt in turn."""
+        return unit % self.count
+
+    def mine(self, unit: int) -> bool:
+        """Tell whether this process does the unit of work of this number."""
+        return self.owner(unit) == self.rank
+
+    def wait(self) -> None:
+        """Wait until all processes are here.
+
+        Raises:
+            PeerError: If one of them has ended.
+        """
+        if self.count > 1:
+            try:
+                dist.all_reduce(torch.zeros(1))  # on the CPU: gloo notices closed connections
+            except RuntimeError as error:
+                raise PeerError(
+                    "another process of this job ended before its work was done; its own message, "
+                    "or torchrun's summary, says why"
+                ) from error
+
+    @contextmanager
+    def first_alone(self) -> Iterator[None]:
+        """Let the first process run the block, then the others: they find what it made."""
+        if not self.first:
+            self.wait()
+        yield
+        if self.first:
+            self.wait()
+
+    def share(self, tensor: Tensor, owner: int) -> Tensor:
+        """Give every process the tensor of one of them.
+
+        Args:
+            tensor: The tensor on the owner; elsewhere any of the same shape, dtype and kind of
+                device. It may be overwritten there.
+            owner: Rank of the process that has it.
+
+        Returns:
+            The owner's tensor.
+        """
+        if self.count > 1:
+            tensor = tensor.contiguous()
+            dist.broadcast(tensor, src=owner)
+        return tensor
+
+    def share_text(self, text: str, owner: int) -> str:
+        """Give every process the text of one of them; what the others pass does not count."""
+        if self.count == 1:
+            return text
+        data = torch.tensor(list(text.encode()), dtype=torch.uint8)
+        length = int(self.share(torch.tensor([len(data)]), owner))
+        data = data if self.rank == owner else torch.empty(length, dtype=torch.uint8)
+        return bytes(self.share(data, owner).tolist()).decode() if length else ""
+
+
+ALONE = Processes()
+
+
+def local_device(device: torch.device) -> torch.device:
+    """Choose the device of this process: with several of them, one GPU for each.
+
+    Args:
+        device: What was asked for.
+
+    Returns:
+        The GPU whose number is this process's on its machine, or ``device`` if it is no GPU or
+        there is one process only.
+
+    Raises:
+        ValueError: If there are more processes on this machine than GPUs, or one GPU was asked for.
+    """
+    if device.type != "cuda" or not _several():
+        return device
+    local, available = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if device.index is not None:
+        raise ValueError(
+            f"several processes need a GPU each, got the one device {device}; ask for cuda"
+        )
+    if local >= available:
+        raise ValueError(
+            f"several processes need a GPU each, got {available} for process {local}; lower "
+            "--nproc-per-node, or run on --device cpu"
+        )
+    return torch.device("cuda", local)
+
+
+@contextmanager
+def joined(device: torch.device) -> Iterator[Processes]:
+    """Join the processes that torchrun started; without torchrun there is this one alone.
+
+    Args:
+        device: Where this process works, from ``local_device``.
+
+    Yields:
+        The processes.
+    """
+    if not _several():
+        yield ALONE
+        return
+    backend = "gloo"
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        backend = "cpu:gloo,cuda:nccl"
+    dist.init_process_group(backend, timeout=TIMEOUT)
+    try:
+        yield Processes(dist.get_rank(), dist.get_world_size())
+    finally:
+        dist.destroy_process_group()
+
+
+def _several() -> bool:
+    return int(os.environ.get("WORLD_SIZE", 1)) > 1

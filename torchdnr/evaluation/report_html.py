@@ -1,0 +1,270 @@
+"""The report as one web page that needs nothing else: tables, figures, checks, explanations."""
+
+import base64
+import html
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torchdnr.evaluation.curve import SecurityCurve
+from torchdnr.evaluation.report_html_style import EXPLANATIONS, PAGE
+from torchdnr.files import atomic_write_bytes
+
+ORDER = "fail", "warn", "pass", "skipped"  # of the checks: what failed is never hidden below
+NO_CHECKS = "no checks were made"
+
+_escape = html.escape
+
+
+def save_html(
+    path: str | Path,
+    curves: Mapping[str, SecurityCurve],
+    *,
+    settings: Mapping[str, Any],
+    checks: Mapping[str, Mapping[str, Any]],
+    measures: Mapping[str, Mapping[str, Any]],
+    figures: Mapping[str, str | Path],
+    title: str,
+    command: str,
+) -> None:
+    """Write the report, atomically: an earlier one stays until the new one is complete.
+
+    Args:
+        path: File to write.
+        curves: Classifier name to its curve.
+        settings: What the numbers depend on; "classifiers" and "environment" get tables of their
+            own where they are there.
+        checks: Classifier name to ``CheckReport.to_dict()``; empty if none were made.
+        measures: Classifier name to ``Measures.to_dict()``.
+        figures: Caption to a PNG file, embedded in this order.
+        title: Heading of the page.
+        command: How to reproduce it.
+
+    Raises:
+        OSError: If the file cannot be written, or a figure cannot be read.
+        ValueError: If there is no curve.
+    """
+    if not curves:
+        raise ValueError("curves is empty: give at least one security curve")
+    parts = [
+        _section("Are the numbers to be trusted?", _verdicts(curves, checks)),
+        _section("Worst case over all attacks", _worst_case(curves, checks), "worst"),
+        *(_figure(caption, file) for caption, file in figures.items()),
+        _section("Each attack alone", _attacks(curves), "attacks"),
+        _section("Clean images", _classifiers(settings.get("classifiers", {})), "clean"),
+        _section("Detection", _detection(measures), "detection"),
+        _section("All checks", _all_checks(checks)),
+        _section("What the attacks cost", _costs(curves)),
+        _section("Environment", _pairs(settings.get("environment", {}))),
+        _section("Reproduce", f"<pre>{_escape(command)}</pre>" + _settings(settings)),
+    ]
+    page = PAGE.substitute(title=_escape(title), body="\n".join(parts))
+    atomic_write_bytes(path, page.encode())
+
+
+def _section(title: str, content: str, explained: str | None = None) -> str:
+    note = f'<p class="note">{EXPLANATIONS[explained]}</p>' if explained else ""
+    return f"<section><h2>{_escape(title)}</h2>{content}{note}</section>" if content else ""
+
+
+def _figure(caption: str, path: str | Path) -> str:
+    data = base64.b64encode(Path(path).read_bytes()).decode()
+    text = _escape(caption)
+    return (
+        f'<figure><img alt="{text}" src="data:image/png;base64,{data}">'
+        f"<figcaption>{text}</figcaption></figure>"
+    )
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Make a table; cells are HTML already, the first of each row is its head."""
+    head = "".join(f"<th>{cell}</th>" for cell in header)
+    body = "".join(
+        f"<tr><th>{first}</th>{''.join(f'<td>{cell}</td>' for cell in rest)}</tr>"
+        for first, *rest in rows
+    )
+    return f'<div class="wide"><table><tr>{head}</tr>{body}</table></div>'
+
+
+def _percent(rate: float) -> str:
+    return f"{100 * rate:.1f}"
+
+
+def _with_interval(rate: float, interval: Sequence[float]) -> str:
+    low, high = interval
+    return f'{_percent(rate)} <span class="ci">[{_percent(low)}, {_percent(high)}]</span>'
+
+
+def _estimate(entry: Mapping[str, Any] | None, percent: bool = True) -> str:
+    if entry is None or entry["n"] == 0:
+        return "-"
+    if percent:
+        return _with_interval(entry["value"], (entry["low"], entry["high"]))
+    value, low, high = (f"{float(entry[key]):.3g}" for key in ("value", "low", "high"))
+    return f'{value} <span class="ci">[{low}, {high}]</span>'
+
+
+def _status(checks: Mapping[str, Mapping[str, Any]], name: str) -> str:
+    """Make the mark that stands beside every number of a classifier."""
+    if name not in checks:
+        return '<span class="mark skipped">not checked</span>'
+    entries = checks[name]["checks"]
+    counts = {status: sum(entry["status"] == status for entry in entries) for status in ORDER}
+    found = ", ".join(f"{counts[status]} {status}" for status in ORDER[:2] if counts[status])
+    status = checks[name]["status"]
+    return f'<span class="mark {status}">checks: {found or status}</span>'
+
+
+def _verdicts(curves: Mapping[str, SecurityCurve], checks: Mapping[str, Mapping[str, Any]]) -> str:
+    """List for each classifier what failed or is doubtful, the worst first."""
+    parts = []
+    for name, curve in curves.items():
+        lines = [
+            _check_line(entry)
+            for status in ORDER[:2]
+            for entry in checks.get(name, {}).get("checks", ())
+            if entry["status"] == status
+        ]
+        for attack, alone in curve.attacks.items():
+            if count := sum(alone.violations):
+                text = f"{attack} left the ball or the box {count} times and was projected back."
+                lines.append(f'<li class="fail"><b>constraints</b>: {_escape(text)}</li>')
+        if name not in checks:
+            lines.append(f'<li class="skipped">{NO_CHECKS}: the attacks may have been weak.</li>')
+        elif not lines:
+            lines = ['<li class="pass">No check found a reason for doubt.</li>']
+        head = f"<h3>{_escape(name)} {_status(checks, name)}</h3>"
+        parts.append(f"{head}<ul>{''.join(lines)}</ul>")
+    return "".join(parts)
+
+
+def _check_line(entry: Mapping[str, Any]) -> str:
+    advice = f" <i>{_escape(entry['advice'])}</i>" if entry["advice"] else ""
+    status, name = entry["status"], _escape(entry["name"])
+    return f'<li class="{status}"><b>{status}: {name}</b>. {_escape(entry["message"])}{advice}</li>'
+
+
+def _worst_case(
+    curves: Mapping[str, SecurityCurve], checks: Mapping[str, Mapping[str, Any]]
+) -> str:
+    header = ["eps"]
+    for name, curve in curves.items():
+        header += [f"{_escape(name)}: accuracy, % {_status(checks, name)}"]
+        header += ["rejected, %"] * curve.rejects
+    rows = []
+    for eps in sorted({value for curve in curves.values() for value in curve.eps}):
+        row = [f"{eps:g}"]
+        for curve in curves.values():
+            there = eps in curve.eps
+            index = curve.eps.index(eps) if there else 0
+            pairs = [(curve.accuracy, curve.accuracy_interval)]
+            pairs += [(curve.rejection_rate, curve.rejection_interval)] * curve.rejects
+            row += [_with_interval(r[index], i[index]) if there else "-" for r, i in pairs]
+        rows.append(row)
+    medians = ", ".join(
+        f"{_escape(name)} {curve.median_evasion_norm:.3g}" for name, curve in curves.items()
+    )
+    samples = len(next(iter(curves.values())).labels)
+    note = f"<p>{samples} images. Median norm at which an image is evaded: {medians}.</p>"
+    return _table(header, rows) + note
+
+
+def _attacks(curves: Mapping[str, SecurityCurve]) -> str:
+    parts = []
+    for name, curve in curves.items():
+        header = ["attack", *(f"eps {eps:g}" for eps in curve.eps)]
+        several = {**curve.attacks, "worst case": curve}
+        rows = [
+            [_escape(attack)]
+            + [
+                _percent(rate) + (f" ({_percent(rejected)})" if curve.rejects else "")
+                for rate, rejected in zip(alone.accuracy, alone.rejection_rate, strict=True)
+            ]
+            for attack, alone in several.items()
+        ]
+        parts.append(f"<h3>{_escape(name)}</h3>{_table(header, rows)}")
+    return "".join(parts)
+
+
+def _classifiers(found: Mapping[str, Mapping[str, Any]]) -> str:
+    keys = {
+        "test_accuracy": "accuracy, %",
+        "test_rejection_rate": "rejected, %",
+        "calibration_rejection_rate": "rejected where theta was set, %",
+    }
+    rows = [
+        [
+            _escape(name),
+            *(_percent(entry[key]) if key in entry else "-" for key in keys),
+            f"{entry['threshold']:.4g}" if "threshold" in entry else "-",
+        ]
+        for name, entry in found.items()
+    ]
+    return _table(["classifier", *keys.values(), "theta"], rows) if rows else ""
+
+
+def _detection(measures: Mapping[str, Mapping[str, Any]]) -> str:
+    rows = []
+    for name, entry in measures.items():
+        for eps, found in entry["detection"].items():
+            own = entry["robust_error"][eps]
+            found = found or {}
+            rows.append(
+                [
+                    f"{_escape(name)}, eps {eps}",
+                    _estimate(found.get("auroc"), percent=False),
+                    _estimate(found.get("fpr_at_tpr")),
+                    _estimate(found.get("detected")),
+                    _estimate(found.get("false_rejection")),
+                    _estimate(own["own"]),
+                    _estimate(own.get("99%")),
+                ]
+            )
+    header = ["", "AUROC", "FPR95, %", "detected, %", "false rejections, %"]
+    header += ["robust error, %", "robust error at 99 % TPR, %"]
+    return _table(header, rows) if rows else ""
+
+
+def _all_checks(checks: Mapping[str, Mapping[str, Any]]) -> str:
+    parts = []
+    for name, report in checks.items():
+        entries = sorted(report["checks"], key=lambda entry: ORDER.index(entry["status"]))
+        rows = [
+            [
+                f'<span class="mark {entry["status"]}">{entry["status"]}</span> '
+                + _escape(entry["name"]),
+                _escape(entry["message"]),
+                _escape(entry["advice"]),
+            ]
+            for entry in entries
+        ]
+        parts.append(f"<h3>{_escape(name)}</h3>{_table(['check', 'found', 'advice'], rows)}")
+    return "".join(parts)
+
+
+def _costs(curves: Mapping[str, SecurityCurve]) -> str:
+    rows = [
+        [
+            f"{_escape(name)}: {_escape(attack)}",
+            f"{sum(alone.seconds):.1f}",
+            f"{sum(alone.forwards):,}",
+            f"{sum(alone.backwards):,}",
+        ]
+        for name, curve in curves.items()
+        for attack, alone in curve.attacks.items()
+    ]
+    return _table(["attack", "seconds", "images forwards", "images backwards"], rows)
+
+
+def _pairs(content: Mapping[str, Any]) -> str:
+    rows = [[_escape(str(key)), _escape(str(value))] for key, value in content.items()]
+    return _table(["", ""], rows) if rows else ""
+
+
+def _settings(settings: Mapping[str, Any]) -> str:
+    parts = [
+        f"<h3>{title}</h3>{_pairs(settings[title])}"
+        for title in ("run", "attack")
+        if title in settings
+    ]
+    return f"<details><summary>All settings</summary>{''.join(parts)}</details>" if parts else ""
