@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from torchdnr.attacks.objectives import split_scores
+from torchdnr.attacks.objectives import ObjectiveFunction, split_scores
 from torchdnr.attacks.projections import project_box
-from torchdnr.attacks.target import slope_at
+from torchdnr.attacks.target import Target, slope_at
 from torchdnr.evaluation.checks.context import Context, share_status
 from torchdnr.evaluation.checks.result import CannotRun, Check
 from torchdnr.evaluation.judging import outputs
@@ -26,6 +26,7 @@ MASKED = (
 
 _STEP = 1e-3  # of the finite difference, relative to the width of the box
 _DISAGREES = 0.5  # relative error of the change that the gradient predicts
+_CLEAR = 0.25  # share of the points where the change must not drown in rounding
 _ROUNDINGS = 100  # of the largest output: smaller changes are lost in rounding
 
 
@@ -39,6 +40,7 @@ def check_differentiable(context: Context) -> Check:
     try:
         gradients = _raw_gradient(context, inputs, context.labels[rows])
     except RuntimeError as error:
+        context.cache["no gradient"] = True
         return Check(
             DIFFERENTIABLE,
             "fail",
@@ -47,6 +49,7 @@ def check_differentiable(context: Context) -> Check:
             MASKED,
         )
     if gradients is None:
+        context.cache["no gradient"] = True
         return Check(
             DIFFERENTIABLE,
             "fail",
@@ -109,45 +112,59 @@ def check_zero_gradient(context: Context) -> Check:
 def check_true_gradient(context: Context) -> Check:
     """Compare the change that the gradient predicts for a small step with the one that occurs.
 
-    A step of a thousandth of the box both ways along the gradient, at clean and at final points. A
+    Of a random weighting of the outputs, which has none of the kinks of a maximum; the step goes a
+    thousandth of the box both ways along its gradient, at clean and at final points. A
     straight-through or otherwise replaced gradient, noise, and steps in the scores disagree.
     Predicted changes that drown in rounding are left out. Warns from a tenth of the points on,
     fails from half of them on.
 
     Raises:
-        CannotRun: If every predicted change drowns in rounding.
+        CannotRun: If three quarters of the predicted changes drown in rounding.
 
     Source: the definition of the derivative; Athalye et al., "Obfuscated gradients give a false
     sense of security", ICML 2018, on gradients that are replaced.
     """
     labels = context.labels[context.first].repeat(2)
     points = torch.cat([context.inputs[context.first], context.points[context.first]])
-    target = context.target()
+    target = Target(context.model, _weighting(context), False, context.batch_size)
     slope = slope_at(target, points, labels)
     step = _STEP * context.width * slope.direction
     ahead, behind = (project_box(points + sign * step, context.bounds) for sign in (1, -1))
-    ahead_out, behind_out = (outputs(target.model, p, context.batch_size) for p in (ahead, behind))
-    before, after = (
-        target.objective(*split_scores(output, target.reject), labels)
-        for output in (behind_out, ahead_out)
-    )
+    outs = [outputs(target.model, part, context.batch_size) for part in (behind, ahead)]
+    before, after = (target.objective(out, None, labels) for out in outs)
     moved = ((ahead - behind) * slope.direction).flatten(1).sum(dim=1)
     predicted = -slope.length * moved
-    scale = torch.cat([ahead_out, behind_out], dim=1).abs().amax(dim=1)
+    scale = torch.cat(outs, dim=1).abs().amax(dim=1)
     clear = predicted.abs() > _ROUNDINGS * torch.finfo(predicted.dtype).eps * scale
     total = int(clear.sum())
-    if total == 0:
-        raise CannotRun("every predicted change is below the rounding of the scores")
+    if total < _CLEAR * len(points):
+        raise CannotRun(
+            f"the change that the gradient predicts is lost in rounding at "
+            f"{len(points) - total} of {len(points)} points"
+        )
     wrong = ((after - before) - predicted).abs() > _DISAGREES * predicted.abs()
     count = int((wrong & clear).sum())
     return Check(
         TRUE_GRADIENT,
         share_status(count, total),
         {"points": total, "disagree": count, "lost_in_rounding": len(points) - total},
-        f"The change predicted by the gradient is off by more than half at {count} of {total} "
+        f"The change that the gradient predicts is off by more than half at {count} of {total} "
         "points.",
         "The gradient is not that of the scores (straight-through estimate, quantisation or "
         "noise): trust attacks without gradients, or the expectation over the noise."
         if count
         else "",
     )
+
+
+def _weighting(context: Context) -> ObjectiveFunction:
+    """Return a fixed random weighting of the output columns, as an objective."""
+    columns = outputs(context.model, context.inputs[:1], 1).shape[1]
+    weights = torch.randn(columns, generator=torch.Generator().manual_seed(context.seed))
+
+    def weigh(
+        scores: Tensor, threshold: Tensor | None, classes: Tensor, targeted: bool = False
+    ) -> Tensor:
+        return scores @ weights.to(scores)
+
+    return weigh

@@ -116,6 +116,7 @@ def _end_of(values: Tensor, *, relative_to_last: bool) -> tuple[bool, bool]:
     if len(values) == 0:
         return False, True
     best = values.cummin(dim=0).values
-    whole, end = best[0] - best[-1], best[int((1 - LAST) * len(best))] - best[-1]
+    before = max(0, len(best) - 1 - math.ceil(LAST * len(best)))
+    whole, end = best[0] - best[-1], best[before] - best[-1]
     scale = best[-1] if relative_to_last else whole
     return bool(end > STILL_FALLING * scale), bool(whole <= 0)

@@ -89,11 +89,12 @@ def run_checks(
     apply, or breaks off, is listed as "skipped" with its reason; one that breaks off also makes
     the report warn.
 
-    The cost is bounded. With S = ``samples``, R = ``recorded``, T = ``steps``, W = 300, A and A'
-    the forwards and backwards that the line-up spends on one sample, and n samples at k eps, the
-    rows sent forwards are at most about
-    ``S (2 draws + noise_draws + queries + T (15 + layers) + 40 W / 10 + A) + R A + k n``, those
-    sent backwards ``S (T (15 + layers) + 4 W + A') + R A'``. What it was is in the report.
+    The cost is bounded. With S = ``samples``, R = ``recorded``, T = ``steps``, L layers, m samples
+    to start from, n inputs at k eps, and A forwards and B backwards of the line-up per sample, the
+    rows sent forwards are about
+    ``S (2 draws + noise_draws + queries + 11 T + 1100 + A) + R A + (k + 1) n + m``, those sent
+    backwards ``S (11 T + 900 + B) + R B``; the report has the true numbers. Beside them
+    ``S T (L + 4)`` rows go both ways through the surrogate and the parts of the defence.
 
     Args:
         model: Maps inputs to scores ``(n, c)``, or ``(n, c + 1)`` with theta in the last column. A
@@ -189,6 +190,9 @@ def _run(name: str, check: Callable[[Context], Check], context: Context) -> Chec
     except CannotRun as reason:
         return Check(name, "skipped", {}, f"Did not run: {reason}.", reason.advice)
     except Exception as error:  # whatever a foreign model or attack raises; the others still run
+        if context.cache.get("no gradient"):
+            reason = f"Did not run: see {gradients.DIFFERENTIABLE!r}; {type(error).__name__}."
+            return Check(name, "skipped", {"errors": 1}, reason)
         return Check(
             name,
             "skipped",

@@ -5,6 +5,7 @@ evaluation is not the worst case, and most often its gradients are masked.
 """
 
 from functools import partial
+from math import ceil
 
 import torch
 
@@ -52,8 +53,10 @@ def check_noise(context: Context) -> Check:
     which asks for 10,000 draws and more.
     """
     rows, draws = context.unevaded(), context.options["noise_draws"]
-    points = context.attack(noise, rows, draws=draws)
-    found = evades_at(context, points, rows)
+    copies = min(draws, max(1, context.batch_size // len(rows)))  # to fill the batches
+    repeated = rows.repeat_interleave(copies)
+    points = context.attack(noise, repeated, draws=ceil(draws / copies))
+    found = evades_at(context, points, repeated).view(-1, copies).any(dim=1)
     advice = f"{_STRONGER}; gradients are masked if chance does better."
     return weaker_attack(context, NOISE, f"Noise, {draws} draws each,", found, advice)
 
