@@ -1,18 +1,27 @@
+import base64
+import csv
 import math
+from html.parser import HTMLParser
 
 import pytest
 import torch
 from matplotlib.image import imread
+from sklearn.metrics import roc_auc_score
 
 from torchdnr.evaluation import (
     LINE_SEARCH_PGD,
+    Attack,
     AttackCurve,
     SecurityCurve,
     format_table,
     load_results,
+    measure,
     plot_curves,
     plot_examples,
+    save_csv,
+    save_html,
     save_results,
+    security_evaluation,
 )
 from torchdnr.rejection import REJECT
 
@@ -170,3 +179,231 @@ def test_examples_are_drawn_in_grey_and_in_colour(tmp_path, channels):
     plot_examples(path, inputs, labels, adversarials, predictions, 1.0, names)
     assert ink(path) > 0.1
     assert [file.name for file in tmp_path.iterdir()] == ["examples.png"]
+
+
+CHECKS = {
+    "DNN": {
+        "status": "pass",
+        "checks": [
+            {"name": "stable", "status": "pass", "counts": {}, "message": "All well.", "advice": ""}
+        ],
+    },
+    "DNR": {
+        "status": "fail",
+        "checks": [
+            {"name": "a", "status": "pass", "counts": {}, "message": "Fine.", "advice": ""},
+            {
+                "name": "b",
+                "status": "skipped",
+                "counts": {},
+                "message": "No.",
+                "advice": "Give it.",
+            },
+            {"name": "c", "status": "warn", "counts": {}, "message": "Odd & 1 < 2.", "advice": ""},
+            {
+                "name": "d",
+                "status": "fail",
+                "counts": {},
+                "message": "<b>Broken",
+                "advice": "Mend.",
+            },
+        ],
+    },
+}
+
+
+class Page(HTMLParser):
+    """The text of a page in order, and what it loads; fails where tags do not match."""
+
+    VOID = "meta", "img", "br", "link", "input"
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.words, self.loads, self.tables = [], [], [], []
+        self.feed(text)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag, attrs):
+        self.loads += [value for key, value in attrs if key in ("src", "href")]
+        assert tag not in ("script", "link", "iframe")
+        if tag not in self.VOID:
+            self.open.append(tag)
+        if tag == "table":
+            self.tables.append([])
+        elif tag == "tr":
+            self.tables[-1].append([])
+        elif tag in ("td", "th"):
+            self.tables[-1][-1].append("")
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if "style" in self.open:
+            assert "url(" not in data and "@import" not in data
+        else:
+            self.words.append(data)
+        if {"td", "th"} & set(self.open):
+            self.tables[-1][-1][-1] += data
+
+    @property
+    def text(self):
+        return " ".join("".join(self.words).split())
+
+
+def write_page(tmp_path, checks=CHECKS, **options):
+    plot_curves(CURVES, tmp_path / "curve.png")
+    options = {
+        "settings": {
+            "classifiers": {"DNR": {"test_accuracy": 0.9, "threshold": 0.25}},
+            "environment": {"torch": "2", "processor": "<fast>"},
+            "run": {"dataset": "mnist"},
+        },
+        "measures": {},
+        "figures": {"Accuracy & more": tmp_path / "curve.png"},
+        "title": "A <title>",
+        "command": "python attack.py --eps 0 1 'a<b'",
+    } | options
+    save_html(tmp_path / "report.html", CURVES, checks=checks, **options)
+    return (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+def test_the_page_needs_nothing_else_and_holds_the_numbers(tmp_path):
+    text = write_page(tmp_path)
+    page = Page(text)
+    assert len(page.loads) == 1 and page.loads[0].startswith("data:image/png;base64,")
+    assert (
+        base64.b64decode(page.loads[0].partition(",")[2]) == (tmp_path / "curve.png").read_bytes()
+    )
+    worst = page.tables[0]
+    assert [row[0] for row in worst[1:]] == ["0", "0.5", "1", "2"]
+    for index, row in enumerate(worst[1:]):
+        curves = [CURVES["DNN"].accuracy, CURVES["DNR"].accuracy, CURVES["DNR"].rejection_rate]
+        assert [cell.split()[0] for cell in row[1:]] == [f"{100 * r[index]:.1f}" for r in curves]
+        low, high = CURVES["DNR"].accuracy_interval[index]
+        assert f"[{100 * low:.1f}, {100 * high:.1f}]" in row[2]
+    for wanted in ("A <title>", "<fast>", "python attack.py --eps 0 1 'a<b'", "accepted and wrong"):
+        assert wanted in page.text  # escaped in the source, as written for the reader
+    assert "<fast>" not in text
+
+
+def test_failed_checks_come_first_and_stand_beside_the_numbers(tmp_path):
+    page = Page(write_page(tmp_path))
+    text = page.text
+    before, table = text.index("Worst case over all attacks"), text.index("All checks")
+    places = [text.index(word) for word in ("fail: d. <b>Broken", "Mend.", "warn: c. Odd & 1 < 2.")]
+    assert places == sorted(places) and places[-1] < before
+    assert "Fine." not in text[:before]
+    assert "DNR: accuracy, % checks: 1 fail, 1 warn" in page.tables[0][0][2]
+    assert "checks: pass" in page.tables[0][0][1]
+    names = [row[0].split() for row in page.tables[-4][1:]]
+    listed = text[table:]
+    assert [listed.index(word) for word in ("<b>Broken", "Odd &", "Fine.", "Give it.")] == sorted(
+        listed.index(word) for word in ("<b>Broken", "Odd &", "Fine.", "Give it.")
+    )
+    assert ["fail", "d"] in names
+
+
+def test_a_page_without_checks_says_so(tmp_path):
+    text = Page(write_page(tmp_path, checks={})).text
+    assert text.count("not checked") == 4 and "no checks were made" in text
+    curves = {"DNR": make_curve()}
+    curves["DNR"].attacks[LINE_SEARCH_PGD].violations[1] = 3
+    save_html(
+        tmp_path / "other.html", curves, settings={}, checks={}, measures={}, figures={},
+        title="t", command="c",
+    )  # fmt: skip
+    text = Page((tmp_path / "other.html").read_text()).text
+    assert "line-search PGD left the ball or the box 3 times" in text
+
+
+def test_a_page_that_cannot_be_written_leaves_the_earlier_one(tmp_path):
+    text = write_page(tmp_path)
+    with pytest.raises(OSError, match=r"gone\.png"):
+        write_page(tmp_path, figures={"gone": tmp_path / "gone.png"})
+    assert (tmp_path / "report.html").read_text() == text
+    with pytest.raises(ValueError, match="curves is empty"):
+        save_html(
+            tmp_path / "report.html", {}, settings={}, checks={}, measures={}, figures={},
+            title="t", command="c",
+        )  # fmt: skip
+
+
+def test_the_table_for_programs_has_a_row_per_classifier_attack_and_eps(tmp_path):
+    save_csv(tmp_path / "results.csv", CURVES)
+    with (tmp_path / "results.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 2 * 3 * len(EPS)
+    assert [row["attack"] for row in rows[:: len(EPS)]][:3] == [
+        LINE_SEARCH_PGD, "boundary walk", "worst case"
+    ]  # fmt: skip
+    for row in rows:
+        curve = CURVES[row["classifier"]]
+        alone = curve.attacks.get(row["attack"], curve)
+        index = EPS.index(float(row["eps"]))
+        for rate in ("accuracy", "rejection_rate", "evasion_rate"):
+            assert float(row[rate]) == getattr(alone, rate)[index]
+        low, high = alone.accuracy_interval[index]
+        assert (float(row["accuracy_low"]), float(row["accuracy_high"])) == (low, high)
+        assert float(row["seconds"]) == (3.0 if row["attack"] == "worst case" else 1.5)
+        assert row["norm"] == "2" and row["samples"] == "50"
+
+
+def test_measures_of_an_evaluation(tmp_path):
+    torch.manual_seed(0)
+    inputs, more = torch.rand(30, 2), torch.rand(50, 2)
+
+    def scores(x):
+        side = x[:, :1] - 0.5
+        return torch.cat([-side, side, side.new_full(side.shape, 0.05)], dim=1)
+
+    def true(x):
+        return (x[:, 0] > 0.5).long()
+
+    def cross(model, points, labels, eps, start):
+        step = torch.zeros_like(points)
+        step[:, 0] = eps * (1 - 2 * labels.to(points))
+        return (points + step).clamp(0, 1)
+
+    curve = security_evaluation(
+        scores, inputs, true(inputs), [0, 0.2, 0.9], reject=True, attacks={"cross": Attack(cross)},
+        progress=False,
+    )  # fmt: skip
+    found = measure(scores, inputs, curve, calibration=(more, true(more)), batch_size=7)
+    assert found.median_evasion_norm.value == curve.median_evasion_norm
+    clean, points = scores(inputs), scores(curve.adversarial[1])
+    right, wrong = clean[:, :2].argmax(1) == true(inputs), points[:, :2].argmax(1) != true(inputs)
+    suspicious = torch.cat([-clean[right, :2].amax(1), -points[right & wrong, :2].amax(1)])
+    target = torch.cat([torch.zeros(int(right.sum())), torch.ones(int((right & wrong).sum()))])
+    assert found.detection[0.2].auroc.value == pytest.approx(roc_auc_score(target, suspicious))
+    accepted = (clean[:, :2].amax(1) > 0.05) | (points[:, :2].amax(1) > 0.05)
+    evading = (points[:, :2].amax(1) > 0.05) & wrong
+    expected = (evading & accepted).sum() / accepted.sum()
+    assert found.robust_error[0.2]["own"].value == pytest.approx(expected.item())
+    assert set(found.robust_error[0.9]) == {"own", "99%", "98%", "95%"}
+    assert 0 not in found.detection and set(found.error_if_accepted) == {0, 0.2, 0.9}
+    page = write_page(tmp_path, measures={"DNR": found.to_dict()})
+    area = f"{found.detection[0.2].auroc.value:.3g}"
+    assert any(row[0] == "DNR, eps 0.2" and row[1].startswith(area) for table in Page(page).tables
+               for row in table)  # fmt: skip
+    curve.adversarial = None
+    with pytest.raises(ValueError, match="curve must hold its adversarial points"):
+        measure(scores, inputs, curve)
+
+
+def test_an_attack_that_changes_no_class_leaves_nothing_to_detect():
+    inputs = torch.rand(8, 2)
+
+    def stay(model, points, labels, eps, start):
+        return points
+
+    def scores(x):
+        return torch.cat([x[:, :1], 1 - x[:, :1]], dim=1)
+
+    labels = scores(inputs).argmax(1)
+    options = {"attacks": {"stay": Attack(stay)}, "progress": False}
+    curve = security_evaluation(scores, inputs, labels, [0, 0.1], **options)
+    found = measure(scores, inputs, curve)
+    assert found.detection == {0.1: None} and found.to_dict()["detection"] == {"0.1": None}
+    assert math.isinf(found.median_evasion_norm.value)
