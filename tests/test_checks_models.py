@@ -14,14 +14,14 @@ from torchdnr.attacks.pgd import pgd
 from torchdnr.evaluation import Attack, security_evaluation
 from torchdnr.evaluation.checks import CHECKS, run_checks
 
-EPS = [0, 0.2, 0.4, 0.6, 1.0, 2.0]
+EPS = [0, 0.25, 0.4, 2.0]
 SMALL = {
     "samples": 10,
-    "recorded": 2,
-    "steps": 20,
-    "draws": 20,
+    "recorded": 1,
+    "steps": 10,
+    "draws": 10,
     "noise_draws": 100,
-    "queries": 100,
+    "queries": 50,
 }
 PAIRS = {"hidden": (10.0, 0.05), "last": (10.0, 0.1), "combiner": (1.0, 0.1)}
 
@@ -46,7 +46,7 @@ def blobs(n, seed):
     return (centers[labels] + 0.08 * noise).clamp(0, 1), labels
 
 
-TRAIN, CALIBRATION, TEST = blobs(180, 1), blobs(120, 2), blobs(24, 3)
+TRAIN, CALIBRATION, TEST = blobs(120, 1), blobs(120, 2), blobs(24, 3)
 
 
 @pytest.fixture(scope="module")
@@ -69,10 +69,10 @@ def dnr(net):
 
 def line_up(walk=True):
     def descend(model, inputs, labels, eps, start):
-        return pgd(model, inputs, labels, eps, steps=20, start=start, init_inputs=TRAIN[0])
+        return pgd(model, inputs, labels, eps, steps=15, start=start, init_inputs=TRAIN[0])
 
     def approach(model, inputs, labels):
-        return boundary_walk(model, inputs, labels, TRAIN[0], steps=60)
+        return boundary_walk(model, inputs, labels, TRAIN[0], steps=50)
 
     attacks = {"PGD": Attack(descend)}
     return attacks | ({"walk": Attack(approach, minimum_norm=True)} if walk else {})
