@@ -1,0 +1,61 @@
+import importlib
+
+import pytest
+import torch
+
+pytest.importorskip("torchattacks", reason="needs torchattacks: pip install -e '.[peers]'")
+
+
+@pytest.fixture
+def bench(peer_attacks):
+    return importlib.import_module("bench_peers")
+
+
+def problem(bench, victim, ours):
+    starts = victim.far_starts()
+    return bench.Problem(victim.model, True, victim.inputs, victim.labels, starts, ours)
+
+
+def test_counts_what_a_peer_evades_and_ours_does_not(bench, peer_attacks, victim):
+    ours = {
+        1.0: torch.arange(16) == 0,
+        2.0: torch.arange(16) < 2,
+    }
+    runs = {
+        "1": {"rows": [0, 1, 5], "evading": [False, True, False], "norm": [1.0, 0.9, 1.0]},
+        "2": {"rows": [0, 5], "evading": [True, True], "norm": [1.9, 2.0]},
+    }
+    made = problem(bench, victim, ours)
+    table = bench.compare(made, peer_attacks["torchattacks PGDL2"], runs)
+    assert table == {
+        "1": {"peer": 1, "ours": 1, "peer_only": [1]},
+        "2": {"peer": 3, "ours": 2, "peer_only": [5]},
+    }
+    once = {"2": {"rows": [0, 3, 5], "evading": [True, True, False], "norm": [0.5, 1.5, 0.1]}}
+    table = bench.compare(made, peer_attacks["foolbox FMN"], once)
+    assert table["1"] == {"peer": 1, "ours": 1, "peer_only": []}
+    assert table["2"] == {"peer": 2, "ours": 2, "peer_only": [3]}
+
+
+def test_measures_the_missing_cases_only(bench, peer_attacks, victim, tmp_path, monkeypatch):
+    ours = {size: torch.zeros(16, dtype=torch.bool) for size in (1.0, 2.0)}
+    made = problem(bench, victim, ours)
+    chosen = {"torchattacks PGDL2": peer_attacks["torchattacks PGDL2"]}
+    record = {"run": {"survivors": False}, "peers": {}}
+    bench.measure(made, chosen, record, tmp_path / "peers.json")
+    entry = record["peers"]["torchattacks PGDL2"]
+    first, second = entry["runs"]["1"], entry["runs"]["2"]
+    assert first["rows"] == list(range(16))
+    assert max(first["norm"]) <= 1.0001 and max(second["norm"]) <= 2.0002
+    beaten = {row for row, hit in zip(first["rows"], first["evading"], strict=True) if hit}
+    assert beaten and set(second["rows"]) == set(range(16)) - beaten
+    assert entry["table"]["2"]["peer"] > entry["table"]["1"]["peer"] == len(beaten)
+    assert f"{len(beaten):>5}" in bench.summary(record)
+
+    def no_run(*_):
+        raise AssertionError("measured again")
+
+    monkeypatch.setattr(bench, "run_peer", no_run)
+    again = bench.read_json(tmp_path / "peers.json")
+    bench.measure(made, chosen, again, tmp_path / "peers.json")
+    assert again["peers"]["torchattacks PGDL2"]["runs"] == entry["runs"]
