@@ -1,10 +1,17 @@
 """Tests of train.py and attack.py: end to end, resumed after a stop, errors in one line."""
 
+import csv
+import html
 import importlib.util
 import json
+import os
+import shlex
 import shutil
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,6 +25,8 @@ import torchdnr.evaluation.checkpoint
 import torchdnr.evaluation.security
 import torchdnr.pipeline
 import torchdnr.training
+from torchdnr.cli_evaluation import plan
+from torchdnr.cli_options import attack_parser, train_parser
 
 ROOT = Path(__file__).parents[1]
 FILES = {
@@ -337,6 +346,125 @@ def test_number_out_of_range_is_refused_by_the_parser(arguments, capsys):
     with pytest.raises(SystemExit) as stopped:
         attack.main(arguments)
     assert stopped.value.code == 2 and arguments[0] in capsys.readouterr().err
+
+
+def test_each_script_has_its_own_batch_size(run, capsys):
+    options = attack_parser().parse_args(["--batch-size", "7", "--train-batch-size", "16"])
+    assert (options.attack_batch_size, options.batch_size) == (7, 16)
+    assert attack_parser().parse_args([]).batch_size is None
+    for name in ("--batch-size", "--train-batch-size"):
+        assert train_parser().parse_args([name, "16"]).batch_size == 16
+    error = _error(capsys, attack, ["--run", str(run), "--train-batch-size", "17"])
+    assert "made with --train-batch-size 16 (given: 17)" in error
+
+
+@pytest.mark.parametrize(
+    ("name", "norm", "largest"), [("1", 1, 40), ("2", 2, 4), ("inf", None, 0.3)]
+)
+def test_sizes_of_the_perturbation_fit_the_norm(name, norm, largest):
+    job = SimpleNamespace(splits=SimpleNamespace(test=range(70)))
+    settings = plan(attack_parser().parse_args(["--norm", name]), job)
+    assert settings["norm"] == (norm or "inf") and settings["eps"][-1] == largest
+    assert settings["eps"][0] == 0 and 0 < settings["example_eps"] < largest
+    assert settings["samples"] == 50 and settings["checks"]
+    assert settings["attacks"] == ["line-search-pgd", "boundary-walk", "apgd"]
+    assert json.loads(json.dumps(settings, allow_nan=False)) == settings
+    full = plan(attack_parser().parse_args(["--norm", name, "--attack", "full"]), job)
+    assert ("ddn" in full["attacks"]) == (name == "2")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--norm", "3"], "expected 1, 2, inf, got 3"),
+        (["--attack", "pgdd"], "invalid choice: 'pgdd'"),
+        (["--objective", "best"], "invalid choice: 'best'"),
+        (["--restarts", "-1"], "expected a whole number >= 0"),
+    ],
+)
+def test_option_of_the_attack_out_of_range_is_refused(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        attack.main(arguments)
+    assert message in capsys.readouterr().err
+
+
+def test_attack_that_does_not_know_the_norm_is_refused(run, capsys):
+    arguments = ["--run", str(run), "--norm", "inf", "--attack", "ddn"]
+    assert "ddn is for the l2 norm only" in _error(capsys, attack, arguments)
+
+
+def test_a_further_attack_leaves_what_the_others_found(run, monkeypatch, capsys):
+    before = {path.name: path.read_bytes() for path in run.glob("attack-*")}
+    arguments = ["--quiet", "--run", str(run), *ATTACKING, "--no-checks"]
+    assert attack.main([*arguments, "--attack", "default", "pgd", "--steps", "2"]) == 0
+    assert {name: (run / name).read_bytes() for name in before} == before
+    curves = json.loads((run / "results.json").read_text())["curves"]
+    assert all("PGD" in curve["attacks"] for curve in curves.values())
+    assert "checks: none were made" in capsys.readouterr().out
+
+
+def test_a_report_that_fails_leaves_the_earlier_one(run, monkeypatch, capsys):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device", "curve.png")
+
+    names = "report.html", "results.json", "results.csv", "curve.png"
+    before = {name: (run / name).read_bytes() for name in names}
+    monkeypatch.setattr(torchdnr.cli_report, "plot_curves", full)
+    arguments = ["--quiet", "--run", str(run), *ATTACKING, "--no-checks"]
+    assert attack.main(arguments) == 2
+    assert "No space left" in capsys.readouterr().err
+    assert {name: (run / name).read_bytes() for name in names} == before
+
+
+def test_every_file_of_the_report_tells_the_same(finished):
+    content = json.loads(
+        (finished / "results.json").read_text(), parse_constant=lambda _: pytest.fail("not strict")
+    )
+    assert set(content["checks"]) == set(content["measures"]) == {"DNN", "NR", "DNR"}
+    assert {"deterministic", "noise control"} == {
+        check["name"] for check in content["checks"]["DNR"]["checks"]
+    }
+    page = (finished / "report.html").read_text()
+    assert page.count("<figure>") == 3 and content["settings"]["command"] in html.unescape(page)
+    with (finished / "results.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 3 * 4 * 3
+    for row in rows:
+        curve = content["curves"][row["classifier"]]
+        index = curve["eps"].index(float(row["eps"]))
+        alone = curve if row["attack"] == "worst case" else curve["attacks"][row["attack"]]
+        assert float(row["accuracy"]) == alone["accuracy"][index]
+        assert float(row["rejection_rate"]) == alone["rejection_rate"][index]
+
+
+def test_the_command_of_the_report_makes_the_same_settings(finished):
+    settings = json.loads((finished / "results.json").read_text())["settings"]
+    words = shlex.split(settings["command"])
+    assert words[:2] == ["python", "attack.py"]
+    options = attack_parser().parse_args(words[2:])
+    for name in ("network_samples", "epochs", "lr", "batch_size", "layers", "rejection_rate"):
+        assert getattr(options, name) == settings["run"][name]
+    assert options.eps == [0, 1, 2] and options.samples == 4 and options.norm == 2
+    assert options.attack == settings["attack"]["attacks"]
+
+
+def test_two_processes_report_what_one_does(run, digits, tmp_path):
+    for path in [*run.glob("attack-*"), *run.glob("checks-*"), run / "results.json"]:
+        path.unlink()
+    other = Path(shutil.copytree(run, tmp_path / "other"))
+    options = [*ATTACKING, "--no-checks", "--attack", "line-search-pgd", "pgd", "--steps", "2"]
+    assert attack.main(["--quiet", "--run", str(run), *options]) == 0
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
+    command += ["--", str(ROOT / "attack.py")]  # else torchrun takes --run for its own
+    command += ["--run", str(other), *options]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("worst case") >= 1 and done.stdout.count("accuracy: eps = 0") == 1
+    one, two = _results(run), _results(other)
+    assert (one["settings"].pop("processes"), two["settings"].pop("processes")) == (1, 2)
+    assert one == two
 
 
 @pytest.mark.parametrize("command", [train, attack])

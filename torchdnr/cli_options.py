@@ -23,7 +23,8 @@ whatever the run folder lacks, as train.py does: without options this is the who
 handwritten digits. Then checks whether the attacks were as strong as they should be. Prints a
 table and the checks, and writes report.html, results.json, results.csv, curve.png and
 examples.png. A run that was stopped goes on where it was when the same command is given again.
-Several processes share the attacks: torchrun --nproc-per-node 2 attack.py ..."""
+Several processes share the attacks: torchrun --nproc-per-node 2 -- attack.py ... (with "--",
+as torchrun would take --run for an option of its own)."""
 
 NORMS = {"1": 1.0, "2": 2.0, "inf": math.inf}
 # Sizes of the perturbation on images in [0, 1], and that of the examples, by norm.
@@ -44,14 +45,20 @@ def train_parser() -> argparse.ArgumentParser:
 
 def attack_parser() -> argparse.ArgumentParser:
     """Build the parser of ``attack.py``. Options of the run folder are None where not given."""
-    parser = argparse.ArgumentParser(prog="attack.py", description=_ATTACK)
+    width = max(map(len, ATTACKS))
+    attacks = "\n".join(f"  {name:<{width}}  {entry.help}" for name, entry in ATTACKS.items())
+    parser = argparse.ArgumentParser(
+        prog="attack.py",
+        description=_ATTACK,
+        epilog=f"attacks, in the order in which they run:\n{attacks}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,  # keeps the lines of the epilog
+    )
     _add_shared_options(parser, "--train-batch-size")
     _add_attack_options(parser)
     return parser
 
 
 def _add_attack_options(parser: argparse.ArgumentParser) -> None:
-    lines = "; ".join(f"{name}: {entry.help}" for name, entry in ATTACKS.items())
     option = parser.add_argument_group("attack").add_argument
     option(
         "--attack",
@@ -59,9 +66,9 @@ def _add_attack_options(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         default=[DEFAULT],
         choices=[DEFAULT, FULL, *ATTACKS],
-        help="attacks to run; the worst of them counts, for each image. default: "
-        f"{', '.join(DEFAULT_ATTACKS)}; full: all that know the norm, many times as long. {lines} "
-        "(default: default)",
+        help="attacks to run, listed below; the worst of them counts, for each image. default: "
+        f"{', '.join(DEFAULT_ATTACKS)}; full: all that know the norm, which takes many times as "
+        "long (default: default)",
     )
     option(
         "--norm",
