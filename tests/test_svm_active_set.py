@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from svm_oracles import gram
 
-from torchdnr.svm.active_set import newton_blocks
+from torchdnr.svm.active_set import multiply, newton_blocks
+from torchdnr.svm.dual import to_double
 from torchdnr.svm.working_set import (
     common_sample,
     first_sets,
@@ -119,6 +120,32 @@ def test_newton_steps_are_limited_block_by_block(most):
     limits = torch.tensor([1, 3])
     *_, steps = newton_blocks(*block, 0 * like, 1e-2 * like, 1e-6 * like, limits)
     assert (steps <= limits).all() and steps[1] > 1
+
+
+def test_a_block_may_leave_a_share_of_its_first_violations():
+    block = blocks(20, 60, seed=5, C=100.0)
+    like, limits = torch.ones(20, dtype=torch.float64), torch.full((20,), 30)
+    arguments = (*block, 0 * like, 1e-2 * like, 1e-6 * like, limits)
+    spent = {share: newton_blocks(*arguments, share)[1:] for share in (0.0, 0.3, 1.0)}
+    assert all(solved.all() for solved, _ in spent.values())
+    assert (spent[1.0][1] == 1).all()
+    assert (spent[0.3][1] <= spent[0.0][1]).all() and (spent[0.3][1] < spent[0.0][1]).any()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_products_from_the_left_are_those_from_the_right(device):
+    kernels, gradient, *_ = (t.to(device) for t in blocks(3, 20, seed=7))
+    expected = torch.bmm(kernels, gradient.unsqueeze(2)).squeeze(2)
+    torch.testing.assert_close(multiply(kernels, gradient), expected)
+
+
+@pytest.mark.parametrize("C", [0.08, 0.1, 0.7, 1.0, 3.3])  # float32 rounds some down, others up
+def test_values_at_a_rounded_bound_come_back_on_the_bound(C):
+    lower = torch.tensor([[-C, 0.0, -C, 0.0]], dtype=torch.float64)
+    upper = lower + C
+    values = torch.tensor([[-C, C, 0.0, C / 3]], dtype=torch.float64)
+    got = to_double(values.float(), lower, upper)
+    assert torch.equal(got[:, :3], values[:, :3]) and got[0, 3] == values[0, 3].float()
 
 
 def test_a_singular_kernel_is_solved_thanks_to_the_damping():

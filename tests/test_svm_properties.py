@@ -313,12 +313,23 @@ def test_starts_are_given_only_where_most_support_vectors_will_be_at_their_bound
     assert bounded_start(held(kernel, SMALLEST - 1), *arguments, 5e-4) is None  # no room
 
 
+def test_samples_reach_a_bound_that_float32_rounds_down():
+    C = 0.08
+    x, targets = many(1200, 3)
+    initial = torch.zeros_like(targets)
+    solution = solve_dual(gram(x, 0.3).float(), targets, C, initial=initial)
+    size = solution.dual_coef.abs()
+    near = size > C * (1.0 - 1e-6)
+    assert near.sum() > 100 and (size[near] == C).all()
+    assert solution.converged.all()
+
+
 def test_projected_gradients_lower_the_objective_and_stay_feasible():
     x, targets = many(300, 4)
     kernel, C = gram(x, 0.3), 0.05
     lower, upper = (t.T.contiguous() for t in dual_bounds(targets, C))
     rows, begin = KernelRows.dense(kernel), uniform_start(lower, upper)
-    got = projected_gradient(rows, targets.T, begin, lower, upper, 1e-6)
+    got = projected_gradient(rows, targets.T, begin, lower, upper, 1e-6, 30)
     assert ((got >= lower) & (got <= upper)).all() and got.sum(dim=1).abs().max() < 1e-5 * C * 300
 
     def objective(b):

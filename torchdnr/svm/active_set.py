@@ -32,6 +32,7 @@ def newton_blocks(
     damping: Tensor,
     tol: Tensor,
     max_steps: Tensor,
+    remainder: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Minimise p dual problems on their working sets, plus ``damping / 2 |b - b_0|^2``.
 
@@ -45,10 +46,12 @@ def newton_blocks(
         damping: Proximal terms, >= 0, ``(p,)``: they make singular kernels harmless.
         tol: Violation that a block may keep, ``(p,)``.
         max_steps: Newton steps that a block may take, ``(p,)``; ``MAX_STEPS`` at the most.
+        remainder: Share of the samples that violate their conditions after the first step, of
+            which as many may still do so where a block counts as solved.
 
     Returns:
-        b, ``(p, k)``, within the bounds up to rounding where solved; whether it was, ``(p,)``; and
-        Newton steps, ``(p,)``.
+        b, ``(p, k)``, within the bounds up to rounding where solved with no such sample; whether
+        it was solved, ``(p,)``; and Newton steps, ``(p,)``.
     """
     best = dual_coef.clone()
     solved = torch.zeros(len(best), dtype=torch.bool, device=best.device)
@@ -58,27 +61,43 @@ def newton_blocks(
     rows = torch.arange(len(best), device=best.device)
     point, slope = dual_coef, gradient
     state = (kernels, gradient, dual_coef, lower, upper, damping, tol, max_steps)
-    for _ in range(MAX_STEPS):
+    for step in range(MAX_STEPS):
         kernels, gradient, dual_coef, lower, upper, damping, tol, max_steps = state
         up, low = _guess_sets(point, slope, intercept, lower, upper)
         point, slope, intercept, sound = _newton_step(
             kernels, gradient, dual_coef, lower, upper, damping, up, low
         )
         bad = _count_violations(point, slope, intercept, lower, upper, up, low, tol)
+        if step == 0:
+            enough = (remainder * bad).long()
+        done = bad <= enough[rows]
         better = sound & (bad < fewest[rows])
         fewest[rows] = torch.where(better, bad, fewest[rows])
         best[rows] = torch.where(better.unsqueeze(1), point, best[rows])
         waited[rows] = torch.where(better, 0, waited[rows] + 1)
         steps[rows] += 1
-        solved[rows] |= better & (bad == 0)
+        solved[rows] |= better & done
         more = (waited[rows] < PATIENCE) & (steps[rows] < max_steps)
-        keep = (sound & (bad > 0) & more).nonzero().squeeze(1)  # a sync per Newton step
+        keep = (sound & ~done & more).nonzero().squeeze(1)  # a sync per Newton step
         if len(keep) == 0:
             break
         if len(keep) < len(rows):
             state = tuple(t[keep] for t in state)
             point, slope, intercept, rows = point[keep], slope[keep], intercept[keep], rows[keep]
     return best, solved, steps
+
+
+def multiply(kernels: Tensor, vectors: Tensor) -> Tensor:
+    """Multiply each symmetric matrix by its vector, from the left: on CPUs that is faster.
+
+    Args:
+        kernels: Symmetric matrices, ``(p, k, k)``.
+        vectors: ``(p, k)``.
+
+    Returns:
+        Products, ``(p, k)``.
+    """
+    return torch.bmm(vectors.unsqueeze(1), kernels).squeeze(1)
 
 
 def _guess_sets(
@@ -122,7 +141,7 @@ def _newton_step(
     """Put samples at their bounds and solve for the free ones and the intercept."""
     free = ~(up | low)
     change = torch.where(up, upper, torch.where(low, lower, dual_coef)) - dual_coef
-    pulled = gradient + torch.bmm(kernels, change.unsqueeze(2)).squeeze(2)
+    pulled = gradient + multiply(kernels, change)
     width = max(1, int(free.sum(dim=1).max()))  # a sync: the size of the systems
     index = free.to(torch.uint8).sort(dim=1, descending=True, stable=True).indices[:, :width]
     real = free.gather(1, index)
@@ -138,19 +157,19 @@ def _newton_step(
     intercept = (answer[:, :, 0].sum(1) + change.sum(1)) / answer[:, :, 1].sum(1)
     moved = (answer[:, :, 0] - intercept.unsqueeze(1) * answer[:, :, 1]) * weight
     change = change.scatter_add(1, index, moved)
-    slope = gradient + torch.bmm(kernels, change.unsqueeze(2)).squeeze(2)
+    slope = gradient + multiply(kernels, change)
     slope = slope + damping.unsqueeze(1) * change
     sound = (info == 0) & torch.isfinite(slope).all(dim=1) & free.any(dim=1)
     return dual_coef + change, slope, intercept, sound
 
 
 def _gather_square(kernels: Tensor, index: Tensor) -> Tensor:
-    """Take the same rows and columns of each matrix."""
-    if len(kernels) == 1:
-        chosen = index[0]
-        return kernels[0].index_select(0, chosen).index_select(1, chosen).unsqueeze(0)
-    batch = torch.arange(len(kernels), device=kernels.device).view(-1, 1, 1)
-    return kernels[batch, index.unsqueeze(2), index.unsqueeze(1)]
+    """Take the same rows and columns of each matrix; whole rows first is three times faster."""
+    count, size, width = len(kernels), kernels.shape[1], index.shape[1]
+    offset = size * torch.arange(count, device=kernels.device).unsqueeze(1)
+    taken = kernels.reshape(count * size, size).index_select(0, (index + offset).flatten())
+    columns = index.unsqueeze(1).expand(count, width, width)
+    return taken.view(count, width, size).gather(2, columns)
 
 
 def _count_violations(

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from torchdnr.svm.active_set import newton_blocks
-from torchdnr.svm.dual import intercepts, snap_to_bounds, violation_bounds
+from torchdnr.svm.active_set import multiply, newton_blocks
+from torchdnr.svm.dual import intercepts, snap_to_bounds, to_double, violation_bounds
 from torchdnr.svm.gram import KernelRows
 from torchdnr.svm.working_set import (
     first_sets,
@@ -26,6 +26,9 @@ BLOCK_ACCURACY = 0.1
 NEWTON_ACCURACY = 0.01
 """The same for Newton's method, whose last digits cost little; a tenth would leave points that are
 no better than where the block began."""
+REMAINDER = 0.1
+"""Share of the violations of the first Newton step that a block may leave to the next outer step,
+which has new samples to add anyway; a block with few of them is solved to the end."""
 SHORTEST_STEP = 1e-3
 """Share of the way to Newton's answer below which a block counts as not improved."""
 FIRST_DAMPING, LEAST_DAMPING, MOST_DAMPING = 0.3, 1e-9, 1.0
@@ -204,10 +207,12 @@ def _improve(
         kernels,
         *(t.to(dtype) for t in (*local, intercept, damping, tol)),
         allowed,
+        REMAINDER,
     )
-    target = settle(solution.double(), gradient, lower, upper, dual_coef.sum(dim=1))
+    solution = to_double(solution, lower, upper)
+    target = settle(solution, gradient, lower, upper, dual_coef.sum(dim=1))
     change = target - dual_coef
-    bent = torch.bmm(kernels, change.to(dtype).unsqueeze(2)).squeeze(2).double()
+    bent = multiply(kernels, change.to(dtype)).double()
     slope, bend = (gradient * change).sum(dim=1), (change * bent).sum(dim=1)
     # The minimum along the way to the target, which is feasible as both its ends are.
     length = (-slope / bend.clamp_min(torch.finfo(torch.float64).tiny)).clamp(0.0, 1.0)

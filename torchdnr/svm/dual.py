@@ -85,6 +85,21 @@ def snap_to_bounds(
     return torch.where(values >= upper - slack, upper, values)
 
 
+def to_double(values: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
+    """Widen values to float64, and put those at a rounded bound on the bound itself.
+
+    Args:
+        values: b or entries of it, ``(P, k)``, of any dtype.
+        lower: Their lower bounds, float64.
+        upper: Their upper bounds, float64.
+
+    Returns:
+        float64: a C that float32 rounds down would leave every sample at it just short of it.
+    """
+    result = torch.where(values >= upper.to(values.dtype), upper, values.double())
+    return torch.where(values <= lower.to(values.dtype), lower, result)
+
+
 def violation_bounds(
     gradient: Tensor, dual_coef: Tensor, lower: Tensor, upper: Tensor
 ) -> tuple[Tensor, Tensor]:

@@ -34,12 +34,14 @@ class FoldedFits:
         self._kept = kept.double().repeat_interleave(num_classes, dim=1)  # fold * c + class
         self._whole: DualSolution | None = None
         self._parts: DualSolution | None = None
-        self._C, self.not_converged = 0.0, 0
+        self._C, self._whole_C, self.not_converged = 0.0, 0.0, 0
 
     @property
     def dual_coef(self) -> Tensor:
-        """Solution b of the last fit on all samples, float64 ``(n, c)``."""
-        return self._whole.dual_coef
+        """Start of a fit on all samples with the last C, float64 ``(n, c)``; see ``advance``."""
+        dual_coef = self._whole.dual_coef
+        at_bound = dual_coef.abs() >= self._whole_C * (1.0 - 1e-9)
+        return torch.where(at_bound, dual_coef * (self._C / self._whole_C), dual_coef)
 
     def advance(self, C: float) -> Tensor:
         """Fit with a larger C than before.
@@ -51,7 +53,11 @@ class FoldedFits:
             Scores of each sample by the machine fitted without its fold, float64 ``(n, c)``.
         """
         targets = self._targets.repeat(1, self._folds)
-        whole = solve_dual(self._rows, self._targets, C, tol=self._tol, initial=self._stretched(C))
+        # Samples at a bound pull less without a fold, by its share: as with a C so much smaller.
+        smaller = C * (1.0 - 1.0 / self._folds)
+        whole = solve_dual(
+            self._rows, self._targets, smaller, tol=self._tol, initial=self._stretched(smaller)
+        )
         limits = C * self._kept
         start = self._without_folds(whole, targets, limits)
         if self._parts is not None:
@@ -59,7 +65,7 @@ class FoldedFits:
             at_bound = self._parts.dual_coef.abs() >= self._C * (1.0 - 1e-9)
             start = torch.where(at_bound.any(dim=0), start, self._parts.dual_coef)
         parts = solve_dual(self._rows, targets, limits, tol=self._tol, initial=start)
-        self._whole, self._parts, self._C = whole, parts, C
+        self._whole, self._parts, self._whole_C, self._C = whole, parts, smaller, C
         self.not_converged += int((~parts.converged).sum() + (~whole.converged).sum())
         scores = parts.scores.view(len(targets), self._folds, self._classes)
         return scores[torch.arange(len(targets), device=targets.device), self._fold]
@@ -68,16 +74,21 @@ class FoldedFits:
         """Take the last b to its best multiple within the new bounds."""
         if self._whole is None:
             return None
-        dual_coef = self._whole.dual_coef
-        linear = (self._targets * dual_coef).sum(dim=0)
-        quadratic = 2.0 * (self._whole.objective + linear)
-        best = linear / quadratic.clamp_min(torch.finfo(torch.float64).tiny)
-        return dual_coef * best.clamp(1.0, max(1.0, C / self._C))
+        linear = (self._targets * self._whole.dual_coef).sum(dim=0)
+        best = _best_multiple(linear, 2.0 * (self._whole.objective + linear))
+        return self._whole.dual_coef * best.clamp(1.0, max(1.0, C / self._whole_C))
 
     def _without_folds(self, whole: DualSolution, targets: Tensor, limits: Tensor) -> Tensor:
-        """Take the held-out samples out of the fit on all, and balance what is left."""
+        """Take the held-out samples out of the fit on all, and stretch and balance what is left."""
         gradient = (whole.scores - whole.intercept).repeat(1, self._folds) - targets
         lower, upper = dual_bounds(targets, limits)
-        total = torch.zeros_like(targets[0])
-        repeated = whole.dual_coef.repeat(1, self._folds)
-        return settle(repeated.T, gradient.T, lower.T, upper.T, total).T
+        kept = (whole.dual_coef.repeat(1, self._folds) * self._kept).T.contiguous()
+        product = self._rows.product(kept, exact=False)
+        best = _best_multiple((targets.T * kept).sum(dim=1), (kept * product).sum(dim=1))
+        kept *= best.clamp(1.0, self._folds / (self._folds - 1.0)).unsqueeze(1)
+        return settle(kept, gradient.T, lower.T, upper.T, torch.zeros_like(best)).T
+
+
+def _best_multiple(linear: Tensor, quadratic: Tensor) -> Tensor:
+    """Minimise ``1/2 t^2 quadratic - t linear``."""
+    return linear / quadratic.clamp_min(torch.finfo(quadratic.dtype).tiny)

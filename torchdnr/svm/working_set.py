@@ -103,18 +103,19 @@ def largest_violators(
     return index, torch.cat(valid, dim=1)
 
 
-def common_sample(n: int, device: torch.device) -> Tensor:
+def common_sample(n: int, device: torch.device, size: int = FIRST_SAMPLES) -> Tensor:
     """Draw the samples that problems without a solution have in common at first.
 
     Args:
         n: Samples.
         device: Where to put them.
+        size: How many to draw.
 
     Returns:
-        At most ``FIRST_SAMPLES`` indices, ascending; always the same for the same n.
+        At most ``size`` indices, ascending; always the same for the same n.
     """
     order = torch.randperm(n, generator=torch.Generator().manual_seed(0))
-    return order[:FIRST_SAMPLES].sort().values.to(device)
+    return order[:size].sort().values.to(device)
 
 
 def first_sets(
