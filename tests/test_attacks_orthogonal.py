@@ -46,11 +46,22 @@ def test_promises():
 
 @pytest.mark.parametrize("norm", NORMS)
 def test_finds_in_the_plane_most_of_what_brute_force_finds(norm):
-    check_success(partial(orthogonal_pgd, restarts=3, steps=50, random_start=True), norm, share=0.8)
+    attack = partial(orthogonal_pgd, steps=50, restarts=3, random_start=True)
+    check_success(attack, norm)
+    check_success(partial(attack, selective=True, projected="none"), norm)
+
+
+def test_the_default_is_stronger_than_pgd_on_rbf_scores():
+    model = Bumps(gamma=8.0, d=10).eval()
+    inputs, labels = model.samples()
+    options = {"eps": 0.6, "steps": 50}
+    plain = evades(model(pgd(model, inputs, labels, **options)), labels, True)
+    both = evades(model(orthogonal_pgd(model, inputs, labels, **options)), labels, True)
+    assert plain.sum() < 0.85 * both.sum() and both.sum() >= 0.9 * len(inputs)
 
 
 def test_finds_targets():
-    check_targeted(partial(orthogonal_pgd, selective=False, restarts=2, random_start=True))
+    check_targeted(partial(orthogonal_pgd, restarts=2, random_start=True))
 
 
 @pytest.mark.parametrize("targeted", [False, True])
@@ -156,10 +167,8 @@ def test_every_variant_crosses_a_band_that_rejects(projected, selective):
         model, inputs, labels, 0.5, projected=projected, selective=selective, reject=True
     )
     assert evades(model(points), labels, True).all()
-    bound = math.hypot(0.2, 0.4)  # nearer than the corner x = (0.5, 0.8) nothing can evade
-    nearest = orthogonal_pgd(
-        model, inputs, labels, 0.9 * bound / math.sqrt(2), selective=selective, reject=True
-    )
+    bound = 0.6 / math.sqrt(2)  # distance to the line x_1 - x_0 = 0.3, beyond which s_1 > 0
+    nearest = orthogonal_pgd(model, inputs, labels, 0.99 * bound, projected=projected, reject=True)
     assert not evades(model(nearest), labels, True).any()
 
 

@@ -33,8 +33,8 @@ def orthogonal_pgd(
     eps: float | Tensor,
     *,
     norm: float = 2,
-    projected: str = "both",
-    selective: bool = True,
+    projected: str = "rejection",
+    selective: bool = False,
     margin: float = 0.05,
     targets: Tensor | None = None,
     steps: int = 100,
@@ -50,12 +50,18 @@ def orthogonal_pgd(
     seed: int = 0,
     progress: bool = False,
 ) -> Tensor:
-    """Follow the class margin until it is overcome, then the rejection margin, without undoing it.
+    """Descend the class margin and the rejection margin without undoing one by the other.
 
     The class margin is ``s_y - max_{j != y} s_j``, the rejection margin ``theta - max_{j != y}
     s_j``; each gradient can lose its component along the other one, so that a step on one margin
     leaves the other as it is, to first order. Where both are parallel nothing would be left, and
     the gradient is followed as it is. Without a threshold there is one margin, and this is PGD.
+
+    The source follows the class margin until it is overcome and then the rejection margin:
+    ``selective=True``, selective PGD with ``projected="none"`` and orthogonal PGD with ``"both"``.
+    It has a detector apart from the classifier in mind. Here both margins fall as the same score
+    ``max_{j != y} s_j`` rises, and a projection of the class gradient takes just that away: on RBF
+    scores those variants are far weaker than PGD, the default is not.
 
     Both gradients come from one forward. Nothing in a step waits for the device.
 
@@ -66,8 +72,8 @@ def orthogonal_pgd(
         labels: True classes, int64 ``(n,)``.
         eps: Largest perturbation >= 0, a number or ``(n,)``.
         norm: Norm of the perturbation; 1, 2 or infinity.
-        projected: Which gradients lose their component along the other: ``"none"`` is selective
-            PGD, ``"class"``, ``"rejection"``, or ``"both"``, orthogonal PGD.
+        projected: Which gradients lose their component along the other: ``"none"``, ``"class"``,
+            ``"rejection"``, or ``"both"``.
         selective: Whether a step follows one of them; else the sum of both, each of unit length.
         margin: How far a point has to be on the other side of the class margin for a selective step
             to follow the rejection margin, as a share of the spread of its scores.

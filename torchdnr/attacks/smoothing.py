@@ -11,11 +11,12 @@ from torch import Tensor
 
 from torchdnr.attacks.checks import check_count, check_step_size
 from torchdnr.attacks.fixed_eps import FixedEps, Run
+from torchdnr.attacks.objectives import paper_objective
 from torchdnr.attacks.pgd import descend_steadily
 from torchdnr.attacks.points import Points, evaluated, keep_better
 from torchdnr.attacks.target import left_as_found
 
-FACTORS = (1 / 256, 1 / 64, 1 / 16, 1 / 4, 1.0)
+FACTORS = tuple(4.0**-k for k in (6, 5, 4, 3, 2, 1, 0))
 """What gamma is multiplied by, one after the other."""
 
 View = Callable[[Tensor], Tensor]
@@ -47,8 +48,12 @@ def smoothed_pgd(
 ) -> Tensor:
     """Descend on ever less smoothed views of the model, each from the points of the one before.
 
-    What a view leads to is judged on the model itself; the best point of all is returned. Each
-    factor costs ``steps`` forwards and backwards, and one forward of the model.
+    What a view leads to is judged on the model itself; the best point of all is returned. The
+    threshold does not fit smoothed scores, so a view is descended on the class margin of Eq. (2),
+    the model on the objective. Each factor costs ``steps`` forwards and backwards.
+
+    The smoothest view has to reach from one class to another: its gamma times the squared distance
+    between their features should be a few at the most.
 
     Args:
         model: Maps inputs to scores ``(n, c)``, or ``(n, c + 1)`` with the rejection threshold in
@@ -60,7 +65,7 @@ def smoothed_pgd(
         smoothed: Maps a factor to a view of the model, with the same output; ``None``: the method
             ``model.smoothed``. Pass it where ``model`` is a wrapper that has no such method.
         norm: Norm of the perturbation; 1, 2 or infinity.
-        objective: Name in ``OBJECTIVES``.
+        objective: Name in ``OBJECTIVES``, for the model itself.
         targets: Class wanted for each input, int64 ``(n,)``; ``None``: any but the true one.
         steps: Number of steps on each view.
         step_size: Length of a step in ``norm``; ``None``: 2.5 eps / steps, per input.
@@ -142,7 +147,9 @@ def _descend_on(views: Sequence[View], run: Run, steps: int, step_size: float | 
     best = points = run.first
     for view in views:
         with left_as_found(view):
-            target = run.target._replace(model=view)
+            target = run.target
+            if view is not target.model:
+                target = target._replace(model=view, objective=paper_objective)
             first = evaluated(target, points.inputs, run.labels)
             stage = Run(
                 target,
