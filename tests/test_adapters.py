@@ -316,7 +316,8 @@ def test_a_missing_package_is_named(name, package, monkeypatch):
 
     for module in ("foolbox", "art", "pytorch_ood"):
         monkeypatch.setitem(sys.modules, module, None)  # import fails, installed or not
-    for loaded in [key for key in sys.modules if key.startswith(("foolbox.", "art.", "pytorch_"))]:
+    parts = "foolbox.", "art.", "pytorch_ood."
+    for loaded in [key for key in sys.modules if key.startswith(parts)]:
         monkeypatch.delitem(sys.modules, loaded)
     for own in ("foolbox_criterion", "art_detector", "pytorch_ood_detectors"):
         monkeypatch.delitem(sys.modules, f"torchdnr.adapters.{own}", raising=False)
