@@ -100,12 +100,15 @@ def _shrink_to_radius(step: Tensor, room: Tensor, radius: Tensor) -> Tensor:
     reach = torch.where(size > 0, reach, torch.inf)
     total = square.sum(dim=1, keepdim=True)
     mu = radius / torch.where(total > 0, total, 1).sqrt()
+    limit, target = room.square(), radius.square()
     for _ in range(_NEWTON_STEPS):
         clipped = reach <= mu
-        spent = torch.where(clipped, room, 0).square().sum(dim=1, keepdim=True)
+        spent = torch.where(clipped, limit, 0).sum(dim=1, keepdim=True)
         free = torch.where(clipped, 0, square).sum(dim=1, keepdim=True)
-        left = (radius.square() - spent).clamp_min(0)
-        mu = torch.maximum(mu, (left / torch.where(free > 0, free, 1)).sqrt())
+        left = (target - spent).clamp_min(0)
+        before, mu = mu, torch.maximum(mu, (left / torch.where(free > 0, free, 1)).sqrt())
+        if mu.device.type == "cpu" and torch.equal(mu, before):
+            break  # on a CPU to look costs nothing; elsewhere it would wait for the device
     moved = torch.minimum(size * mu, room)
     norm = moved.square().sum(dim=1, keepdim=True).sqrt()
     return moved.copysign(step) * (radius / torch.where(norm > 0, norm, 1)).clamp_max(1)
