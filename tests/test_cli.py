@@ -121,7 +121,7 @@ def _results(folder):
     content = json.loads((folder / "results.json").read_text())
     del content["settings"]["cost"], content["costs"]
     for report in content["checks"].values():
-        del report["seconds"], report["text"]
+        del report["seconds"]
     for curve in content["curves"].values():
         del curve["seconds"]
         for alone in curve["attacks"].values():
@@ -391,6 +391,19 @@ def test_option_of_the_attack_out_of_range_is_refused(arguments, message, capsys
 def test_attack_that_does_not_know_the_norm_is_refused(run, capsys):
     arguments = ["--run", str(run), "--norm", "inf", "--attack", "ddn"]
     assert "ddn is for the l2 norm only" in _error(capsys, attack, arguments)
+
+
+def test_failed_checks_stand_above_the_table(run, capsys):
+    content = json.loads((run / "results.json").read_text())
+    entry = content["checks"]["DNR"]["checks"][1]
+    content["checks"]["DNR"]["status"] = entry["status"] = "fail"
+    entry |= {"message": "Noise evades.", "advice": "Attack harder."}
+    (run / "results.json").write_text(json.dumps(content))
+    assert attack.main(["--quiet", "--run", str(run), *ATTACKING]) == 0
+    above, table, _ = capsys.readouterr().out.partition("worst case")
+    assert table
+    assert "DNR: FAIL (1 fail, 0 warn, 1 pass, 0 skipped)" in above
+    assert "FAIL noise control: Noise evades. Attack harder." in above
 
 
 def test_a_further_attack_leaves_what_the_others_found(run, monkeypatch, capsys):

@@ -108,7 +108,7 @@ class Evaluation:
         """Check the evaluations, each by one process; what a file of the folder holds is kept.
 
         Returns:
-            ``CheckReport.to_dict()`` by classifier, with the report as "text".
+            ``CheckReport.to_dict()`` by classifier.
         """
         done: dict[str, dict[str, Any]] = {}
         for number, name in enumerate(self.classifiers):
@@ -143,7 +143,7 @@ class Evaluation:
             seed=self.job.settings["seed"],
             progress=self.console.progress,
         )
-        checks = plain_json({**report.to_dict(), "text": str(report)})
+        checks = plain_json(report.to_dict())
         write_json(path, {"of": known, "checks": checks})
         return checks
 

@@ -3,6 +3,7 @@
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
 from torchdnr.cli import Console, peak_memory_mib
@@ -15,7 +16,7 @@ from torchdnr.evaluation.plots_rejection import plot_roc
 from torchdnr.evaluation.rates import attack_costs, attack_rates
 from torchdnr.evaluation.report import format_table, load_results, save_results
 from torchdnr.evaluation.report_csv import save_csv
-from torchdnr.evaluation.report_html import save_html
+from torchdnr.evaluation.report_html import ORDER, save_html
 
 RESULTS = "results.json"  # written last: it tells that all is done
 FILES = "report.html", RESULTS, "results.csv", "curve.png", "examples.png", "roc.png"
@@ -131,26 +132,23 @@ def _word(value: object) -> str:
 
 
 def _as_text(curves: Mapping[str, SecurityCurve], checks: Mapping[str, Mapping[str, Any]]) -> str:
-    """Format what the checks say of each classifier, the table, then the checks in full."""
+    """Format what the checks say of each classifier, failures in full, then the table."""
     if not checks:
         return (
             "checks: none were made, so whether the attacks were strong enough is unknown\n\n"
             f"{format_table(curves)}"
         )
-    width = max(map(len, checks))
-    lines = ["checks (in full below the table):"]
+    lines = ["checks of the evaluation (all of them in full: report.html):"]
     for name, report in checks.items():
-        bad = [
-            f"{sum(entry['status'] == status for entry in report['checks'])} {status}: "
-            + ", ".join(e["name"] for e in report["checks"] if e["status"] == status)
-            for status in ("fail", "warn")
-            if any(entry["status"] == status for entry in report["checks"])
-        ]
-        found = "; ".join(bad) or "no reason for doubt found"
-        lines.append(f"  {name:<{width}}  {report['status'].upper():<7}  {found}")
-    parts = ["\n".join(lines), format_table(curves)]
-    parts += [f"{name}, {report['text']}" for name, report in checks.items()]
-    return "\n\n".join(parts)
+        found = [entry["status"] for entry in report["checks"]]
+        counts = ", ".join(f"{found.count(status)} {status}" for status in ORDER)
+        lines.append(f"  {name}: {report['status'].upper()} ({counts})")
+        for status in ORDER[:2]:  # what failed, then what is doubtful
+            for entry in report["checks"]:
+                if entry["status"] == status:
+                    text = f"{status.upper()} {entry['name']}: {entry['message']} {entry['advice']}"
+                    lines += wrap(text, 98, initial_indent="    ", subsequent_indent="      ")
+    return "\n".join(lines) + f"\n\n{format_table(curves)}"
 
 
 def _draw_examples(evaluation: Evaluation, path: Path, console: Console) -> bool:
