@@ -17,7 +17,7 @@ training samples, from which second starts are taken, is left out for secml and 
 one, and is part of the time of our large batch. On a busy machine compare processor seconds.
 
 - compare: seconds per sample, objective reached, evasions, passes through the network
-- options: what other options of `line_search_pgd` cost and bring, on Eq. 2
+- options: what other options of `line_search_pgd` cost and bring, on Eq. 2 and the same samples
 
 Numbers go to benchmarks/results/secml-<device>.json.
 """
@@ -225,7 +225,12 @@ def measure_comparison(
             "classifier is not ours, and comparing attacks on them says nothing"
         )
     versions = json.loads(str(result["versions"]))
-    found = {"versions": versions, "samples": samples, "largest_score_difference": difference}
+    found = {
+        "versions": versions,
+        "samples": samples,
+        "largest_score_difference": difference,
+        "busy_cores_between": busy_cores(),  # secml has run, ours has not
+    }
     for eps in EPS:
         sample = (model, inputs, labels)
         theirs = {name: judge_secml(result, f"{name}/{eps:g}", *sample) for name in ATTACKS}
@@ -272,9 +277,8 @@ def main() -> None:
     parser.add_argument("--secml-python", required=True, help="interpreter that can import secml")
     parser.add_argument("--run", default="runs/mnist-5k", help="run folder (default: %(default)s)")
     parser.add_argument("--samples", type=int, default=50, help="of our largest batch")
-    parser.add_argument("--secml-samples", type=int, default=10, help="attacked by both")
-    parser.add_argument("--repeats", type=int, default=3, help="of our large batch")
-    parser.add_argument("--option-samples", type=int, default=20, help="of section options")
+    parser.add_argument("--secml-samples", type=int, default=10, help="the first of them")
+    parser.add_argument("--repeats", type=int, default=2, help="of our large batch")
     parser.add_argument("--device")
     parser.add_argument("--sections", nargs="+", default=["compare", "options"])
     options = parser.parse_args()
@@ -287,7 +291,7 @@ def main() -> None:
         "compare": lambda: measure_comparison(
             setup, model, options.secml_samples, options.secml_python, options.repeats
         ),
-        "options": lambda: measure_options(setup, model, options.option_samples),
+        "options": lambda: measure_options(setup, model, options.secml_samples),
     }
     for name in options.sections:
         stamp = {"commit": commit(), "busy_cores_before": busy_cores()}
