@@ -61,15 +61,19 @@ RULES = product((20, 30, 50), (5, 10), (1e-3, 1e-4, 0.0))
 OPTIONS = [
     *({"steps": steps, "halvings": halvings, "tol": tol} for steps, halvings, tol in RULES),
     *({"steps": STEPS, "doublings": doublings} for doublings in (4, 5, 6, 8)),
+    *(
+        {"steps": steps, "doublings": doublings}
+        for steps, doublings in product((3, 5, 10), (4, 10))
+    ),
 ]
 
 
 def describe_network(net: nn.Module) -> list[tuple[str, str, dict[str, Any]]]:
     """Describe a sequential network so that plain torch can build it again."""
-    convolution = ("in_channels", "out_channels", "kernel_size", "stride", "padding")
+    sizes = ("kernel_size", "stride", "padding")
     arguments = {
-        "Conv2d": convolution,
-        "MaxPool2d": ("kernel_size", "stride", "padding"),
+        "Conv2d": ("in_channels", "out_channels", *sizes),
+        "MaxPool2d": sizes,
         "Linear": ("in_features", "out_features"),
     }
     layers = [(name, type(layer).__name__, layer) for name, layer in net.named_children()]
@@ -252,28 +256,17 @@ def measure_options(setup: SimpleNamespace, model: DNR, samples: int) -> list[di
         attack = partial(line_search_pgd, counted, inputs, labels, eps, **given, **options)
         spent = clock(lambda call=attack, to=points: to.append(call()), samples, 1, setup.device)
         judged = judge(model, points[0], inputs, labels)
-        rows.append(
-            {
-                "eps": eps,
-                **options,
-                "mean_objective": judged["mean_objective"]["paper"],
-                "evasions": judged["evasions"],
-                **spent,
-                "forwards_per_sample": counted.forwards / samples,
-                "backwards_per_sample": counted.backwards / samples,
-            }
-        )
+        row = {"eps": eps, **options, "mean_objective": judged["mean_objective"]["paper"]}
+        passes = {"forwards": counted.forwards, "backwards": counted.backwards}
+        row |= {f"{name}_per_sample": count / samples for name, count in passes.items()}
+        rows.append({**row, "evasions": judged["evasions"], **spent})
         print("options", json.dumps(rows[-1]), flush=True)
     return rows
 
 
 def main() -> None:
     """Measure the sections and write the JSON after each."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--secml-python", required=True, help="interpreter that can import secml")
     parser.add_argument("--run", default="runs/mnist-5k", help="run folder (default: %(default)s)")
     parser.add_argument("--samples", type=int, default=50, help="of our largest batch")
