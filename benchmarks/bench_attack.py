@@ -6,10 +6,10 @@ by train.py) and measures, contenders interleaved, medians over the repeats:
 - overhead: seconds of `pgd` over those of the bare forward and backward passes it makes
 - curve: one batched `pgd` run over eight eps, against eight runs of foolbox's L2PGD on the same
   model with the same steps (extra `peers`)
-- line search: seconds per sample of `line_search_pgd` at two eps, with its mean objective
 - strength: median norm, evasions and cost of every attack of the line-up on the same samples
 
-Numbers go to benchmarks/results/attack-<device>.json after every section.
+`bench_secml.py` compares the line search with that of the authors' library. Numbers go to
+benchmarks/results/attack-<device>.json after every section.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from attack_strength import measure_strength
 from svm_record import busy_cores, commit
 from torch import Tensor, nn
 
-from torchdnr.attacks import OBJECTIVES, line_search_pgd, pgd, split_scores
+from torchdnr.attacks import pgd
 from torchdnr.cli import Console
 from torchdnr.cli_options import attack_parser
 from torchdnr.cli_settings import prepare
@@ -38,9 +38,6 @@ from torchdnr.pipeline import make_classifiers
 RESULTS = Path(__file__).parent / "results"
 EPS = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0)
 STEPS = 40
-SECML_SECONDS = {1.0: 2.7, 3.0: 4.3}
-"""Per sample of the authors' library, DNR on 1,000 samples, 30 iterations, 2 cores: measured apart
-from this script, as it needs an environment of its own."""
 
 
 def load(run: str, samples: int, device: str | None) -> SimpleNamespace:
@@ -162,29 +159,6 @@ def measure_curve(setup: SimpleNamespace, repeats: int) -> dict[str, Any]:
     }
 
 
-def measure_line_search(setup: SimpleNamespace) -> dict[str, Any]:
-    """Time the paper's attack on DNR, 30 steps and no early stop, per sample."""
-    model, found = setup.classifiers["DNR"], {}
-    for eps, secml in SECML_SECONDS.items():
-
-        def attack(eps: float = eps) -> Tensor:
-            return line_search_pgd(
-                model, setup.inputs, setup.labels, eps, steps=30, init_inputs=setup.pool
-            )
-
-        seconds, points = timed(attack, setup.device)
-        with torch.no_grad():
-            values = OBJECTIVES["paper"](*split_scores(model(points), True), setup.labels)
-        per_sample = seconds / len(points)
-        found[f"{eps:g}"] = {
-            "seconds_per_sample": per_sample,
-            "secml_seconds_per_sample": secml,
-            "ratio": secml / per_sample,
-            "mean_objective": values.mean().item(),
-        }
-    return found
-
-
 def main() -> None:
     """Measure the sections and write the JSON after each."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
@@ -203,7 +177,6 @@ def main() -> None:
     sections = {
         "overhead": lambda: measure_overhead(setup, options.repeats),
         "curve": lambda: measure_curve(setup, options.repeats),
-        "search": lambda: measure_line_search(setup),
         "strength": lambda: measure_strength(setup),
     }
     for name in options.sections:

@@ -1,9 +1,10 @@
 """Record the default run of attack.py: results and figures here, its numbers in README.md.
 
-`python benchmarks/mnist_5k.py` runs `attack.py` in a new run folder (4 to 5 minutes on two cores)
+`python benchmarks/mnist_5k.py` runs `attack.py` in a new run folder (5 to 8 minutes on two cores)
 and rewrites `benchmarks/results/mnist-5k*` and the part of README.md between the markers.
 """
 
+import argparse
 import re
 import shutil
 import subprocess
@@ -56,7 +57,10 @@ def readme_section(curves: dict[str, SecurityCurve], settings: dict[str, Any]) -
 
 def main() -> int:
     """Run attack.py and record what it found."""
-    with tempfile.TemporaryDirectory() as folder:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n", maxsplit=1)[0])
+    parser.add_argument("--run", help="run folder to keep (default: a temporary one)")
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = parser.parse_args().run or temporary
         command = [sys.executable, "attack.py", "--run", folder]
         if status := subprocess.run(command, cwd=ROOT, check=False).returncode:
             return status

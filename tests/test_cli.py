@@ -62,12 +62,7 @@ def _short():
         "boundary-walk": {"steps": 6},
         "apgd": {"steps": 3},
     }
-    few = {
-        "samples": 2,
-        "recorded": 1,
-        "noise_draws": 2,
-        "only": ["deterministic", "noise control"],
-    }
+    few = {"noise_draws": 2, "only": ["deterministic", "noise control"]}
     with pytest.MonkeyPatch.context() as patch:
         for name, options in (
             ("build_line_up", {"own_options": steps}),
@@ -99,7 +94,7 @@ def _making(digits, run):
     ]
 
 
-ATTACKING = ["--samples", "4", "--eps", "0", "2", "1", "--examples", "2"]
+ATTACKING = ["--samples", "4", "--eps", "0", "2", "1", "--examples", "2", "--check-samples", "2"]
 
 
 @pytest.fixture(scope="module")

@@ -34,14 +34,23 @@ def test_the_svm_numbers_are_those_of_the_committed_results(monkeypatch):
     assert "\n".join([script.MARKERS[0], section, script.MARKERS[1]]) in README
 
 
+def test_the_attack_numbers_are_those_of_the_committed_results(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    script = importlib.import_module("attack_readme")
+    names = ("attack", "secml", "peers")
+    results = (json.loads((script.RESULTS / f"{name}-cpu.json").read_text()) for name in names)
+    section = script.readme_section(*results)
+    assert "\n".join([script.MARKERS[0], section, script.MARKERS[1]]) in README
+
+
 def test_the_files_it_links_to_exist():
     links = re.findall(r"\]\((?!http)([^)]+)\)", README)
-    assert len(links) == 4
+    assert len(links) == 8
     assert all((ROOT / link).exists() for link in links)
 
 
 def test_the_python_example_runs(tmp_path, monkeypatch):
-    code, svm_code = re.findall(r"```python\n(.*?)```", README, re.S)
+    code, svm_code, detector_code = re.findall(r"```python\n(.*?)```", README, re.S)
     for given, small in [
         ("svm=1200", "svm=150"),
         ("threshold=500", "threshold=40"),
@@ -60,6 +69,22 @@ def test_the_python_example_runs(tmp_path, monkeypatch):
     variables = {"features": features, "classes": (features[:, 0] > 0).long()}
     exec(svm_code, variables)
     assert variables["search"].svm(features).shape == (40, 2)
+    run_detector_example(detector_code)
+
+
+def run_detector_example(code):
+    images = torch.rand(12, 5)
+    weight = torch.randn(5, 3)
+    variables = {
+        "classifier": lambda x: (x - 0.5) @ weight,
+        "score_fn": lambda x: (x - 0.5).square().sum(dim=1),
+        "pool": torch.rand(60, 5),
+        "images": images,
+        "labels": ((images - 0.5) @ weight).argmax(dim=1),
+    }
+    exec(code, variables)
+    assert set(variables["curve"].attacks) == {"line-search PGD", "boundary walk", "APGD", "Square"}
+    assert variables["report"].status in {"pass", "warn", "fail"}
 
 
 def test_versions_agree():

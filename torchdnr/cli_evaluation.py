@@ -140,6 +140,8 @@ class Evaluation:
             init_inputs=self.job.images("svm")[0],
             surrogate=self.classifiers["DNN"] if curve.rejects else None,
             batch_size=self.settings["batch_size"],
+            samples=self.settings["check_samples"],
+            recorded=max(1, self.settings["check_samples"] // 4),  # one by one, hence few
             seed=self.job.settings["seed"],
             progress=self.console.progress,
         )
@@ -227,6 +229,7 @@ def plan(options: argparse.Namespace, job: Job) -> dict[str, Any]:
             "restarts": options.restarts,
             "samples": samples,
             "checks": options.checks,
+            "check_samples": options.check_samples,
             "examples": options.examples,
             "example_eps": EXAMPLE_EPS[norm] if size is None else size,
             "batch_size": options.attack_batch_size,

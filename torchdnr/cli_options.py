@@ -122,6 +122,14 @@ def _add_attack_options(parser: argparse.ArgumentParser) -> None:
         "(default: --checks)",
     )
     option(
+        "--check-samples",
+        type=_whole(1),
+        default=8,
+        metavar="N",
+        help="images that the checks look at, of those that were not evaded; more find more and "
+        "take longer (default: %(default)s)",
+    )
+    option(
         "--examples",
         type=_whole(0),
         default=5,

@@ -6,12 +6,19 @@ from torchdnr.attacks.ddn import ddn
 from torchdnr.attacks.ensemble import EnsembleAttack, EnsembleResult
 from torchdnr.attacks.fmn import fmn
 from torchdnr.attacks.line_search import line_search_pgd
+from torchdnr.attacks.lowest_confidence import lowest_confidence
 from torchdnr.attacks.multi_target import multi_target
 from torchdnr.attacks.noise import noise
 from torchdnr.attacks.objectives import OBJECTIVES, evades, split_scores, succeeds
 from torchdnr.attacks.orthogonal import orthogonal_pgd
 from torchdnr.attacks.pgd import pgd
-from torchdnr.attacks.projections import project, project_box, project_l2
+from torchdnr.attacks.projections import (
+    project,
+    project_box,
+    project_l1,
+    project_l2,
+    project_linf,
+)
 from torchdnr.attacks.smoothing import smoothed_pgd
 from torchdnr.attacks.square import square
 from torchdnr.attacks.transfer import transfer
@@ -26,13 +33,16 @@ __all__ = [
     "evades",
     "fmn",
     "line_search_pgd",
+    "lowest_confidence",
     "multi_target",
     "noise",
     "orthogonal_pgd",
     "pgd",
     "project",
     "project_box",
+    "project_l1",
     "project_l2",
+    "project_linf",
     "smoothed_pgd",
     "split_scores",
     "square",
