@@ -116,6 +116,23 @@ def test_inputs_without_a_start_are_counted_and_returned_as_they_are():
     assert torch.equal(adversarial[labels == 0], inputs[labels == 0])
 
 
+@pytest.mark.parametrize("targeted", [False, True])
+def test_the_first_sample_of_the_pool_is_a_start_too(targeted):
+    weight = torch.eye(3)
+    inputs, labels = torch.tensor([[0.9, 0.1, 0.1]]), torch.tensor([0])
+    pool = torch.tensor([[0.1, 0.8, 0.1], [0.8, 0.1, 0.1], [0.9, 0.2, 0.1]])
+    targets = torch.tensor([1]) if targeted else None
+    adversarial = boundary_walk(lambda x: x @ weight, inputs, labels, pool, targets=targets)
+    assert (adversarial @ weight).argmax(dim=1).item() == 1
+
+
+def test_restarts_work_with_a_pool_of_one_sample():
+    inputs, labels = torch.tensor([[0.9, 0.1]]), torch.tensor([0])
+    pool = torch.tensor([[0.1, 0.9]])
+    adversarial = boundary_walk(lambda x: x, inputs, labels, pool, restarts=8, steps=5)
+    assert adversarial.argmax(dim=1).item() == 1
+
+
 def test_a_constant_added_to_all_scores_does_not_weaken_the_walk():
     torch.manual_seed(3)
     weight = torch.randn(6, 3)

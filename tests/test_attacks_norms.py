@@ -160,3 +160,25 @@ def test_random_points_fill_the_ball(norm):
     expected = torch.linspace(0.1, 0.9, 9).double()
     torch.testing.assert_close(share.quantile(expected), expected, atol=0.03, rtol=0)
     assert ((points - center).mean(0).abs() < 0.01).all()
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("steps", [4, 5, 23])
+def test_pgd_until_evasion_evades_the_same_rows_with_fewer_forwards(norm, steps):
+    toy = RBFMap()
+    inputs, labels, pool = toy.samples(n=40)
+    eps = torch.linspace(0.02, 0.4, 40).double()
+    rows = []
+
+    def counted(x):
+        rows.append(len(x))
+        return toy(x)
+
+    found, forwards = {}, {}
+    for stop in (False, True):
+        rows.clear()
+        options = {"norm": norm, "steps": steps, "init_inputs": pool, "reject": True}
+        points = pgd(counted, inputs, labels, eps, until_evasion=stop, **options)
+        found[stop], forwards[stop] = evades(toy(points), labels, True), sum(rows)
+    assert found[True].any() and torch.equal(found[True], found[False])
+    assert forwards[True] < forwards[False] or steps < 5

@@ -388,6 +388,11 @@ def test_attack_that_does_not_know_the_norm_is_refused(run, capsys):
     assert "ddn is for the l2 norm only" in _error(capsys, attack, arguments)
 
 
+def test_an_attack_that_the_network_cannot_have_is_refused_before_any_work(run, capsys):
+    arguments = ["--run", str(run), "--attack", "smoothed-pgd"]
+    assert "smoothed-pgd cannot attack the network" in _error(capsys, attack, arguments)
+
+
 def test_failed_checks_stand_above_the_table(run, capsys):
     content = json.loads((run / "results.json").read_text())
     entry = content["checks"]["DNR"]["checks"][1]

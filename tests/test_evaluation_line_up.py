@@ -85,6 +85,7 @@ def test_options_reach_the_attacks_that_have_them(data):
     assert default_line_up(pool)["line-search PGD"].settings["objective"] == "paper"
     assert default_line_up(pool)["APGD"].settings["objective"] == "decision"
     assert attacks["selective PGD"].settings["projected"] == "none"
+    assert attacks["selective PGD"].settings["selective"] is True
     assert attacks["multi-target APGD"].settings["steps"] == 7  # of the attack inside
     assert "objective" not in attacks["transfer"].settings
     assert attacks["FMN"].settings.keys() >= {"step_size", "starts"}

@@ -305,6 +305,22 @@ def test_failed_checks_come_first_and_stand_beside_the_numbers(tmp_path):
     assert ["fail", "d"] in names
 
 
+def test_a_check_that_broke_off_and_an_attack_left_out_are_seen(tmp_path):
+    entry = {"name": "noise control", "status": "skipped", "counts": {"errors": 1}, "advice": ""}
+    checks = {"DNR": {"status": "warn", "checks": [entry | {"message": "Broke off: no memory."}]}}
+    curve = make_curve()
+    curve.settings["left_out"] = ["smoothed PGD"]
+    save_html(
+        tmp_path / "page.html", {"DNR": curve}, settings={}, checks=checks, measures={}, figures={},
+        title="t", command="c",
+    )  # fmt: skip
+    text = Page((tmp_path / "page.html").read_text()).text
+    above = text[: text.index("Worst case over all attacks")]
+    assert "Broke off: no memory." in above and "No check found a reason" not in above
+    assert "smoothed PGD" in above
+    assert "left out, as the model lacks what they need: smoothed PGD" in format_table({"D": curve})
+
+
 def test_a_page_without_checks_says_so(tmp_path):
     text = Page(write_page(tmp_path, checks={})).text
     assert text.count("not checked") == 4 and "no checks were made" in text

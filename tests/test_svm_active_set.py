@@ -122,16 +122,6 @@ def test_newton_steps_are_limited_block_by_block(most):
     assert (steps <= limits).all() and steps[1] > 1
 
 
-def test_a_block_may_leave_a_share_of_its_first_violations():
-    block = blocks(20, 60, seed=5, C=100.0)
-    like, limits = torch.ones(20, dtype=torch.float64), torch.full((20,), 30)
-    arguments = (*block, 0 * like, 1e-2 * like, 1e-6 * like, limits)
-    spent = {share: newton_blocks(*arguments, share)[1:] for share in (0.0, 0.3, 1.0)}
-    assert all(solved.all() for solved, _ in spent.values())
-    assert (spent[1.0][1] == 1).all()
-    assert (spent[0.3][1] <= spent[0.0][1]).all() and (spent[0.3][1] < spent[0.0][1]).any()
-
-
 @pytest.mark.parametrize("device", DEVICES)
 def test_products_from_the_left_are_those_from_the_right(device):
     kernels, gradient, *_ = (t.to(device) for t in blocks(3, 20, seed=7))

@@ -19,9 +19,10 @@ from torchdnr.evaluation.checks import run_checks
 from torchdnr.evaluation.curve import SecurityCurve, plain_json, read_json, write_json
 from torchdnr.evaluation.distribution import Processes
 from torchdnr.evaluation.judging import outputs
-from torchdnr.evaluation.line_up import Attack, build_line_up, choose_attacks
+from torchdnr.evaluation.line_up import ATTACKS, Attack, build_line_up, choose_attacks
 from torchdnr.evaluation.measures import Measures, measure
 from torchdnr.evaluation.metrics import predict_labels
+from torchdnr.evaluation.report_html import broken_off
 from torchdnr.evaluation.security import security_evaluations
 from torchdnr.files import digest
 
@@ -146,7 +147,8 @@ class Evaluation:
             progress=self.console.progress,
         )
         checks = plain_json(report.to_dict())
-        write_json(path, {"of": known, "checks": checks})
+        if not broken_off(checks["checks"]):  # those may go well the next time
+            write_json(path, {"of": known, "checks": checks})
         return checks
 
     def measure(self, curves: Mapping[str, SecurityCurve]) -> dict[str, Measures]:
@@ -219,9 +221,15 @@ def plan(options: argparse.Namespace, job: Job) -> dict[str, Any]:
             f"--samples must be at most the {available} test images, got {samples}; ask for fewer"
         )
     norm, size = options.norm, options.example_eps
+    chosen = choose_attacks(options.attack, norm)
+    if all(ATTACKS[name].needs for name in chosen):
+        raise ValueError(
+            f"--attack {' '.join(chosen)} cannot attack the network, which has no kernels to "
+            "widen; name another attack beside it"
+        )
     return plain_json(
         {
-            "attacks": choose_attacks(options.attack, norm),
+            "attacks": chosen,
             "norm": norm,
             "eps": sorted(set(EPS[norm] if options.eps is None else options.eps)),
             "objective": options.objective,

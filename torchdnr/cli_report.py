@@ -16,7 +16,7 @@ from torchdnr.evaluation.plots_rejection import plot_roc
 from torchdnr.evaluation.rates import attack_costs, attack_rates
 from torchdnr.evaluation.report import format_table, load_results, save_results
 from torchdnr.evaluation.report_csv import save_csv
-from torchdnr.evaluation.report_html import ORDER, save_html
+from torchdnr.evaluation.report_html import ORDER, broken_off, save_html
 
 RESULTS = "results.json"  # written last: it tells that all is done
 FILES = "report.html", RESULTS, "results.csv", "curve.png", "examples.png", "roc.png"
@@ -118,6 +118,9 @@ def command_of(evaluation: Evaluation) -> str:
         **{name: attack[name] for name in ("norm", "eps", "samples", "objective", "steps")},
         "restarts": attack["restarts"],
         "batch-size": attack["batch_size"],
+        "check-samples": attack["check_samples"],
+        "examples": attack["examples"],
+        "example-eps": attack["example_eps"],
     }
     words = ["python", "attack.py"]
     for name, value in options.items():
@@ -128,7 +131,8 @@ def command_of(evaluation: Evaluation) -> str:
 
 
 def _word(value: object) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    whole = isinstance(value, float) and value.is_integer()
+    return str(int(value)) if whole else str(value)  # all digits: it makes the same numbers
 
 
 def _as_text(curves: Mapping[str, SecurityCurve], checks: Mapping[str, Mapping[str, Any]]) -> str:
@@ -143,11 +147,12 @@ def _as_text(curves: Mapping[str, SecurityCurve], checks: Mapping[str, Mapping[s
         found = [entry["status"] for entry in report["checks"]]
         counts = ", ".join(f"{found.count(status)} {status}" for status in ORDER)
         lines.append(f"  {name}: {report['status'].upper()} ({counts})")
-        for status in ORDER[:2]:  # what failed, then what is doubtful
-            for entry in report["checks"]:
-                if entry["status"] == status:
-                    text = f"{status.upper()} {entry['name']}: {entry['message']} {entry['advice']}"
-                    lines += wrap(text, 98, initial_indent="    ", subsequent_indent="      ")
+        entries = report["checks"]
+        doubtful = [entry for status in ORDER[:2] for entry in entries if entry["status"] == status]
+        for entry in (*doubtful, *broken_off(entries)):
+            status = entry["status"].upper()
+            text = f"{status} {entry['name']}: {entry['message']} {entry['advice']}"
+            lines += wrap(text, 98, initial_indent="    ", subsequent_indent="      ")
     return "\n".join(lines) + f"\n\n{format_table(curves)}"
 
 

@@ -44,8 +44,8 @@ def line_search_pgd(
     Each step follows the normalised gradient and tries ``step_size * 2^k`` for k = 0..doublings,
     and halved steps where none of them improves; every trial is projected on ball and box and the
     best one is the next point. A sample stops when no trial improves, or when three steps in a row
-    change its objective by no more than ``tol`` of all its descent. It then leaves the batch, and
-    its result does not depend, but for rounding, on which samples shared it.
+    change its objective by no more than ``tol`` of all its descent. It then leaves the batch, and,
+    without restarts, its result does not depend, but for rounding, on which samples shared it.
 
     What is returned is the best point evaluated: an evading point (accepted and wrong) beats any
     other, then the lower objective counts. More steps, or a start, never make it worse.

@@ -183,6 +183,7 @@ class _Batch(NamedTuple):
             pool, classes = self.pool
             if restart:  # the nearest of a random half: others than before
                 half = torch.rand(len(pool), generator=self.generator, device=rows.device) < 0.5
+                half = half | ~half.any()  # none is no pool
                 pool, classes = pool[half], classes[half]
             owner, first = evading_starts(
                 self.target,

@@ -7,10 +7,13 @@ from torch import Tensor
 
 from torchdnr.attacks.checks import check_count, check_step_size
 from torchdnr.attacks.fixed_eps import FixedEps, Run
-from torchdnr.attacks.points import Points, evaluated, keep_better
+from torchdnr.attacks.points import Points, evaluated, keep_better, put
 from torchdnr.attacks.projections import project
 from torchdnr.attacks.steps import steepest
 from torchdnr.attacks.target import slope_at
+
+LOOK_EVERY = 5
+"""Steps between two looks at which rows evade: each waits for the device."""
 
 
 def pgd(
@@ -29,6 +32,7 @@ def pgd(
     init_labels: Tensor | None = None,
     restarts: int = 0,
     random_start: bool = False,
+    until_evasion: bool = False,
     bounds: tuple[float, float] = (0.0, 1.0),
     batch_size: int = 256,
     reject: bool | None = None,
@@ -58,6 +62,8 @@ def pgd(
         init_labels: Class that the model assigns to each of them, -1 where it rejects, ``(m,)``.
         restarts: Further runs, from random points of the ball, of those that did not evade.
         random_start: Whether the first run starts at a random point too.
+        until_evasion: Whether a row is done once it evades: the same rows evade, at less cost and
+            with less confidence. It is looked for every ``LOOK_EVERY`` steps.
         bounds: Smallest and largest value of an input.
         batch_size: Rows in one forward, and inputs attacked at a time.
         reject: Whether the last column of the output is the threshold; ``None`` asks whether
@@ -97,12 +103,14 @@ def pgd(
     )
 
     def loop(run: Run) -> Points:
-        return descend_steadily(run, steps, step_size)
+        return descend_steadily(run, steps, step_size, until_evasion)
 
     return common.run(loop, steps=steps, name="PGD", random_start=random_start)
 
 
-def descend_steadily(run: Run, steps: int, step_size: float | None) -> Points:
+def descend_steadily(
+    run: Run, steps: int, step_size: float | None, until_evasion: bool = False
+) -> Points:
     """Take steps of constant length and return the best point evaluated, row by row.
 
     Args:
@@ -110,22 +118,36 @@ def descend_steadily(run: Run, steps: int, step_size: float | None) -> Points:
         steps: Number of steps.
         step_size: Length of a step; None: 2.5 eps / steps, or that of the box's width for an
             infinite eps.
+        until_evasion: Whether rows that evade leave the batch.
 
     Returns:
         Best points, in the order of ``better``.
     """
-    target, region, best = run.target, run.region, run.first
-    center, eps, norm, bounds = region
+    target, region, labels = run.target, run.region, run.labels
+    best, points = run.first, run.first.inputs
     if step_size is None:
-        sizes = 2.5 / steps * torch.where(eps.isfinite(), eps, bounds[1] - bounds[0])
+        width = run.region.bounds[1] - run.region.bounds[0]
+        sizes = 2.5 / steps * torch.where(region.eps.isfinite(), region.eps, width)
     else:
-        sizes = torch.full_like(eps, step_size)
-    sizes = sizes.view(-1, *[1] * (center.ndim - 1))
-    points = run.first.inputs
-    for _ in range(steps):
-        slope = slope_at(target, points, run.labels)
+        sizes = torch.full_like(region.eps, step_size)
+    sizes = sizes.view(-1, *[1] * (points.ndim - 1))
+    done = Points(*(field.clone() for field in best)) if until_evasion else None
+    rows = torch.arange(len(labels), device=labels.device)
+    for step in range(steps):
+        slope = slope_at(target, points, labels)
         best = keep_better(best, Points(points, slope.values, slope.evading))
-        direction = steepest(slope.direction, points, norm, bounds)
-        points = project(points + sizes * direction, center, eps, norm, bounds)
+        direction = steepest(slope.direction, points, region.norm, region.bounds)
+        points = project(points + sizes * direction, *region)
         run.bar.update()
-    return keep_better(best, evaluated(target, points, run.labels))
+        if until_evasion and step % LOOK_EVERY == LOOK_EVERY - 1:
+            put(done, rows, best, best.evading)
+            left = (~best.evading).nonzero()[:, 0]  # waits for the device
+            if len(left) == 0:
+                return done
+            rows, labels, points, sizes = rows[left], labels[left], points[left], sizes[left]
+            best, region = best.rows(left), region.rows(left)
+    best = keep_better(best, evaluated(target, points, labels))
+    if done is None:
+        return best
+    put(done, rows, best, torch.ones_like(best.evading))
+    return done

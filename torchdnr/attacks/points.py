@@ -47,9 +47,9 @@ def best_column(values: Tensor, evading: Tensor) -> Tensor:
 
 def put(points: Points, rows: Tensor, new: Points, where: Tensor) -> None:
     """Overwrite ``points[rows]`` by ``new`` where told, in place."""
-    rows = rows[where]
-    for field, values in zip(points, new, strict=True):
-        field[rows] = values[where]
+    for field, values in zip(points, new, strict=True):  # no row twice: nothing waits
+        mask = where.view(-1, *[1] * (field.ndim - 1))
+        field[rows] = torch.where(mask, values, field[rows])
 
 
 def evaluated(target: Target, inputs: Tensor, labels: Tensor) -> Points:

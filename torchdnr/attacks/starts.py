@@ -95,7 +95,8 @@ def nearest_other_class(
             leaders = per_class.values.topk(min((neighbours + 1) // 2, len(present)), largest=False)
             picked = per_class.indices.gather(1, leaders.indices)
             leading = torch.where(leaders.values.isfinite(), -1, torch.inf).to(distances.dtype)
-            distances = distances.scatter(1, picked, leading)  # before all others
+            # Before all others. A class without a usable sample picks any: it must change nothing.
+            distances = distances.scatter_reduce(1, picked, leading, "amin")
         nearest = distances.topk(neighbours, largest=False)
         indices.append(nearest.indices)
         found.append(nearest.values.isfinite())

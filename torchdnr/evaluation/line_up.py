@@ -6,7 +6,7 @@ from inspect import signature
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from torchdnr.attacks.apgd import apgd
 from torchdnr.attacks.boundary_walk import boundary_walk
@@ -20,14 +20,16 @@ from torchdnr.attacks.pgd import pgd
 from torchdnr.attacks.smoothing import smoothed_pgd
 from torchdnr.attacks.square import square
 from torchdnr.attacks.transfer import transfer
+from torchdnr.files import digest
 
 LINE_SEARCH_PGD = "line-search PGD"
 BOUNDARY_WALK = "boundary walk"
 DEFAULT, FULL = "default", "full"
-# What an attack is given with the inputs, and what does not change its points.
+# What an attack is given with the inputs, and what does not change its points. It always goes on
+# from given points, at first the inputs, so that no run begins at random.
 _GIVEN = {
     *("start", "init_inputs", "init_labels", "targets", "eps", "batch_size", "progress"),
-    *("attack", "surrogate", "smoothed"),
+    *("attack", "surrogate", "smoothed", "random_start"),
 }
 
 
@@ -45,12 +47,19 @@ class Attack:
         settings: Every option that changes the points, seed included: stored with the results,
             and a checkpoint is only resumed if they are the same.
         needs: Name of a method without which a model cannot be attacked like this: it is left out.
+        fingerprint: Digests of the tensors that the points depend on beside the inputs; a
+            checkpoint is only resumed if they are the same too.
     """
 
     run: Callable[..., Tensor]
     minimum_norm: bool = False
     settings: Mapping[str, Any] = field(default_factory=dict)
     needs: str | None = None
+    fingerprint: Mapping[str, str] = field(default_factory=dict)
+
+    def fits(self, model: object) -> bool:
+        """Tell whether a model has what the attack needs."""
+        return self.needs is None or hasattr(model, self.needs)
 
 
 class Entry(NamedTuple):
@@ -118,10 +127,12 @@ ATTACKS = {
         "selective PGD",
         orthogonal_pgd,
         "first to another class, then to be accepted",
-        options={"projected": "none"},
+        options={"projected": "none", "selective": True},
     ),
     "orthogonal-pgd": Entry(
-        "orthogonal PGD", orthogonal_pgd, "the same, along gradients that do not disturb each other"
+        "orthogonal PGD",
+        orthogonal_pgd,
+        "to another class and to be accepted at once, along gradients that do not disturb",
     ),
     "smoothed-pgd": Entry(
         "smoothed PGD", smoothed_pgd, "on wider kernels first, for NR and DNR", needs="smoothed"
@@ -199,6 +210,9 @@ def build_line_up(
     shared = {"norm": norm, "bounds": bounds, "reject": reject, **(options or {})}
     given = {"init_inputs": init_inputs, "batch_size": batch_size, "progress": progress}
     given |= {"surrogate": surrogate}
+    fingerprint = {"init_inputs": digest({"init_inputs": init_inputs})}
+    if isinstance(surrogate, nn.Module):
+        fingerprint["surrogate"] = digest(surrogate.state_dict())
     line_up = {}
     for name in chosen:
         entry = ATTACKS[name]
@@ -211,7 +225,7 @@ def build_line_up(
         run = _nearest(entry.attack, settings, extra)
         if not entry.minimum_norm:
             run = _at_eps(entry.attack, settings, extra, "start" in entry.accepts)
-        line_up[entry.label] = Attack(run, entry.minimum_norm, settings, entry.needs)
+        line_up[entry.label] = Attack(run, entry.minimum_norm, settings, entry.needs, fingerprint)
     return line_up
 
 

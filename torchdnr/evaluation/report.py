@@ -117,6 +117,9 @@ def _remarks(curves: Mapping[str, SecurityCurve]) -> list[str]:
                 f"  Note: {left}. Every defence has to fail at some eps: "
                 "try a larger one, or stronger attacks."
             )
+        if missing := curve.settings.get("left_out"):
+            names = ", ".join(missing)
+            lines.append(f"  Note: left out, as the model lacks what they need: {names}.")
         for attack, alone in curve.attacks.items():
             if sum(alone.violations):
                 lines.append(

@@ -119,23 +119,32 @@ def _verdicts(curves: Mapping[str, SecurityCurve], checks: Mapping[str, Mapping[
     """List for each classifier what failed or is doubtful, the worst first."""
     parts = []
     for name, curve in curves.items():
-        lines = [
-            _check_line(entry)
-            for status in ORDER[:2]
-            for entry in checks.get(name, {}).get("checks", ())
-            if entry["status"] == status
-        ]
+        entries = checks.get(name, {}).get("checks", ())
+        doubtful = [entry for status in ORDER[:2] for entry in entries if entry["status"] == status]
+        lines = [_check_line(entry) for entry in (*doubtful, *broken_off(entries))]
         for attack, alone in curve.attacks.items():
             if count := sum(alone.violations):
                 text = f"{attack} left the ball or the box {count} times and was projected back."
                 lines.append(f'<li class="fail"><b>constraints</b>: {_escape(text)}</li>')
+        if missing := curve.settings.get("left_out"):
+            text = f"{', '.join(missing)}: the model lacks what they need."
+            lines.append(f'<li class="skipped"><b>left out</b>: {_escape(text)}</li>')
         if name not in checks:
             lines.append(f'<li class="skipped">{NO_CHECKS}: the attacks may have been weak.</li>')
-        elif not lines:
+        elif not lines and checks[name]["status"] == "pass":
             lines = ['<li class="pass">No check found a reason for doubt.</li>']
+        elif not lines:
+            lines = [f'<li class="skipped">{NO_CHECKS}: the attacks may have been weak.</li>']
         head = f"<h3>{_escape(name)} {_status(checks, name)}</h3>"
         parts.append(f"{head}<ul>{''.join(lines)}</ul>")
     return "".join(parts)
+
+
+def broken_off(entries: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Return the checks that an error ended: they say nothing, which must be seen."""
+    return [
+        entry for entry in entries if entry["status"] == "skipped" and "errors" in entry["counts"]
+    ]
 
 
 def _check_line(entry: Mapping[str, Any]) -> str:

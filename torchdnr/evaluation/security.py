@@ -137,6 +137,7 @@ def security_evaluations(
     shared = {"norm": norm, "bounds": bounds, "batch_size": batch_size}
     pool = inputs if init_inputs is None else init_inputs
     units: list[Unit] = []
+    left_out: dict[str, list[str]] = {}
     clean: dict[str, tuple[Task, Judged]] = {}
     with ExitStack() as stack:
         for name, model in models.items():
@@ -144,11 +145,8 @@ def security_evaluations(
             line_up = attacks
             if line_up is None:
                 line_up = default_line_up(pool, progress=progress, **options)
-            line_up = {
-                key: attack
-                for key, attack in line_up.items()
-                if attack.needs is None or hasattr(model, attack.needs)
-            }
+            left_out[name] = [key for key, attack in line_up.items() if not attack.fits(model)]
+            line_up = {key: attack for key, attack in line_up.items() if attack.fits(model)}
             if not line_up:
                 raise ValueError(f"attacks is empty for {name}: give one, or None for the default")
             task = Task(CountedModel(model), inputs, labels, **options)
@@ -161,7 +159,7 @@ def security_evaluations(
             for key, attack in line_up.items():
                 number = len(units)
                 path = paths[key] if processes.mine(number) else None
-                own = {"attack": attack.settings}
+                own = {"attack": attack.settings, **attack.fingerprint}
                 own |= {} if attack.minimum_norm else {"eps": eps}  # each goes on from the last
                 steps = Checkpoint(path, known | own, behaviour(task))
                 units.append(Unit(number, name, key, attack, task, clean[name][1], steps))
@@ -177,6 +175,7 @@ def security_evaluations(
                 "reject": task.reject,
                 "samples": len(inputs),
                 "init_inputs": None if init_inputs is None else len(init_inputs),
+                "left_out": left_out[name],
                 **(settings or {}),
             },
             environment=describe_environment(inputs.device),

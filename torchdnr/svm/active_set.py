@@ -32,7 +32,6 @@ def newton_blocks(
     damping: Tensor,
     tol: Tensor,
     max_steps: Tensor,
-    remainder: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Minimise p dual problems on their working sets, plus ``damping / 2 |b - b_0|^2``.
 
@@ -46,8 +45,6 @@ def newton_blocks(
         damping: Proximal terms, >= 0, ``(p,)``: they make singular kernels harmless.
         tol: Violation that a block may keep, ``(p,)``.
         max_steps: Newton steps that a block may take, ``(p,)``; ``MAX_STEPS`` at the most.
-        remainder: Share of the samples that violate their conditions after the first step, of
-            which as many may still do so where a block counts as solved.
 
     Returns:
         b, ``(p, k)``, within the bounds up to rounding where solved with no such sample; whether
@@ -61,16 +58,14 @@ def newton_blocks(
     rows = torch.arange(len(best), device=best.device)
     point, slope = dual_coef, gradient
     state = (kernels, gradient, dual_coef, lower, upper, damping, tol, max_steps)
-    for step in range(MAX_STEPS):
+    for _ in range(MAX_STEPS):
         kernels, gradient, dual_coef, lower, upper, damping, tol, max_steps = state
         up, low = _guess_sets(point, slope, intercept, lower, upper)
         point, slope, intercept, sound = _newton_step(
             kernels, gradient, dual_coef, lower, upper, damping, up, low
         )
         bad = _count_violations(point, slope, intercept, lower, upper, up, low, tol)
-        if step == 0:
-            enough = (remainder * bad).long()
-        done = bad <= enough[rows]
+        done = bad == 0
         better = sound & (bad < fewest[rows])
         fewest[rows] = torch.where(better, bad, fewest[rows])
         best[rows] = torch.where(better.unsqueeze(1), point, best[rows])

@@ -26,9 +26,6 @@ BLOCK_ACCURACY = 0.1
 NEWTON_ACCURACY = 0.01
 """The same for Newton's method, whose last digits cost little; a tenth would leave points that are
 no better than where the block began."""
-REMAINDER = 0.1
-"""Share of the violations of the first Newton step that a block may leave to the next outer step,
-which has new samples to add anyway; a block with few of them is solved to the end."""
 SHORTEST_STEP = 1e-3
 """Share of the way to Newton's answer below which a block counts as not improved."""
 FIRST_DAMPING, LEAST_DAMPING, MOST_DAMPING = 0.3, 1e-9, 1.0
@@ -207,7 +204,6 @@ def _improve(
         kernels,
         *(t.to(dtype) for t in (*local, intercept, damping, tol)),
         allowed,
-        REMAINDER,
     )
     solution = to_double(solution, lower, upper)
     target = settle(solution, gradient, lower, upper, dual_coef.sum(dim=1))

@@ -148,7 +148,7 @@ def run_checks(
     chosen = _named(only)
     began = time.perf_counter()
     counted = CountedModel(model)
-    with left_as_found(counted):
+    with left_as_found(counted), left_as_found(surrogate):
         context = _context(
             counted,
             inputs,
@@ -223,6 +223,7 @@ def _context(
     pool_labels = assigned_classes(target, pool)
     if attacks is None:
         attacks = _default_attacks(pool, pool_labels, fields)
+    attacks = {key: attack for key, attack in attacks.items() if attack.fits(fields["original"])}
     evading = evaded(curve.predictions[index], curve.labels)
     rows = (~evading).nonzero()[:, 0][: options["samples"]].to(inputs.device)
     points = inputs if curve.adversarial is None else curve.adversarial[index].to(inputs)
