@@ -79,10 +79,10 @@ def project_l2(
     boxed = project_box(points, bounds)
     origin = center.flatten(1)
     step = points.flatten(1) - origin
-    room = torch.where(step > 0, bounds[1] - origin, origin - bounds[0]).clamp_min(0)
+    # What the box leaves of the step is all the room that a shorter step can meet.
+    room = (boxed.flatten(1) - origin).abs()
     eps = _per_row(eps, points).flatten(1)
-    length = torch.minimum(step.abs(), room).square().sum(dim=1, keepdim=True).sqrt()
-    inside = length <= eps
+    inside = torch.linalg.vector_norm(room, dim=1, keepdim=True) <= eps
     # Rows inside the ball get a radius that keeps the arithmetic below finite; it is not used.
     radius = torch.where(inside, 0, eps * (1 - 8 * torch.finfo(points.dtype).eps))
     moved = _shrink_to_radius(step, room, radius)
@@ -93,11 +93,10 @@ def project_l2(
 def _shrink_to_radius(step: Tensor, room: Tensor, radius: Tensor) -> Tensor:
     """Find ``clip(mu * step, -room, room)`` of norm ``radius``, which is at most its norm at 1."""
     size = step.abs()
-    scale = size.amax(dim=1, keepdim=True)
+    scale = torch.linalg.vector_norm(size, torch.inf, dim=1, keepdim=True)
     size = size / torch.where(scale > 0, scale, 1)  # at most 1: squares neither overflow nor vanish
     square = size.square()
-    reach = room / torch.where(size > 0, size, 1)  # the mu at which a coordinate meets the box
-    reach = torch.where(size > 0, reach, torch.inf)
+    reach = room / size  # the mu at which a coordinate meets the box; NaN where it does not move
     total = square.sum(dim=1, keepdim=True)
     mu = radius / torch.where(total > 0, total, 1).sqrt()
     limit, target = room.square(), radius.square()
@@ -110,7 +109,7 @@ def _shrink_to_radius(step: Tensor, room: Tensor, radius: Tensor) -> Tensor:
         if mu.device.type == "cpu" and torch.equal(mu, before):
             break  # on a CPU to look costs nothing; elsewhere it would wait for the device
     moved = torch.minimum(size * mu, room)
-    norm = moved.square().sum(dim=1, keepdim=True).sqrt()
+    norm = torch.linalg.vector_norm(moved, dim=1, keepdim=True)
     return moved.copysign(step) * (radius / torch.where(norm > 0, norm, 1)).clamp_max(1)
 
 

@@ -168,8 +168,8 @@ def unit(vectors: Tensor) -> tuple[Tensor, Tensor]:
         Unit rows ``(n, ...)``, and the norms they had ``(n,)``.
     """
     flat = vectors.flatten(1).nan_to_num()
-    largest = flat.abs().amax(dim=1, keepdim=True)
+    largest = torch.linalg.vector_norm(flat, torch.inf, dim=1, keepdim=True)
     flat = flat / torch.where(largest > 0, largest, 1)
-    length = flat.square().sum(dim=1, keepdim=True).sqrt()
+    length = torch.linalg.vector_norm(flat, dim=1, keepdim=True)
     flat = flat / torch.where(length > 0, length, 1)
     return flat.view_as(vectors), (length * largest)[:, 0]
