@@ -30,10 +30,13 @@ def readme_section(
     Returns:
         Markdown: what was run where, the speed targets, and how strong each attack is.
     """
-    environment = attack["environment"]
+    environment = attack["overhead"]["environment"]
+    strength = dict(attack["strength"]["found"])
+    samples = strength.pop("samples")
     lines = [
         f"{environment['threads']} threads of an {environment['processor']}, torch "
-        f"{environment['torch']}; the first {attack['samples']} test digits of the default run.",
+        f"{environment['torch']}; {attack['overhead']['samples']} test digits of the default run. "
+        "secml: processor time per digit, one thread, six digits, ours in batches.",
         "",
         "| speed | reached | target |",
         "|---|---|---|",
@@ -52,11 +55,12 @@ def readme_section(
     lines += _secml_rows(secml)
     lines += [
         "",
-        "Norms and evasions (accepted and wrong) on DNR, l2, and what they cost per digit:",
+        f"Norms and evasions (accepted and wrong, in percent) on the first {samples} digits, l2, "
+        "and passes per digit, for attacks at a given eps over all three:",
         "",
         "| attack on DNR | mean norm | evaded at eps 1 | 1.5 | 2 | forwards | backwards |",
         "|---|---|---|---|---|---|---|",
-        *(_strength_row(*item) for item in attack["strength"]["found"].items()),
+        *(_strength_row(*item) for item in strength.items()),
     ]
     return "\n".join(lines + (_peer_lines(peers) if peers else []))
 
@@ -123,18 +127,19 @@ def _peer_lines(peers: dict[str, Any]) -> list[str]:
     return [*lines, f"| (evaded by ours) | {' | '.join(ours)} |"]
 
 
+def load() -> tuple[dict[str, Any], dict[str, Any], dict[str, Any] | None]:
+    """Read the results, None for peers that have not been measured."""
+    paths = [RESULTS / f"{name}-cpu.json" for name in ("attack", "secml", "peers")]
+    return tuple(json.loads(path.read_text()) if path.exists() else None for path in paths)
+
+
 def main() -> int:
     """Rewrite the part of README.md between the markers."""
-    attack, secml = (
-        json.loads((RESULTS / f"{name}-cpu.json").read_text()) for name in ("attack", "secml")
-    )
-    path = RESULTS / "peers-cpu.json"
-    peers = json.loads(path.read_text()) if path.exists() else None
     readme = ROOT / "README.md"
     between = re.compile(
         "(?<=" + re.escape(MARKERS[0]) + r").*?(?=" + re.escape(MARKERS[1]) + ")", re.S
     )
-    section = readme_section(attack, secml, peers)
+    section = readme_section(*load())
     text = between.sub(lambda _: f"\n{section}\n", readme.read_text())
     atomic_write_bytes(readme, text.encode())
     return 0

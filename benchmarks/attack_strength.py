@@ -24,7 +24,7 @@ from torchdnr.evaluation.judging import CountedModel
 FIXED_EPS = (1.0, 1.5, 2.0)
 MINIMUM_NORM = {
     "boundary walk": boundary_walk,
-    "boundary walk, 30 starts, 300 steps": partial(boundary_walk, starts=30, steps=300),
+    "boundary walk, 300 steps": partial(boundary_walk, steps=300),
     "FMN": fmn,
     "FMN from the input alone": lambda model, x, y, pool: fmn(model, x, y),
     "DDN": ddn,
@@ -42,7 +42,8 @@ WITH_EPS = {
 def measure_strength(setup: SimpleNamespace) -> dict[str, Any]:
     """Run every attack on DNR: evasions at some eps, norms, time and passes."""
     model = setup.classifiers["DNR"]
-    found = {name: _minimum_norm(setup, model, call) for name, call in MINIMUM_NORM.items()}
+    found: dict[str, Any] = {"samples": len(setup.inputs)}
+    found |= {name: _minimum_norm(setup, model, call) for name, call in MINIMUM_NORM.items()}
     for name, call in WITH_EPS.items():
         found[name] = {f"{eps:g}": _at(setup, model, call, eps) for eps in FIXED_EPS}
     return found

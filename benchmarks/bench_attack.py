@@ -181,14 +181,14 @@ def main() -> None:
     setup = load(options.run, options.samples, options.device)
     path = RESULTS / f"attack-{setup.device.type}.json"
     record = json.loads(path.read_text()) if path.exists() else {}
-    record |= {"environment": describe_environment(setup.device), "samples": len(setup.inputs)}
+    measured = {"environment": describe_environment(setup.device), "samples": len(setup.inputs)}
     sections = {
         "overhead": lambda: measure_overhead(setup, options.repeats),
         "curve": lambda: measure_curve(setup, options.repeats),
         "strength": lambda: measure_strength(setup),
     }
     for name in options.sections:
-        stamp = {"commit": commit(), "busy_cores_before": busy_cores()}
+        stamp = {**measured, "commit": commit(), "busy_cores_before": busy_cores()}
         record[name] = {**stamp, "found": sections[name]()}
         atomic_write_bytes(path, (json.dumps(record, indent=1) + "\n").encode())
         print(name, json.dumps(record[name]["found"], indent=1), flush=True)
