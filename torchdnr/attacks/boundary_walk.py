@@ -20,8 +20,8 @@ def boundary_walk(
     eps: float | Tensor | None = None,
     norm: float = 2,
     steps: int = 100,
-    neighbours: int = 20,
-    starts: int = 10,
+    neighbours: int = 60,
+    starts: int = 20,
     restarts: int = 0,
     bounds: tuple[float, float] = (0.0, 1.0),
     reject: bool | None = None,
@@ -41,7 +41,7 @@ def boundary_walk(
     walked for a while. Step sizes follow cosine cycles of 100, 200, 400, ... steps, each from the
     best point so far: more steps are never worse, and 100, 300, 700, ... make the best use of them.
     Each step is one forward and backward of every start still walked; with the defaults an input
-    costs about 380 of them, plus some 160 forwards.
+    costs about 690 of them, plus some 470 forwards.
 
     A point counts as evading only if it does so by more than rounding, so that it still evades when
     it is evaluated in another batch. An input that is wrong and accepted is returned as it is.

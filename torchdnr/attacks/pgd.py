@@ -137,7 +137,7 @@ def descend_steadily(
         slope = slope_at(target, points, labels)
         best = keep_better(best, Points(points, slope.values, slope.evading))
         direction = steepest(slope.direction, points, region.norm, region.bounds)
-        points = project(points + sizes * direction, *region)
+        points = project(torch.addcmul(points, sizes, direction), *region)
         run.bar.update()
         if until_evasion and step % LOOK_EVERY == LOOK_EVERY - 1:
             put(done, rows, best, best.evading)
