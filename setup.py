@@ -9,6 +9,7 @@ ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "torchdnr/__init__.py").read_text()).group(1)
 DEMO = ["mlxtend>=0.23.1"]
 SKLEARN = ["scikit-learn>=1.6"]
+TABULATE = "tabulate>=0.9"
 
 setup(
     name="torchdnr",
@@ -38,7 +39,7 @@ setup(
             "pyautoattack>=0.2.0",
             "pytorch-ood>=0.4.0",
         ],
-        "bench": [*SKLEARN, "scikit-learn-intelex>=2026.2", "torchkm>=4.3.2"],
-        "test": [*DEMO, *SKLEARN, "pytest>=8", "hypothesis>=6.100", "ruff>=0.17"],
+        "bench": [*SKLEARN, TABULATE, "scikit-learn-intelex>=2026.2", "torchkm>=4.3.2"],
+        "test": [*DEMO, *SKLEARN, TABULATE, "pytest>=8", "hypothesis>=6.100", "ruff>=0.17"],
     },
 )

@@ -92,6 +92,7 @@ class Recorded(nn.Module):
         return getattr(self.model, "reject_index", None)
 
     def forward(self, inputs: Tensor) -> Tensor:
+        """Evaluate the model, and keep the inputs."""
         self.calls.append((inputs.detach().clone(), inputs.requires_grad))
         return self.model(inputs)
 

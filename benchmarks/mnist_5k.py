@@ -1,7 +1,7 @@
 """Record the default run of attack.py: results and figures here, its numbers in README.md.
 
-`python benchmarks/mnist_5k.py` runs `attack.py` in a new run folder (about ten minutes on two cores)
-and rewrites `benchmarks/results/mnist-5k*` and the part of README.md between the markers.
+`python benchmarks/mnist_5k.py` runs `attack.py` in a new run folder (about ten minutes on two
+cores) and rewrites `benchmarks/results/mnist-5k*` and the part of README.md between the markers.
 """
 
 import argparse

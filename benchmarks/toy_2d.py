@@ -2,7 +2,7 @@
 
 `python benchmarks/toy_2d.py` fits NR on three classes of the plane, attacks one sample with the
 paper's attack from the sample alone, with its second start, and by the boundary walk, and writes
-benchmarks/results/toy-2d.png and toy-2d.json.
+benchmarks/results/paper/fig2.png and fig2.json.
 """
 
 import json
@@ -17,7 +17,7 @@ from torchdnr.evaluation.environment import describe_environment
 from torchdnr.evaluation.plots_plane import plot_plane
 from torchdnr.files import atomic_write_bytes
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parent / "results/paper"
 CENTERS = ((0.25, 0.3), (0.72, 0.3), (0.5, 0.75))
 EPS = 0.42
 SOURCE = (0.27, 0.36)
@@ -44,7 +44,7 @@ def main() -> None:
         "boundary walk": boundary_walk(model, source, label, samples),
     }
     points = {name: point[0] for name, point in found.items()}
-    plot_plane(RESULTS / "toy-2d.png", model, samples, labels, source[0], 0, points, EPS)
+    plot_plane(RESULTS / "fig2.png", model, samples, labels, source[0], 0, points, EPS)
     numbers = {
         "environment": describe_environment("cpu"),
         "eps": EPS,
@@ -59,7 +59,7 @@ def main() -> None:
         },
     }
     text = json.dumps(numbers, indent=1) + "\n"
-    atomic_write_bytes(RESULTS / "toy-2d.json", text.encode())
+    atomic_write_bytes(RESULTS / "fig2.json", text.encode())
     print(text)
 
 

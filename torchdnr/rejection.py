@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torchdnr.costs import stage
 from torchdnr.inputs import check_images
 from torchdnr.svm import NotFittedError
 
@@ -160,9 +161,10 @@ class RejectingClassifier(nn.Module, ABC):
             ValueError: If the images or the rate are not as said above.
             NotFittedError: If the classifier is not fitted.
         """
-        batches = checked_batches(inputs, self.batch_size)
-        scores = torch.cat([self.scores(images.to(self.device)) for images, _ in batches])
-        self.set_threshold(rejection_threshold(scores, rejection_rate))
+        with stage("threshold"):
+            batches = checked_batches(inputs, self.batch_size)
+            scores = torch.cat([self.scores(images.to(self.device)) for images, _ in batches])
+            self.set_threshold(rejection_threshold(scores, rejection_rate))
         return self
 
     def set_threshold(self, threshold: float | Tensor) -> None:

@@ -10,6 +10,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from torchdnr.costs import stage
 from torchdnr.features import LayerFeatures, extract
 from torchdnr.files import CheckpointError, digest, load_tensors, save_tensors
 from torchdnr.rejection import RejectingClassifier, checked_batches
@@ -107,7 +108,8 @@ class SVMRejection(RejectingClassifier):
         Warns:
             ConvergenceWarning: If a dual problem missed its tolerance.
         """
-        features, labels = self._training_features(inputs, labels, progress)
+        with stage("features"):
+            features, labels = self._training_features(inputs, labels, progress)
         self._start_afresh()
         self._fit_features(features, labels, progress)
         return self
@@ -142,35 +144,38 @@ class SVMRejection(RejectingClassifier):
         if name in self.hyperparameters:
             C, gamma = self.hyperparameters[name]
             self.selection[name] = {"C": C, "gamma": gamma}
-            svm = RBFSVM(C, gamma, tol=self.tol).fit(
-                features, labels, memory_limit=self.memory_limit
-            )
+            with stage("fit"):
+                svm = RBFSVM(C, gamma, tol=self.tol).fit(
+                    features, labels, memory_limit=self.memory_limit
+                )
         else:
-            search = grid_search(
-                features,
-                labels,
-                C_grid=self.C_grid,
-                gamma_grid=self.gamma_grid,
-                folds=self.folds,
-                seed=self.seed,
-                tol=self.tol,
-                memory_limit=self.memory_limit,
-                progress=progress,
-                description=f"grid search, {name}",
-            )
+            with stage("search"):
+                search = grid_search(
+                    features,
+                    labels,
+                    C_grid=self.C_grid,
+                    gamma_grid=self.gamma_grid,
+                    folds=self.folds,
+                    seed=self.seed,
+                    tol=self.tol,
+                    memory_limit=self.memory_limit,
+                    progress=progress,
+                    description=f"grid search, {name}",
+                )
             self.selection[name], svm = search.to_dict(), search.svm
         if not stack:
             return svm, None
-        held_out = out_of_fold_scores(
-            features,
-            labels,
-            C=svm.C,
-            gamma=svm.gamma,
-            folds=self.stacking_folds,
-            seed=self.seed,
-            tol=self.tol,
-            memory_limit=self.memory_limit,
-        )
+        with stage("stacking"):
+            held_out = out_of_fold_scores(
+                features,
+                labels,
+                C=svm.C,
+                gamma=svm.gamma,
+                folds=self.stacking_folds,
+                seed=self.seed,
+                tol=self.tol,
+                memory_limit=self.memory_limit,
+            )
         return svm, held_out
 
     def smoothed(self, factor: float, svms: Collection[str] | None = None) -> Self:

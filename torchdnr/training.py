@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from torchdnr.augmentation import shift_and_mirror
 from torchdnr.files import CheckpointError, DamagedFileError, digest, load_tensors, save_tensors
+from torchdnr.learning_rate import SCHEDULES, relative_learning_rate
 
 KIND = "training checkpoint"
 # Runs with neighbouring seeds must not share the random numbers of neighbouring epochs.
@@ -35,6 +37,11 @@ class TrainingSettings:
             Not in the paper: with Table III's lr = 0.1 from the first step, one start in four was
             still at 34 % accuracy after three epochs on 2,400 digits; after one epoch of warm-up
             all were above 91 %.
+        schedule: "constant", after the warm-up, or "one-cycle": the learning rate rises linearly
+            over the first 30 % of all steps, whatever ``warmup_epochs``, then falls to 0 along a
+            cosine. Not in the paper: far fewer epochs reach the same accuracy.
+        augment: Whether images are shifted by up to 4 pixels (zeros come in) and mirrored at
+            random, as the authors' later code does for CIFAR-10. Not in the paper.
     """
 
     epochs: int
@@ -43,6 +50,8 @@ class TrainingSettings:
     batch_size: int
     weight_decay: float = 0.0
     warmup_epochs: int = 1
+    schedule: str = "constant"
+    augment: bool = False
 
     def __post_init__(self) -> None:
         """Check the ranges."""
@@ -53,6 +62,7 @@ class TrainingSettings:
             "batch_size >= 1": self.batch_size >= 1,
             "weight_decay >= 0": 0 <= self.weight_decay < math.inf,
             "warmup_epochs >= 0": self.warmup_epochs >= 0,
+            f"schedule in {SCHEDULES}": self.schedule in SCHEDULES,
         }
         for rule, holds in ranges.items():
             if not holds:
@@ -150,9 +160,15 @@ def _train_epoch(
     batches = torch.randperm(len(images)).split(settings.batch_size)
     for index, chosen in enumerate(batches):
         step = epoch * len(batches) + index + 1
-        warmup_steps = settings.warmup_epochs * len(batches)
-        optimizer.param_groups[0]["lr"] = settings.lr * min(1.0, step / max(1, warmup_steps))
+        optimizer.param_groups[0]["lr"] = settings.lr * relative_learning_rate(
+            settings.schedule,
+            step,
+            warmup=settings.warmup_epochs * len(batches),
+            total=settings.epochs * len(batches),
+        )
         inputs = images[chosen.to(images.device)].to(device)
+        if settings.augment:
+            inputs = shift_and_mirror(inputs)
         targets = labels[chosen.to(labels.device)].to(device)
         logits = net(inputs)
         loss = nn.functional.cross_entropy(logits, targets)

@@ -1,0 +1,143 @@
+"""Repeat the paper's experiments: `python benchmarks/paper.py mnist` or `cifar10`.
+
+All runs of a data set, and in the end figures and tables under benchmarks/results/paper/ and in
+README.md. Every piece is kept in the folder as soon as it is made: a run that was stopped goes on
+with the same command, and several machines can share the work (`--runs 0 1` here, `--runs 2 3 4`
+there, then copy their run-N folders into one folder and call `--stage report`). `--quick` is one
+run with fewer samples, for two cores and twenty minutes (MNIST).
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from paper_report import write_report
+from paper_run import Study, attack, finish, make_classifiers, make_network, network_accuracy
+from paper_settings import PROTOCOLS, Protocol, quick
+
+from torchdnr.cli import Console, run_command
+from torchdnr.cli_settings import find_device
+from torchdnr.data import load_dataset
+from torchdnr.evaluation.line_up import ATTACKS, DEFAULT, FULL, choose_attacks
+
+ROOT = Path(__file__).parents[1]
+STAGES = "network", "fit", "attack", "report"
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Build the parser of the command line."""
+    parser = argparse.ArgumentParser(
+        prog="paper.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    option = parser.add_argument
+    option("dataset", choices=list(PROTOCOLS))
+    option("--quick", action="store_true", help="one run, fewer samples, short training (MNIST)")
+    option("--runs", type=int, nargs="+", metavar="N", help="these runs only (default: all)")
+    option("--variants", nargs="+", metavar="NAME", help="paper, later (default: both)")
+    option("--stage", choices=STAGES, help="up to this stage only; report: nothing but that")
+    option("--epochs", type=int, metavar="N", help="epochs of the networks, one-cycle learning")
+    option("--attacked", type=int, metavar="N", help="images to attack per run")
+    option(
+        "--attack",
+        nargs="+",
+        metavar="NAME",
+        choices=[DEFAULT, FULL, *ATTACKS],
+        help="the line-up (default: that of attack.py)",
+    )
+    option(
+        "--reattack",
+        action="store_true",
+        help="attack again at every theta for Fig. 4, which takes many times as long",
+    )
+    option("--source", help="data set as for train.py, such as npz:FILE (default: by its name)")
+    option("--data-root", default="data", metavar="DIR", help="downloads (default: %(default)s)")
+    option("--folder", metavar="DIR", help="where the pieces live (default: runs/paper/NAME)")
+    option("--device", help="cpu, cuda or cuda:N (default: cuda if there is one, else cpu)")
+    option("--quiet", action="store_true", help="no messages, no progress bars")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line."""
+    options = make_parser().parse_args(argv)
+    return run_command(options, lambda console: repeat(options, console))
+
+
+def repeat(options: argparse.Namespace, console: Console) -> None:
+    """Make what is asked for, and what is missing for it."""
+    protocol = settle(options)
+    name = options.dataset + ("-quick" if options.quick else "")
+    study = Study(
+        protocol,
+        load_dataset(options.source or options.dataset, options.data_root),
+        Path(options.folder or ROOT / "runs/paper" / name),
+        find_device(options.device),
+        console.progress,
+    )
+    study.claim_folder()
+    runs = range(protocol.runs) if options.runs is None else options.runs
+    variants = options.variants or list(protocol.variants)
+    stage = options.stage or STAGES[-1]
+    pieces = [(variant, run) for variant in variants for run in runs]
+    console.stages = len(variants) + len(pieces) + 1 if options.stage is None else 0
+    if options.stage != "report":
+        for variant in variants:
+            with console.stage(f"network, {variant}", protocol.variants[variant].about):
+                make_network(study, protocol.variants[variant])
+                found = network_accuracy(study, protocol.variants[variant])
+            console.say(f"    {found:.2%} of the test set")
+        for variant, run in pieces:
+            if stage == "network":
+                break
+            with console.stage(f"{variant}, run {run}", f"up to {stage}"):
+                make_classifiers(study, variant, run)
+                if stage == "attack":
+                    attack(study, variant, run)
+                if stage == "report":
+                    finish(study, variant, run, reattack=options.reattack)
+    if stage == "report":
+        with console.stage("report", "figures and tables"):
+            text = write_report(study, name)
+        print(text)
+
+
+def settle(options: argparse.Namespace) -> Protocol:
+    """Apply the options to the protocol of the data set.
+
+    Raises:
+        ValueError: If there is no such variant or run.
+    """
+    protocol = PROTOCOLS[options.dataset]
+    protocol = quick(protocol) if options.quick else protocol
+    if options.attacked is not None:
+        protocol = replace(protocol, attacked=min(options.attacked, protocol.test_samples))
+    if options.attack is not None:
+        protocol = replace(protocol, attacks=tuple(choose_attacks(options.attack)))
+    if options.epochs is not None:
+        variants = {
+            name: replace(
+                variant,
+                training=replace(
+                    variant.training,
+                    epochs=options.epochs,
+                    schedule="one-cycle",
+                    lr=min(variant.training.lr, 0.05),
+                ),
+            )
+            for name, variant in protocol.variants.items()
+        }
+        protocol = replace(protocol, variants=variants)
+    wanted = set(options.variants or ()) - set(protocol.variants)
+    if wanted:
+        raise ValueError(
+            f"no variant {sorted(wanted)}; choose from: {', '.join(protocol.variants)}"
+        )
+    if options.runs is not None and not all(0 <= run < protocol.runs for run in options.runs):
+        raise ValueError(f"--runs must be in 0..{protocol.runs - 1}, got {options.runs}")
+    return protocol
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,331 @@
+"""One run of the paper's protocol: samples, networks, classifiers, attacks, thresholds.
+
+Everything is kept in the folder as soon as it is made, and is not made again.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from paper_settings import Protocol, Variant
+from torch import Tensor, nn
+
+from torchdnr import DNR, NR, __version__
+from torchdnr.attacks import line_search_pgd
+from torchdnr.attacks.target import has_reject_column
+from torchdnr.costs import record_costs, stage
+from torchdnr.data import Dataset, Splits, split
+from torchdnr.evaluation import SecurityCurve, build_line_up, predict_labels
+from torchdnr.evaluation.curve import plain_json, read_json, write_json
+from torchdnr.evaluation.judging import outputs
+from torchdnr.evaluation.metrics import accuracy_under_attack, rejection_rate
+from torchdnr.evaluation.report import load_results, save_results
+from torchdnr.evaluation.security import security_evaluations
+from torchdnr.evaluation.threshold_sweep import threshold_sweep, thresholds_at_rates
+from torchdnr.files import digest
+from torchdnr.models import load_network, save_network
+from torchdnr.training import train_network
+
+BATCH_SIZE = 256
+REJECTION_RATE = 0.10
+SWEEP_RATES = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4)
+EXAMPLES = 5
+SEED = 0  # of the networks and of the images that train them
+
+
+@dataclass(frozen=True, eq=False)
+class Study:
+    """Where the experiments of one data set live, and what they run on.
+
+    Attributes:
+        protocol: What is done.
+        data: The images.
+        folder: Everything that is made.
+        device: Where it runs.
+        progress: Whether to show progress bars.
+    """
+
+    protocol: Protocol
+    data: Dataset
+    folder: Path
+    device: torch.device
+    progress: bool = True
+
+    def claim_folder(self) -> None:
+        """Write down what the folder is for, or refuse one that is for something else.
+
+        Raises:
+            ValueError: If the folder holds pieces of other experiments.
+        """
+        images = {"train": self.data.images_train, "test": self.data.images_test}
+        known = {"torchdnr": __version__, **self.protocol.to_dict(), "data": digest(images)}
+        known = json.loads(json.dumps(plain_json(known)))
+        path = self.folder / "protocol.json"
+        if path.exists() and read_json(path) != known:
+            raise ValueError(f"{self.folder} was made with another protocol; choose another folder")
+        write_json(path, known)
+
+    def samples(self, run: int) -> dict[str, tuple[Tensor, Tensor]]:
+        """Draw the images of a run, on the device: svm, threshold and test."""
+        protocol, data = self.protocol, self.data
+        rest = torch.ones(len(data.labels_train), dtype=torch.bool)
+        rest[self.network_rows()] = False
+        left = replace(
+            data, images_train=data.images_train[rest], labels_train=data.labels_train[rest]
+        )
+        theta, from_test = protocol.threshold_samples, protocol.threshold_from_test
+        parts = split(
+            left,
+            network=0,
+            svm=protocol.svm_samples,
+            threshold=0 if from_test else theta,
+            test=protocol.test_samples + (theta if from_test else 0),
+            seed=run,
+        )
+        test = parts.test[: protocol.test_samples]
+        found = {
+            "svm": left.select(parts.svm),
+            "threshold": left.select(parts.test[len(test) :], test=True)
+            if from_test
+            else left.select(parts.threshold),
+            "test": left.select(test, test=True),
+        }
+        return {name: (x.to(self.device), y.to(self.device)) for name, (x, y) in found.items()}
+
+    def network_rows(self) -> Tensor:
+        """Choose the images that train the networks, ``(k,)``."""
+        parts: Splits = split(
+            self.data,
+            network=self.protocol.network_samples,
+            svm=0,
+            threshold=0,
+            test=0,
+            seed=SEED,
+        )
+        return parts.network
+
+
+@contextmanager
+def costed(path: Path, device: torch.device) -> Iterator[None]:
+    """Record what the stages inside cost, beside what is written at ``path`` already."""
+    with record_costs(device) as costs:
+        yield
+    if costs:
+        earlier = read_json(path) if path.exists() else {}
+        write_json(path, earlier | {name: cost.to_dict() for name, cost in costs.items()})
+
+
+def make_network(study: Study, variant: Variant) -> nn.Module:
+    """Load a network, or train it; its accuracy on the whole test set goes beside it."""
+    name = variant.network.__name__
+    path = study.folder / f"{name}.safetensors"
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(SEED)
+        channels = study.data.images_train.shape[1]
+        net = variant.network(num_classes=len(study.data.classes), channels=channels)
+    if path.exists():
+        load_network(net, path)
+    else:
+        with costed(study.folder / f"{name}-costs.json", study.device), stage("network"):
+            train_network(
+                net,
+                *study.data.select(study.network_rows()),
+                variant.training,
+                seed=SEED,
+                device=study.device,
+                checkpoint=study.folder / f"{name}-training.safetensors",
+                progress=study.progress,
+            )
+        save_network(net, path)
+    return net.to(study.device).eval()
+
+
+def network_accuracy(study: Study, variant: Variant) -> float:
+    """Measure a network on the whole test set; kept in a file."""
+    path = study.folder / f"{variant.network.__name__}-accuracy.json"
+    if not path.exists():
+        net = make_network(study, variant)
+        images, labels = study.data.select(torch.arange(len(study.data.labels_test)), test=True)
+        found = predict_labels(outputs(net, images.to(study.device), BATCH_SIZE), False)
+        write_json(path, {"accuracy": accuracy_under_attack(found.cpu(), labels, eps=0)})
+    return read_json(path)["accuracy"]
+
+
+def make_classifiers(study: Study, variant_name: str, run: int) -> dict[str, nn.Module]:
+    """Load or fit DNR and NR of a run, and set their thresholds.
+
+    NR is fitted after DNR with the values that DNR's search found for the same layer, images and
+    folds: its own search would find them again.
+    """
+    variant = study.protocol.variants[variant_name]
+    folder = run_folder(study, variant_name, run)
+    net = make_network(study, variant)
+    samples = study.samples(run)
+    options = {"seed": run, "hyperparameters": variant.hyperparameters}
+
+    def made(kind: type, build: Callable[[], DNR | NR]) -> DNR | NR:
+        path = folder / f"{kind.__name__.lower()}.safetensors"
+        if path.exists():
+            return kind.load(path, net)
+        model = build().to(study.device)
+        with costed(folder / f"{kind.__name__.lower()}-costs.json", study.device):
+            model.fit(*samples["svm"], progress=study.progress)
+            model.calibrate(samples["threshold"][0], REJECTION_RATE)
+        model.save(path)
+        return model
+
+    dnr = made(DNR, lambda: DNR(net, variant.layers, **options))
+    last = variant.layers[-1]
+    chosen = {last: tuple(dnr.selection[last][key] for key in ("C", "gamma"))}
+    nr = made(NR, lambda: NR(net, last, seed=run, hyperparameters=chosen))
+    return {"DNN": net, "NR": nr, "DNR": dnr}
+
+
+def run_folder(study: Study, variant: str, run: int) -> Path:
+    """Name the folder of a run."""
+    return study.folder / variant / f"run-{run}"
+
+
+def attack(study: Study, variant: str, run: int) -> dict[str, SecurityCurve]:
+    """Attack the classifiers of a run with the line-up; kept step by step."""
+    folder = run_folder(study, variant, run)
+    classifiers = make_classifiers(study, variant, run)
+    samples = study.samples(run)
+    inputs, labels = (part[: study.protocol.attacked] for part in samples["test"])
+    line_up = build_line_up(
+        study.protocol.attacks,
+        samples["svm"][0],
+        batch_size=BATCH_SIZE,
+        surrogate=classifiers["DNN"],
+        options={"seed": run},
+    )
+    curves = {}
+    for name, model in classifiers.items():
+        with costed(folder / f"{name.lower()}-costs.json", study.device), stage("attack"):
+            curves |= security_evaluations(
+                {name: model},
+                inputs,
+                labels,
+                study.protocol.eps,
+                attacks=line_up,
+                init_inputs=samples["svm"][0],
+                batch_size=BATCH_SIZE,
+                settings={"seed": run},
+                checkpoints={name: folder / f"attack-{name.lower()}.safetensors"},
+                progress=study.progress,
+            )
+    return curves
+
+
+def finish(study: Study, variant: str, run: int, *, reattack: bool) -> None:
+    """Attack, sweep theta, and write the results of a run, unless they are there."""
+    folder = run_folder(study, variant, run)
+    path = folder / "results.json"
+    if path.exists() and (not reattack or load_results(path)[1]["reattacked"]):
+        return
+    classifiers = make_classifiers(study, variant, run)
+    samples = study.samples(run)
+    curves = attack(study, variant, run)
+    inputs, labels = samples["test"]
+    count = study.protocol.attacked
+    sweeps = {}
+    for name in ("NR", "DNR"):
+        sweeps[name] = threshold_sweep(
+            classifiers[name],
+            inputs[:count],
+            labels[:count],
+            _points(curves[name], study.protocol.sweep_eps),
+            _thresholds(classifiers[name], samples["threshold"][0]),
+            attack=_again(samples["svm"][0], run) if reattack else None,
+            name=name,
+            progress=study.progress,
+        ).to_dict()
+    settings = {
+        "run": run,
+        "variant": variant,
+        "reattacked": reattack,
+        "clean": {
+            name: _clean(model, inputs, labels, samples["threshold"][0])
+            for name, model in classifiers.items()
+        },
+    }
+    save_results(path, curves, settings, {"sweeps": plain_json(sweeps)})
+
+
+def _clean(model: nn.Module, inputs: Tensor, labels: Tensor, calibration: Tensor) -> dict[str, Any]:
+    """Describe a classifier, and how it does on all clean test images of the run."""
+    reject = has_reject_column(model, None)
+    found = predict_labels(outputs(model, inputs, BATCH_SIZE), reject)
+    entry = {"accuracy": accuracy_under_attack(found, labels, eps=0), "samples": len(labels)}
+    if reject:
+        before = predict_labels(outputs(model, calibration, BATCH_SIZE), reject)
+        chosen = {
+            name: {key: value[key] for key in ("C", "gamma")}
+            for name, value in model.selection.items()
+        }
+        entry |= {
+            "rejection_rate": rejection_rate(found),
+            "calibration_rejection_rate": rejection_rate(before),
+            "selection": chosen,
+            "support_vectors": {
+                name: len(svm.support_vectors) for name, svm in model._svms().items()
+            },
+        }
+    return entry
+
+
+def _points(curve: SecurityCurve, eps: tuple[float, ...]) -> Mapping[float, Tensor]:
+    return {value: curve.adversarial[curve.eps.index(value)] for value in eps}
+
+
+def _thresholds(model: nn.Module, calibration: Tensor) -> list[float]:
+    scores = outputs(model, calibration, BATCH_SIZE)[:, :-1]
+    return thresholds_at_rates(scores, SWEEP_RATES)
+
+
+def _again(pool: Tensor, run: int) -> Callable[..., Tensor]:
+    """Build the attack that is repeated at every theta."""
+
+    def attack_once(model: nn.Module, inputs: Tensor, labels: Tensor, eps: float) -> Tensor:
+        return line_search_pgd(
+            model,
+            inputs,
+            labels,
+            eps,
+            objective="decision",
+            init_inputs=pool,
+            batch_size=BATCH_SIZE,
+            seed=run,
+        )
+
+    return attack_once
+
+
+def examples(study: Study, variant: str) -> tuple[Tensor, Tensor, dict, dict]:
+    """Attack a few images of the first run that all classifiers get right, for Figs. 5 and 6.
+
+    Returns:
+        Images, labels, adversarial images and predictions of these, the last two by classifier.
+    """
+    classifiers = make_classifiers(study, variant, 0)
+    samples = study.samples(0)
+    images, labels = samples["test"]
+
+    def predict(model: nn.Module, inputs: Tensor) -> Tensor:
+        return predict_labels(outputs(model, inputs, BATCH_SIZE), has_reject_column(model, None))
+
+    right = torch.stack([predict(model, images) == labels for model in classifiers.values()])
+    chosen = right.all(dim=0).nonzero()[:EXAMPLES, 0]
+    images, labels = images[chosen], labels[chosen]
+    found = {
+        name: line_search_pgd(
+            model, images, labels, study.protocol.example_eps, init_inputs=samples["svm"][0]
+        )
+        for name, model in classifiers.items()
+    }
+    predicted = {name: predict(classifiers[name], points) for name, points in found.items()}
+    return images, labels, found, predicted

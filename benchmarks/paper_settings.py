@@ -1,0 +1,181 @@
+"""The paper's experiments: data, networks, layers, sizes of the attacks, in full and in short."""
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from torch import nn
+
+from torchdnr.evaluation.line_up import DEFAULT_ATTACKS
+from torchdnr.models import (
+    CIFAR10_LAYERS,
+    MNIST_LAYERS,
+    ZOO_MNIST_LAYERS,
+    CIFAR10Net,
+    MNISTNet,
+    ZooMNISTNet,
+)
+from torchdnr.training import CIFAR10_TRAINING, MNIST_TRAINING, TrainingSettings
+
+PAPER, LATER = "paper", "later"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A set of classifiers: network, layers, and how the SVMs get their hyper-parameters.
+
+    Attributes:
+        about: Where it comes from.
+        network: Its architecture.
+        training: How that is trained.
+        layers: What DNR reads; NR takes the last of them.
+        hyperparameters: (C, gamma) of DNR by layer and "combiner"; None: searched.
+    """
+
+    about: str
+    network: type[nn.Module]
+    training: TrainingSettings
+    layers: tuple[str, ...]
+    hyperparameters: dict[str, tuple[float, float]] | None = None
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """One data set's experiments.
+
+    Attributes:
+        dataset: Name for ``load_dataset``, unless a file is given.
+        variants: Name to the classifiers.
+        runs: Repetitions, each with other samples.
+        network_samples: Images that train the networks, the same in all runs.
+        svm_samples: Images that fit DNR and NR, drawn per run from the rest of the training set.
+        threshold_samples: Images that set theta, drawn per run: of the training set, or, where
+            nothing is left of it, of the test set (``threshold_from_test``).
+        threshold_from_test: See above; they are never among the images that are evaluated.
+        test_samples: Images for the clean accuracy, drawn per run from the test set.
+        attacked: Images of these that are attacked.
+        eps: Sizes of the attacks, l2.
+        sweep_eps: Those of the figure over theta.
+        example_eps: That of the figure with images.
+        nr_rejects_more_at: Where the paper sees NR reject more than DNR (Sec. IV-B).
+        attacks: The line-up.
+        note: What has to be said about the data.
+    """
+
+    dataset: str
+    variants: dict[str, Variant]
+    runs: int
+    network_samples: int
+    svm_samples: int
+    threshold_samples: int
+    threshold_from_test: bool
+    test_samples: int
+    attacked: int
+    eps: tuple[float, ...]
+    sweep_eps: tuple[float, ...]
+    example_eps: float
+    nr_rejects_more_at: tuple[float, ...]
+    attacks: tuple[str, ...] = DEFAULT_ATTACKS
+    note: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Convert to JSON values."""
+        found = asdict(self)
+        for name, variant in self.variants.items():
+            found["variants"][name]["network"] = variant.network.__name__
+        return found
+
+
+# C and gamma that the paper's first author found with cross-validation, as printed by the group's
+# later code for its own networks (FADER, https://github.com/FrancescoCrecchi/FADER).
+_LATER_MNIST = {
+    "relu2": (10.0, 1e-3),
+    "relu3": (10.0, 1e-2),
+    "relu4": (1.0, 1e-2),
+    "combiner": (0.1, 1.0),
+}
+_LATER_CIFAR10 = {
+    "pool3": (10.0, 1e-3),
+    "relu7": (1.0, 1e-3),
+    "flatten": (0.1, 1e-2),
+    "combiner": (1e-4, 1.0),
+}
+
+MNIST = Protocol(
+    dataset="mnist",
+    variants={
+        PAPER: Variant(
+            "Table I, last three layers, hyper-parameters by 5-fold cross-validation",
+            MNISTNet,
+            MNIST_TRAINING,
+            MNIST_LAYERS,
+        ),
+        LATER: Variant(
+            "network, layers and hyper-parameters of the group's later code",
+            ZooMNISTNet,
+            replace(MNIST_TRAINING, epochs=30),
+            ZOO_MNIST_LAYERS,
+            _LATER_MNIST,
+        ),
+    },
+    runs=5,
+    network_samples=30_000,
+    svm_samples=10_000,
+    threshold_samples=1_000,
+    threshold_from_test=False,
+    test_samples=1_000,
+    attacked=1_000,
+    eps=(0, 0.5, 1, 1.5, 2, 3, 4, 5),
+    sweep_eps=(0.5, 1, 1.5, 2, 3),
+    example_eps=1.0,
+    nr_rejects_more_at=(0.5,),
+)
+
+CIFAR10 = Protocol(
+    dataset="cifar10",
+    variants={
+        PAPER: Variant(
+            "Table II; second-to-last max-pooling, last batch norm and last layer; "
+            "hyper-parameters by 5-fold cross-validation",
+            CIFAR10Net,
+            CIFAR10_TRAINING,
+            CIFAR10_LAYERS,
+        ),
+        LATER: Variant(
+            "Table II; layers and hyper-parameters of the group's later code",
+            CIFAR10Net,
+            CIFAR10_TRAINING,
+            ("pool3", "relu7", "flatten"),
+            _LATER_CIFAR10,
+        ),
+    },
+    runs=5,
+    network_samples=40_000,
+    svm_samples=10_000,
+    threshold_samples=1_000,
+    threshold_from_test=True,  # 40,000 and 10,000 are all that there is
+    test_samples=1_000,
+    attacked=1_000,
+    eps=(0, 0.05, 0.1, 0.2, 0.4, 1, 2),
+    sweep_eps=(0.05, 0.1, 0.2, 0.4, 1),
+    example_eps=0.2,
+    nr_rejects_more_at=(0.1, 0.2, 0.4, 1),
+)
+
+PROTOCOLS = {"mnist": MNIST, "cifar10": CIFAR10}
+
+# For two cores and twenty minutes: a short training, with a learning rate that rises and falls.
+_QUICK_TRAINING = TrainingSettings(
+    epochs=8, lr=0.05, momentum=0.9, batch_size=128, schedule="one-cycle"
+)
+
+
+def quick(protocol: Protocol) -> Protocol:
+    """Shorten the experiments to one run with fewer samples; networks of MNIST train for less."""
+    short = replace(protocol, runs=1, svm_samples=2_000, attacked=25)
+    if protocol.dataset != "mnist":
+        return short
+    variants = {
+        name: replace(variant, training=_QUICK_TRAINING)
+        for name, variant in protocol.variants.items()
+    }
+    return replace(short, variants=variants)

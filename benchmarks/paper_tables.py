@@ -1,0 +1,118 @@
+"""Tables of the paper's experiments, as text and for README.md."""
+
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tabulate import tabulate
+
+WORST, ALONE = "strongest line-up", "the paper's attack"
+
+
+def readme_section(name: str, content: Mapping[str, Any]) -> str:
+    """Format one data set's numbers for README.md."""
+    parts = []
+    for variant, found in content["variants"].items():
+        about = content["protocol"]["variants"][variant]["about"]
+        parts += [f"**{variant}**: {about}. {_facts(content, variant)}", ""]
+        parts += [_curve_table(found, "github"), "", _claim_table(found, "github"), ""]
+        parts += [_cost_table(content["cost"][variant], "github"), ""]
+        files = [f"{name}-{variant}-fig{number}.png" for number in (3, 4, 5)]
+        links = zip(("Fig. 3", "Fig. 4", "Fig. 5"), files, strict=True)
+        parts += [
+            ", ".join(f"[{title}](benchmarks/results/paper/{file})" for title, file in links),
+            "",
+        ]
+    return "\n".join(parts).rstrip()
+
+
+def as_text(content: Mapping[str, Any]) -> str:
+    """Format one data set's numbers for a terminal."""
+    parts = []
+    for variant, found in content["variants"].items():
+        about = content["protocol"]["variants"][variant]["about"]
+        parts += [f"{variant}: {about}", _facts(content, variant), ""]
+        parts += [_curve_table(found, "simple"), ""]
+        parts += [_claim_table(found, "simple", width=60), ""]
+        parts += [_cost_table(content["cost"][variant], "simple"), ""]
+    return "\n".join(parts)
+
+
+def _facts(content: Mapping[str, Any], variant: str) -> str:
+    protocol, found = content["protocol"], content["variants"][variant]
+    training = protocol["variants"][variant]["training"]
+    network, environment = found["network"], content["environment"]
+    rejected = ", ".join(
+        f"{name} {100 * statistics.mean(run[name]['rejection_rate'] for run in found['clean']):.1f}"
+        for name in ("NR", "DNR")
+    )
+    runs = len(found["runs"])
+    text = (
+        f"{runs} run{'s' * (runs > 1)} of {protocol['runs']}; {protocol['svm_samples']:,} images "
+        f"for the SVMs, {protocol['attacked']:,} attacked; {network['name']}, "
+        f"{training['epochs']} epochs on {protocol['network_samples']:,} images, "
+        f"{100 * network['test_accuracy']:.2f} % right on the whole test set; rejected of "
+        f"{protocol['test_samples']:,} clean test images, in percent: {rejected}. "
+        f"{environment['device']} ({environment['threads']} threads), torch "
+        f"{environment['torch']}."
+    )
+    return f"{text} {protocol['note']}".rstrip()
+
+
+def _curve_table(found: Mapping[str, Any], style: str) -> str:
+    worst, alone = found["curves"][WORST], found["curves"][ALONE]
+    header = ["eps", *(f"{name}, {WORST}" for name in worst), *(f"{name}, paper" for name in alone)]
+    columns = [*worst.items(), *alone.items()]
+    rows = [
+        [f"{eps:g}", *(_cell(name, curve, index) for name, curve in columns)]
+        for index, eps in enumerate(worst["DNN"]["eps"])
+    ]
+    return tabulate(rows, header, tablefmt=style, disable_numparse=True)
+
+
+def _cell(name: str, curve: Mapping[str, Any], index: int) -> str:
+    """Accuracy, its deviation over several runs, and the rejected share in brackets."""
+    rate = curve["accuracy"]
+    text = f"{100 * rate['mean'][index]:.1f}"
+    if rate["standard_deviation"] is not None:
+        text += f" ± {100 * rate['standard_deviation'][index]:.1f}"
+    if name != "DNN":
+        text += f" ({100 * curve['rejection_rate']['mean'][index]:.0f})"
+    return text
+
+
+def _claim_table(found: Mapping[str, Any], style: str, width: int | None = None) -> str:
+    worst = {entry["claim"]: entry for entry in found["claims"][WORST]}
+    alone = {entry["claim"]: entry for entry in found["claims"][ALONE]}
+    rows = [
+        [
+            claim,
+            alone[claim]["verdict"] if claim in alone else "-",
+            worst[claim]["verdict"],
+            worst[claim]["numbers"],
+        ]
+        for claim in worst
+    ]
+    header = ["what the paper says", f"under {ALONE}", f"under the {WORST}", f"numbers, {WORST}"]
+    widths = None if width is None else [width // 2, 14, 14, width]
+    return tabulate(rows, header, tablefmt=style, disable_numparse=True, maxcolwidths=widths)
+
+
+def _cost_table(costs: Mapping[str, Mapping[str, Any]], style: str) -> str:
+    rows = []
+    for name, stages in costs.items():
+        for stage, entry in stages.items():
+            runs = entry if isinstance(entry, list) else [entry] if entry else []
+            if runs:
+                rows.append([name, stage, _seconds(runs), _memory(runs)])
+    header = ["classifier", "stage", "seconds", "peak memory in MiB"]
+    return tabulate(rows, header, tablefmt=style, disable_numparse=True)
+
+
+def _seconds(runs: Sequence[Mapping[str, Any]]) -> str:
+    return f"{statistics.mean(run['seconds'] for run in runs):.1f}"
+
+
+def _memory(runs: Sequence[Mapping[str, Any]]) -> str:
+    known = [run["peak_memory_mib"] for run in runs if run["peak_memory_mib"] is not None]
+    return f"{max(known):,.0f}" if known else "not known"

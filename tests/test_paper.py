@@ -1,0 +1,288 @@
+"""The repetition of the paper's experiments: claims by hand-made outcomes, the protocol small."""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from torchdnr.data import Dataset, load_dataset
+from torchdnr.evaluation.curve import read_json
+from torchdnr.training import TrainingSettings
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+
+import paper  # noqa: E402
+import paper_claims  # noqa: E402
+import paper_report  # noqa: E402
+import paper_run  # noqa: E402
+import paper_settings  # noqa: E402
+from paper_claims import FAILS, HOLDS, OPEN, PARTLY, Outcomes, judge_claims  # noqa: E402
+
+EPS = [0, 1, 2]
+N = 100
+
+
+def outcomes(right, rejected):
+    """Build outcomes in which the first so many samples are right, or rejected, at each eps."""
+    order = torch.arange(N)
+    return Outcomes(
+        EPS,
+        torch.stack([order < count for count in right]),
+        torch.stack([order < count for count in rejected]),
+    )
+
+
+AS_THE_PAPER = {
+    "DNN": outcomes([99, 5, 0], [0, 0, 0]),
+    "NR": outcomes([88, 40, 0], [10, 35, 0]),
+    "DNR": outcomes([89, 60, 0], [10, 20, 0]),
+}
+
+
+def verdicts(found, at=(1,), sweeps=None):
+    return {claim.claim: claim.verdict for claim in judge_claims(found, at, sweeps)}
+
+
+def test_outcomes_as_in_the_paper_hold():
+    assert set(verdicts(AS_THE_PAPER).values()) == {HOLDS}
+
+
+@pytest.mark.parametrize(
+    ("change", "claim", "verdict"),
+    [
+        ({"DNN": outcomes([60, 5, 0], [0, 0, 0])}, "without attack, DNN", FAILS),
+        ({"DNN": outcomes([89, 5, 0], [0, 0, 0])}, "without attack, DNN", OPEN),
+        ({"DNR": outcomes([89, 30, 20], [10, 20, 0])}, "DNR is slightly more", PARTLY),
+        ({"DNR": outcomes([89, 20, 0], [10, 20, 0])}, "DNR is slightly more", FAILS),
+        ({"DNR": outcomes([89, 60, 30], [10, 20, 0])}, "leaves no accuracy", PARTLY),
+        ({"NR": outcomes([88, 40, 0], [10, 35, 60])}, "first rise", PARTLY),
+        ({"NR": outcomes([88, 40, 0], [10, 15, 0])}, "NR rejects more", FAILS),
+    ],
+)
+def test_other_outcomes_do_not(change, claim, verdict):
+    found = verdicts({**AS_THE_PAPER, **change})
+    assert [value for key, value in found.items() if claim in key] == [verdict]
+
+
+def test_a_difference_of_a_few_samples_decides_nothing():
+    close = {**AS_THE_PAPER, "DNR": outcomes([89, 42, 0], [10, 34, 0])}
+    found = verdicts(close)
+    assert found["under attack, DNR is slightly more accurate than NR"] == OPEN
+
+
+def test_the_numbers_of_a_claim_are_those_of_the_outcomes():
+    claims = {claim.claim: claim.numbers for claim in judge_claims(AS_THE_PAPER, (1,), None)}
+    told = claims["under attack, DNR is slightly more accurate than NR"]
+    assert told == "accuracy in percent: 60.0 against 40.0 at 1, 0.0 against 0.0 at 2"
+
+
+def test_gather_counts_a_reject_as_an_error_without_attack_and_as_right_under_it():
+    class Run:
+        eps = (0.0, 1.0)
+        labels = torch.tensor([0, 1, 2])
+        predictions = torch.tensor([[0, -1, 1], [0, -1, 1]])
+
+    found = paper_claims.gather([Run(), Run()])
+    assert found.right.tolist() == [[True, False, False] * 2, [True, True, False] * 2]
+    assert found.rejected.tolist() == [[False, True, False] * 2] * 2
+
+
+def test_the_trade_is_judged_by_the_ends_of_the_sweep():
+    def sweep(low, high):
+        def entry(value):
+            return {"value": value, "low": value - 0.05, "high": value + 0.05}
+
+        return {
+            "eps": [1],
+            "accuracy": [[entry(low), entry(high)]],
+            "false_rejection_rate": [entry(0.05), entry(0.4)],
+        }
+
+    key = "a higher theta buys accuracy under attack for clean samples rejected"
+    for ends, verdict in (((0.2, 0.6), HOLDS), ((0.6, 0.2), FAILS), ((0.5, 0.55), OPEN)):
+        sweeps = {"NR": [sweep(*ends)], "DNR": [sweep(*ends)]}
+        assert verdicts(AS_THE_PAPER, sweeps=sweeps)[key] == verdict
+
+
+@pytest.fixture(scope="module")
+def digits():
+    data = load_dataset("mnist-5k")
+    order = torch.randperm(5000, generator=torch.Generator().manual_seed(0))
+    train, test = order[:4000], order[4000:]
+    return Dataset(
+        "mnist",
+        data.classes,
+        data.images_train[train],
+        data.labels_train[train],
+        data.images_train[test],
+        data.labels_train[test],
+    )
+
+
+def small_protocol(from_test=False):
+    training = TrainingSettings(
+        epochs=2, lr=0.05, momentum=0.9, batch_size=64, schedule="one-cycle"
+    )
+    later = replace(paper_settings.MNIST.variants["later"], training=training)
+    return replace(
+        paper_settings.MNIST,
+        variants={"later": later},
+        runs=2,
+        network_samples=600,
+        svm_samples=200,
+        threshold_samples=60,
+        threshold_from_test=from_test,
+        test_samples=80,
+        attacked=4,
+        eps=(0, 1, 4),
+        sweep_eps=(1, 4),
+        nr_rejects_more_at=(1,),
+        attacks=("line-search-pgd",),
+    )
+
+
+def make(digits, folder, monkeypatch, results):
+    monkeypatch.setattr(paper_report, "RESULTS", results)
+    monkeypatch.setattr(paper_report, "_rewrite_readme", lambda name, content: None)
+    study = paper_run.Study(small_protocol(), digits, folder, torch.device("cpu"), progress=False)
+    study.claim_folder()
+    for run in range(2):
+        paper_run.finish(study, "later", run, reattack=False)
+    text = paper_report.write_report(study, "small")
+    return study, text, read_json(results / "small.json")
+
+
+@pytest.fixture(scope="module")
+def small(digits, tmp_path_factory):
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        folder, results = (tmp_path_factory.mktemp(name) for name in ("study", "results"))
+        yield *make(digits, folder, monkeypatch, results), results
+
+
+def test_the_same_command_gives_the_same_numbers(small, digits, tmp_path, monkeypatch):
+    *_, content, results = small
+    _, _, again = make(digits, tmp_path / "study", monkeypatch, tmp_path)
+    content, again = ({k: v for k, v in one.items() if k != "cost"} for one in (content, again))
+    assert again == content
+    figures = {path.name for path in results.glob("*.png")}
+    assert figures == {f"small-later-fig{number}.png" for number in (3, 4, 5)}
+
+
+def test_what_is_done_is_not_done_again(small, monkeypatch):
+    study, *_ = small
+
+    def never(*_args, **_options):
+        raise AssertionError("made again")
+
+    for name in ("train_network", "security_evaluations", "threshold_sweep"):
+        monkeypatch.setattr(paper_run, name, never)
+    monkeypatch.setattr(paper_run.DNR, "fit", never)
+    paper_run.finish(study, "later", 0, reattack=False)
+
+
+def test_a_run_that_was_stopped_goes_on(digits, tmp_path, small, monkeypatch):
+    *_, content, _ = small
+    study = paper_run.Study(small_protocol(), digits, tmp_path, torch.device("cpu"), False)
+    study.claim_folder()
+
+    class Stop(Exception):
+        pass
+
+    def stop(*_args, **_options):
+        raise Stop
+
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        patch.setattr(paper_run, "threshold_sweep", stop)
+        paper_run.finish(study, "later", 0, reattack=False)
+    for name in ("line_search_pgd", "train_network"):
+        monkeypatch.setattr(paper_run, name, stop)
+    paper_run.finish(study, "later", 0, reattack=False)
+    curves, settings = paper_report.load_results(
+        paper_run.run_folder(study, "later", 0) / "results.json"
+    )
+    assert settings["clean"] == content["variants"]["later"]["clean"][0]
+    accuracy = content["variants"]["later"]["curves"]["strongest line-up"]["DNR"]["accuracy"]
+    assert curves["DNR"].accuracy == accuracy["runs"][0]
+
+
+def test_every_stage_has_its_cost(small):
+    _, _, content, _ = small
+    cost = content["cost"]["later"]
+    assert set(cost["DNN"]) == {"network", "attack"}
+    assert set(cost["NR"]) == {"features", "fit", "threshold", "attack"}
+    assert set(cost["DNR"]) == {"features", "fit", "stacking", "threshold", "attack"}
+    assert all(entry["seconds"] > 0 for entry in cost["DNR"]["attack"])
+
+
+def test_the_text_tells_verdicts_and_rates(small):
+    _, text, content, _ = small
+    assert "later: network, layers and hyper-parameters" in text
+    claims = content["variants"]["later"]["claims"]["strongest line-up"]
+    assert len(claims) == 8
+    assert all(claim["verdict"] in (HOLDS, PARTLY, FAILS, OPEN) for claim in claims)
+    assert "2 runs of 2" in text
+
+
+@pytest.mark.parametrize("from_test", [False, True])
+def test_the_samples_of_a_run_are_disjoint_and_differ_between_runs(digits, tmp_path, from_test):
+    # Every image carries its row in its first two pixels.
+    rows = torch.arange(4000)
+    marked = torch.zeros(4000, 1, 28, 28, dtype=torch.uint8)
+    marked[:, 0, 0, 0], marked[:, 0, 0, 1] = rows // 256, rows % 256
+    test = marked[:1000].clone()
+    test[:, 0, 0, 2] = 255
+    data = replace(digits, images_train=marked, images_test=test)
+    protocol = small_protocol(from_test)
+    study = paper_run.Study(protocol, data, tmp_path, torch.device("cpu"), progress=False)
+
+    def names(images):
+        pixels = (255 * images[:, 0, 0, :3]).round().long()
+        return {tuple(row) for row in pixels.tolist()}
+
+    network = names(data.select(study.network_rows())[0])
+    found = [{key: names(x) for key, (x, _) in study.samples(run).items()} for run in (0, 1)]
+    for parts in found:
+        sets = [network, *parts.values()]
+        sizes = {"svm": 200, "threshold": 60, "test": 80}
+        assert {key: len(value) for key, value in parts.items()} == sizes
+        assert len(set.union(*sets)) == sum(map(len, sets))
+        assert all(marker == 255 for *_, marker in parts["test"])
+        assert all((marker == 255) == from_test for *_, marker in parts["threshold"])
+    assert all(found[0][key] != found[1][key] for key in found[0])
+
+
+def test_a_folder_of_other_experiments_is_refused(small, digits):
+    study, *_ = small
+    other = replace(study, protocol=replace(study.protocol, svm_samples=100))
+    with pytest.raises(ValueError, match="another protocol"):
+        other.claim_folder()
+
+
+def test_options_reach_the_protocol():
+    def settled(*arguments):
+        return paper.settle(paper.make_parser().parse_args(arguments))
+
+    full, short = settled("mnist"), settled("mnist", "--quick")
+    assert (full.runs, full.svm_samples, full.attacked) == (5, 10_000, 1_000)
+    assert (short.runs, short.svm_samples) == (1, 2_000)
+    assert full.variants["paper"].training.epochs == 50
+    changed = settled("cifar10", "--epochs", "20", "--attacked", "30", "--attack", "fmn")
+    assert changed.variants["paper"].training.epochs == 20
+    assert changed.variants["paper"].training.schedule == "one-cycle"
+    assert (changed.attacked, changed.attacks) == (30, ("fmn",))
+    with pytest.raises(ValueError, match=r"0\.\.4"):
+        settled("mnist", "--runs", "5")
+    with pytest.raises(ValueError, match="paper, later"):
+        settled("mnist", "--variants", "first")
+
+
+@pytest.mark.parametrize(
+    "path", sorted((BENCHMARKS / "results/paper").glob("[mc]*.json")), ids=lambda path: path.stem
+)
+def test_the_readme_has_the_committed_numbers(path):
+    begin, end = paper_report.markers(path.stem)
+    section = paper_report.readme_section(path.stem, read_json(path))
+    assert f"{begin}\n{section}\n{end}" in (BENCHMARKS.parent / "README.md").read_text()
