@@ -14,8 +14,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from paper_report import write_report
-from paper_run import Study, attack, finish, make_classifiers, make_network, network_accuracy
+from paper_run import attack, finish, make_classifiers, make_network, network_accuracy
 from paper_settings import PROTOCOLS, Protocol, quick
+from paper_study import Study
 
 from torchdnr.cli import Console, run_command
 from torchdnr.cli_settings import find_device
@@ -52,6 +53,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="attack again at every theta for Fig. 4, which takes many times as long",
     )
     option("--source", help="data set as for train.py, such as npz:FILE (default: by its name)")
+    option("--note", metavar="TEXT", help="what the report has to say about these data")
     option("--data-root", default="data", metavar="DIR", help="downloads (default: %(default)s)")
     option("--folder", metavar="DIR", help="where the pieces live (default: runs/paper/NAME)")
     option("--device", help="cpu, cuda or cuda:N (default: cuda if there is one, else cpu)")
@@ -115,6 +117,8 @@ def settle(options: argparse.Namespace) -> Protocol:
         protocol = replace(protocol, attacked=min(options.attacked, protocol.test_samples))
     if options.attack is not None:
         protocol = replace(protocol, attacks=tuple(choose_attacks(options.attack)))
+    if options.note is not None:
+        protocol = replace(protocol, note=options.note)
     if options.epochs is not None:
         variants = {
             name: replace(

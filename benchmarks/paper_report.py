@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 from paper_claims import Claim, gather, judge_claims
-from paper_run import Study, examples, network_accuracy, run_folder
-from paper_tables import as_text, readme_section
+from paper_run import examples, network_accuracy
+from paper_study import Study, run_folder
+from paper_tables import ALONE, WORST, as_text, example_figure, readme_section
 
 from torchdnr.evaluation import LINE_SEARCH_PGD, SecurityCurve
 from torchdnr.evaluation.curve import plain_json, read_json, write_json
@@ -21,8 +22,6 @@ from torchdnr.files import atomic_write_bytes
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results/paper"
-WORST, ALONE = "strongest line-up", "the paper's attack"
-CIFAR10_NOTE = "103 of the CIFAR-10 images used here (80 train, 23 test) were decoded from JPEG"
 
 
 def write_report(study: Study, name: str) -> str:
@@ -53,6 +52,7 @@ def write_report(study: Study, name: str) -> str:
         "environment": first.environment,
         "reported_on": describe_environment(study.device),
         "variants": variants,
+        "reference": reference(),
         "cost": {variant: _costs(study, variant, runs) for variant, runs in found.items()},
     }
     write_json(RESULTS / f"{name}.json", content)
@@ -61,13 +61,14 @@ def write_report(study: Study, name: str) -> str:
 
 
 def _runs(study: Study, variant: str) -> list[tuple[dict[str, SecurityCurve], dict, dict]]:
-    """Load the complete runs of a variant: curves, settings, sweeps."""
+    """Load the complete runs of a variant, made with these attacks: curves, settings, sweeps."""
     found = []
     for run in range(study.protocol.runs):
         path = run_folder(study, variant, run) / "results.json"
         if path.exists():
             curves, settings = load_results(path)
-            found.append((curves, settings, read_json(path)["sweeps"]))
+            if settings["attack"] == study.attack_settings:
+                found.append((curves, settings, read_json(path)["sweeps"]))
     return found
 
 
@@ -80,7 +81,8 @@ def _variant(
     sweeps = {name: [found[name] for _, _, found in runs] for name in runs[0][2]}
     means = {name: average_sweeps(name, parts) for name, parts in sweeps.items()}
     plot_threshold_sweep(means, f"{figures}-fig4.png")
-    _draw_examples(study, variant, f"{figures}-fig5.png")
+    number = example_figure(study.protocol.to_dict())
+    _draw_examples(study, variant, f"{figures}-fig{number}.png")
     alone = {
         name: [curve.attacks[LINE_SEARCH_PGD] for curve in curves]
         for name, curves in several.items()
@@ -145,11 +147,31 @@ def _costs(
         "DNN": {"network": read_json(path)["network"] if path.exists() else {}}
     }
     for name in ("DNN", "NR", "DNR"):
-        for _, settings, _ in runs:
+        for curves, settings, _ in runs:
+            for key, attack in curves[name].attacks.items():
+                spent = {"seconds": sum(attack.seconds), "peak_memory_mib": None, "calls": 1}
+                found.setdefault(name, {}).setdefault(f"attack: {key}", []).append(spent)
             own = run_folder(study, variant, settings["run"]) / f"{name.lower()}-costs.json"
             for stage, cost in (read_json(own) if own.exists() else {}).items():
                 found.setdefault(name, {}).setdefault(stage, []).append(cost)
     return found
+
+
+def reference() -> dict[str, float]:
+    """Look up what the authors' library needs, where bench_secml.py has measured it.
+
+    Returns:
+        Processor seconds of one attack on one image, by eps; on MNIST digits, one thread.
+    """
+    path = RESULTS.parent / "secml-cpu.json"
+    if not path.exists():
+        return {}
+    cases = read_json(path)["compare"]["found"]
+    return {
+        key: case["secml"]["PGDExp"]["cpu_seconds_per_sample"]
+        for key, case in cases.items()
+        if key.startswith("eps ")
+    }
 
 
 def _rewrite_readme(name: str, content: Mapping[str, Any]) -> None:

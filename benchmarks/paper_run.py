@@ -3,22 +3,18 @@
 Everything is kept in the folder as soon as it is made, and is not made again.
 """
 
-import json
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from paper_settings import Protocol, Variant
+from paper_settings import Variant
+from paper_study import SEED, Study, costed, run_folder
 from torch import Tensor, nn
 
-from torchdnr import DNR, NR, __version__
+from torchdnr import DNR, NR
 from torchdnr.attacks import line_search_pgd
 from torchdnr.attacks.target import has_reject_column
-from torchdnr.costs import record_costs, stage
-from torchdnr.data import Dataset, Splits, split
+from torchdnr.costs import stage
 from torchdnr.evaluation import SecurityCurve, build_line_up, predict_labels
 from torchdnr.evaluation.curve import plain_json, read_json, write_json
 from torchdnr.evaluation.judging import outputs
@@ -26,7 +22,6 @@ from torchdnr.evaluation.metrics import accuracy_under_attack, rejection_rate
 from torchdnr.evaluation.report import load_results, save_results
 from torchdnr.evaluation.security import security_evaluations
 from torchdnr.evaluation.threshold_sweep import threshold_sweep, thresholds_at_rates
-from torchdnr.files import digest
 from torchdnr.models import load_network, save_network
 from torchdnr.training import train_network
 
@@ -34,89 +29,6 @@ BATCH_SIZE = 256
 REJECTION_RATE = 0.10
 SWEEP_RATES = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4)
 EXAMPLES = 5
-SEED = 0  # of the networks and of the images that train them
-
-
-@dataclass(frozen=True, eq=False)
-class Study:
-    """Where the experiments of one data set live, and what they run on.
-
-    Attributes:
-        protocol: What is done.
-        data: The images.
-        folder: Everything that is made.
-        device: Where it runs.
-        progress: Whether to show progress bars.
-    """
-
-    protocol: Protocol
-    data: Dataset
-    folder: Path
-    device: torch.device
-    progress: bool = True
-
-    def claim_folder(self) -> None:
-        """Write down what the folder is for, or refuse one that is for something else.
-
-        Raises:
-            ValueError: If the folder holds pieces of other experiments.
-        """
-        images = {"train": self.data.images_train, "test": self.data.images_test}
-        known = {"torchdnr": __version__, **self.protocol.to_dict(), "data": digest(images)}
-        known = json.loads(json.dumps(plain_json(known)))
-        path = self.folder / "protocol.json"
-        if path.exists() and read_json(path) != known:
-            raise ValueError(f"{self.folder} was made with another protocol; choose another folder")
-        write_json(path, known)
-
-    def samples(self, run: int) -> dict[str, tuple[Tensor, Tensor]]:
-        """Draw the images of a run, on the device: svm, threshold and test."""
-        protocol, data = self.protocol, self.data
-        rest = torch.ones(len(data.labels_train), dtype=torch.bool)
-        rest[self.network_rows()] = False
-        left = replace(
-            data, images_train=data.images_train[rest], labels_train=data.labels_train[rest]
-        )
-        theta, from_test = protocol.threshold_samples, protocol.threshold_from_test
-        parts = split(
-            left,
-            network=0,
-            svm=protocol.svm_samples,
-            threshold=0 if from_test else theta,
-            test=protocol.test_samples + (theta if from_test else 0),
-            seed=run,
-        )
-        test = parts.test[: protocol.test_samples]
-        found = {
-            "svm": left.select(parts.svm),
-            "threshold": left.select(parts.test[len(test) :], test=True)
-            if from_test
-            else left.select(parts.threshold),
-            "test": left.select(test, test=True),
-        }
-        return {name: (x.to(self.device), y.to(self.device)) for name, (x, y) in found.items()}
-
-    def network_rows(self) -> Tensor:
-        """Choose the images that train the networks, ``(k,)``."""
-        parts: Splits = split(
-            self.data,
-            network=self.protocol.network_samples,
-            svm=0,
-            threshold=0,
-            test=0,
-            seed=SEED,
-        )
-        return parts.network
-
-
-@contextmanager
-def costed(path: Path, device: torch.device) -> Iterator[None]:
-    """Record what the stages inside cost, beside what is written at ``path`` already."""
-    with record_costs(device) as costs:
-        yield
-    if costs:
-        earlier = read_json(path) if path.exists() else {}
-        write_json(path, earlier | {name: cost.to_dict() for name, cost in costs.items()})
 
 
 def make_network(study: Study, variant: Variant) -> nn.Module:
@@ -185,11 +97,6 @@ def make_classifiers(study: Study, variant_name: str, run: int) -> dict[str, nn.
     return {"DNN": net, "NR": nr, "DNR": dnr}
 
 
-def run_folder(study: Study, variant: str, run: int) -> Path:
-    """Name the folder of a run."""
-    return study.folder / variant / f"run-{run}"
-
-
 def attack(study: Study, variant: str, run: int) -> dict[str, SecurityCurve]:
     """Attack the classifiers of a run with the line-up; kept step by step."""
     folder = run_folder(study, variant, run)
@@ -225,8 +132,10 @@ def finish(study: Study, variant: str, run: int, *, reattack: bool) -> None:
     """Attack, sweep theta, and write the results of a run, unless they are there."""
     folder = run_folder(study, variant, run)
     path = folder / "results.json"
-    if path.exists() and (not reattack or load_results(path)[1]["reattacked"]):
-        return
+    if path.exists():
+        known = load_results(path)[1]
+        if known["attack"] == study.attack_settings and (known["reattacked"] or not reattack):
+            return
     classifiers = make_classifiers(study, variant, run)
     samples = study.samples(run)
     curves = attack(study, variant, run)
@@ -247,6 +156,7 @@ def finish(study: Study, variant: str, run: int, *, reattack: bool) -> None:
     settings = {
         "run": run,
         "variant": variant,
+        "attack": study.attack_settings,
         "reattacked": reattack,
         "clean": {
             name: _clean(model, inputs, labels, samples["threshold"][0])
@@ -267,13 +177,14 @@ def _clean(model: nn.Module, inputs: Tensor, labels: Tensor, calibration: Tensor
             name: {key: value[key] for key in ("C", "gamma")}
             for name, value in model.selection.items()
         }
+        svms = dict(zip(model.layers, model.base_svms, strict=True))
+        if hasattr(model, "combiner"):
+            svms["combiner"] = model.combiner
         entry |= {
             "rejection_rate": rejection_rate(found),
             "calibration_rejection_rate": rejection_rate(before),
             "selection": chosen,
-            "support_vectors": {
-                name: len(svm.support_vectors) for name, svm in model._svms().items()
-            },
+            "support_vectors": {name: len(svm.support_vectors) for name, svm in svms.items()},
         }
     return entry
 

@@ -171,7 +171,7 @@ _QUICK_TRAINING = TrainingSettings(
 
 def quick(protocol: Protocol) -> Protocol:
     """Shorten the experiments to one run with fewer samples; networks of MNIST train for less."""
-    short = replace(protocol, runs=1, svm_samples=2_000, attacked=25)
+    short = replace(protocol, runs=1, svm_samples=2_000, attacked=40)
     if protocol.dataset != "mnist":
         return short
     variants = {

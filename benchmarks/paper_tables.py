@@ -17,13 +17,25 @@ def readme_section(name: str, content: Mapping[str, Any]) -> str:
         parts += [f"**{variant}**: {about}. {_facts(content, variant)}", ""]
         parts += [_curve_table(found, "github"), "", _claim_table(found, "github"), ""]
         parts += [_cost_table(content["cost"][variant], "github"), ""]
-        files = [f"{name}-{variant}-fig{number}.png" for number in (3, 4, 5)]
-        links = zip(("Fig. 3", "Fig. 4", "Fig. 5"), files, strict=True)
-        parts += [
-            ", ".join(f"[{title}](benchmarks/results/paper/{file})" for title, file in links),
-            "",
-        ]
+        parts += [_reference(content), ""] if content["reference"] else []
+        parts += [_figures(f"{name}-{variant}", content["protocol"]), ""]
     return "\n".join(parts).rstrip()
+
+
+def example_figure(protocol: Mapping[str, Any]) -> int:
+    """Tell which of the paper's figures shows the images: 5 for MNIST, 6 for CIFAR-10."""
+    return 5 if protocol["dataset"] == "mnist" else 6
+
+
+def _figures(name: str, protocol: Mapping[str, Any]) -> str:
+    path = f"benchmarks/results/paper/{name}"
+    number = example_figure(protocol)
+    return (
+        f"![Fig. 3: accuracy and rejection rate over eps]({path}-fig3.png)\n\n"
+        f"[Fig. 4: accuracy over the false rejection rate]({path}-fig4.png), "
+        f"[Fig. {number}: adversarial examples]({path}-fig{number}.png), "
+        f"[raw numbers](benchmarks/results/paper/{name.rsplit('-', 1)[0]}.json)"
+    )
 
 
 def as_text(content: Mapping[str, Any]) -> str:
@@ -35,6 +47,7 @@ def as_text(content: Mapping[str, Any]) -> str:
         parts += [_curve_table(found, "simple"), ""]
         parts += [_claim_table(found, "simple", width=60), ""]
         parts += [_cost_table(content["cost"][variant], "simple"), ""]
+        parts += [_reference(content), ""] if content["reference"] else []
     return "\n".join(parts)
 
 
@@ -56,6 +69,8 @@ def _facts(content: Mapping[str, Any], variant: str) -> str:
         f"{environment['device']} ({environment['threads']} threads), torch "
         f"{environment['torch']}."
     )
+    if protocol["threshold_from_test"]:
+        text += " Theta is set on test-set images that are evaluated nowhere."
     return f"{text} {protocol['note']}".rstrip()
 
 
@@ -102,11 +117,18 @@ def _cost_table(costs: Mapping[str, Mapping[str, Any]], style: str) -> str:
     rows = []
     for name, stages in costs.items():
         for stage, entry in stages.items():
-            runs = entry if isinstance(entry, list) else [entry] if entry else []
-            if runs:
-                rows.append([name, stage, _seconds(runs), _memory(runs)])
+            if entry:
+                rows.append([name, stage, _seconds(entry), _memory(entry)])
     header = ["classifier", "stage", "seconds", "peak memory in MiB"]
     return tabulate(rows, header, tablefmt=style, disable_numparse=True)
+
+
+def _reference(content: Mapping[str, Any]) -> str:
+    spent = ", ".join(f"{seconds:.1f} s at {eps}" for eps, seconds in content["reference"].items())
+    return (
+        "NR takes (C, gamma) from DNR's search of the same layer. The authors' library needs, per "
+        f"digit and line-search attack on one thread: {spent} (bench_secml.py)."
+    )
 
 
 def _seconds(runs: Sequence[Mapping[str, Any]]) -> str:
@@ -115,4 +137,4 @@ def _seconds(runs: Sequence[Mapping[str, Any]]) -> str:
 
 def _memory(runs: Sequence[Mapping[str, Any]]) -> str:
     known = [run["peak_memory_mib"] for run in runs if run["peak_memory_mib"] is not None]
-    return f"{max(known):,.0f}" if known else "not known"
+    return f"{max(known):,.0f}" if known else "-"

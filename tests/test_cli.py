@@ -145,7 +145,10 @@ def test_one_command_does_the_whole_job(finished):
     assert settings["device"] == "cpu" and settings["environment"]["torch"] == torch.__version__
     assert (finished / "curve.png").read_bytes()[:4] == b"\x89PNG"
     found = settings["classifiers"]
-    assert found["DNN"].keys() == {"test_accuracy"}
+    assert found["DNN"].keys() == {"test_accuracy", "test_accuracy_interval"}
+    for entry in found.values():
+        low, high = entry["test_accuracy_interval"]
+        assert 0 <= low <= entry["test_accuracy"] <= high <= 1
     for name in ("NR", "DNR"):
         assert found[name]["calibration_rejection_rate"] == pytest.approx(0.1)
         assert 0 <= found[name]["test_rejection_rate"] <= 1

@@ -283,6 +283,12 @@ def test_the_page_needs_nothing_else_and_holds_the_numbers(tmp_path):
         assert [cell.split()[0] for cell in row[1:]] == [f"{100 * r[index]:.1f}" for r in curves]
         low, high = CURVES["DNR"].accuracy_interval[index]
         assert f"[{100 * low:.1f}, {100 * high:.1f}]" in row[2]
+    own = CURVES["DNR"].attacks[LINE_SEARCH_PGD]
+    low, high = own.accuracy_interval[1]
+    of_dnr = [row for table in page.tables[1:] for row in table if row[0] == LINE_SEARCH_PGD][-1]
+    assert of_dnr[2].startswith(
+        f"{100 * own.accuracy[1]:.1f} [{100 * low:.1f}, {100 * high:.1f}] ("
+    )
     for wanted in ("A <title>", "<fast>", "python attack.py --eps 0 1 'a<b'", "accepted and wrong"):
         assert wanted in page.text  # escaped in the source, as written for the reader
     assert "<fast>" not in text

@@ -19,6 +19,7 @@ import paper_claims  # noqa: E402
 import paper_report  # noqa: E402
 import paper_run  # noqa: E402
 import paper_settings  # noqa: E402
+import paper_study  # noqa: E402
 from paper_claims import FAILS, HOLDS, OPEN, PARTLY, Outcomes, judge_claims  # noqa: E402
 
 EPS = [0, 1, 2]
@@ -147,7 +148,7 @@ def small_protocol(from_test=False):
 def make(digits, folder, monkeypatch, results):
     monkeypatch.setattr(paper_report, "RESULTS", results)
     monkeypatch.setattr(paper_report, "_rewrite_readme", lambda name, content: None)
-    study = paper_run.Study(small_protocol(), digits, folder, torch.device("cpu"), progress=False)
+    study = paper_study.Study(small_protocol(), digits, folder, torch.device("cpu"), progress=False)
     study.claim_folder()
     for run in range(2):
         paper_run.finish(study, "later", run, reattack=False)
@@ -185,7 +186,7 @@ def test_what_is_done_is_not_done_again(small, monkeypatch):
 
 def test_a_run_that_was_stopped_goes_on(digits, tmp_path, small, monkeypatch):
     *_, content, _ = small
-    study = paper_run.Study(small_protocol(), digits, tmp_path, torch.device("cpu"), False)
+    study = paper_study.Study(small_protocol(), digits, tmp_path, torch.device("cpu"), False)
     study.claim_folder()
 
     class Stop(Exception):
@@ -201,7 +202,7 @@ def test_a_run_that_was_stopped_goes_on(digits, tmp_path, small, monkeypatch):
         monkeypatch.setattr(paper_run, name, stop)
     paper_run.finish(study, "later", 0, reattack=False)
     curves, settings = paper_report.load_results(
-        paper_run.run_folder(study, "later", 0) / "results.json"
+        paper_study.run_folder(study, "later", 0) / "results.json"
     )
     assert settings["clean"] == content["variants"]["later"]["clean"][0]
     accuracy = content["variants"]["later"]["curves"]["strongest line-up"]["DNR"]["accuracy"]
@@ -211,9 +212,10 @@ def test_a_run_that_was_stopped_goes_on(digits, tmp_path, small, monkeypatch):
 def test_every_stage_has_its_cost(small):
     _, _, content, _ = small
     cost = content["cost"]["later"]
-    assert set(cost["DNN"]) == {"network", "attack"}
-    assert set(cost["NR"]) == {"features", "fit", "threshold", "attack"}
-    assert set(cost["DNR"]) == {"features", "fit", "stacking", "threshold", "attack"}
+    attacks = {"attack", "attack: line-search PGD"}
+    assert set(cost["DNN"]) == {"network", *attacks}
+    assert set(cost["NR"]) == {"features", "fit", "threshold", *attacks}
+    assert set(cost["DNR"]) == {"features", "fit", "stacking", "threshold", *attacks}
     assert all(entry["seconds"] > 0 for entry in cost["DNR"]["attack"])
 
 
@@ -236,7 +238,7 @@ def test_the_samples_of_a_run_are_disjoint_and_differ_between_runs(digits, tmp_p
     test[:, 0, 0, 2] = 255
     data = replace(digits, images_train=marked, images_test=test)
     protocol = small_protocol(from_test)
-    study = paper_run.Study(protocol, data, tmp_path, torch.device("cpu"), progress=False)
+    study = paper_study.Study(protocol, data, tmp_path, torch.device("cpu"), progress=False)
 
     def names(images):
         pixels = (255 * images[:, 0, 0, :3]).round().long()
@@ -259,6 +261,24 @@ def test_a_folder_of_other_experiments_is_refused(small, digits):
     other = replace(study, protocol=replace(study.protocol, svm_samples=100))
     with pytest.raises(ValueError, match="another protocol"):
         other.claim_folder()
+
+
+def test_other_attacks_keep_the_classifiers_and_are_made_anew(small, monkeypatch):
+    study, *_ = small
+    other = replace(study, protocol=replace(study.protocol, attacked=3))
+    other.claim_folder()
+
+    class Attacked(Exception):
+        pass
+
+    def attacked(*_args, **_options):
+        raise Attacked
+
+    monkeypatch.setattr(paper_run, "security_evaluations", attacked)
+    with pytest.raises(Attacked):
+        paper_run.finish(other, "later", 0, reattack=False)
+    with pytest.raises(ValueError, match="no run"):
+        paper_report.write_report(other, "none")
 
 
 def test_options_reach_the_protocol():

@@ -12,7 +12,12 @@ from torchdnr.attacks.target import has_reject_column
 from torchdnr.cli import Console
 from torchdnr.cli_settings import Job
 from torchdnr.evaluation.judging import outputs
-from torchdnr.evaluation.metrics import accuracy_under_attack, predict_labels, rejection_rate
+from torchdnr.evaluation.metrics import (
+    accuracy_under_attack,
+    predict_labels,
+    rejection_rate,
+    wilson_interval,
+)
 from torchdnr.files import CheckpointError
 from torchdnr.models import load_network, save_network
 from torchdnr.training import train_network
@@ -29,7 +34,7 @@ class Summary:
     Attributes:
         text: For a reader.
         classifiers: By name: test accuracy, and of those that reject theta, the rates that it
-            reaches and what the search chose; JSON values.
+            reaches and what the search chose; each rate with its 95 % interval; JSON values.
     """
 
     text: str
@@ -134,15 +139,15 @@ def summarise(job: Job, classifiers: dict[str, nn.Module]) -> Summary:
     for name, model in classifiers.items():
         reject = has_reject_column(model, None)
         predicted = predict_labels(outputs(model, test, BATCH_SIZE), reject)
-        found[name] = {"test_accuracy": accuracy_under_attack(predicted, labels, eps=0)}
+        rates = {"test_accuracy": (accuracy_under_attack(predicted, labels, eps=0), len(labels))}
+        found[name] = {}
         if reject:
             before = predict_labels(outputs(model, calibration, BATCH_SIZE), reject)
-            found[name] |= {
-                "threshold": model.threshold.item(),
-                "calibration_rejection_rate": rejection_rate(before),
-                "test_rejection_rate": rejection_rate(predicted),
-                "selection": model.selection,
-            }
+            rates["calibration_rejection_rate"] = rejection_rate(before), len(before)
+            rates["test_rejection_rate"] = rejection_rate(predicted), len(labels)
+            found[name] = {"threshold": model.threshold.item(), "selection": model.selection}
+        for rate, (value, count) in rates.items():
+            found[name] |= {rate: value, f"{rate}_interval": list(wilson_interval(value, count))}
     accuracy = ", ".join(f"{name} {entry['test_accuracy']:.1%}" for name, entry in found.items())
     rejected = ", ".join(
         f"{name} {entry['calibration_rejection_rate']:.1%} and {entry['test_rejection_rate']:.1%}"

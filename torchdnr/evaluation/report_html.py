@@ -186,8 +186,11 @@ def _attacks(curves: Mapping[str, SecurityCurve]) -> str:
         rows = [
             [_escape(attack)]
             + [
-                _percent(rate) + (f" ({_percent(rejected)})" if curve.rejects else "")
-                for rate, rejected in zip(alone.accuracy, alone.rejection_rate, strict=True)
+                _with_interval(rate, interval)
+                + (f" ({_percent(rejected)})" if curve.rejects else "")
+                for rate, interval, rejected in zip(
+                    alone.accuracy, alone.accuracy_interval, alone.rejection_rate, strict=True
+                )
             ]
             for attack, alone in several.items()
         ]
@@ -204,12 +207,19 @@ def _classifiers(found: Mapping[str, Mapping[str, Any]]) -> str:
     rows = [
         [
             _escape(name),
-            *(_percent(entry[key]) if key in entry else "-" for key in keys),
+            *(_clean_rate(entry, key) for key in keys),
             f"{entry['threshold']:.4g}" if "threshold" in entry else "-",
         ]
         for name, entry in found.items()
     ]
     return _table(["classifier", *keys.values(), "theta"], rows) if rows else ""
+
+
+def _clean_rate(entry: Mapping[str, Any], key: str) -> str:
+    if key not in entry:
+        return "-"
+    interval = entry.get(f"{key}_interval")
+    return _percent(entry[key]) if interval is None else _with_interval(entry[key], interval)
 
 
 def _detection(measures: Mapping[str, Mapping[str, Any]]) -> str:
