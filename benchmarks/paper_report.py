@@ -143,9 +143,8 @@ def _costs(
     """Collect what every stage cost, per classifier: of the network, and of each run."""
     network = study.protocol.variants[variant].network.__name__
     path = study.folder / f"{network}-costs.json"
-    found: dict[str, Any] = {
-        "DNN": {"network": read_json(path)["network"] if path.exists() else {}}
-    }
+    trained = [read_json(path)["network"]] if path.exists() else []
+    found: dict[str, Any] = {"DNN": {"network": trained}}
     for name in ("DNN", "NR", "DNR"):
         for curves, settings, _ in runs:
             for key, attack in curves[name].attacks.items():

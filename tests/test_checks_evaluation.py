@@ -125,9 +125,9 @@ def test_an_optimal_evaluation_passes(data):
 
     s, t, k, n = 32, SMALL["steps"], len(EPS), len(data[0])  # the cost keeps to its bound
     each = 2 * SMALL["draws"] + SMALL["noise_draws"] + SMALL["queries"]
-    bound = s * (each + 11 * t + 1100 + 1) + SMALL["recorded"] * 2 + (k + 1) * n + n
+    bound = s * (each + 11 * t + 1900 + 1) + SMALL["recorded"] * 2 + (k + 1) * n + n
     assert 0 < report.forwards <= bound
-    assert 0 < report.backwards <= s * (11 * t + 900)
+    assert 0 < report.backwards <= s * (11 * t + 1300)
 
 
 def test_a_success_that_is_not_returned_is_silent(data):

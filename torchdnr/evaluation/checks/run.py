@@ -92,8 +92,8 @@ def run_checks(
     The cost is bounded. With S = ``samples``, R = ``recorded``, T = ``steps``, L layers, m samples
     to start from, n inputs at k eps, and A forwards and B backwards of the line-up per sample, the
     rows sent forwards are about
-    ``S (2 draws + noise_draws + queries + 11 T + 1100 + A) + R A + (k + 1) n + m``, those sent
-    backwards ``S (11 T + 900 + B) + R B``; the report has the true numbers. Beside them
+    ``S (2 draws + noise_draws + queries + 11 T + 1900 + A) + R A + (k + 1) n + m``, those sent
+    backwards ``S (11 T + 1300 + B) + R B``; the report has the true numbers. Beside them
     ``S T (L + 4)`` rows go both ways through the surrogate and the parts of the defence.
 
     Args:
