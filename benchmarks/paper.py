@@ -1,10 +1,10 @@
 """Repeat the paper's experiments: `python benchmarks/paper.py mnist` or `cifar10`.
 
-All runs of a data set, and in the end figures and tables under benchmarks/results/paper/ and in
-README.md. Every piece is kept in the folder as soon as it is made: a run that was stopped goes on
-with the same command, and several machines can share the work (`--runs 0 1` here, `--runs 2 3 4`
-there, then copy their run-N folders into one folder and call `--stage report`). `--quick` is one
-run with fewer samples, for two cores and twenty minutes (MNIST).
+All runs of a data set, then figures and tables. Every piece is kept in the folder as soon as it is
+made: a run that was stopped goes on with the same command. Several machines can share the runs:
+`--stage network` on one of them, copy the folder to the others, `--runs 0 1` here, `--runs 2 3 4`
+there, copy the run-N folders together, `--stage report`. `--quick` is one run with fewer samples.
+`--record` writes to benchmarks/results/paper/ and README.md instead of the folder.
 """
 
 import argparse
@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from paper_report import write_report
+import torch
+from paper_report import RESULTS, write_report
 from paper_run import attack, finish, make_classifiers, make_network, network_accuracy
 from paper_settings import PROTOCOLS, Protocol, quick
 from paper_study import Study
@@ -22,6 +23,7 @@ from torchdnr.cli import Console, run_command
 from torchdnr.cli_settings import find_device
 from torchdnr.data import load_dataset
 from torchdnr.evaluation.line_up import ATTACKS, DEFAULT, FULL, choose_attacks
+from torchdnr.files import atomic_write_bytes
 
 ROOT = Path(__file__).parents[1]
 STAGES = "network", "fit", "attack", "report"
@@ -53,7 +55,8 @@ def make_parser() -> argparse.ArgumentParser:
         help="attack again at every theta for Fig. 4, which takes many times as long",
     )
     option("--source", help="data set as for train.py, such as npz:FILE (default: by its name)")
-    option("--note", metavar="TEXT", help="what the report has to say about these data")
+    option("--note", metavar="TEXT", help="what the report has to say about these data, kept")
+    option("--record", action="store_true", help="write to the repository's results and README.md")
     option("--data-root", default="data", metavar="DIR", help="downloads (default: %(default)s)")
     option("--folder", metavar="DIR", help="where the pieces live (default: runs/paper/NAME)")
     option("--device", help="cpu, cuda or cuda:N (default: cuda if there is one, else cpu)")
@@ -64,45 +67,58 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line."""
     options = make_parser().parse_args(argv)
-    return run_command(options, lambda console: repeat(options, console))
+    return run_command(
+        options,
+        lambda console: repeat(options, console),
+        packages=("torchdnr", "paper", "__main__"),
+    )
 
 
 def repeat(options: argparse.Namespace, console: Console) -> None:
     """Make what is asked for, and what is missing for it."""
     protocol = settle(options)
     name = options.dataset + ("-quick" if options.quick else "")
-    study = Study(
-        protocol,
-        load_dataset(options.source or options.dataset, options.data_root),
-        Path(options.folder or ROOT / "runs/paper" / name),
-        find_device(options.device),
-        console.progress,
-    )
+    folder = Path(options.folder or ROOT / "runs/paper" / name)
+    data = load_dataset(options.source or options.dataset, options.data_root)
+    if data.labels_test is None:
+        raise ValueError(f"{options.source} has no test set: give one with x_test and y_test")
+    note = folder / "note.txt"
+    if protocol.note:
+        atomic_write_bytes(note, protocol.note.encode())
+    elif note.exists():
+        protocol = replace(protocol, note=note.read_text())
+    # Of the algorithms that a GPU may choose from, those that always give the same numbers.
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
+    study = Study(protocol, data, folder, find_device(options.device), console.progress)
     study.claim_folder()
+    stage = options.stage or STAGES[-1]
+    if options.stage != STAGES[-1]:
+        make(study, options, stage, console)
+    if stage == STAGES[-1]:
+        results = RESULTS if options.record else folder / "report"
+        print(write_report(study, name, results))
+        console.say(f"figures and numbers: {results}/")
+
+
+def make(study: Study, options: argparse.Namespace, stage: str, console: Console) -> None:
+    """Make networks, classifiers, attacks and sweeps, up to a stage."""
+    protocol = study.protocol
     runs = range(protocol.runs) if options.runs is None else options.runs
     variants = options.variants or list(protocol.variants)
-    stage = options.stage or STAGES[-1]
-    pieces = [(variant, run) for variant in variants for run in runs]
-    console.stages = len(variants) + len(pieces) + 1 if options.stage is None else 0
-    if options.stage != "report":
-        for variant in variants:
-            with console.stage(f"network, {variant}", protocol.variants[variant].about):
-                make_network(study, protocol.variants[variant])
-                found = network_accuracy(study, protocol.variants[variant])
-            console.say(f"    {found:.2%} of the test set")
-        for variant, run in pieces:
-            if stage == "network":
-                break
-            with console.stage(f"{variant}, run {run}", f"up to {stage}"):
-                make_classifiers(study, variant, run)
-                if stage == "attack":
-                    attack(study, variant, run)
-                if stage == "report":
-                    finish(study, variant, run, reattack=options.reattack)
-    if stage == "report":
-        with console.stage("report", "figures and tables"):
-            text = write_report(study, name)
-        print(text)
+    pieces = [] if stage == STAGES[0] else [(name, run) for name in variants for run in runs]
+    console.stages = len(variants) + len(pieces)
+    for name in variants:
+        with console.stage(f"network, {name}", protocol.variants[name].about):
+            make_network(study, protocol.variants[name])
+        found = network_accuracy(study, protocol.variants[name])
+        console.say(f"    {found:.2%} of the test set")
+    for name, run in pieces:
+        with console.stage(f"{name}, run {run}", f"up to {stage}"):
+            make_classifiers(study, name, run)
+            if stage == "attack":
+                attack(study, name, run)
+            if stage == STAGES[-1]:
+                finish(study, name, run, reattack=options.reattack)
 
 
 def settle(options: argparse.Namespace) -> Protocol:
@@ -114,9 +130,14 @@ def settle(options: argparse.Namespace) -> Protocol:
     protocol = PROTOCOLS[options.dataset]
     protocol = quick(protocol) if options.quick else protocol
     if options.attacked is not None:
-        protocol = replace(protocol, attacked=min(options.attacked, protocol.test_samples))
-    if options.attack is not None:
-        protocol = replace(protocol, attacks=tuple(choose_attacks(options.attack)))
+        if not 1 <= options.attacked <= protocol.test_samples:
+            raise ValueError(
+                f"--attacked must be in 1..{protocol.test_samples}, got {options.attacked}"
+            )
+        protocol = replace(protocol, attacked=options.attacked)
+    if options.attack is not None:  # always with the paper's own, to which the others compare
+        chosen = choose_attacks([*options.attack, "line-search-pgd"])
+        protocol = replace(protocol, attacks=tuple(chosen))
     if options.note is not None:
         protocol = replace(protocol, note=options.note)
     if options.epochs is not None:

@@ -1,7 +1,8 @@
 """What the paper says about its experiments, and whether it is so in ours.
 
-Every comparison is made sample by sample: a difference counts if it is more than twice its standard
-error over the samples of all runs, so that a handful of samples decides nothing.
+Two classifiers are compared sample by sample: only samples that one of them gets right and the
+other does not tell them apart, by an exact sign test, at 5 % over all eps of a claim (Holm). The
+test takes the samples of several runs as independent, though runs share test images and a network.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -9,13 +10,17 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from scipy.stats import binomtest
 from torch import Tensor
 
 from torchdnr.evaluation.curve import Predictions
+from torchdnr.evaluation.metrics import wilson_interval
 from torchdnr.rejection import REJECT
 
 HOLDS, PARTLY, FAILS, OPEN = "holds", "holds partly", "does not hold", "cannot be told"
-_ZERO = 0.01  # an accuracy of at most this counts as none: one sample in a hundred
+LEVEL = 0.05
+_ZERO = 0.01  # an accuracy of at most this counts as none
+_EQUAL = 0.05  # a difference that is certain to be smaller counts as none
 
 
 class Claim(NamedTuple):
@@ -60,57 +65,80 @@ def gather(runs: Sequence[Predictions]) -> Outcomes:
         attacked = torch.tensor(run.eps)[:, None] > 0
         found.append((right | (rejected & attacked), rejected))
     right, rejected = (torch.cat(parts, dim=1) for parts in zip(*found, strict=True))
-    return Outcomes(runs[0].eps, right, rejected)
+    return Outcomes(list(runs[0].eps), right, rejected)
 
 
 def judge_claims(
+    clean: Mapping[str, Tensor],
     outcomes: Mapping[str, Outcomes],
     nr_rejects_more_at: Sequence[float],
-    sweeps: Mapping[str, Sequence[Mapping[str, Any]]] | None,
+    sweeps: Mapping[str, Mapping[str, Any]] | None,
 ) -> list[Claim]:
     """Go through the paper's claims.
 
     Args:
-        outcomes: Of "DNN", "NR" and "DNR", under the same attack.
+        clean: Whether each clean test image is right, by classifier: "DNN", "NR", "DNR".
+        outcomes: Of the same classifiers under the same attack.
         nr_rejects_more_at: eps at which the paper sees NR reject more than DNR.
-        sweeps: Of "NR" and "DNR", one per run; None where they belong to another attack.
+        sweeps: Over theta, of "NR" and "DNR", averaged; None where they belong to another attack.
 
     Returns:
         The claims in the paper's order.
 
-    Source: Sotgiu et al., Sec. IV-B.
+    Source: Sotgiu et al., Sec. IV-B; that a strong enough attack must succeed, Sec. I.
     """
     dnn, nr, dnr = (outcomes[name] for name in ("DNN", "NR", "DNR"))
+    attacked = [index for index, eps in enumerate(nr.eps) if eps > 0]
     claims = [
-        _ahead("without attack, DNN is more accurate than NR and DNR", (dnn,), (nr, dnr), [0]),
+        _clean_claim(clean),
         _rises_then_falls(nr, dnr),
-        _reaches_zero(outcomes),
-        _ahead("under attack, NR is more accurate than DNN", (nr,), (dnn,), _attacked(nr)),
-        _ahead("under attack, DNR is more accurate than DNN", (dnr,), (dnn,), _attacked(nr)),
-        _ahead("under attack, DNR is slightly more accurate than NR", (dnr,), (nr,), _attacked(nr)),
+        _reaches_zero({"NR": nr, "DNR": dnr}),
+        _ahead("under attack, NR is more accurate than DNN", nr, dnn, attacked),
+        _ahead("under attack, DNR is more accurate than DNN", dnr, dnn, attacked),
+        _ahead("under attack, DNR is slightly more accurate than NR", dnr, nr, attacked),
         _rejects_more(nr, dnr, nr_rejects_more_at),
     ]
-    if sweeps is not None:
-        claims.append(_trade(sweeps))
-    return claims
+    return claims if sweeps is None else [*claims, _trade(sweeps)]
 
 
-def _attacked(outcomes: Outcomes) -> list[int]:
-    return [index for index, eps in enumerate(outcomes.eps) if eps > 0]
+def _signs(pairs: Sequence[tuple[Tensor, Tensor]]) -> list[int]:
+    """Tell for each pair whether the first is true more often (1), less (-1), or neither (0)."""
+    counts = [(int((a & ~b).sum()), int((b & ~a).sum())) for a, b in pairs]
+    levels = [binomtest(k, k + m).pvalue if k + m else 1.0 for k, m in counts]
+    signs = [0] * len(pairs)
+    for rank, index in enumerate(sorted(range(len(pairs)), key=levels.__getitem__)):
+        if levels[index] > LEVEL / (len(pairs) - rank):
+            break  # Holm: from here on nothing is certain
+        signs[index] = 1 if counts[index][0] > counts[index][1] else -1
+    return signs
 
 
-def _sign(one: Tensor, two: Tensor) -> int:
-    """Tell whether one rate is above another: 1, -1, or 0 where the samples do not tell."""
+def _same(one: Tensor, two: Tensor) -> bool:
+    """Tell whether two rates are certain to lie close together, from paired samples."""
     difference = one.double() - two.double()
-    error = difference.std() / len(difference) ** 0.5
-    mean = difference.mean()
-    return 0 if mean.abs() <= 2 * error else int(mean.sign())
+    if len(difference) < 2:
+        return False
+    # Half a sample more on either side: no difference in a few samples is not certainty.
+    error = 1.96 * difference.std().item() / len(difference) ** 0.5 + 1 / len(difference)
+    enough = 3 / len(difference) < _EQUAL  # what may hide behind no discordant sample at all
+    return enough and abs(difference.mean().item()) + error < _EQUAL
 
 
-def _verdict(signs: Sequence[int]) -> str:
-    if 1 in signs:
-        return PARTLY if -1 in signs else HOLDS
-    return FAILS if -1 in signs else OPEN
+def _verdict(signs: Sequence[int], same: Sequence[bool]) -> str:
+    """Judge a claim that one is ahead, by its signs and where the two are the same."""
+    if signs and all(sign > 0 for sign in signs):
+        return HOLDS
+    if any(sign > 0 for sign in signs):
+        return PARTLY
+    certain = all(sign < 0 or equal for sign, equal in zip(signs, same, strict=True))
+    return FAILS if signs and certain else OPEN
+
+
+def _together(verdicts: Sequence[str]) -> str:
+    """Judge a claim about several classifiers by the verdicts on each."""
+    if len(set(verdicts)) == 1:
+        return verdicts[0]
+    return PARTLY if HOLDS in verdicts or PARTLY in verdicts else OPEN
 
 
 def _percent(values: Tensor) -> str:
@@ -126,83 +154,111 @@ def _pairs(
     )
 
 
-def _ahead(
-    claim: str, leaders: Sequence[Outcomes], others: Sequence[Outcomes], rows: Sequence[int]
-) -> Claim:
-    pairs = [(leader, other) for leader in leaders for other in others]
-    signs = [_sign(one.right[row], two.right[row]) for one, two in pairs for row in rows]
-    told = "; ".join(_pairs(one, two, rows, lambda found: found.right) for one, two in pairs)
-    return Claim(claim, _verdict(signs), f"accuracy in percent: {told}")
+def _clean_claim(clean: Mapping[str, Tensor]) -> Claim:
+    verdicts = []
+    for name in ("NR", "DNR"):
+        pair = clean["DNN"], clean[name]
+        verdicts.append(_verdict(_signs([pair]), [_same(*pair)]))
+    told = ", ".join(f"{name} {_percent(right)}" for name, right in clean.items())
+    return Claim(
+        "without attack, DNN is slightly more accurate than NR and DNR",
+        _together(verdicts),
+        f"accuracy in percent on {len(clean['DNN']):,} images: {told}",
+    )
+
+
+def _ahead(claim: str, leader: Outcomes, other: Outcomes, rows: Sequence[int]) -> Claim:
+    """Judge a lead in accuracy, at every eps at which either has any left."""
+    left = [row for row in rows if (leader.right[row] | other.right[row]).double().mean() > _ZERO]
+    pairs = [(leader.right[row], other.right[row]) for row in left]
+    signs = _signs(pairs)
+    told = _pairs(leader, other, rows, lambda found: found.right)
+    marks = {1: "ahead", -1: "behind", 0: "no difference to be seen"}
+    where = "; ".join(
+        f"{word} at {', '.join(f'{leader.eps[row]:g}' for row in at)}"
+        for sign, word in marks.items()
+        if (at := [row for row, found in zip(left, signs, strict=True) if found == sign])
+    )
+    verdict = _verdict(signs, [_same(*pair) for pair in pairs])
+    return Claim(claim, verdict, f"accuracy in percent: {told} ({where or 'none left'})")
 
 
 def _rises_then_falls(nr: Outcomes, dnr: Outcomes) -> Claim:
-    moves, told = [], []
+    verdicts, told = [], []
     for name, found in (("NR", nr), ("DNR", dnr)):
         rates = found.rejected.double().mean(dim=1)
-        peak = int(rates.argmax())
-        moves.append(_sign(found.rejected[peak], found.rejected[0]))
-        moves.append(_sign(found.rejected[peak], found.rejected[-1]))
-        told.append(
-            f"{name} {_percent(found.rejected[0])} at {found.eps[0]:g}, "
-            f"{_percent(found.rejected[peak])} at {found.eps[peak]:g}, "
-            f"{_percent(found.rejected[-1])} at {found.eps[-1]:g}"
+        peak, last = int(rates.argmax()), len(rates) - 1
+        rise, fall = _signs(
+            [
+                (found.rejected[peak], found.rejected[0]),
+                (found.rejected[peak], found.rejected[last]),
+            ]
         )
-    # Two moves each: up to the peak, and down from it. A peak at an end is no move.
-    verdict = HOLDS if min(moves) > 0 else PARTLY if max(moves) > 0 else FAILS
+        verdicts.append(
+            FAILS if peak == 0 else OPEN if rise <= 0 else HOLDS if fall > 0 else PARTLY
+        )
+        told.append(
+            f"{name} "
+            + ", ".join(
+                f"{_percent(found.rejected[i])} at {found.eps[i]:g}" for i in (0, peak, last)
+            )
+        )
     return Claim(
         "the rejection rates of NR and DNR first rise with eps, then fall",
-        verdict,
-        f"rejected in percent: {'; '.join(told)}",
+        _together(verdicts),
+        f"rejected in percent, first, most, last: {'; '.join(told)}",
     )
 
 
 def _reaches_zero(outcomes: Mapping[str, Outcomes]) -> Claim:
-    last = {name: found.right[-1].double().mean().item() for name, found in outcomes.items()}
-    at_zero = [value <= _ZERO for value in last.values()]
-    verdict = HOLDS if all(at_zero) else PARTLY if any(at_zero) else FAILS
+    verdicts, told = [], []
+    for name, found in outcomes.items():
+        rate = found.right[-1].double().mean().item()
+        _, high = wilson_interval(rate, found.right.shape[1])
+        verdicts.append(HOLDS if rate <= _ZERO else FAILS)
+        told.append(f"{name} {100 * rate:.1f}, at most {100 * high:.1f}")
     eps = next(iter(outcomes.values())).eps[-1]
-    told = ", ".join(f"{name} {100 * value:.1f}" for name, value in last.items())
     return Claim(
-        f"a strong enough attack leaves no accuracy at all (here at {eps:g})",
-        verdict,
-        f"accuracy in percent: {told}",
+        f"a strong enough attack leaves NR and DNR no accuracy at all (here at {eps:g})",
+        _together(verdicts),
+        f"accuracy in percent, with the upper end of its interval: {'; '.join(told)}",
     )
 
 
 def _rejects_more(nr: Outcomes, dnr: Outcomes, eps: Sequence[float]) -> Claim:
     rows = [list(nr.eps).index(value) for value in eps]
-    more = [_sign(nr.rejected[row], dnr.rejected[row]) for row in rows]
-    worse = [_sign(dnr.right[row], nr.right[row]) for row in rows]
-    both = [
-        1 if rejects > 0 and less > 0 else -1 if rejects < 0 or less < 0 else 0
-        for rejects, less in zip(more, worse, strict=True)
-    ]
+    more = [(nr.rejected[row], dnr.rejected[row]) for row in rows]
+    less = [(dnr.right[row], nr.right[row]) for row in rows]
+    both = [min(pair) for pair in zip(_signs(more), _signs(less), strict=True)]
+    same = [_same(*m) or _same(*a) for m, a in zip(more, less, strict=True)]
     named = ", ".join(f"{value:g}" for value in eps)
     return Claim(
         f"NR rejects more than DNR and is less accurate all the same (at {named})",
-        _verdict(both),
+        _verdict(both, same),
         f"rejected in percent: {_pairs(nr, dnr, rows, lambda found: found.rejected)}; accuracy: "
         f"{_pairs(nr, dnr, rows, lambda found: found.right)}",
     )
 
 
-def _trade(sweeps: Mapping[str, Sequence[Mapping[str, Any]]]) -> Claim:
-    """Look along theta: does accuracy under attack rise while clean accuracy falls?"""
-    signs, told = [], []
-    for name, runs in sweeps.items():
-        for run in runs:
-            for row, eps in enumerate(run["eps"]):
-                low, high = run["accuracy"][row][0], run["accuracy"][row][-1]
-                apart = low["high"] < high["low"], high["high"] < low["low"]
-                signs.append(1 if apart[0] else -1 if apart[1] else 0)
-                if run is runs[0]:
-                    told.append(
-                        f"{name} {100 * low['value']:.0f} to {100 * high['value']:.0f} at {eps:g}"
-                    )
-    first = next(iter(sweeps.values()))[0]["false_rejection_rate"]
-    ends = f"{100 * first[0]['value']:.0f} to {100 * first[-1]['value']:.0f} % of clean samples"
+def _trade(sweeps: Mapping[str, Mapping[str, Any]]) -> Claim:
+    """Look along theta: does accuracy under attack rise while clean samples are rejected?
+
+    Of fixed points a higher theta can only reject more, so that they prove nothing.
+    """
+    signs, told, again = [], [], all(sweep["reattacked_accuracy"] for sweep in sweeps.values())
+    for name, sweep in sweeps.items():
+        rates = sweep["reattacked_accuracy" if again else "accuracy"]
+        ends = sweep["false_rejection_rate"]
+        moved = []
+        for eps, row in zip(sweep["eps"], rates, strict=True):
+            up, down = row[0]["high"] < row[-1]["low"], row[-1]["high"] < row[0]["low"]
+            signs.append(int(up) - int(down))
+            moved.append(f"{100 * row[0]['value']:.0f} to {100 * row[-1]['value']:.0f} at {eps:g}")
+        shares = f"{100 * ends[0]['value']:.0f} to {100 * ends[-1]['value']:.0f} %"
+        told.append(f"{name}, rejecting {shares} of clean samples: {', '.join(moved)}")
+    how = "attacked again at every theta" if again else "fixed points, for which it must be so"
     return Claim(
         "a higher theta buys accuracy under attack for clean samples rejected",
-        _verdict(signs),
-        f"rejecting {ends} takes the accuracy in percent from (fixed attacks): {', '.join(told)}",
+        _verdict(signs, [False] * len(signs)) if again else OPEN,
+        f"accuracy in percent, {how}: {'; '.join(told)}",
     )

@@ -6,70 +6,90 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from paper_claims import Claim, gather, judge_claims
-from paper_run import examples, network_accuracy
+from paper_claims import gather, judge_claims
+from paper_run import EXAMPLES_FILE
 from paper_study import Study, run_folder
 from paper_tables import ALONE, WORST, as_text, example_figure, readme_section
 
 from torchdnr.evaluation import LINE_SEARCH_PGD, SecurityCurve
 from torchdnr.evaluation.curve import plain_json, read_json, write_json
-from torchdnr.evaluation.environment import describe_environment
 from torchdnr.evaluation.plots import plot_curves, plot_examples
 from torchdnr.evaluation.plots_rejection import plot_threshold_sweep
 from torchdnr.evaluation.report import load_results
 from torchdnr.evaluation.sweep_average import average_sweeps
-from torchdnr.files import atomic_write_bytes
+from torchdnr.files import atomic_write_bytes, load_tensors
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results/paper"
+CLASSIFIERS = "DNN", "NR", "DNR"
 
 
-def write_report(study: Study, name: str) -> str:
+def write_report(study: Study, name: str, results: Path) -> str:
     """Merge what the folder holds, draw the figures, and write the numbers.
 
     Args:
-        study: The experiments.
+        study: The experiments; nothing is made that the folder lacks.
         name: Beginning of the names of the files.
+        results: Folder for the files; that of the repository also brings README.md up to date.
 
     Returns:
         Tables as text.
 
     Raises:
-        ValueError: If no run is complete.
+        ValueError: If no run is complete, or one was made with other settings.
     """
     found = {variant: _runs(study, variant) for variant in study.protocol.variants}
     found = {variant: runs for variant, runs in found.items() if runs}
     if not found:
         raise ValueError(f"no run in {study.folder} is complete; call without --stage report")
-    RESULTS.mkdir(parents=True, exist_ok=True)
+    results.mkdir(parents=True, exist_ok=True)
     variants = {
-        variant: _variant(study, variant, runs, RESULTS / f"{name}-{variant}")
+        variant: _variant(study, variant, runs, results / f"{name}-{variant}")
         for variant, runs in found.items()
     }
-    first = next(iter(found.values()))[0][0]["DNR"]
     content = {
         "protocol": plain_json(study.protocol.to_dict()),
-        "environment": first.environment,
-        "reported_on": describe_environment(study.device),
         "variants": variants,
         "reference": reference(),
+        "environments": _environments(found),
         "cost": {variant: _costs(study, variant, runs) for variant, runs in found.items()},
     }
-    write_json(RESULTS / f"{name}.json", content)
-    _rewrite_readme(name, content)
+    write_json(results / f"{name}.json", content)
+    if results == RESULTS:
+        _rewrite_readme(name, content)
     return as_text(content)
 
 
 def _runs(study: Study, variant: str) -> list[tuple[dict[str, SecurityCurve], dict, dict]]:
-    """Load the complete runs of a variant, made with these attacks: curves, settings, sweeps."""
+    """Load the complete runs of a variant: curves, settings, sweeps."""
     found = []
+    wanted = {"classifiers": study.classifier_settings(), "attack": study.attack_settings()}
     for run in range(study.protocol.runs):
         path = run_folder(study, variant, run) / "results.json"
-        if path.exists():
-            curves, settings = load_results(path)
-            if settings["attack"] == study.attack_settings:
-                found.append((curves, settings, read_json(path)["sweeps"]))
+        if not path.exists():
+            continue
+        curves, settings = load_results(path)
+        for key, value in {**wanted, "run": run, "variant": variant}.items():
+            if settings.get(key) != value:
+                raise ValueError(
+                    f"{path} was made with another {key}; the same command without --stage report "
+                    "makes it again"
+                )
+        found.append((curves, settings, read_json(path)["sweeps"]))
+    if len({settings["network"]["digest"] for _, settings, _ in found}) > 1:
+        raise ValueError(
+            f"the runs of {variant} in {study.folder} are of different networks; train one, copy "
+            "it to every machine, and only then make the runs"
+        )
     return found
+
+
+def _environments(
+    found: Mapping[str, Sequence[tuple[dict[str, SecurityCurve], dict, dict]]],
+) -> list[dict[str, Any]]:
+    """List the machines and versions, each once."""
+    every = [curves["DNR"].environment for runs in found.values() for curves, _, _ in runs]
+    return [entry for index, entry in enumerate(every) if entry not in every[:index]]
 
 
 def _variant(
@@ -78,35 +98,43 @@ def _variant(
     """Draw the figures of a variant and collect its numbers."""
     several = {name: [curves[name] for curves, _, _ in runs] for name in runs[0][0]}
     plot_curves(several, f"{figures}-fig3.png")
-    sweeps = {name: [found[name] for _, _, found in runs] for name in runs[0][2]}
-    means = {name: average_sweeps(name, parts) for name, parts in sweeps.items()}
+    means = {
+        name: average_sweeps(name, [sweeps[name] for _, _, sweeps in runs]) for name in runs[0][2]
+    }
     plot_threshold_sweep(means, f"{figures}-fig4.png")
     number = example_figure(study.protocol.to_dict())
-    _draw_examples(study, variant, f"{figures}-fig{number}.png")
+    _draw_examples(study, variant, runs[0][1]["run"], f"{figures}-fig{number}.png")
     alone = {
         name: [curve.attacks[LINE_SEARCH_PGD] for curve in curves]
         for name, curves in several.items()
     }
-    eps = study.protocol.nr_rejects_more_at
-    worst = judge_claims({key: gather(value) for key, value in several.items()}, eps, sweeps)
-    paper = judge_claims({key: gather(value) for key, value in alone.items()}, eps, None)
+    eps, sweeps = study.protocol.nr_rejects_more_at, {key: m.to_dict() for key, m in means.items()}
+    clean = {
+        name: torch.tensor([one for _, s, _ in runs for one in s["clean"][name]["right"]]).bool()
+        for name in several
+    }
+    claims = {
+        WORST: judge_claims(clean, {key: gather(v) for key, v in several.items()}, eps, sweeps),
+        ALONE: judge_claims(clean, {key: gather(v) for key, v in alone.items()}, eps, None),
+    }
     return {
         "network": {
             "name": study.protocol.variants[variant].network.__name__,
-            "test_accuracy": network_accuracy(study, study.protocol.variants[variant]),
+            **runs[0][1]["network"],
         },
         "runs": [settings["run"] for _, settings, _ in runs],
-        "clean": [settings["clean"] for _, settings, _ in runs],
+        "clean": [_without(settings["clean"], "right") for _, settings, _ in runs],
         "curves": {
             WORST: {key: _rates(value) for key, value in several.items()},
             ALONE: {key: _rates(value) for key, value in alone.items()},
         },
-        "claims": {
-            WORST: [claim.to_dict() for claim in worst],
-            ALONE: [claim.to_dict() for claim in paper],
-        },
-        "sweeps": {name: mean.to_dict() for name, mean in means.items()},
+        "claims": {key: [claim.to_dict() for claim in found] for key, found in claims.items()},
+        "sweeps": sweeps,
     }
+
+
+def _without(entries: Mapping[str, Mapping[str, Any]], key: str) -> dict[str, dict[str, Any]]:
+    return {name: {k: v for k, v in entry.items() if k != key} for name, entry in entries.items()}
 
 
 def _rates(runs: Sequence[Any]) -> dict[str, Any]:
@@ -123,15 +151,15 @@ def _rates(runs: Sequence[Any]) -> dict[str, Any]:
     return found
 
 
-def _draw_examples(study: Study, variant: str, path: str) -> None:
-    images, labels, found, predicted = examples(study, variant)
-    if len(images):
+def _draw_examples(study: Study, variant: str, run: int, path: str) -> None:
+    found, _ = load_tensors(run_folder(study, variant, run) / EXAMPLES_FILE, kind="examples")
+    if len(found["images"]):
         plot_examples(
             path,
-            images,
-            labels,
-            found,
-            predicted,
+            found["images"],
+            found["labels"],
+            {name: found[f"{name}.points"] for name in CLASSIFIERS},
+            {name: found[f"{name}.predictions"] for name in CLASSIFIERS},
             study.protocol.example_eps,
             study.data.classes,
         )
@@ -145,13 +173,15 @@ def _costs(
     path = study.folder / f"{network}-costs.json"
     trained = [read_json(path)["network"]] if path.exists() else []
     found: dict[str, Any] = {"DNN": {"network": trained}}
-    for name in ("DNN", "NR", "DNR"):
+    for name in CLASSIFIERS:
         for curves, settings, _ in runs:
             for key, attack in curves[name].attacks.items():
                 spent = {"seconds": sum(attack.seconds), "peak_memory_mib": None, "calls": 1}
                 found.setdefault(name, {}).setdefault(f"attack: {key}", []).append(spent)
             own = run_folder(study, variant, settings["run"]) / f"{name.lower()}-costs.json"
             for stage, cost in (read_json(own) if own.exists() else {}).items():
+                if stage == "attack":  # the curve knows what a stopped run had spent before
+                    cost |= {"seconds": curves[name].seconds}
                 found.setdefault(name, {}).setdefault(stage, []).append(cost)
     return found
 
@@ -174,9 +204,11 @@ def reference() -> dict[str, float]:
 
 
 def _rewrite_readme(name: str, content: Mapping[str, Any]) -> None:
-    """Put the tables between the markers of README.md, if it has them for this data set."""
+    """Put the tables between the markers of README.md."""
     begin, end = markers(name)
     readme = ROOT / "README.md"
+    if begin not in readme.read_text():
+        raise ValueError(f"README.md has no place for these numbers: add {begin} and {end}")
     between = re.compile("(?<=" + re.escape(begin) + r").*?(?=" + re.escape(end) + ")", re.S)
     text = between.sub(lambda _: f"\n{readme_section(name, content)}\n", readme.read_text())
     atomic_write_bytes(readme, text.encode())
@@ -185,6 +217,3 @@ def _rewrite_readme(name: str, content: Mapping[str, Any]) -> None:
 def markers(name: str) -> tuple[str, str]:
     """Name the markers of a data set's part of README.md."""
     return f"<!-- paper {name}: written by benchmarks/paper.py -->", f"<!-- end of paper {name} -->"
-
-
-__all__ = ["Claim", "markers", "readme_section", "write_report"]

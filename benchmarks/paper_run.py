@@ -4,6 +4,7 @@ Everything is kept in the folder as soon as it is made, and is not made again.
 """
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,13 +23,14 @@ from torchdnr.evaluation.metrics import accuracy_under_attack, rejection_rate
 from torchdnr.evaluation.report import load_results, save_results
 from torchdnr.evaluation.security import security_evaluations
 from torchdnr.evaluation.threshold_sweep import threshold_sweep, thresholds_at_rates
+from torchdnr.files import digest, save_tensors
 from torchdnr.models import load_network, save_network
 from torchdnr.training import train_network
 
 BATCH_SIZE = 256
 REJECTION_RATE = 0.10
 SWEEP_RATES = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4)
-EXAMPLES = 5
+EXAMPLES, EXAMPLES_FILE = 5, "examples.safetensors"
 
 
 def make_network(study: Study, variant: Variant) -> nn.Module:
@@ -132,32 +134,30 @@ def finish(study: Study, variant: str, run: int, *, reattack: bool) -> None:
     """Attack, sweep theta, and write the results of a run, unless they are there."""
     folder = run_folder(study, variant, run)
     path = folder / "results.json"
+    made_of = {"classifiers": study.classifier_settings(), "attack": study.attack_settings()}
     if path.exists():
         known = load_results(path)[1]
-        if known["attack"] == study.attack_settings and (known["reattacked"] or not reattack):
+        same = all(known.get(key) == value for key, value in made_of.items())
+        if same and (known["reattacked"] or not reattack):
             return
     classifiers = make_classifiers(study, variant, run)
     samples = study.samples(run)
     curves = attack(study, variant, run)
-    inputs, labels = samples["test"]
-    count = study.protocol.attacked
     sweeps = {}
     for name in ("NR", "DNR"):
-        sweeps[name] = threshold_sweep(
-            classifiers[name],
-            inputs[:count],
-            labels[:count],
-            _points(curves[name], study.protocol.sweep_eps),
-            _thresholds(classifiers[name], samples["threshold"][0]),
-            attack=_again(samples["svm"][0], run) if reattack else None,
-            name=name,
-            progress=study.progress,
-        ).to_dict()
+        with costed(folder / f"{name.lower()}-costs.json", study.device), stage("theta sweep"):
+            sweeps[name] = _sweep(study, classifiers[name], curves[name], samples, run, reattack)
+    inputs, labels = samples["test"]
+    _save_examples(study, folder / EXAMPLES_FILE, classifiers, samples)
     settings = {
+        **made_of,
         "run": run,
         "variant": variant,
-        "attack": study.attack_settings,
         "reattacked": reattack,
+        "network": {
+            "digest": digest(classifiers["DNN"].state_dict()),
+            "test_accuracy": network_accuracy(study, study.protocol.variants[variant]),
+        },
         "clean": {
             name: _clean(model, inputs, labels, samples["threshold"][0])
             for name, model in classifiers.items()
@@ -166,11 +166,37 @@ def finish(study: Study, variant: str, run: int, *, reattack: bool) -> None:
     save_results(path, curves, settings, {"sweeps": plain_json(sweeps)})
 
 
+def _sweep(
+    study: Study,
+    model: nn.Module,
+    curve: SecurityCurve,
+    samples: Mapping[str, tuple[Tensor, Tensor]],
+    run: int,
+    reattack: bool,
+) -> dict[str, Any]:
+    """Vary theta on the worst points of the curve, and if wanted attack again at each."""
+    inputs, labels = (part[: study.protocol.attacked] for part in samples["test"])
+    return threshold_sweep(
+        model,
+        inputs,
+        labels,
+        _points(curve, study.protocol.sweep_eps),
+        _thresholds(model, samples["threshold"][0]),
+        attack=_again(samples["svm"][0], run) if reattack else None,
+        name=curve.name,
+        progress=study.progress,
+    ).to_dict()
+
+
 def _clean(model: nn.Module, inputs: Tensor, labels: Tensor, calibration: Tensor) -> dict[str, Any]:
     """Describe a classifier, and how it does on all clean test images of the run."""
     reject = has_reject_column(model, None)
     found = predict_labels(outputs(model, inputs, BATCH_SIZE), reject)
-    entry = {"accuracy": accuracy_under_attack(found, labels, eps=0), "samples": len(labels)}
+    entry = {
+        "accuracy": accuracy_under_attack(found, labels, eps=0),
+        "samples": len(labels),
+        "right": (found == labels).int().tolist(),
+    }
     if reject:
         before = predict_labels(outputs(model, calibration, BATCH_SIZE), reject)
         chosen = {
@@ -216,14 +242,13 @@ def _again(pool: Tensor, run: int) -> Callable[..., Tensor]:
     return attack_once
 
 
-def examples(study: Study, variant: str) -> tuple[Tensor, Tensor, dict, dict]:
-    """Attack a few images of the first run that all classifiers get right, for Figs. 5 and 6.
-
-    Returns:
-        Images, labels, adversarial images and predictions of these, the last two by classifier.
-    """
-    classifiers = make_classifiers(study, variant, 0)
-    samples = study.samples(0)
+def _save_examples(
+    study: Study,
+    path: Path,
+    classifiers: Mapping[str, nn.Module],
+    samples: Mapping[str, tuple[Tensor, Tensor]],
+) -> None:
+    """Attack a few images that all classifiers get right, for Figs. 5 and 6, and save them."""
     images, labels = samples["test"]
 
     def predict(model: nn.Module, inputs: Tensor) -> Tensor:
@@ -232,11 +257,12 @@ def examples(study: Study, variant: str) -> tuple[Tensor, Tensor, dict, dict]:
     right = torch.stack([predict(model, images) == labels for model in classifiers.values()])
     chosen = right.all(dim=0).nonzero()[:EXAMPLES, 0]
     images, labels = images[chosen], labels[chosen]
-    found = {
-        name: line_search_pgd(
-            model, images, labels, study.protocol.example_eps, init_inputs=samples["svm"][0]
-        )
-        for name, model in classifiers.items()
-    }
-    predicted = {name: predict(classifiers[name], points) for name, points in found.items()}
-    return images, labels, found, predicted
+    found = {"images": images, "labels": labels}
+    for name, model in classifiers.items():
+        found[f"{name}.points"] = images
+        if len(images):
+            found[f"{name}.points"] = line_search_pgd(
+                model, images, labels, study.protocol.example_eps, init_inputs=samples["svm"][0]
+            )
+            found[f"{name}.predictions"] = predict(model, found[f"{name}.points"])
+    save_tensors(path, found, {}, kind="examples")

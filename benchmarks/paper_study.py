@@ -15,6 +15,7 @@ from torchdnr import __version__
 from torchdnr.costs import record_costs
 from torchdnr.data import Dataset, Splits, split
 from torchdnr.evaluation.curve import plain_json, read_json, write_json
+from torchdnr.evaluation.line_up import ATTACKS
 from torchdnr.files import digest
 
 # Of the protocol, what only concerns attacks and figures: classifiers do not depend on it.
@@ -41,30 +42,36 @@ class Study:
     device: torch.device
     progress: bool = True
 
+    def classifier_settings(self) -> dict[str, Any]:
+        """Collect what the classifiers depend on; JSON values."""
+        protocol = self.protocol.to_dict()
+        kept = protocol.keys() - ATTACK_KEYS - REPORT_KEYS
+        data = {name: value for name, value in vars(self.data).items() if torch.is_tensor(value)}
+        found = {"torchdnr": __version__, "data": digest(data)}
+        return _as_json(found | {key: protocol[key] for key in sorted(kept)})
+
+    def attack_settings(self) -> dict[str, Any]:
+        """Collect what the attacks depend on beside the classifiers; JSON values."""
+        protocol = self.protocol.to_dict()
+        found = {key: protocol[key] for key in sorted(ATTACK_KEYS - {"runs"})}
+        return _as_json(
+            found | {"options": {name: ATTACKS[name].defaults for name in found["attacks"]}}
+        )
+
     def claim_folder(self) -> None:
         """Write down which classifiers the folder is for, or refuse one that is for others.
 
         Raises:
             ValueError: If the folder holds classifiers of other experiments.
         """
-        images = {"train": self.data.images_train, "test": self.data.images_test}
-        protocol = self.protocol.to_dict()
-        protocol = {key: protocol[key] for key in protocol.keys() - ATTACK_KEYS - REPORT_KEYS}
-        known = {"torchdnr": __version__, **protocol, "data": digest(images)}
-        known = json.loads(json.dumps(plain_json(known)))
-        path = self.folder / "protocol.json"
-        if path.exists() and read_json(path) != known:
+        known, path = self.classifier_settings(), self.folder / "protocol.json"
+        if path.exists() and (earlier := read_json(path)) != known:
+            differ = [key for key in known | earlier if known.get(key) != earlier.get(key)]
             raise ValueError(
-                f"{self.folder} holds classifiers of another protocol; choose another --folder"
+                f"{self.folder} holds classifiers with other {', '.join(differ)}; choose another "
+                "--folder"
             )
         write_json(path, known)
-
-    @property
-    def attack_settings(self) -> dict[str, Any]:
-        """What the attacks of a run depend on beside its classifiers; JSON values."""
-        protocol = self.protocol.to_dict()
-        found = {key: protocol[key] for key in ATTACK_KEYS - {"runs"}}
-        return json.loads(json.dumps(plain_json(found)))
 
     def samples(self, run: int) -> dict[str, tuple[Tensor, Tensor]]:
         """Draw the images of a run, on the device: svm, threshold and test."""
@@ -74,22 +81,18 @@ class Study:
         left = replace(
             data, images_train=data.images_train[rest], labels_train=data.labels_train[rest]
         )
-        theta, from_test = protocol.threshold_samples, protocol.threshold_from_test
         parts = split(
             left,
             network=0,
             svm=protocol.svm_samples,
-            threshold=0 if from_test else theta,
-            test=protocol.test_samples + (theta if from_test else 0),
+            threshold=protocol.threshold_samples,
+            test=protocol.test_samples,
             seed=run,
         )
-        test = parts.test[: protocol.test_samples]
         found = {
             "svm": left.select(parts.svm),
-            "threshold": left.select(parts.test[len(test) :], test=True)
-            if from_test
-            else left.select(parts.threshold),
-            "test": left.select(test, test=True),
+            "threshold": left.select(parts.threshold),
+            "test": left.select(parts.test, test=True),
         }
         return {name: (x.to(self.device), y.to(self.device)) for name, (x, y) in found.items()}
 
@@ -108,14 +111,28 @@ class Study:
 
 @contextmanager
 def costed(path: Path, device: torch.device) -> Iterator[None]:
-    """Record what the stages inside cost, beside what is written at ``path`` already."""
+    """Record what the stages inside cost, stopped or not; add it to what ``path`` holds."""
     with record_costs(device) as costs:
-        yield
-    if costs:
-        earlier = read_json(path) if path.exists() else {}
-        write_json(path, earlier | {name: cost.to_dict() for name, cost in costs.items()})
+        try:
+            yield
+        finally:
+            found = read_json(path) if path.exists() else {}
+            for name, cost in costs.items():
+                own, earlier = cost.to_dict(), found.get(name, {"seconds": 0.0, "calls": 0})
+                known = [one.get("peak_memory_mib") for one in (own, earlier)]
+                found[name] = {
+                    "seconds": own["seconds"] + earlier["seconds"],
+                    "peak_memory_mib": max((v for v in known if v is not None), default=None),
+                    "calls": own["calls"] + earlier["calls"],
+                }
+            if costs:
+                write_json(path, found)
 
 
 def run_folder(study: Study, variant: str, run: int) -> Path:
     """Name the folder of a run."""
     return study.folder / variant / f"run-{run}"
+
+
+def _as_json(value: object) -> Any:  # noqa: ANN401 - whatever a file would hold
+    return json.loads(json.dumps(plain_json(value)))

@@ -1,12 +1,15 @@
 """Tables of the paper's experiments, as text and for README.md."""
 
+import re
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tabulate import tabulate
 
-WORST, ALONE = "strongest line-up", "the paper's attack"
+from torchdnr.evaluation.line_up import ATTACKS
+
+WORST, ALONE = "our line-up", "the paper's attack"
 
 
 def readme_section(name: str, content: Mapping[str, Any]) -> str:
@@ -19,7 +22,9 @@ def readme_section(name: str, content: Mapping[str, Any]) -> str:
         parts += [_cost_table(content["cost"][variant], "github"), ""]
         parts += [_reference(content), ""] if content["reference"] else []
         parts += [_figures(f"{name}-{variant}", content["protocol"]), ""]
-    return "\n".join(parts).rstrip()
+    text = "\n".join(parts).rstrip()
+    # The padding that lines up a table's columns only makes long lines of it here.
+    return re.sub(r"(?<=\|)-+(?=\|)", "---", re.sub(r" {2,}", " ", text))
 
 
 def example_figure(protocol: Mapping[str, Any]) -> int:
@@ -45,7 +50,7 @@ def as_text(content: Mapping[str, Any]) -> str:
         about = content["protocol"]["variants"][variant]["about"]
         parts += [f"{variant}: {about}", _facts(content, variant), ""]
         parts += [_curve_table(found, "simple"), ""]
-        parts += [_claim_table(found, "simple", width=60), ""]
+        parts += [_claim_table(found, "simple", width=44), ""]
         parts += [_cost_table(content["cost"][variant], "simple"), ""]
         parts += [_reference(content), ""] if content["reference"] else []
     return "\n".join(parts)
@@ -54,24 +59,30 @@ def as_text(content: Mapping[str, Any]) -> str:
 def _facts(content: Mapping[str, Any], variant: str) -> str:
     protocol, found = content["protocol"], content["variants"][variant]
     training = protocol["variants"][variant]["training"]
-    network, environment = found["network"], content["environment"]
-    rejected = ", ".join(
-        f"{name} {100 * statistics.mean(run[name]['rejection_rate'] for run in found['clean']):.1f}"
-        for name in ("NR", "DNR")
+    network, runs = found["network"], len(found["runs"])
+    attacks = ", ".join(ATTACKS[name].label for name in protocol["attacks"])
+    machines = "; ".join(
+        f"{one['device']} ({one['threads']} threads), torch {one['torch']}"
+        for one in content["environments"]
     )
-    runs = len(found["runs"])
     text = (
         f"{runs} run{'s' * (runs > 1)} of {protocol['runs']}; {protocol['svm_samples']:,} images "
-        f"for the SVMs, {protocol['attacked']:,} attacked; {network['name']}, "
-        f"{training['epochs']} epochs on {protocol['network_samples']:,} images, "
-        f"{100 * network['test_accuracy']:.2f} % right on the whole test set; rejected of "
-        f"{protocol['test_samples']:,} clean test images, in percent: {rejected}. "
-        f"{environment['device']} ({environment['threads']} threads), torch "
-        f"{environment['torch']}."
+        f"for the SVMs, {protocol['threshold_samples']:,} for theta, {protocol['attacked']:,} "
+        f"attacked; {network['name']}, {training['epochs']} epochs on "
+        f"{protocol['network_samples']:,} images, {100 * network['test_accuracy']:.2f} % right on "
+        f"the whole test set. On {protocol['test_samples']:,} clean test images: "
+        f"{'; '.join(_clean(found, name) for name in found['clean'][0])}. Our line-up: {attacks}. "
+        f"{machines}."
     )
-    if protocol["threshold_from_test"]:
-        text += " Theta is set on test-set images that are evaluated nowhere."
     return f"{text} {protocol['note']}".rstrip()
+
+
+def _clean(found: Mapping[str, Any], name: str) -> str:
+    def mean(key: str) -> str:
+        return f"{100 * statistics.mean(run[name][key] for run in found['clean']):.1f} %"
+
+    rejected = f", {mean('rejection_rate')} rejected" if name != "DNN" else ""
+    return f"{name} {mean('accuracy')} right{rejected}"
 
 
 def _curve_table(found: Mapping[str, Any], style: str) -> str:
@@ -104,12 +115,14 @@ def _claim_table(found: Mapping[str, Any], style: str, width: int | None = None)
             claim,
             alone[claim]["verdict"] if claim in alone else "-",
             worst[claim]["verdict"],
+            alone[claim]["numbers"] if claim in alone else "-",
             worst[claim]["numbers"],
         ]
         for claim in worst
     ]
-    header = ["what the paper says", f"under {ALONE}", f"under the {WORST}", f"numbers, {WORST}"]
-    widths = None if width is None else [width // 2, 14, 14, width]
+    header = ["what the paper says", f"under {ALONE}", f"under {WORST}"]
+    header += [f"numbers, {ALONE}", f"numbers, {WORST}"]
+    widths = None if width is None else [width // 2, 12, 12, width, width]
     return tabulate(rows, header, tablefmt=style, disable_numparse=True, maxcolwidths=widths)
 
 

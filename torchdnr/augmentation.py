@@ -7,10 +7,9 @@ SHIFT = 4  # pixels
 
 
 def shift_and_mirror(images: Tensor) -> Tensor:
-    """Shift each image by up to 4 pixels in both directions, and mirror every second one.
+    """Shift each image by up to 4 pixels in both directions; mirror it with probability 1/2.
 
-    Zeros come in at the borders. The random numbers are those of the global generator of the CPU,
-    so that a training is the same on every device.
+    Zeros come in at the borders. The random numbers are those of the CPU's global generator.
 
     Args:
         images: ``(n, channels, height, width)``.

@@ -3,10 +3,12 @@
 import argparse
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
+
+from torchdnr.costs import largest_before_reset
 
 STOPPED = 130  # the shell's code for a command stopped by Ctrl-C
 
@@ -57,12 +59,17 @@ class Console:
             self.say(f"    {self.seconds[name]:.0f} s")
 
 
-def run_command(options: argparse.Namespace, job: Callable[[Console], None]) -> int:
+def run_command(
+    options: argparse.Namespace,
+    job: Callable[[Console], None],
+    packages: Sequence[str] = ("torchdnr",),
+) -> int:
     """Run a job; print its time and memory, or its error in one line.
 
     Args:
         options: Parsed options; ``quiet`` counts here.
         job: What to run.
+        packages: Beginnings of the names of the modules whose errors are written for users.
 
     Returns:
         Exit code: 0, 2 after an error, 130 if stopped by Ctrl-C. An error that nobody foresaw
@@ -75,7 +82,7 @@ def run_command(options: argparse.Namespace, job: Callable[[Console], None]) -> 
         print(f"\n{console.process}stopped; the same command goes on from here", file=sys.stderr)
         return STOPPED
     except Exception as error:
-        if not _foreseen(error):
+        if not _foreseen(error, packages):
             raise
         print(f"{console.process}error: {error}", file=sys.stderr)
         return 2
@@ -85,14 +92,14 @@ def run_command(options: argparse.Namespace, job: Callable[[Console], None]) -> 
     return 0
 
 
-def _foreseen(error: Exception) -> bool:
-    """Tell whether a message was written for the user: by torchdnr, or about a file or memory."""
+def _foreseen(error: Exception, packages: Sequence[str]) -> bool:
+    """Tell whether a message was written for the user: by us, or about a file or memory."""
     if isinstance(error, OSError | torch.OutOfMemoryError):
         return True
     frame = error.__traceback__
     while frame.tb_next:
         frame = frame.tb_next
-    raised_here = frame.tb_frame.f_globals.get("__name__", "").startswith("torchdnr.")
+    raised_here = frame.tb_frame.f_globals.get("__name__", "").startswith(tuple(packages))
     kinds = ValueError, ImportError, RuntimeError, FloatingPointError
     return raised_here and isinstance(error, kinds)
 
@@ -104,4 +111,5 @@ def peak_memory_mib() -> float | None:
     except ImportError:
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**20 if sys.platform == "darwin" else 2**10)  # bytes there, KiB elsewhere
+    peak /= 2**20 if sys.platform == "darwin" else 2**10  # bytes there, KiB elsewhere
+    return max(peak, largest_before_reset())

@@ -56,6 +56,9 @@ class _Recorder:
 _RECORDER: ContextVar[_Recorder | None] = ContextVar("recorder", default=None)
 
 
+_LARGEST = [0.0]
+
+
 @contextmanager
 def record_costs(device: str | torch.device = "cpu") -> Iterator[dict[str, Cost]]:
     """Record what the stages cost that run inside: features, search, stacking, threshold, ...
@@ -114,4 +117,13 @@ def _process_peak() -> float | None:
     except OSError:
         return None
     found = [line.split() for line in lines if line.startswith("VmHWM:")]
-    return float(found[0][1]) / 2**10 if found else None  # given in KiB
+    if not found:
+        return None
+    peak = float(found[0][1]) / 2**10  # given in KiB
+    _LARGEST.append(max(peak, _LARGEST.pop()))
+    return peak
+
+
+def largest_before_reset() -> float:
+    """Tell the largest memory of this process that recording made the system forget, in MiB."""
+    return _LARGEST[0]

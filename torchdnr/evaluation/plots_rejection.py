@@ -28,7 +28,8 @@ def plot_threshold_sweep(
 
     Solid lines with hollow markers are of fixed points, dashed ones with full markers attacked
     again at each threshold; the band is the 95 % confidence interval of the latter, or, without
-    them, of the former. The dotted line is the accuracy without attack.
+    them, of the former, and of averaged sweeps their standard deviation. The dotted line is the
+    accuracy without attack.
 
     Args:
         sweeps: Classifier name to its sweep.
@@ -235,7 +236,9 @@ def _sweep_legend(
         frameon=False,
         handlelength=2.6,
     )
-    note = f"{_norm_name(next(iter(sweeps.values())).norm)}. Band: 95 % confidence interval"
+    note = f"{_norm_name(next(iter(sweeps.values())).norm)}. Band: "
+    several = any(sweep.settings.get("runs", 1) > 1 for sweep in sweeps.values())
+    note += "standard deviation over the runs" if several else "95 % confidence interval"
     note += " when attacked again." if again else "."
     if marked is not None:
         note += f" Vertical line: {100 * marked:g} %."
