@@ -211,7 +211,7 @@ def test_stopped_in_every_stage_and_resumed_equals_never_stopped(
     run = tmp_path / "run"
     command = ["--quiet", *_making(digits, run), *ATTACKING]
     stops = [
-        (torchdnr.training, "_save", 2, True, {"training.safetensors"}),
+        (torchdnr.training, "save_state", 2, True, {"training.safetensors"}),
         (torchdnr.RBFSVM, "fit", 2, False, {"network.safetensors"}),
         (torchdnr.NR, "calibrate", 1, False, {"dnr.safetensors"}),
         (torchdnr.evaluation.checkpoint.Checkpoint, "add", 5, True, {"nr.safetensors"}),

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-import torchdnr.training as training
+import torchdnr.training_checkpoint as training_checkpoint
 from torchdnr.features import LayerFeatures
 from torchdnr.files import CheckpointError, DamagedFileError, load_tensors, save_tensors
 from torchdnr.models import (
@@ -155,11 +155,11 @@ def test_stop_during_the_write_keeps_the_last_epoch(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(training, "save_tensors", save_then_die)
+        patch.setattr(training_checkpoint, "save_tensors", save_then_die)
         with pytest.raises(KeyboardInterrupt):
             train(small_net(), path)
     monkeypatch.undo()
-    assert load_tensors(path, kind=training.KIND)[1]["epochs_done"] == 2
+    assert load_tensors(path, kind=training_checkpoint.KIND)[1]["epochs_done"] == 2
     assert same(train(small_net(), path).state_dict(), train(small_net()).state_dict())
 
 

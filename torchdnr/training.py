@@ -1,22 +1,20 @@
 """Train a classifier; a run that was stopped goes on where it was."""
 
 import math
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from torchdnr.augmentation import shift_and_mirror
-from torchdnr.files import CheckpointError, DamagedFileError, digest, load_tensors, save_tensors
 from torchdnr.learning_rate import SCHEDULES, relative_learning_rate
+from torchdnr.training_checkpoint import describe_run, resume, save_state
 
-KIND = "training checkpoint"
 # Runs with neighbouring seeds must not share the random numbers of neighbouring epochs.
 SEED_STRIDE = 1_000_003
 
@@ -115,7 +113,7 @@ def train_network(
     """
     _check_data(images, labels)
     device = next(net.parameters()).device if device is None else torch.device(device)
-    run = _describe_run(net, images, labels, settings, seed) if checkpoint else {}
+    run = describe_run(net, images, labels, asdict(settings), seed) if checkpoint else {}
     net.to(device)
     optimizer = torch.optim.SGD(
         net.parameters(),
@@ -123,7 +121,7 @@ def train_network(
         momentum=settings.momentum,
         weight_decay=settings.weight_decay,
     )
-    done = _resume(net, optimizer, Path(checkpoint), run) if checkpoint else 0
+    done = resume(net, optimizer, Path(checkpoint), run) if checkpoint else 0
     steps = math.ceil(len(images) / settings.batch_size)
     net.train()
     with tqdm(
@@ -140,7 +138,7 @@ def train_network(
                 )
             bar.set_postfix(loss=f"{loss:.4f}", accuracy=f"{accuracy:.2%}")
             if checkpoint:
-                _save(net, optimizer, Path(checkpoint), run, epoch + 1)
+                save_state(net, optimizer, Path(checkpoint), run, epoch + 1)
     return net.eval()
 
 
@@ -205,64 +203,3 @@ def _random_numbers(seed: int, device: torch.device) -> Iterator[None]:
             with torch.cuda.device(device):
                 torch.cuda.manual_seed(seed)
         yield
-
-
-def _describe_run(
-    net: nn.Module, images: Tensor, labels: Tensor, settings: TrainingSettings, seed: int
-) -> dict[str, Any]:
-    """Describe all that decides the final weights; a checkpoint serves exactly this run."""
-    return {
-        "settings": asdict(settings),
-        "seed": seed,
-        "data": digest({"images": images, "labels": labels}),
-        "starting weights": digest(net.state_dict()),
-    }
-
-
-def _save(
-    net: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    checkpoint: Path,
-    run: dict[str, Any],
-    epochs_done: int,
-) -> None:
-    tensors = {f"net.{name}": tensor for name, tensor in net.state_dict().items()}
-    for name, parameter in net.named_parameters():
-        momentum = optimizer.state.get(parameter, {}).get("momentum_buffer")
-        if momentum is not None:  # none with momentum 0, nor for a frozen parameter
-            tensors[f"momentum.{name}"] = momentum
-    save_tensors(checkpoint, tensors, {"run": run, "epochs_done": epochs_done}, kind=KIND)
-
-
-def _resume(
-    net: nn.Module, optimizer: torch.optim.Optimizer, checkpoint: Path, run: dict[str, Any]
-) -> int:
-    """Load weights and momentum in place; the epochs that they have behind them, 0 if none."""
-    try:
-        tensors, metadata = load_tensors(checkpoint, kind=KIND)
-    except FileNotFoundError:
-        return 0
-    except DamagedFileError as error:
-        aside = checkpoint.with_name(f"{checkpoint.name}.damaged")
-        checkpoint.replace(aside)
-        warnings.warn(f"training starts again; moved to {aside}: {error}", stacklevel=3)
-        return 0
-    differ = [name for name, value in run.items() if metadata["run"].get(name) != value]
-    if differ:
-        raise CheckpointError(
-            f"{checkpoint}: expected a checkpoint of this run, got one with other "
-            f"{', '.join(differ)}; repeat that run (seed before building the network), choose "
-            "another path, or delete the file"
-        )
-    net.load_state_dict(
-        {
-            name.removeprefix("net."): tensor
-            for name, tensor in tensors.items()
-            if name.startswith("net.")
-        }
-    )
-    for name, parameter in net.named_parameters():
-        if f"momentum.{name}" in tensors:
-            momentum = tensors[f"momentum.{name}"].to(parameter.device)
-            optimizer.state[parameter]["momentum_buffer"] = momentum
-    return metadata["epochs_done"]
