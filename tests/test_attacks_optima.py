@@ -6,7 +6,17 @@ import pytest
 import torch
 from attack_toys import NORMS, LinearBand, RBFMap
 
-from torchdnr.attacks import apgd, boundary_walk, ddn, evades, fmn, line_search_pgd, pgd
+from torchdnr.attacks import (
+    apgd,
+    boundary_walk,
+    ddn,
+    evades,
+    fmn,
+    line_search_pgd,
+    multi_target,
+    orthogonal_pgd,
+    pgd,
+)
 
 MINIMUM_NORM = {
     "boundary walk": boundary_walk,
@@ -18,6 +28,9 @@ FIXED_EPS = {
     "APGD": partial(apgd, restarts=2),
     "line-search PGD, Eq. 2": partial(line_search_pgd, restarts=2),
     "line-search PGD, decision": partial(line_search_pgd, objective="decision", restarts=2),
+    "multi-target APGD": partial(multi_target, restarts=2),
+    "selective PGD": partial(orthogonal_pgd, projected="none", selective=True, restarts=2),
+    "orthogonal PGD": partial(orthogonal_pgd, restarts=5),
 }
 GRID_SIDE = 1000
 CASES = [
