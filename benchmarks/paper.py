@@ -22,7 +22,7 @@ from paper_study import Study
 from torchdnr.cli import Console, run_command
 from torchdnr.cli_settings import find_device
 from torchdnr.data import load_dataset
-from torchdnr.evaluation.line_up import ATTACKS, DEFAULT, FULL, choose_attacks
+from torchdnr.evaluation.known_attacks import ATTACKS, DEFAULT, FULL, choose_attacks
 from torchdnr.files import atomic_write_bytes
 
 ROOT = Path(__file__).parents[1]

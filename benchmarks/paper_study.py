@@ -15,7 +15,7 @@ from torchdnr import __version__
 from torchdnr.costs import record_costs
 from torchdnr.data import Dataset, Splits, split
 from torchdnr.evaluation.curve import plain_json, read_json, write_json
-from torchdnr.evaluation.line_up import ATTACKS
+from torchdnr.evaluation.known_attacks import ATTACKS
 from torchdnr.files import digest
 
 # Of the protocol, what only concerns attacks and figures: classifiers do not depend on it.

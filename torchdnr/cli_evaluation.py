@@ -19,7 +19,8 @@ from torchdnr.evaluation.checks import run_checks
 from torchdnr.evaluation.curve import SecurityCurve, plain_json, read_json, write_json
 from torchdnr.evaluation.distribution import Processes
 from torchdnr.evaluation.judging import outputs
-from torchdnr.evaluation.line_up import ATTACKS, Attack, build_line_up, choose_attacks
+from torchdnr.evaluation.known_attacks import ATTACKS, Attack, choose_attacks
+from torchdnr.evaluation.line_up import build_line_up
 from torchdnr.evaluation.measures import Measures, measure
 from torchdnr.evaluation.metrics import predict_labels
 from torchdnr.evaluation.report_html import broken_off

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from torchdnr.attacks.objectives import OBJECTIVES
 from torchdnr.data import SOURCES
-from torchdnr.evaluation.line_up import ATTACKS, DEFAULT, DEFAULT_ATTACKS, FULL
+from torchdnr.evaluation.known_attacks import ATTACKS, DEFAULT, DEFAULT_ATTACKS, FULL
 
 DEFAULT_DATASET = "mnist-5k"
 

@@ -8,14 +8,8 @@ from torchdnr.evaluation.detection import (
     rejection_scores,
 )
 from torchdnr.evaluation.intervals import Estimate, median_of, share
-from torchdnr.evaluation.line_up import (
-    ATTACKS,
-    BOUNDARY_WALK,
-    LINE_SEARCH_PGD,
-    Attack,
-    build_line_up,
-    default_line_up,
-)
+from torchdnr.evaluation.known_attacks import ATTACKS, BOUNDARY_WALK, LINE_SEARCH_PGD, Attack
+from torchdnr.evaluation.line_up import build_line_up, default_line_up
 from torchdnr.evaluation.measures import Measures, measure
 from torchdnr.evaluation.metrics import (
     accuracy_under_attack,

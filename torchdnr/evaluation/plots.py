@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from torchdnr.evaluation.curve import Predictions, SecurityCurve
-from torchdnr.evaluation.line_up import LINE_SEARCH_PGD
+from torchdnr.evaluation.known_attacks import LINE_SEARCH_PGD
 from torchdnr.files import atomic_path
 from torchdnr.rejection import REJECT
 

@@ -12,7 +12,7 @@ from torchdnr.attacks.projections import project
 from torchdnr.evaluation.checkpoint import Checkpoint
 from torchdnr.evaluation.curve import AttackCurve
 from torchdnr.evaluation.judging import Judged, Task, judge, keep_inside
-from torchdnr.evaluation.line_up import Attack
+from torchdnr.evaluation.known_attacks import Attack
 from torchdnr.evaluation.metrics import evaded
 
 

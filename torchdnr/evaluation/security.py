@@ -18,7 +18,8 @@ from torchdnr.evaluation.curve import SecurityCurve
 from torchdnr.evaluation.distribution import ALONE, Processes
 from torchdnr.evaluation.environment import describe_environment
 from torchdnr.evaluation.judging import CountedModel, Judged, Task, judge, worse
-from torchdnr.evaluation.line_up import Attack, default_line_up
+from torchdnr.evaluation.known_attacks import Attack
+from torchdnr.evaluation.line_up import default_line_up
 from torchdnr.evaluation.running import AttackRun, what_happened
 from torchdnr.evaluation.units import Unit, behaviour, fingerprint, run_units
 from torchdnr.inputs import check_images

@@ -13,7 +13,7 @@ from torchdnr.attacks.target import Target
 from torchdnr.evaluation.checks.result import CannotRun, Check, Status
 from torchdnr.evaluation.curve import SecurityCurve
 from torchdnr.evaluation.judging import CountedModel, outputs
-from torchdnr.evaluation.line_up import Attack
+from torchdnr.evaluation.known_attacks import Attack
 from torchdnr.evaluation.metrics import evaded, predict_labels
 
 Model = Callable[[Tensor], Tensor]

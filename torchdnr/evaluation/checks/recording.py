@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from torchdnr.attacks.objectives import decision_objective, evades, split_scores
 from torchdnr.evaluation.checks.context import Context
-from torchdnr.evaluation.line_up import Attack
+from torchdnr.evaluation.known_attacks import Attack
 
 
 class Recorder(nn.Module):

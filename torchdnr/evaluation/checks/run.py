@@ -28,7 +28,8 @@ from torchdnr.evaluation.checks.inputs import check_evaluation
 from torchdnr.evaluation.checks.result import CannotRun, Check, CheckReport
 from torchdnr.evaluation.curve import SecurityCurve
 from torchdnr.evaluation.judging import CountedModel, outputs
-from torchdnr.evaluation.line_up import ATTACKS, DEFAULT_ATTACKS, Attack, default_line_up
+from torchdnr.evaluation.known_attacks import ATTACKS, DEFAULT_ATTACKS, Attack
+from torchdnr.evaluation.line_up import default_line_up
 from torchdnr.evaluation.metrics import evaded, predict_labels
 
 CHECKS: dict[str, Callable[[Context], Check]] = {
