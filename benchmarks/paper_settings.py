@@ -165,7 +165,7 @@ _QUICK = {
         epochs=8, lr=0.05, momentum=0.9, batch_size=128, schedule="one-cycle"
     ),
     "cifar10": TrainingSettings(
-        epochs=15,
+        epochs=10,
         lr=0.05,
         momentum=0.9,
         batch_size=128,

@@ -1,6 +1,5 @@
 """What a stage of the work costs: seconds and peak memory, recorded only where somebody asks."""
 
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +17,8 @@ class Cost:
     Attributes:
         seconds: Time in it, waiting for the device included.
         peak_memory_mib: Largest memory while it ran, in MiB: on a GPU that of the tensors, on a CPU
-            that of the whole process, with what it held before; None where that is unknown.
+            that of the whole process, with what it held before; None where that is unknown: not on
+            Linux, or the system kept the peak of earlier work and the stage stayed below it.
         calls: How often it ran.
     """
 
@@ -36,6 +36,7 @@ class _Recorder:
         self.device = device
         self.costs: dict[str, Cost] = {}
         self.open: list[float | None] = []  # the largest memory seen by each stage under way
+        self.kept: float | None = None  # peak of earlier work that the system did not forget
 
     def synchronise(self) -> None:
         if self.device.type == "cuda":
@@ -47,7 +48,11 @@ class _Recorder:
             found = torch.cuda.max_memory_allocated(self.device) / 2**20
             torch.cuda.reset_peak_memory_stats(self.device)
         else:
-            found = _process_peak()
+            memory = _process_memory()
+            # A peak that the system would not forget says nothing of what came after it.
+            news = memory is not None and (self.kept is None or memory[0] > self.kept)
+            found = memory[0] if memory and news else None
+            self.kept = _forget_process_peak()
         # A stage within a stage: what the inner one needed counts for the outer one as well.
         self.open = [_larger(seen, found) for seen in self.open]
         return found
@@ -56,7 +61,9 @@ class _Recorder:
 _RECORDER: ContextVar[_Recorder | None] = ContextVar("recorder", default=None)
 
 
-_LARGEST = [0.0]
+_PROCESS = Path("/proc/self")  # what Linux tells of this process
+_LARGEST = [0.0]  # peak of this process, which the system forgets
+_SLACK_MIB = 8.0  # threads count their pages late
 
 
 @contextmanager
@@ -98,7 +105,9 @@ def stage(name: str) -> Iterator[None]:
         recorder.peak()
         cost = recorder.costs.setdefault(name, Cost())
         cost.seconds += spent
-        cost.peak_memory_mib = _larger(cost.peak_memory_mib, recorder.open.pop())
+        peak = recorder.open.pop()
+        # One unknown run may have been the largest.
+        cost.peak_memory_mib = None if peak is None else _larger(cost.peak_memory_mib, peak)
         cost.calls += 1
 
 
@@ -107,21 +116,29 @@ def _larger(one: float | None, two: float | None) -> float | None:
     return max(known, default=None)
 
 
-def _process_peak() -> float | None:
-    """Read and reset the peak of this process, in MiB; Linux only, None elsewhere."""
-    if not sys.platform.startswith("linux"):
-        return None
+def _process_memory() -> tuple[float, float] | None:
+    """Read the peak of this process and its memory now, in MiB; Linux only, None elsewhere."""
     try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        Path("/proc/self/clear_refs").write_text("5")  # resets the peak alone
+        lines = (_PROCESS / "status").read_text().splitlines()
     except OSError:
         return None
-    found = [line.split() for line in lines if line.startswith("VmHWM:")]
-    if not found:
+    fields = {line.split(":")[0]: line.split() for line in lines}
+    if not {"VmHWM", "VmRSS"} <= fields.keys():
         return None
-    peak = float(found[0][1]) / 2**10  # given in KiB
-    _LARGEST.append(max(peak, _LARGEST.pop()))
-    return peak
+    peak, now = (float(fields[key][1]) / 2**10 for key in ("VmHWM", "VmRSS"))  # given in KiB
+    _LARGEST[0] = max(peak, _LARGEST[0])
+    return peak, now
+
+
+def _forget_process_peak() -> float | None:
+    """Ask the system to measure the peak afresh; tell an older one that it kept, in MiB."""
+    try:
+        (_PROCESS / "clear_refs").write_text("5")  # resets the peak alone
+    except OSError:
+        pass  # seen below: the old peak is still there
+    memory = _process_memory()
+    # Some sandboxes accept the request and keep the peak.
+    return memory[0] if memory and memory[0] > memory[1] + _SLACK_MIB else None
 
 
 def largest_before_reset() -> float:
