@@ -1,10 +1,12 @@
 """Objectives and success, row by row against the definitions."""
 
+import math
+
 import pytest
 import torch
 
 from torchdnr.attacks import OBJECTIVES, evades, objectives, split_scores
-from torchdnr.attacks.objectives import find_objective, succeeds
+from torchdnr.attacks.objectives import NEGATIVE_IF_SUCCESSFUL, find_objective, succeeds
 
 LABELS = torch.tensor([0, 0, 0, 0, 0])
 SCORES = torch.tensor(
@@ -102,3 +104,18 @@ def test_evades_is_the_sign_of_the_decision_objective_and_agrees_with_the_rule(r
 def test_unknown_objective_lists_the_choices():
     with pytest.raises(ValueError, match="no objective 'eq2'; choose from: paper, decision, secml"):
         find_objective("eq2")
+
+
+@pytest.mark.parametrize("targeted", [False, True])
+@pytest.mark.parametrize("reject", [False, True])
+def test_the_sign_alone_tells_success_with_ties_nan_and_infinities_too(reject, targeted):
+    torch.manual_seed(0)
+    values = torch.tensor([0.0, -0.0, 0.5, 1e-45, math.nan, math.inf, -math.inf])
+    output = values[torch.randint(0, 7, (5_000, 4 + reject))]
+    labels = torch.randint(0, 4, (5_000,))
+    expected = succeeds(output, labels, reject, targeted)
+    assert expected.any() and not expected.all()
+    assert NEGATIVE_IF_SUCCESSFUL
+    for objective in NEGATIVE_IF_SUCCESSFUL:
+        value = objective(*split_scores(output, reject), labels, targeted)
+        assert torch.equal(value < 0, expected)

@@ -100,3 +100,26 @@ def test_project_names_the_norms_it_knows():
     assert torch.equal(project(x + 1, x, math.inf, 2, BOUNDS), project_box(x + 1, BOUNDS))
     with pytest.raises(ValueError, match="no norm 3; choose from: 1, 2, inf"):
         project(x, x, 1.0, 3, BOUNDS)
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
+def test_project_l2_in_float32_is_the_nearest_point_but_for_rounding(scale):
+    # Where nearly all coordinates are clipped, the few free ones take up the rounding of all.
+    center = torch.rand(40, 50).round(decimals=1).clamp(0, 1)
+    points = center + scale * torch.randn(40, 50) ** 3
+    eps = (points.clamp(0, 1) - center).norm(dim=1) * torch.rand(40)
+    projected = project_l2(points, center, eps, BOUNDS)
+    exact = by_bisection(points.double(), center.double(), eps.double())
+    torch.testing.assert_close(projected.double(), exact, atol=1e-4, rtol=0)
+
+
+def test_project_l2_of_a_row_does_not_depend_on_the_others():
+    center = torch.rand(30, 20)
+    points = center + torch.randn(30, 20)
+    eps = 2 * torch.rand(30)
+    together = project_l2(points, center, eps, BOUNDS)
+    for row in range(30):
+        rows = slice(row, row + 1)
+        assert torch.equal(
+            project_l2(points[rows], center[rows], eps[rows], BOUNDS)[0], together[row]
+        )

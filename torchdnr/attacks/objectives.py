@@ -132,6 +132,9 @@ OBJECTIVES: dict[str, ObjectiveFunction] = {
 }
 """Objectives by name."""
 
+NEGATIVE_IF_SUCCESSFUL = frozenset([decision_objective])
+"""Objectives whose sign tells success, to the last bit: the classes need not be compared again."""
+
 
 def find_objective(name: str) -> ObjectiveFunction:
     """Look up an objective by name.

@@ -36,7 +36,7 @@ class Points(NamedTuple):
 def better(new: Points, old: Points) -> Tensor:
     """Tell where ``new`` beats ``old``: evading first, then the lower objective, bool ``(n,)``."""
     lower = (new.evading == old.evading) & (new.values < old.values)
-    return (new.evading & ~old.evading) | lower
+    return (new.evading > old.evading) | lower
 
 
 def best_column(values: Tensor, evading: Tensor) -> Tensor:

@@ -7,7 +7,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from torchdnr.attacks.objectives import ObjectiveFunction, split_scores, succeeds
+from torchdnr.attacks.objectives import (
+    NEGATIVE_IF_SUCCESSFUL,
+    ObjectiveFunction,
+    split_scores,
+    succeeds,
+)
 from torchdnr.features import evaluation_mode
 
 
@@ -61,7 +66,8 @@ def evaluate(target: Target, points: Tensor, labels: Tensor) -> tuple[Tensor, Te
         values.append(_objective(target, output, chunk_labels))
         evading.append(succeeds(output, chunk_labels, target.reject, target.targeted))
     values = torch.cat(values)
-    return torch.where(values.isnan(), torch.inf, values), torch.cat(evading)
+    values = values.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
+    return values, torch.cat(evading)
 
 
 class Slope(NamedTuple):
@@ -105,11 +111,15 @@ def slope_at(target: Target, points: Tensor, labels: Tensor) -> Slope:
             chunk = chunk.detach().requires_grad_()
             output = target.model(chunk)
             value = _objective(target, output, chunk_labels)
-            gradient = input_gradient(value, chunk)
+            descent = input_gradient(-value, chunk)
         value = value.detach()
-        evading = succeeds(output.detach(), chunk_labels, target.reject, target.targeted)
-        direction, length = unit(-gradient)
-        found.append((direction, torch.where(value.isnan(), torch.inf, value), evading, length))
+        if target.objective in NEGATIVE_IF_SUCCESSFUL:
+            evading = value < 0
+        else:
+            evading = succeeds(output.detach(), chunk_labels, target.reject, target.targeted)
+        direction, length = unit(descent)
+        value = value.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
+        found.append((direction, value, evading, length))
     if len(found) == 1:
         return Slope(*found[0])
     return Slope(*(torch.cat(parts) for parts in zip(*found, strict=True)))
@@ -167,9 +177,24 @@ def unit(vectors: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         Unit rows ``(n, ...)``, and the norms they had ``(n,)``.
     """
-    flat = vectors.flatten(1).nan_to_num()
+    flat = vectors.flatten(1)
+    if flat.device.type != "cpu":
+        scaled, length = _unit_of_any(flat)
+        return scaled.view_as(vectors), length[:, 0]
+    # On a CPU to look costs nothing, and nearly all rows allow the short way.
+    length = torch.linalg.vector_norm(flat, dim=1, keepdim=True)
+    limits = torch.finfo(flat.dtype)
+    usual = (length > limits.tiny**0.25) & (length < limits.max**0.25)  # not where it is NaN
+    scaled = flat / length
+    if not usual.all():
+        odd = (~usual[:, 0]).nonzero()[:, 0]
+        scaled[odd], length[odd] = _unit_of_any(flat[odd])
+    return scaled.view_as(vectors), length[:, 0]
+
+
+def _unit_of_any(flat: Tensor) -> tuple[Tensor, Tensor]:
+    flat = flat.nan_to_num()
     largest = torch.linalg.vector_norm(flat, torch.inf, dim=1, keepdim=True)
     flat = flat / torch.where(largest > 0, largest, 1)
     length = torch.linalg.vector_norm(flat, dim=1, keepdim=True)
-    flat = flat / torch.where(length > 0, length, 1)
-    return flat.view_as(vectors), (length * largest)[:, 0]
+    return flat / torch.where(length > 0, length, 1), length * largest
