@@ -16,12 +16,14 @@ from torchdnr.attacks import (
     multi_target,
     orthogonal_pgd,
     pgd,
+    square,
 )
 
+# As many starts as the walk; steps that fit a plane one wide, where 1 would cross it at once.
 MINIMUM_NORM = {
     "boundary walk": boundary_walk,
-    "FMN": partial(fmn, steps=200, starts=6),
-    "DDN": partial(ddn, steps=200, starts=6),
+    "FMN": partial(fmn, steps=200, starts=20, neighbours=60, step_size=0.2),
+    "DDN": partial(ddn, steps=200, starts=20, neighbours=60),
 }
 FIXED_EPS = {
     "PGD": partial(pgd, restarts=2),
@@ -31,6 +33,7 @@ FIXED_EPS = {
     "multi-target APGD": partial(multi_target, restarts=2),
     "selective PGD": partial(orthogonal_pgd, projected="none", selective=True, restarts=2),
     "orthogonal PGD": partial(orthogonal_pgd, restarts=5),
+    "Square attack": partial(square, queries=2000),
 }
 GRID_SIDE = 1000
 CASES = [
@@ -68,10 +71,8 @@ def test_minimum_norm_attacks_find_the_nearest_point_of_an_rbf_map(name, norm, s
     found = MINIMUM_NORM[name](toy, inputs, labels, pool, **({} if norm == 2 else {"norm": norm}))
     assert evades(toy(found), labels, True).all()
     norms = sizes(found, inputs, norm)
-    near = norms <= 1.02 * optimum + 1 / GRID_SIDE  # the grid misses the optimum by up to a cell
-    assert near.double().mean() >= 0.95 and (norms <= 1.1 * optimum + 1 / GRID_SIDE).all()
-    if name == "boundary walk":
-        assert near.all()
+    # The grid misses the optimum by up to a cell.
+    assert (norms <= 1.02 * optimum + 1 / GRID_SIDE).all()
 
 
 @pytest.mark.parametrize("name", FIXED_EPS)

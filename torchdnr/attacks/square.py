@@ -7,13 +7,15 @@ from torch import Tensor
 
 from torchdnr.attacks.checks import check_count
 from torchdnr.attacks.fixed_eps import FixedEps, Run
-from torchdnr.attacks.points import Points, Region, evaluated, keep_better, put
+from torchdnr.attacks.points import Points, Region, better, evaluated, keep_better, put
 from torchdnr.attacks.projections import project
 from torchdnr.attacks.windows import changed_window, first_pattern
 
 # Queries, of 10,000, after which the windows cover half as much.
 _HALVED_AFTER = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
 _PULL = 0.25  # share of the trials pulled towards the input, for a model that rejects
+_LOCAL = 0.5  # share of the trials near the best point, for inputs that are no images
+_GROWTH = 1.5  # of the length of these at a success; its fourth root at a failure: 1 in 5 succeeds
 _DROP_EVERY = 50  # queries between which rows that evade stay in the batch
 
 
@@ -44,7 +46,9 @@ def square(
     For l-infinity a window takes +eps or -eps, one sign per channel; for l2 and l1 the perturbation
     is moved from one window to another. Windows shrink as queries are used up. Inputs of more than
     two dimensions are images, the last two of which are height and width, square or not; a window
-    of an ``(n, d)`` input is a run of coordinates. The model need not be differentiable.
+    of an ``(n, d)`` input is a run of coordinates. Neighbours among these mean little, so half of
+    the trials there are steps from the best point: for l1 some way to a random corner of the ball, else in a random
+    direction, as far as such steps succeed (Rechenberg's rule). The model need not be differentiable.
 
     All of this uses the whole radius, but a model that rejects may accept a nearer point only: some
     of the trials are pulled towards the input by a random factor.
@@ -84,7 +88,8 @@ def square(
         ValueError: If an argument is out of range, or shapes, dtypes or devices disagree.
 
     Source: Andriushchenko et al., "Square attack: a query-efficient black-box adversarial attack
-    via random search", ECCV 2020; l1: Croce and Hein, "Mind the box", ICML 2021.
+    via random search", ECCV 2020; l1: Croce and Hein, "Mind the box", ICML 2021. Local steps:
+    Rechenberg, "Evolutionsstrategie", 1973.
     """
     check_count("queries", queries, 1)
     if not 0 < coverage <= 1:
@@ -120,24 +125,56 @@ def square(
 def _search(run: Run, queries: int, coverage: float, pull: float) -> Points:
     """Try one change per query; return the best points."""
     best = Points(*(field.clone() for field in run.first))
+    lengths = _finite(run.region).eps / 4  # of the local steps
     for begin in range(0, queries, _DROP_EVERY):
         # Waits for the device once in fifty queries, and saves those of the rows that evade.
         rows = (~best.evading).nonzero()[:, 0]
         if len(rows) == 0:
             break
         region, labels, current = _finite(run.region.rows(rows)), run.labels[rows], best.rows(rows)
+        length = lengths[rows]
         for query in range(begin, min(begin + _DROP_EVERY, queries)):
+            local = torch.zeros_like(length, dtype=torch.bool)
             if query == 0:
                 trial = first_pattern(region, run.generator)
             else:
                 share = coverage / 2 ** sum(query * 10_000 > t * queries for t in _HALVED_AFTER)
                 trial = changed_window(current.inputs, region, share, run.generator)
                 trial = _pulled(trial, region, pull, run.generator)
-            trial = project(trial, *region)
-            current = keep_better(current, evaluated(run.target, trial, labels))
+                if trial.ndim == 2:
+                    trial, local = _some_local(trial, current.inputs, length, region, run.generator)
+            trial = evaluated(run.target, project(trial, *region), labels)
+            change = torch.where(better(trial, current), _GROWTH, _GROWTH**-0.25)
+            length = torch.where(local, length * change, length)
+            current = keep_better(current, trial)
             run.bar.update()
         put(best, rows, current, torch.ones_like(current.evading))
+        lengths[rows] = length
     return best
+
+
+def _some_local(
+    trial: Tensor, points: Tensor, length: Tensor, region: Region, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Replace a share of the trials, ``(n, d)``, by steps from the points; tell which, ``(n,)``."""
+    options = {"generator": generator, "dtype": points.dtype, "device": points.device}
+    local = torch.rand(len(points), **options) < _LOCAL
+    if region.norm == 1:
+        step = _towards_corner(points, region, generator)
+    else:
+        step = length[:, None] / points.shape[1] ** 0.5 * torch.randn(points.shape, **options)
+    return torch.where(local[:, None], points + step, trial), local
+
+
+def _towards_corner(points: Tensor, region: Region, generator: torch.Generator) -> Tensor:
+    """Step some way towards a random corner of each l1 ball: there its best points are."""
+    options = {"generator": generator, "device": points.device}
+    n, d = points.shape
+    corner = torch.randint(2 * d, (n, 1), **options)
+    size = region.eps[:, None] * (1 - 2 * (corner % 2))
+    corner = region.center.scatter_add(1, corner // 2, size.to(points.dtype))
+    share = torch.rand((n, 1), dtype=points.dtype, **options) ** 3  # mostly short
+    return share * (corner - points)
 
 
 def _finite(region: Region) -> Region:
