@@ -45,11 +45,13 @@ def load(run: str, samples: int, device: str | None) -> SimpleNamespace:
     job = prepare(attack_parser().parse_args(arguments), Console(quiet=True))
     classifiers = make_classifiers(job, Console(quiet=True))
     images, labels = job.images("test")
+    pool, pool_labels = job.images("svm")
     return SimpleNamespace(
         classifiers=classifiers,
         inputs=images[:samples],
         labels=labels[:samples],
-        pool=job.images("svm")[0],
+        pool=pool,
+        pool_labels=pool_labels,
         device=job.device,
     )
 

@@ -17,6 +17,8 @@ training samples, from which second starts are taken, is left out for secml and 
 one, and is part of the time of our large batch. On a busy machine compare processor seconds.
 
 - compare: seconds per sample, objective reached, evasions, passes through the network
+- fit: seconds and memory to fit DNR on the same images and hyper-parameters, and how often the two
+  then decide alike
 - options: what other options of `line_search_pgd` cost and bring, on Eq. 2 and the same samples
 
 Numbers go to benchmarks/results/secml-<device>.json.
@@ -24,14 +26,10 @@ Numbers go to benchmarks/results/secml-<device>.json.
 
 import argparse
 import json
-import os
-import subprocess
-import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
 from itertools import product
-from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
 from typing import Any
@@ -39,6 +37,8 @@ from typing import Any
 import numpy as np
 import torch
 from bench_attack import RESULTS, load, timed
+from secml_fit import measure_fit
+from secml_task import run_secml
 from svm_record import busy_cores, commit
 from torch import Tensor, nn
 
@@ -47,9 +47,7 @@ from torchdnr.attacks import OBJECTIVES, evades, line_search_pgd, split_scores
 from torchdnr.evaluation.environment import describe_environment
 from torchdnr.evaluation.judging import CountedModel
 from torchdnr.files import atomic_write_bytes
-from torchdnr.kernels import rbf_gamma
 
-WORKER = Path(__file__).with_name("secml_worker.py")
 EPS = (1.0, 3.0)
 STEPS = 30
 SOLVER = {"eta": 0.1, "eta_min": 0.1, "max_iter": STEPS, "eps": 1e-8}
@@ -66,67 +64,6 @@ OPTIONS = [
         for steps, doublings in product((3, 5, 10), (4, 10))
     ),
 ]
-
-
-def describe_network(net: nn.Module) -> list[tuple[str, str, dict[str, Any]]]:
-    """Describe a sequential network so that plain torch can build it again."""
-    sizes = ("kernel_size", "stride", "padding")
-    arguments = {
-        "Conv2d": ("in_channels", "out_channels", *sizes),
-        "MaxPool2d": sizes,
-        "Linear": ("in_features", "out_features"),
-    }
-    layers = [(name, type(layer).__name__, layer) for name, layer in net.named_children()]
-    return [
-        (name, kind, {key: getattr(layer, key) for key in arguments.get(kind, ())})
-        for name, kind, layer in layers
-    ]
-
-
-def write_task(path: Path, setup: SimpleNamespace, model: DNR, samples: int, threads: int) -> None:
-    """Write what secml_worker.py needs: the classifier, the samples, the settings."""
-    svms = dict(zip((*model.layers, "combiner"), (*model.base_svms, model.combiner), strict=True))
-    tensors = {
-        "inputs": setup.inputs[:samples],
-        "labels": setup.labels[:samples],
-        "pool": setup.pool,
-        "threshold": model.threshold,
-    }
-    tensors |= {f"network/{k}": v for k, v in model.net.state_dict().items()}
-    for name, svm in svms.items():
-        tensors |= {
-            f"svm/{name}/vectors": svm.support_vectors,
-            f"svm/{name}/dual_coef": svm.dual_coef,
-            f"svm/{name}/intercept": svm.intercept,
-            f"svm/{name}/gamma": rbf_gamma(svm.kernel),
-        }
-    settings = {
-        "network": describe_network(model.net),
-        "layers": list(model.layers),
-        "C": {name: svm.C for name, svm in svms.items()},
-        "attacks": ATTACKS,
-        "eps": EPS,
-        "solver_params": SOLVER,
-        "threads": threads,
-    }
-    arrays = {name: tensor.detach().cpu().numpy() for name, tensor in tensors.items()}
-    np.savez(path, settings=np.array(json.dumps(settings)), **arrays)
-
-
-def run_secml(
-    python: str, setup: SimpleNamespace, model: DNR, samples: int
-) -> dict[str, np.ndarray]:
-    """Run the worker in the other interpreter and return its arrays."""
-    threads = torch.get_num_threads()
-    with tempfile.TemporaryDirectory() as folder:
-        task, result = Path(folder) / "task.npz", Path(folder) / "result.npz"
-        write_task(task, setup, model, samples, threads)
-        variables = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
-        environment = os.environ | {name: str(threads) for name in variables}
-        environment |= {"SECML_HOME_DIR": folder}  # or it makes a folder in the user's home
-        subprocess.run([python, str(WORKER), str(task), str(result)], check=True, env=environment)
-        with np.load(result) as file:
-            return {name: file[name] for name in file.files}
 
 
 def judge(model: DNR, points: Tensor, inputs: Tensor, labels: Tensor) -> dict[str, Any]:
@@ -218,7 +155,9 @@ def measure_comparison(
     Raises:
         RuntimeError: If the two classifiers are not the same.
     """
-    result = run_secml(python, setup, model, samples)
+    settings = {"attacks": ATTACKS, "eps": EPS, "solver_params": SOLVER}
+    arrays = {"inputs": setup.inputs[:samples], "labels": setup.labels[:samples]}
+    result = run_secml(python, model, arrays | {"pool": setup.pool}, settings)
     inputs, labels = setup.inputs[:samples], setup.labels[:samples]
     with torch.no_grad():
         scores = torch.cat([model(part) for part in (inputs, *setup.pool.split(256))])
@@ -273,7 +212,7 @@ def main() -> None:
     parser.add_argument("--secml-samples", type=int, default=10, help="the first of them")
     parser.add_argument("--repeats", type=int, default=2, help="of our large batch")
     parser.add_argument("--device")
-    parser.add_argument("--sections", nargs="+", default=["compare", "options"])
+    parser.add_argument("--sections", nargs="+", default=["compare", "options", "fit"])
     options = parser.parse_args()
     setup = load(options.run, options.samples, options.device)
     model = setup.classifiers["DNR"]
@@ -285,6 +224,7 @@ def main() -> None:
             setup, model, options.secml_samples, options.secml_python, options.repeats
         ),
         "options": lambda: measure_options(setup, model, options.secml_samples),
+        "fit": lambda: measure_fit(setup, model, options.secml_python, options.repeats),
     }
     for name in options.sections:
         stamp = {"commit": commit(), "busy_cores_before": busy_cores()}

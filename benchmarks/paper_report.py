@@ -1,6 +1,7 @@
 """Merge the runs of the paper's protocol: figures, one JSON per data set, and the README's part."""
 
 import re
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -186,32 +187,59 @@ def _costs(
     return found
 
 
-def reference() -> dict[str, float]:
+def reference() -> dict[str, Any]:
     """Look up what the authors' library needs, where bench_secml.py has measured it.
 
     Returns:
-        Processor seconds of one attack on one image, by eps; on MNIST digits, one thread.
+        On MNIST digits, one thread. "attack": processor seconds of one attack on one image, by
+        eps; "fit": seconds and MiB of the fit of DNR, of ours beside it, and the images.
     """
     path = RESULTS.parent / "secml-cpu.json"
     if not path.exists():
         return {}
-    cases = read_json(path)["compare"]["found"]
-    return {
-        key: case["secml"]["PGDExp"]["cpu_seconds_per_sample"]
-        for key, case in cases.items()
-        if key.startswith("eps ")
+    record = read_json(path)
+    found: dict[str, Any] = {
+        "attack": {
+            key: case["secml"]["PGDExp"]["cpu_seconds_per_sample"]
+            for key, case in record["compare"]["found"].items()
+            if key.startswith("eps ")
+        }
     }
+    if "fit" in record:
+        fit = record["fit"]["found"]
+        found["fit"] = {
+            "samples": fit["samples"],
+            "secml": fit["secml"],
+            "ours": {
+                "seconds": statistics.median(fit["ours"]["seconds"]),
+                "peak_memory_mib": fit["ours"]["peak_memory_mib"],
+            },
+        }
+    return found
 
 
 def _rewrite_readme(name: str, content: Mapping[str, Any]) -> None:
-    """Put the tables between the markers of README.md."""
-    begin, end = markers(name)
+    """Put the tables between the markers of README.md; new ones come after the other data sets."""
     readme = ROOT / "README.md"
-    if begin not in readme.read_text():
-        raise ValueError(f"README.md has no place for these numbers: add {begin} and {end}")
-    between = re.compile("(?<=" + re.escape(begin) + r").*?(?=" + re.escape(end) + ")", re.S)
-    text = between.sub(lambda _: f"\n{readme_section(name, content)}\n", readme.read_text())
+    text = with_section(readme.read_text(), name, readme_section(name, content))
     atomic_write_bytes(readme, text.encode())
+
+
+def with_section(text: str, name: str, section: str) -> str:
+    """Replace a data set's section of README.md, or add it after the last one.
+
+    Raises:
+        ValueError: If the text has no such section of any data set.
+    """
+    begin, end = markers(name)
+    if begin not in text:
+        last = list(re.finditer(r"<!-- end of paper \S+ -->\n", text))
+        if not last:
+            raise ValueError(f"README.md has no place for these numbers: add {begin} and {end}")
+        place = last[-1].end()
+        text = f"{text[:place]}\n{begin}\n{end}\n{text[place:]}"
+    between = re.compile("(?<=" + re.escape(begin) + r").*?(?=" + re.escape(end) + ")", re.S)
+    return between.sub(lambda _: f"\n{section}\n", text)
 
 
 def markers(name: str) -> tuple[str, str]:

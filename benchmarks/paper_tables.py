@@ -14,7 +14,8 @@ WORST, ALONE = "our line-up", "the paper's attack"
 
 def readme_section(name: str, content: Mapping[str, Any]) -> str:
     """Format one data set's numbers for README.md."""
-    parts = []
+    dataset, _, size = name.partition("-")
+    parts = [f"### {'MNIST' if dataset == 'mnist' else 'CIFAR-10'}{f', {size}' * bool(size)}", ""]
     for variant, found in content["variants"].items():
         about = content["protocol"]["variants"][variant]["about"]
         parts += [f"**{variant}**: {about}. {_facts(content, variant)}", ""]
@@ -137,11 +138,23 @@ def _cost_table(costs: Mapping[str, Mapping[str, Any]], style: str) -> str:
 
 
 def _reference(content: Mapping[str, Any]) -> str:
-    spent = ", ".join(f"{seconds:.1f} s at {eps}" for eps, seconds in content["reference"].items())
-    return (
+    known = content["reference"]
+    spent = ", ".join(f"{seconds:.1f} s at {eps}" for eps, seconds in known["attack"].items())
+    text = (
         "NR takes (C, gamma) from DNR's search of the same layer. The authors' library needs, per "
-        f"digit and line-search attack on one thread: {spent} (bench_secml.py)."
+        f"digit and line-search attack on one thread: {spent}"
     )
+    if "fit" in known:
+        fit = known["fit"]
+        theirs, ours = (
+            f"{fit[name]['seconds']:.1f} s and {fit[name]['peak_memory_mib']:,.0f} MiB"
+            for name in ("secml", "ours")
+        )
+        text += (
+            f"; to fit DNR with given (C, gamma) to {fit['samples']:,} digits {theirs}, where ours "
+            f"needs {ours}"
+        )
+    return f"{text} (bench_secml.py)."
 
 
 def _seconds(runs: Sequence[Mapping[str, Any]]) -> str:

@@ -1,12 +1,15 @@
 """Attack with secml: run by bench_secml.py in an interpreter that has secml, torch and numpy.
 
 `python secml_worker.py TASK.npz RESULT.npz` builds secml's `CClassifierDNR` from the parameters in
-the task, and attacks its inputs one by one, as the library does, with secml's own attacks.
+the task, and attacks its inputs one by one, as the library does, with secml's own attacks. A task
+with "fit" has it fit SVMs with the same hyper-parameters to its inputs instead.
 """
 
 import json
+import resource
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -52,10 +55,15 @@ def build_network(task: Task) -> nn.Sequential:
     return net.eval()
 
 
+def new_svm(task: Task, name: str) -> CClassifierSVM:
+    """Build secml's SVM with the hyper-parameters of ours, not fitted."""
+    gamma = float(task.group(f"svm/{name}")["gamma"])
+    return CClassifierSVM(C=task.settings["C"][name], kernel=CKernelRBF(gamma=gamma))
+
+
 def build_svm(task: Task, name: str) -> CClassifierSVM:
     """Put trained parameters into secml's SVM, in the form that its own fit leaves them."""
-    given = task.group(f"svm/{name}")
-    svm = CClassifierSVM(C=task.settings["C"][name], kernel=CKernelRBF(gamma=float(given["gamma"])))
+    given, svm = task.group(f"svm/{name}"), new_svm(task, name)
     svm._classes = CArray.arange(len(given["intercept"]))
     svm._n_features = given["vectors"].shape[1]
     svm.kernel.rv = CArray(given["vectors"].astype(float))
@@ -64,7 +72,9 @@ def build_svm(task: Task, name: str) -> CClassifierSVM:
     return svm
 
 
-def build_classifier(task: Task, net: nn.Sequential) -> CClassifierDNR:
+def build_classifier(
+    task: Task, net: nn.Sequential, make_svm: Callable[[Task, str], CClassifierSVM] = build_svm
+) -> CClassifierDNR:
     """Build secml's DNR of the same network, SVMs and threshold."""
     classes = len(task.group("svm/combiner")["intercept"])
     dnn = CClassifierPyTorch(
@@ -76,12 +86,14 @@ def build_classifier(task: Task, net: nn.Sequential) -> CClassifierDNR:
     )
     layers = task.settings["layers"]
     dnr = CClassifierDNR(
-        build_svm(task, "combiner"),
-        {name: build_svm(task, name) for name in layers},
+        make_svm(task, "combiner"),
+        {name: make_svm(task, name) for name in layers},
         dnn,
         layers,
         float(task.arrays["threshold"]),
     )
+    if make_svm is not build_svm:
+        return dnr
     dnr._n_features = task.arrays["inputs"][0].size
     for name in layers:  # an SVM with a network in front of it takes images
         getattr(dnr, name)._n_features = dnr._n_features
@@ -123,10 +135,38 @@ def attack_all(
     return {"points": np.stack(points), **dict(zip(columns, np.array(found).T, strict=True))}
 
 
+def fit(task: Task) -> dict[str, np.ndarray]:
+    """Fit new SVMs to the inputs, and score the queries; seconds and peak memory of the fit."""
+    dnr = build_classifier(task, build_network(task), new_svm)
+    data = CDataset(flat(task.arrays["inputs"]), CArray(task.arrays["labels"]))
+    began = time.perf_counter()
+    dnr.fit(data.X, data.Y)
+    seconds = time.perf_counter() - began
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    scores = dnr.decision_function(flat(task.arrays["queries"])).tondarray()
+    return {
+        "seconds": np.array(seconds),
+        "peak_memory_mib": np.array(peak),
+        "scores": scores[:, : scores.shape[1] - 1],
+    }
+
+
+def versions() -> np.ndarray:
+    """Tell the versions of what runs here."""
+    found = {"secml": secml.__version__, "numpy": np.__version__, "torch": torch.__version__}
+    return np.array(json.dumps(found))
+
+
 def main() -> None:
-    """Read the task, attack, write the result."""
+    """Read the task, do it, write the result."""
     task = Task(sys.argv[1])
     torch.set_num_threads(task.settings["threads"])
+    work = fit if task.settings.get("fit") else attack
+    np.savez(sys.argv[2], versions=versions(), **work(task))
+
+
+def attack(task: Task) -> dict[str, np.ndarray]:
+    """Attack the inputs with every attack and eps."""
     net, rows = build_network(task), [0]
 
     def count(_: nn.Module, inputs: tuple[torch.Tensor, ...], __: torch.Tensor) -> None:
@@ -139,17 +179,12 @@ def main() -> None:
     images = np.concatenate([task.arrays["inputs"], task.arrays["pool"]])
     result = {
         "scores": dnr.decision_function(flat(images)).tondarray(),
-        "versions": np.array(
-            json.dumps(
-                {"secml": secml.__version__, "numpy": np.__version__, "torch": torch.__version__}
-            )
-        ),
     }
     for name in task.settings["attacks"]:
         for eps in task.settings["eps"]:
             found = attack_all(task, dnr, pool, name, eps, rows)
             result |= {f"{name}/{eps:g}/{key}": value for key, value in found.items()}
-    np.savez(sys.argv[2], **result)
+    return result
 
 
 if __name__ == "__main__":

@@ -399,3 +399,14 @@ def test_the_committed_classifiers_of_mnist_are_good_enough_to_be_attacked(path)
             for name in ("NR", "DNR"):
                 assert run[name]["accuracy"] >= 0.88
                 assert 0.07 <= run[name]["rejection_rate"] <= 0.13
+
+
+def test_a_section_of_the_readme_is_replaced_or_added_after_the_last():
+    text = "a\n<!-- paper x: written by benchmarks/paper.py -->\nold\n<!-- end of paper x -->\nb\n"
+    assert paper_report.with_section(text, "x", "new") == text.replace("old", "new")
+    begin, end = paper_report.markers("y")
+    added = paper_report.with_section(text, "y", "more")
+    assert added == text.replace("b\n", f"\n{begin}\nmore\n{end}\nb\n")
+    assert paper_report.with_section(added, "y", "less") == added.replace("more", "less")
+    with pytest.raises(ValueError, match="no place"):
+        paper_report.with_section("a\n", "x", "new")
