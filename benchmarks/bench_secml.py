@@ -224,7 +224,9 @@ def main() -> None:
             setup, model, options.secml_samples, options.secml_python, options.repeats
         ),
         "options": lambda: measure_options(setup, model, options.secml_samples),
-        "fit": lambda: measure_fit(setup, model, options.secml_python, options.repeats),
+        "fit": lambda: measure_fit(
+            options.run, options.samples, options.device, options.secml_python
+        ),
     }
     for name in options.sections:
         stamp = {"commit": commit(), "busy_cores_before": busy_cores()}

@@ -147,7 +147,7 @@ def _reference(content: Mapping[str, Any]) -> str:
     if "fit" in known:
         fit = known["fit"]
         theirs, ours = (
-            f"{fit[name]['seconds']:.1f} s and {fit[name]['peak_memory_mib']:,.0f} MiB"
+            f"{fit[name]['seconds']:.1f} s and {_memory([fit[name]])} MiB"
             for name in ("secml", "ours")
         )
         text += (

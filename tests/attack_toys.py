@@ -67,14 +67,26 @@ class RBFMap:
         draws, labels = draws[right], labels[right]
         return draws[:n], labels[:n], draws[n : n + 120]
 
-    def optimum(self, inputs, labels, norm, side=1000):
-        """Least distance to an accepted and wrong point of a fine grid over the box."""
+    def optimum(self, inputs, labels, norm, side=1000, finer=20):
+        """Least distance to an accepted and wrong point of a fine grid over the box.
+
+        Around the 30 best points of the grid a grid of ``finer`` times as many is searched.
+        """
         axis = torch.linspace(0, 1, side, dtype=torch.float64)
         grid = torch.cartesian_prod(axis, axis)
-        best, classes = self(grid)[:, :3].max(dim=1)
-        grid, classes = grid[best > self.theta], classes[best > self.theta]
+        near = torch.linspace(-1, 1, 2 * finer + 1, dtype=torch.float64) / (side - 1)
+        near = torch.cartesian_prod(near, near)
+        grid, classes = self._accepted(grid)
         found = []
         for one, label in zip(inputs, labels, strict=True):
-            distance = torch.linalg.vector_norm(grid[classes != label] - one, norm, dim=1)
-            found.append(distance.min())
+            wrong = grid[classes != label]
+            distance = torch.linalg.vector_norm(wrong - one, norm, dim=1)
+            best = wrong[distance.topk(30, largest=False).indices]
+            fine, fine_classes = self._accepted((best[:, None] + near).view(-1, 2).clamp(0, 1))
+            fine = fine[fine_classes != label]
+            found.append(torch.linalg.vector_norm(fine - one, norm, dim=1).min())
         return torch.stack(found)
+
+    def _accepted(self, points):
+        best, classes = self(points)[:, :3].max(dim=1)
+        return points[best > self.theta], classes[best > self.theta]

@@ -22,6 +22,7 @@ from attack_promises import (
 
 from torchdnr.attacks import evades, square
 from torchdnr.attacks.points import Region
+from torchdnr.attacks.square import _next_length, _some_local
 from torchdnr.attacks.windows import _patterns, _window_sides, changed_window, first_pattern
 
 
@@ -68,7 +69,7 @@ def test_finds_in_the_plane_most_of_what_brute_force_finds(norm):
 
 
 def test_finds_targets():
-    check_targeted(lambda *args, **options: square(*args, queries=300, **options))
+    check_targeted(lambda *args, **options: square(*args, queries=600, **options))
 
 
 def test_pulled_trials_find_what_lies_inside_the_ball():
@@ -202,3 +203,49 @@ def test_bad_options_are_refused():
     ):
         with pytest.raises(ValueError, match=message):
             square(lambda x: x, inputs, labels, 0.1, **change)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_local_steps_of_flat_inputs(norm):
+    center = torch.full((4000, 6), 0.5, dtype=torch.float64)
+    region = Region(center, torch.full((4000,), 0.2, dtype=torch.float64), norm, (0.0, 1.0))
+    points = center + 0.01
+    length = torch.full((4000,), 0.05, dtype=torch.float64)
+    trial, local = _some_local(center, points, length, region, generator())
+    assert 0.2 < local.double().mean() < 0.3
+    assert torch.equal(trial[~local], center[~local])
+    step = (trial - points)[local]
+    if norm == 1:  # towards +-0.2 along one axis
+        share = (1 - (trial[local] - center[local]).abs().sum(dim=1) / 0.2).abs()
+        assert ((trial[local] - center[local]).abs().sum(dim=1) <= 0.2 + 1e-12).all()
+        assert share.min() < 0.05  # up to the corner
+        axis = step.abs().argmax(dim=1)
+        assert set((axis * 2 + (step.gather(1, axis[:, None])[:, 0] > 0)).tolist()) == set(
+            range(12)
+        )
+    else:
+        expected = 0.05 / (1 if norm == math.inf else 6**0.5)
+        assert abs(step.std() - expected) < 0.05 * expected
+
+
+def test_length_of_local_steps_follows_success_within_bounds():
+    eps = torch.tensor([1.0, 1.0, 1.0, 1.0, 1.0])
+    length = torch.tensor([0.1, 0.1, 0.1, 0.9, 0.001])
+    local = torch.tensor([True, True, False, True, True])
+    success = torch.tensor([True, False, True, True, False])
+    expected = torch.tensor([0.15, 0.1 / 1.5**0.25, 0.1, 1.0, 0.001])
+    torch.testing.assert_close(_next_length(length, local, success, eps), expected)
+
+
+def test_finds_a_slope_after_a_long_plateau():
+    weight = torch.nn.functional.normalize(torch.randn(12, generator=generator()), dim=0)
+    asked = [0]
+
+    def model(x):
+        asked[0] += len(x)
+        score = (x - 0.5) @ weight * (asked[0] > 20 * 1000)  # nothing to be seen at first
+        return torch.stack([torch.full_like(score, 100), score], dim=1)  # never evades
+
+    inputs, labels = torch.full((20, 12), 0.5), torch.zeros(20, dtype=torch.int64)
+    points = square(model, inputs, labels, 0.3, queries=2500)
+    assert (model(points)[:, 1] > 0.98 * 0.3).all()

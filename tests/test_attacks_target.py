@@ -8,6 +8,13 @@ import torch
 from torchdnr.attacks.target import unit
 
 
+@pytest.fixture(params=["looks", "never looks"], autouse=True)
+def path(request, monkeypatch):
+    """Both ways through the code: that of a CPU, and that of a device where a look waits."""
+    if request.param == "never looks":
+        monkeypatch.setattr("torchdnr.attacks.waiting.free_to_look", lambda _: False)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_unit_of_any_size_is_that_of_exact_arithmetic(dtype):
     torch.manual_seed(0)

@@ -12,6 +12,13 @@ from torchdnr.attacks.projections import project, project_box, project_l2
 BOUNDS = (0.0, 1.0)
 
 
+@pytest.fixture(params=["looks", "never looks"])
+def path(request, monkeypatch):
+    """Both ways through the code: that of a CPU, and that of a device where a look waits."""
+    if request.param == "never looks":
+        monkeypatch.setattr("torchdnr.attacks.waiting.free_to_look", lambda _: False)
+
+
 def by_bisection(points, center, eps):
     """The same point by 80 bisections of mu: norms grow with mu."""
     step = points - center
@@ -48,7 +55,7 @@ def test_project_l2_matches_bisection(seed, d, spread, heavy):
     torch.testing.assert_close(projected, by_bisection(points, center, eps), atol=1e-12, rtol=0)
 
 
-def test_project_l2_matches_a_general_solver():
+def test_project_l2_matches_a_general_solver(path):
     from scipy.optimize import minimize
 
     center, points = torch.rand(1, 6).double(), 3 * torch.randn(1, 6).double()
@@ -66,7 +73,7 @@ def test_project_l2_matches_a_general_solver():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("eps", [0.1, 1.0, 3.0])
-def test_budget_holds_in_float64_and_projecting_twice_changes_nothing(dtype, eps):
+def test_budget_holds_in_float64_and_projecting_twice_changes_nothing(dtype, eps, path):
     center = torch.rand(50, 3, 8, 8, dtype=dtype)
     points = center + 10 * torch.randn_like(center)
     once = project_l2(points, center, eps, BOUNDS)
@@ -75,24 +82,25 @@ def test_budget_holds_in_float64_and_projecting_twice_changes_nothing(dtype, eps
     assert torch.equal(project_l2(once, center, eps, BOUNDS), once)
 
 
-def test_points_inside_are_unchanged():
+def test_points_inside_are_unchanged(path):
     center = torch.rand(20, 5)
     points = (center + 0.01 * torch.randn(20, 5)).clamp(0, 1)
     assert torch.equal(project_l2(points, center, 0.5, BOUNDS), points)
     assert torch.equal(project_l2(center, center, 0.0, BOUNDS), center)
 
 
-def test_each_row_has_its_own_eps_and_zero_and_infinity_are_allowed():
+def test_each_row_has_its_own_eps_and_zero_and_infinity_are_allowed(path):
     center, points = torch.full((3, 4), 0.5), torch.full((3, 4), 5.0)
     projected = project_l2(points, center, torch.tensor([0.0, 0.5, math.inf]), BOUNDS)
     expected = torch.tensor([[0.5] * 4, [0.75] * 4, [1.0] * 4])
     torch.testing.assert_close(projected, expected, atol=1e-6, rtol=0)
 
 
-def test_huge_and_tiny_steps_stay_finite():
+def test_huge_and_tiny_steps(path):
     center = torch.full((2, 4), 0.5)
     points = center + torch.tensor([[1e30], [1e-30]])
-    assert torch.isfinite(project_l2(points, center, 0.3, BOUNDS)).all()
+    expected = torch.tensor([[0.65], [0.5]]).expand(2, 4)
+    torch.testing.assert_close(project_l2(points, center, 0.3, BOUNDS), expected)
 
 
 def test_project_names_the_norms_it_knows():
@@ -102,18 +110,26 @@ def test_project_names_the_norms_it_knows():
         project(x, x, 1.0, 3, BOUNDS)
 
 
-@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
-def test_project_l2_in_float32_is_the_nearest_point_but_for_rounding(scale):
-    # Where nearly all coordinates are clipped, the few free ones take up the rounding of all.
+@pytest.mark.parametrize("scale", [1e-6, 1e-3, 1.0, 1e6])
+def test_project_l2_in_float32_is_the_nearest_point_but_for_rounding(scale, path):
     center = torch.rand(40, 50).round(decimals=1).clamp(0, 1)
     points = center + scale * torch.randn(40, 50) ** 3
     eps = (points.clamp(0, 1) - center).norm(dim=1) * torch.rand(40)
     projected = project_l2(points, center, eps, BOUNDS)
     exact = by_bisection(points.double(), center.double(), eps.double())
-    torch.testing.assert_close(projected.double(), exact, atol=1e-4, rtol=0)
+    # Where nearly all coordinates are clipped, the few free ones take up the rounding of all.
+    assert ((projected - exact).abs() <= 1e-4 * eps[:, None] + 3e-7).all()
 
 
-def test_project_l2_of_a_row_does_not_depend_on_the_others():
+@pytest.mark.parametrize("eps", [1e-3, 1e-2, 0.1])
+def test_small_budgets_hold_in_float64_too(eps, path):
+    center = torch.rand(1000, 784)
+    projected = project_l2(center + torch.randn(1000, 784), center, eps, BOUNDS)
+    norms = (projected.double() - center.double()).norm(dim=1)
+    assert (norms <= eps).all() and (norms >= eps * (1 - 1e-5) - 3e-7).all()
+
+
+def test_project_l2_of_a_row_does_not_depend_on_the_others(path):
     center = torch.rand(30, 20)
     points = center + torch.randn(30, 20)
     eps = 2 * torch.rand(30)
@@ -123,3 +139,11 @@ def test_project_l2_of_a_row_does_not_depend_on_the_others():
         assert torch.equal(
             project_l2(points[rows], center[rows], eps[rows], BOUNDS)[0], together[row]
         )
+
+
+def test_both_ways_through_the_code_end_at_the_same_points(monkeypatch):
+    center = torch.rand(60, 30)
+    points, eps = center + torch.randn(60, 30), 3 * torch.rand(60)
+    looking = project_l2(points, center, eps, BOUNDS)
+    monkeypatch.setattr("torchdnr.attacks.waiting.free_to_look", lambda _: False)
+    torch.testing.assert_close(project_l2(points, center, eps, BOUNDS), looking)

@@ -8,6 +8,7 @@ import torch
 
 import torchdnr
 from torchdnr.evaluation import load_results
+from torchdnr.evaluation.metrics import evaded
 from torchdnr.models import MNISTNet, save_network
 
 ROOT = Path(__file__).parents[1]
@@ -41,6 +42,28 @@ def test_the_attack_numbers_are_those_of_the_committed_results(monkeypatch):
     assert None not in results
     section = script.readme_section(*results)
     assert "\n".join([script.MARKERS[0], section, script.MARKERS[1]]) in README
+
+
+def test_in_the_recorded_run_the_worst_case_holds_every_attack():
+    curves, _ = load_results(recorded_run().RESULTS / "mnist-5k.json")
+    assert len(curves) == 3
+    for curve in curves.values():
+        assert len(curve.attacks) == 3
+        for attack in curve.attacks.values():
+            for eps, worst, alone in zip(
+                curve.eps, curve.predictions, attack.predictions, strict=True
+            ):
+                if eps > 0:
+                    harmful = evaded(torch.as_tensor(alone), curve.labels)
+                    assert evaded(torch.as_tensor(worst), curve.labels)[harmful].all()
+
+
+def test_no_recorded_attack_of_another_library_evades_where_ours_does_not():
+    peers = json.loads((ROOT / "benchmarks/results/peers-cpu.json").read_text())["peers"]
+    assert len(peers) == 10
+    for entry in peers.values():
+        assert entry["table"].keys() == {"1.5", "2"}
+        assert all(row["peer_only"] == [] for row in entry["table"].values())
 
 
 def test_the_files_it_links_to_exist():

@@ -26,6 +26,13 @@ class Cost:
     peak_memory_mib: float | None = None
     calls: int = 0
 
+    def add_peak(self, peak: float | None, most: float | None) -> None:
+        """Take the peak of one more run, in MiB, of which only ``most`` may be known."""
+        if peak is not None:
+            self.peak_memory_mib = _larger(self.peak_memory_mib, peak)
+        elif most is None or self.peak_memory_mib is None or most > self.peak_memory_mib:
+            self.peak_memory_mib = None  # this run may have been the largest
+
     def to_dict(self) -> dict[str, float | int | None]:
         """Convert to JSON values."""
         return asdict(self)
@@ -105,9 +112,7 @@ def stage(name: str) -> Iterator[None]:
         recorder.peak()
         cost = recorder.costs.setdefault(name, Cost())
         cost.seconds += spent
-        peak = recorder.open.pop()
-        # One unknown run may have been the largest.
-        cost.peak_memory_mib = None if peak is None else _larger(cost.peak_memory_mib, peak)
+        cost.add_peak(recorder.open.pop(), recorder.kept)
         cost.calls += 1
 
 

@@ -5,11 +5,13 @@ import math
 import torch
 from torch import Tensor
 
+from torchdnr.attacks import waiting
+
 NORMS = (1, 2, math.inf)
 """Norms of the perturbation that the attacks support."""
 
 # Newton steps in project_l2. They end when no further coordinate reaches its bound, for images
-# within 2; whatever is left is on the safe side, inside the ball.
+# within 2; whatever is left after these is on the safe side, inside the ball.
 _NEWTON_STEPS = 12
 
 
@@ -63,7 +65,8 @@ def project_l2(
     ``mu = 1`` is inside the ball that is it; else ``mu`` solves ``||clip(mu * p)|| = eps``. The
     squared norm is concave and piecewise linear in ``mu^2``: its tangent at any ``mu`` crosses
     ``eps^2`` at or below the root, so Newton's method, from 1 first down and then up, reaches the
-    root exactly, in as many steps as the set of clipped coordinates changes.
+    root in as many steps as the set of clipped coordinates changes. Twelve are taken at the most:
+    sizes that span many powers of two may end inside the ball.
 
     The result aims a few roundings inside the ball, so that the norm measured afterwards does not
     exceed ``eps``; points in the ball and the box are returned unchanged.
@@ -83,12 +86,15 @@ def project_l2(
     room = (boxed.flatten(1) - origin).abs_()
     eps = _per_row(eps, points).flatten(1)
     inside = torch.linalg.vector_norm(room, dim=1, keepdim=True) <= eps
-    # Rows inside the ball get a radius that keeps the arithmetic below finite; it is not used.
-    radius = (eps * (1 - 8 * torch.finfo(points.dtype).eps)).masked_fill_(inside, 0)
-    if points.device.type != "cpu":
+    # Adding the centre rounds every coordinate; along the perturbation that hardly adds up. Rows
+    # inside the ball get a radius that keeps the arithmetic below finite; it is not used.
+    rounding = torch.finfo(points.dtype).eps
+    radius = (eps * (1 - 8 * rounding) - rounding * max(map(abs, bounds))).clamp_min_(0)
+    radius.masked_fill_(inside, 0)
+    if not waiting.free_to_look(points):
         shorter = _shorten(points.flatten(1), origin, room, radius, bounds).view_as(points)
         return torch.where(inside.view(-1, *[1] * (points.ndim - 1)), boxed, shorter)
-    rows = (~inside[:, 0]).nonzero()[:, 0]  # on a CPU to look costs nothing; elsewhere it waits
+    rows = (~inside[:, 0]).nonzero()[:, 0]
     if len(rows) > 0:
         parts = (part[rows] for part in (points.flatten(1), origin, room, radius))
         boxed[rows] = _shorten(*parts, bounds).view(-1, *points.shape[1:])
@@ -108,23 +114,22 @@ def _shorten(
 
 def _shrink_to_radius(size: Tensor, room: Tensor, radius: Tensor) -> Tensor:
     """Find ``min(mu * size, room)`` of norm ``radius``, which is at most its norm at ``mu = 1``."""
-    width, rounding = size.shape[1], torch.finfo(size.dtype).eps
     largest = torch.linalg.vector_norm(size, torch.inf, dim=1, keepdim=True)
     largest.masked_fill_(largest == 0, 1)
     mu = torch.ones_like(radius)
     # No root lies below: without the box, and were every coordinate as large as the largest.
-    floor = radius / (width**0.5 * largest)
+    least = radius / (size.shape[1] ** 0.5 * largest)
+    goal, close = radius.square(), 4 * torch.finfo(size.dtype).eps * radius
     reach, moved = size, torch.minimum(size, room)
     for _ in range(_NEWTON_STEPS):
         norm = torch.linalg.vector_norm(moved, dim=1, keepdim=True)
-        done = (norm - radius).abs_() <= 4 * rounding * radius
-        if size.device.type == "cpu" and done.all():
+        done = (norm - radius).abs_() <= close
+        if waiting.free_to_look(done) and done.all():
             break
         free = torch.linalg.vector_norm(moved.masked_fill(reach > room, 0), dim=1, keepdim=True)
-        left = radius.square() - (norm.square() - free.square())
+        left = goal - (norm.square() - free.square())
         root = mu * left.clamp_min_(0).sqrt_() / free.masked_fill_(free == 0, 1)
-        mu = torch.where(done, mu, torch.maximum(root, floor))
-        floor = mu  # after the first step, downwards, all go upwards
+        mu = torch.where(done, mu, torch.maximum(root, least))
         reach = size * mu
         moved = torch.minimum(reach, room)
     return moved

@@ -1,5 +1,6 @@
 """Square attack: random search with square windows, from scores alone."""
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -14,8 +15,9 @@ from torchdnr.attacks.windows import changed_window, first_pattern
 # Queries, of 10,000, after which the windows cover half as much.
 _HALVED_AFTER = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
 _PULL = 0.25  # share of the trials pulled towards the input, for a model that rejects
-_LOCAL = 0.5  # share of the trials near the best point, for inputs that are no images
-_GROWTH = 1.5  # of the length of these at a success; its fourth root at a failure: 1 in 5 succeeds
+_LOCAL = 0.25  # share of the trials near the best point, for inputs that are no images
+_GROWTH = 1.5  # of their length at a success; its fourth root at a failure: 1 in 5 succeeds
+_SHORTEST = 1e-3  # of these steps, relative to the radius
 _DROP_EVERY = 50  # queries between which rows that evade stay in the batch
 
 
@@ -46,9 +48,10 @@ def square(
     For l-infinity a window takes +eps or -eps, one sign per channel; for l2 and l1 the perturbation
     is moved from one window to another. Windows shrink as queries are used up. Inputs of more than
     two dimensions are images, the last two of which are height and width, square or not; a window
-    of an ``(n, d)`` input is a run of coordinates. Neighbours among these mean little, so half of
-    the trials there are steps from the best point: for l1 some way to a random corner of the ball, else in a random
-    direction, as far as such steps succeed (Rechenberg's rule). The model need not be differentiable.
+    of an ``(n, d)`` input is a run of coordinates. Neighbours among these mean little, so a quarter
+    of the trials there are steps from the best point: for l1 some way to a random corner of the
+    ball, else in a random direction, as far as such steps succeed (Rechenberg's rule). The model
+    need not be differentiable.
 
     All of this uses the whole radius, but a model that rejects may accept a nearer point only: some
     of the trials are pulled towards the input by a random factor.
@@ -66,8 +69,8 @@ def square(
         targets: Class wanted for each input, int64 ``(n,)``; ``None``: any but the true one.
         queries: Forwards per input of each run.
         coverage: Share of the coordinates of a channel that the first windows cover, in (0, 1].
-        pull: Share of the trials that are pulled towards the input, in [0, 1]; ``None``: a quarter
-            if the model rejects, else none, as in the source.
+        pull: Share of the trials in windows that are pulled towards the input, in [0, 1]; ``None``:
+            a quarter if the model rejects, else none, as in the source.
         start: Where to start, ``(n, ...)``; projected, and used where it is better than the input
             and the random pattern that is tried first.
         init_inputs: Samples of any class, ``(m, ...)``: the best one that is accepted as another
@@ -134,7 +137,7 @@ def _search(run: Run, queries: int, coverage: float, pull: float) -> Points:
         region, labels, current = _finite(run.region.rows(rows)), run.labels[rows], best.rows(rows)
         length = lengths[rows]
         for query in range(begin, min(begin + _DROP_EVERY, queries)):
-            local = torch.zeros_like(length, dtype=torch.bool)
+            local = None
             if query == 0:
                 trial = first_pattern(region, run.generator)
             else:
@@ -144,8 +147,8 @@ def _search(run: Run, queries: int, coverage: float, pull: float) -> Points:
                 if trial.ndim == 2:
                     trial, local = _some_local(trial, current.inputs, length, region, run.generator)
             trial = evaluated(run.target, project(trial, *region), labels)
-            change = torch.where(better(trial, current), _GROWTH, _GROWTH**-0.25)
-            length = torch.where(local, length * change, length)
+            if local is not None:
+                length = _next_length(length, local, better(trial, current), region.eps)
             current = keep_better(current, trial)
             run.bar.update()
         put(best, rows, current, torch.ones_like(current.evading))
@@ -162,8 +165,16 @@ def _some_local(
     if region.norm == 1:
         step = _towards_corner(points, region, generator)
     else:
-        step = length[:, None] / points.shape[1] ** 0.5 * torch.randn(points.shape, **options)
+        scale = 1 if region.norm == math.inf else points.shape[1] ** 0.5
+        step = length[:, None] / scale * torch.randn(points.shape, **options)
     return torch.where(local[:, None], points + step, trial), local
+
+
+def _next_length(length: Tensor, local: Tensor, success: Tensor, eps: Tensor) -> Tensor:
+    """Lengthen the steps that succeeded and shorten the others, within bounds, ``(n,)``."""
+    change = torch.where(success, _GROWTH, _GROWTH**-0.25).to(length)
+    changed = torch.minimum(torch.maximum(length * change, _SHORTEST * eps), eps)
+    return torch.where(local, changed, length)
 
 
 def _towards_corner(points: Tensor, region: Region, generator: torch.Generator) -> Tensor:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from torchdnr.attacks import waiting
 from torchdnr.attacks.objectives import (
     NEGATIVE_IF_SUCCESSFUL,
     ObjectiveFunction,
@@ -91,7 +92,7 @@ def slope_at(target: Target, points: Tensor, labels: Tensor) -> Slope:
     """Evaluate objective, success and gradient of each point, in chunks.
 
     The gradient of an RBF score vanishes far from the support vectors, so its length tells
-    little; the direction is scaled by its largest entry first, so that squaring does not underflow.
+    little; rows of very small or large ones are scaled by their largest entry before squaring.
 
     Args:
         target: Model and objective.
@@ -178,10 +179,10 @@ def unit(vectors: Tensor) -> tuple[Tensor, Tensor]:
         Unit rows ``(n, ...)``, and the norms they had ``(n,)``.
     """
     flat = vectors.flatten(1)
-    if flat.device.type != "cpu":
+    if not waiting.free_to_look(flat):
         scaled, length = _unit_of_any(flat)
         return scaled.view_as(vectors), length[:, 0]
-    # On a CPU to look costs nothing, and nearly all rows allow the short way.
+    # Nearly all rows allow the short way.
     length = torch.linalg.vector_norm(flat, dim=1, keepdim=True)
     limits = torch.finfo(flat.dtype)
     usual = (length > limits.tiny**0.25) & (length < limits.max**0.25)  # not where it is NaN
