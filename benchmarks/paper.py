@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from paper_report import RESULTS, write_report
 from paper_run import attack, finish, make_classifiers, make_network, network_accuracy
-from paper_settings import PROTOCOLS, Protocol, quick
+from paper_settings import PROTOCOLS, QUICK_TRAINING, Protocol, quick
 from paper_study import Study
 
 from torchdnr.cli import Console, run_command
@@ -40,7 +40,9 @@ def make_parser() -> argparse.ArgumentParser:
     option("--runs", type=int, nargs="+", metavar="N", help="these runs only (default: all)")
     option("--variants", nargs="+", metavar="NAME", help="paper, later (default: both)")
     option("--stage", choices=STAGES, help="up to this stage only; report: nothing but that")
-    option("--epochs", type=int, metavar="N", help="epochs of the networks, one-cycle learning")
+    option(
+        "--epochs", type=int, metavar="N", help="epochs of the networks, trained as --quick does"
+    )
     option("--attacked", type=int, metavar="N", help="images to attack per run")
     option(
         "--attack",
@@ -83,14 +85,14 @@ def repeat(options: argparse.Namespace, console: Console) -> None:
     if data.labels_test is None:
         raise ValueError(f"{options.source} has no test set: give one with x_test and y_test")
     note = folder / "note.txt"
-    if protocol.note:
-        atomic_write_bytes(note, protocol.note.encode())
-    elif note.exists():
+    if not protocol.note and note.exists():
         protocol = replace(protocol, note=note.read_text())
     # Of the algorithms that a GPU may choose from, those that always give the same numbers.
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
     study = Study(protocol, data, folder, find_device(options.device), console.progress)
     study.claim_folder()
+    if protocol.note:
+        atomic_write_bytes(note, protocol.note.encode())
     stage = options.stage or STAGES[-1]
     if options.stage != STAGES[-1]:
         make(study, options, stage, console)
@@ -141,17 +143,9 @@ def settle(options: argparse.Namespace) -> Protocol:
     if options.note is not None:
         protocol = replace(protocol, note=options.note)
     if options.epochs is not None:
+        training = replace(QUICK_TRAINING[options.dataset], epochs=options.epochs)
         variants = {
-            name: replace(
-                variant,
-                training=replace(
-                    variant.training,
-                    epochs=options.epochs,
-                    schedule="one-cycle",
-                    lr=min(variant.training.lr, 0.05),
-                ),
-            )
-            for name, variant in protocol.variants.items()
+            name: replace(variant, training=training) for name, variant in protocol.variants.items()
         }
         protocol = replace(protocol, variants=variants)
     wanted = set(options.variants or ()) - set(protocol.variants)

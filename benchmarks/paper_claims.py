@@ -20,7 +20,8 @@ from torchdnr.rejection import REJECT
 HOLDS, PARTLY, FAILS, OPEN = "holds", "holds partly", "does not hold", "cannot be told"
 LEVEL = 0.05
 _ZERO = 0.01  # an accuracy of at most this counts as none
-_EQUAL = 0.05  # a difference that is certain to be smaller counts as none
+_NEARLY_ZERO = 0.1  # and is believed where the interval ends below this
+_EQUAL = 0.01  # a difference that is certain to be smaller counts as none
 
 
 class Claim(NamedTuple):
@@ -168,7 +169,7 @@ def _clean_claim(clean: Mapping[str, Tensor]) -> Claim:
 
 
 def _ahead(claim: str, leader: Outcomes, other: Outcomes, rows: Sequence[int]) -> Claim:
-    """Judge a lead in accuracy, at every eps at which either has any left."""
+    """Judge a lead in accuracy, at every eps at which either has more than 1 % left."""
     left = [row for row in rows if (leader.right[row] | other.right[row]).double().mean() > _ZERO]
     pairs = [(leader.right[row], other.right[row]) for row in left]
     signs = _signs(pairs)
@@ -184,23 +185,30 @@ def _ahead(claim: str, leader: Outcomes, other: Outcomes, rows: Sequence[int]) -
 
 
 def _rises_then_falls(nr: Outcomes, dnr: Outcomes) -> Claim:
+    """Look for an eps between the ends at which more is rejected than at either end."""
     verdicts, told = [], []
     for name, found in (("NR", nr), ("DNR", dnr)):
-        rates = found.rejected.double().mean(dim=1)
-        peak, last = int(rates.argmax()), len(rates) - 1
-        rise, fall = _signs(
-            [
-                (found.rejected[peak], found.rejected[0]),
-                (found.rejected[peak], found.rejected[last]),
-            ]
+        rates, last = found.rejected.double().mean(dim=1), len(found.rejected) - 1
+        between = range(1, last)
+        # All of them are tested: the largest alone would be the largest by chance as well.
+        signs = _signs(
+            [(found.rejected[i], found.rejected[0]) for i in between]
+            + [(found.rejected[i], found.rejected[last]) for i in between]
         )
-        verdicts.append(
-            FAILS if peak == 0 else OPEN if rise <= 0 else HOLDS if fall > 0 else PARTLY
-        )
+        rises, falls = signs[: len(between)], signs[len(between) :]
+        same = [_same(found.rejected[i], found.rejected[0]) for i in between]
+        if any(up > 0 and down > 0 for up, down in zip(rises, falls, strict=True)):
+            verdicts.append(HOLDS)
+        elif any(up > 0 for up in rises):
+            verdicts.append(PARTLY)
+        else:
+            verdicts.append(_verdict(rises, same))
+        peak = int(rates.argmax())
         told.append(
             f"{name} "
             + ", ".join(
-                f"{_percent(found.rejected[i])} at {found.eps[i]:g}" for i in (0, peak, last)
+                f"{_percent(found.rejected[i])} at {found.eps[i]:g}"
+                for i in dict.fromkeys((0, peak, last))
             )
         )
     return Claim(
@@ -213,9 +221,12 @@ def _rises_then_falls(nr: Outcomes, dnr: Outcomes) -> Claim:
 def _reaches_zero(outcomes: Mapping[str, Outcomes]) -> Claim:
     verdicts, told = [], []
     for name, found in outcomes.items():
-        rate = found.right[-1].double().mean().item()
-        _, high = wilson_interval(rate, found.right.shape[1])
-        verdicts.append(HOLDS if rate <= _ZERO else FAILS)
+        rate, n = found.right[-1].double().mean().item(), found.right.shape[1]
+        low, high = wilson_interval(rate, n)
+        if low > _ZERO:
+            verdicts.append(FAILS)
+        else:  # nothing left, and enough samples to say so
+            verdicts.append(HOLDS if rate <= _ZERO and high <= _NEARLY_ZERO else OPEN)
         told.append(f"{name} {100 * rate:.1f}, at most {100 * high:.1f}")
     eps = next(iter(outcomes.values())).eps[-1]
     return Claim(
@@ -243,7 +254,9 @@ def _rejects_more(nr: Outcomes, dnr: Outcomes, eps: Sequence[float]) -> Claim:
 def _trade(sweeps: Mapping[str, Mapping[str, Any]]) -> Claim:
     """Look along theta: does accuracy under attack rise while clean samples are rejected?
 
-    Of fixed points a higher theta can only reject more, so that they prove nothing.
+    Of fixed points a higher theta can only reject more, so that they prove nothing; attacked again,
+    points count at every lower theta, so that accuracy cannot fall either. Only whether it rises by
+    more than its intervals is judged.
     """
     signs, told, again = [], [], all(sweep["reattacked_accuracy"] for sweep in sweeps.values())
     for name, sweep in sweeps.items():

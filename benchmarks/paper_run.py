@@ -4,6 +4,7 @@ Everything is kept in the folder as soon as it is made, and is not made again.
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,10 @@ from torchdnr.attacks.target import has_reject_column
 from torchdnr.costs import stage
 from torchdnr.evaluation import SecurityCurve, build_line_up, predict_labels
 from torchdnr.evaluation.curve import plain_json, read_json, write_json
+from torchdnr.evaluation.decisions import worst_predictions
 from torchdnr.evaluation.judging import outputs
 from torchdnr.evaluation.metrics import accuracy_under_attack, rejection_rate
+from torchdnr.evaluation.rates import decision_rates
 from torchdnr.evaluation.report import load_results, save_results
 from torchdnr.evaluation.security import security_evaluations
 from torchdnr.evaluation.threshold_sweep import threshold_sweep, thresholds_at_rates
@@ -174,9 +177,13 @@ def _sweep(
     run: int,
     reattack: bool,
 ) -> dict[str, Any]:
-    """Vary theta on the worst points of the curve, and if wanted attack again at each."""
+    """Vary theta on the worst points of the curve, and if wanted attack again at each.
+
+    What a theta costs without attack is measured on all test images of the run.
+    """
+    images, truth = samples["test"]
     inputs, labels = (part[: study.protocol.attacked] for part in samples["test"])
-    return threshold_sweep(
+    sweep = threshold_sweep(
         model,
         inputs,
         labels,
@@ -185,6 +192,16 @@ def _sweep(
         attack=_again(samples["svm"][0], run) if reattack else None,
         name=curve.name,
         progress=study.progress,
+    )
+    scores = outputs(model, images, BATCH_SIZE)[None]
+    clean = [
+        decision_rates(worst_predictions(scores, truth, True, theta), truth, 0.0)
+        for theta in sweep.thresholds
+    ]
+    return replace(
+        sweep,
+        clean_accuracy=[rates.accuracy for rates in clean],
+        false_rejection_rate=[rates.rejection for rates in clean],
     ).to_dict()
 
 

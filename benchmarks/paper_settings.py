@@ -160,7 +160,7 @@ CIFAR10 = Protocol(
 PROTOCOLS = {"mnist": MNIST, "cifar10": CIFAR10}
 
 # For two cores: short trainings, with a learning rate that rises and falls.
-_QUICK = {
+QUICK_TRAINING = {
     "mnist": TrainingSettings(
         epochs=8, lr=0.05, momentum=0.9, batch_size=128, schedule="one-cycle"
     ),
@@ -179,7 +179,7 @@ _QUICK = {
 def quick(protocol: Protocol) -> Protocol:
     """Shorten the experiments: one run, fewer samples, short trainings, the default line-up."""
     variants = {
-        name: replace(variant, training=_QUICK[protocol.dataset])
+        name: replace(variant, training=QUICK_TRAINING[protocol.dataset])
         for name, variant in protocol.variants.items()
     }
     return replace(

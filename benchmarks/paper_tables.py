@@ -21,7 +21,7 @@ def readme_section(name: str, content: Mapping[str, Any]) -> str:
         parts += [f"**{variant}**: {about}. {_facts(content, variant)}", ""]
         parts += [_curve_table(found, "github"), "", _claim_table(found, "github"), ""]
         parts += [_cost_table(content["cost"][variant], "github"), ""]
-        parts += [_reference(content), ""] if content["reference"] else []
+        parts += [_notes(content, variant), ""]
         parts += [_figures(f"{name}-{variant}", content["protocol"]), ""]
     text = "\n".join(parts).rstrip()
     # The padding that lines up a table's columns only makes long lines of it here.
@@ -39,7 +39,7 @@ def _figures(name: str, protocol: Mapping[str, Any]) -> str:
     return (
         f"![Fig. 3: accuracy and rejection rate over eps]({path}-fig3.png)\n\n"
         f"[Fig. 4: accuracy over the false rejection rate]({path}-fig4.png), "
-        f"[Fig. {number}: adversarial examples]({path}-fig{number}.png), "
+        f"[Fig. {number}: attacked images]({path}-fig{number}.png), "
         f"[raw numbers](benchmarks/results/paper/{name.rsplit('-', 1)[0]}.json)"
     )
 
@@ -53,7 +53,7 @@ def as_text(content: Mapping[str, Any]) -> str:
         parts += [_curve_table(found, "simple"), ""]
         parts += [_claim_table(found, "simple", width=44), ""]
         parts += [_cost_table(content["cost"][variant], "simple"), ""]
-        parts += [_reference(content), ""] if content["reference"] else []
+        parts += [_notes(content, variant), ""]
     return "\n".join(parts)
 
 
@@ -69,13 +69,15 @@ def _facts(content: Mapping[str, Any], variant: str) -> str:
     text = (
         f"{runs} run{'s' * (runs > 1)} of {protocol['runs']}; {protocol['svm_samples']:,} images "
         f"for the SVMs, {protocol['threshold_samples']:,} for theta, {protocol['attacked']:,} "
-        f"attacked; {network['name']}, {training['epochs']} epochs on "
+        f"attacked; layers {', '.join(protocol['variants'][variant]['layers'])} of "
+        f"{network['name']}, {training['epochs']} epochs on "
         f"{protocol['network_samples']:,} images, {100 * network['test_accuracy']:.2f} % right on "
         f"the whole test set. On {protocol['test_samples']:,} clean test images: "
         f"{'; '.join(_clean(found, name) for name in found['clean'][0])}. Our line-up: {attacks}. "
         f"{machines}."
     )
-    return f"{text} {protocol['note']}".rstrip()
+    note = protocol["note"].rstrip(".")
+    return f"{text} {note}." if note else text
 
 
 def _clean(found: Mapping[str, Any], name: str) -> str:
@@ -137,12 +139,19 @@ def _cost_table(costs: Mapping[str, Mapping[str, Any]], style: str) -> str:
     return tabulate(rows, header, tablefmt=style, disable_numparse=True)
 
 
-def _reference(content: Mapping[str, Any]) -> str:
+def _notes(content: Mapping[str, Any], variant: str) -> str:
+    """Say what the costs leave out, and what the authors' library needs where that is known."""
+    searched = content["protocol"]["variants"][variant]["hyperparameters"] is None
+    text = 'Memory is that of the whole process, the attacks\' seconds are part of "attack".'
+    if searched:
+        text += " NR takes (C, gamma) from DNR's search of the same layer."
     known = content["reference"]
+    if not known or content["protocol"]["dataset"] != "mnist":
+        return text
     spent = ", ".join(f"{seconds:.1f} s at {eps}" for eps, seconds in known["attack"].items())
-    text = (
-        "NR takes (C, gamma) from DNR's search of the same layer. The authors' library needs, per "
-        f"digit and line-search attack on one thread: {spent}"
+    text += (
+        " On another MNIST network and fewer support vectors (bench_secml.py) the authors' library "
+        f"needs, per digit and line-search attack, processor seconds of one thread: {spent}"
     )
     if "fit" in known:
         fit = known["fit"]
@@ -154,7 +163,7 @@ def _reference(content: Mapping[str, Any]) -> str:
             f"; to fit DNR with given (C, gamma) to {fit['samples']:,} digits {theirs}, where ours "
             f"needs {ours}"
         )
-    return f"{text} (bench_secml.py)."
+    return f"{text}."
 
 
 def _seconds(runs: Sequence[Mapping[str, Any]]) -> str:

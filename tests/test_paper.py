@@ -65,7 +65,7 @@ def test_outcomes_as_in_the_paper_hold():
         ({"NR": outcomes([88, 40, 0], [10, 12, 9])}, "first rise", PARTLY),
         ({"NR": outcomes([88, 40, 0], [10, 15, 0])}, "NR rejects more", OPEN),
         ({"NR": outcomes([88, 40, 0], [10, 5, 0])}, "NR rejects more", FAILS),
-        ({"NR": outcomes([88, 5, 0], [10, 35, 0])}, "attack, NR is more accurate", FAILS),
+        ({"NR": outcomes([88, 5, 0], [10, 35, 0])}, "attack, NR is more accurate", OPEN),
     ],
 )
 def test_other_outcomes_do_not(change, claim, verdict):
@@ -77,6 +77,20 @@ def test_rates_that_only_fall_do_not_first_rise():
     falling = outcomes([88, 40, 0], [60, 35, 0])
     found = verdicts({**AS_THE_PAPER, "NR": falling, "DNR": falling})
     assert [value for key, value in found.items() if "first rise" in key] == [FAILS]
+
+
+def test_rates_that_neither_rise_nor_fall_cannot_be_told():
+    level = outcomes([88, 40, 0], [10, 12, 10])
+    found = verdicts({**AS_THE_PAPER, "NR": level, "DNR": level})
+    assert [value for key, value in found.items() if "first rise" in key] == [OPEN]
+
+
+def test_few_samples_do_not_show_that_no_accuracy_is_left():
+    for n, left, verdict in ((20, 0, OPEN), (100, 0, HOLDS), (100, 1, HOLDS), (100, 10, FAILS)):
+        right = torch.stack([torch.ones(n, dtype=torch.bool), torch.arange(n) < left])
+        one = Outcomes([0, 1], right, torch.zeros_like(right))
+        found = verdicts({"DNN": one, "NR": one, "DNR": one})
+        assert [value for key, value in found.items() if "no accuracy" in key] == [verdict]
 
 
 @pytest.mark.parametrize(
@@ -141,7 +155,6 @@ def test_the_trade_is_judged_by_the_ends_of_the_sweep_if_attacked_again():
     key = "a higher theta buys accuracy under attack for clean samples rejected"
     for ends, again, verdict in (
         ((0.2, 0.6), True, HOLDS),
-        ((0.6, 0.2), True, FAILS),
         ((0.5, 0.55), True, OPEN),
         ((0.2, 0.6), False, OPEN),
     ):
