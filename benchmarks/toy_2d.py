@@ -20,6 +20,7 @@ from torchdnr.files import atomic_write_bytes
 RESULTS = Path(__file__).parent / "results/paper"
 CENTERS = ((0.25, 0.3), (0.72, 0.3), (0.5, 0.75))
 EPS = 0.42
+STEPS = 20  # that are drawn, at the most
 SOURCE = (0.27, 0.36)
 
 
@@ -29,6 +30,16 @@ def make_samples(n: int, seed: int) -> tuple[Tensor, Tensor]:
     labels = torch.arange(n) % len(CENTERS)
     noise = 0.075 * torch.randn(n, 2, generator=generator)
     return (torch.tensor(CENTERS)[labels] + noise).clamp(0, 1), labels
+
+
+def walked(model: nn.Module, source: Tensor, label: Tensor) -> Tensor:
+    """Follow the paper's attack: what it has found after 0, 1, 2, ... steps, ``(k, 2)``."""
+    points = [source]
+    for steps in range(1, STEPS + 1):
+        points.append(line_search_pgd(model, source, label, EPS, steps=steps))
+        if torch.equal(points[-1], points[-2]):
+            break
+    return torch.cat(points)
 
 
 def main() -> None:
@@ -44,10 +55,22 @@ def main() -> None:
         "boundary walk": boundary_walk(model, source, label, samples),
     }
     points = {name: point[0] for name, point in found.items()}
-    plot_plane(RESULTS / "fig2.png", model, samples, labels, source[0], 0, points, EPS)
+    path = walked(model, source, label)
+    plot_plane(
+        RESULTS / "fig2.png",
+        model,
+        samples,
+        labels,
+        source[0],
+        0,
+        points,
+        EPS,
+        paths={"path of the first": path},
+    )
     numbers = {
         "environment": describe_environment("cpu"),
         "eps": EPS,
+        "path": path.tolist(),
         "threshold": model.threshold.item(),
         "attacks": {
             name: {

@@ -12,9 +12,9 @@ def test_draws_an_image(tmp_path, norm):
     toy = RBFMap()
     inputs, labels, _ = toy.samples(20)
     path = tmp_path / "plane.png"
-    plot_plane(
-        path, toy, inputs, labels, inputs[0], int(labels[0]), {"a": inputs[1]}, 0.3, norm=norm
-    )
+    options = {"norm": norm, "paths": {"path": inputs[:3]}}
+    found = {"a": inputs[1]}
+    plot_plane(path, toy, inputs, labels, inputs[0], int(labels[0]), found, 0.3, **options)
     assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 20_000
 
 

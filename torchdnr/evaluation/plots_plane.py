@@ -33,6 +33,7 @@ def plot_plane(
     adversarial: Mapping[str, Tensor],
     eps: float,
     *,
+    paths: Mapping[str, Tensor] | None = None,
     norm: float = 2,
     objective: str = "paper",
     bounds: tuple[float, float] = (0.0, 1.0),
@@ -49,6 +50,7 @@ def plot_plane(
         source_label: Its true class.
         adversarial: Name of an attack to the point that it found, ``(2,)``.
         eps: Radius of the ball around the source.
+        paths: Name of a path to the points that an attack went through, ``(k, 2)``.
         norm: Norm of the ball; 1, 2 or infinity.
         objective: Name in ``OBJECTIVES``.
         bounds: Smallest and largest value of a coordinate.
@@ -93,7 +95,10 @@ def plot_plane(
     right.set_title(f"objective ({objective}); dashed: edge of the reject region", fontsize=11)
     figure.colorbar(image, ax=right, shrink=0.8)
     for axes in (left, right):
-        _draw_attack(axes, source, adversarial, eps, norm)
+        _draw_ball(axes, source, eps, norm)
+        for name, points in (paths or {}).items():
+            axes.plot(*points.cpu().T, ".-", color="black", linewidth=1.5, markersize=7, label=name)
+        _draw_attack(axes, source, adversarial)
         axes.set_xlim(*bounds)
         axes.set_ylim(*bounds)
     handles, names = left.get_legend_handles_labels()
@@ -129,9 +134,7 @@ def _draw_samples(axes: Axes, samples: Tensor, labels: Tensor) -> None:
         axes.scatter(x, y, s=12, color=colour, label=f"class {label}", linewidths=0)
 
 
-def _draw_attack(
-    axes: Axes, source: Tensor, adversarial: Mapping[str, Tensor], eps: float, norm: float
-) -> None:
+def _draw_ball(axes: Axes, source: Tensor, eps: float, norm: float) -> None:
     x, y = source.tolist()
     line = {"fill": False, "edgecolor": "black", "linewidth": 1.3}
     if norm == 2:
@@ -141,6 +144,10 @@ def _draw_attack(
     else:
         ball = Polygon([(x - eps, y), (x, y + eps), (x + eps, y), (x, y - eps)], **line)
     axes.add_patch(ball)
+
+
+def _draw_attack(axes: Axes, source: Tensor, adversarial: Mapping[str, Tensor]) -> None:
+    x, y = source.tolist()
     axes.plot(x, y, "H", color="#e31a1c", markersize=11, markeredgecolor="white", label="source")
     for (name, point), marker in zip(adversarial.items(), "*Pv^sd", strict=False):
         axes.plot(
