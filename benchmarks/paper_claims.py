@@ -264,8 +264,7 @@ def _trade(sweeps: Mapping[str, Mapping[str, Any]]) -> Claim:
         ends = sweep["false_rejection_rate"]
         moved = []
         for eps, row in zip(sweep["eps"], rates, strict=True):
-            up, down = row[0]["high"] < row[-1]["low"], row[-1]["high"] < row[0]["low"]
-            signs.append(int(up) - int(down))
+            signs.append(int(row[0]["high"] < row[-1]["low"]))
             moved.append(f"{100 * row[0]['value']:.0f} to {100 * row[-1]['value']:.0f} at {eps:g}")
         shares = f"{100 * ends[0]['value']:.0f} to {100 * ends[-1]['value']:.0f} %"
         told.append(f"{name}, rejecting {shares} of clean samples: {', '.join(moved)}")

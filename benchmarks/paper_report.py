@@ -72,8 +72,8 @@ def _runs(study: Study, variant: str) -> list[tuple[dict[str, SecurityCurve], di
         for key, value in {**wanted, "run": run, "variant": variant}.items():
             if settings.get(key) != value:
                 raise ValueError(
-                    f"{path} was made with another {key}; the same command without --stage report "
-                    "makes it again"
+                    f"{path} was made with another {key}: call without --stage report for run "
+                    f"{run} of {variant}, or move its folder away"
                 )
         found.append((curves, settings, read_json(path)["sweeps"]))
     if len({settings["network"]["digest"] for _, settings, _ in found}) > 1:

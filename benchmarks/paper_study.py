@@ -12,7 +12,7 @@ from paper_settings import Protocol
 from torch import Tensor
 
 from torchdnr import __version__
-from torchdnr.costs import record_costs
+from torchdnr.costs import Cost, record_costs
 from torchdnr.data import Dataset, Splits, split
 from torchdnr.evaluation.curve import plain_json, read_json, write_json
 from torchdnr.evaluation.known_attacks import ATTACKS
@@ -118,13 +118,8 @@ def costed(path: Path, device: torch.device) -> Iterator[None]:
         finally:
             found = read_json(path) if path.exists() else {}
             for name, cost in costs.items():
-                own, earlier = cost.to_dict(), found.get(name, {"seconds": 0.0, "calls": 0})
-                known = [one.get("peak_memory_mib") for one in (own, earlier)]
-                found[name] = {
-                    "seconds": own["seconds"] + earlier["seconds"],
-                    "peak_memory_mib": max((v for v in known if v is not None), default=None),
-                    "calls": own["calls"] + earlier["calls"],
-                }
+                total = Cost(**found[name]).plus(cost) if name in found else cost
+                found[name] = total.to_dict()
             if costs:
                 write_json(path, found)
 

@@ -150,7 +150,7 @@ def _notes(content: Mapping[str, Any], variant: str) -> str:
         return text
     spent = ", ".join(f"{seconds:.1f} s at {eps}" for eps, seconds in known["attack"].items())
     text += (
-        " On another MNIST network and fewer support vectors (bench_secml.py) the authors' library "
+        " On the DNR of the default run (bench_secml.py) the authors' library "
         f"needs, per digit and line-search attack, processor seconds of one thread: {spent}"
     )
     if "fit" in known:

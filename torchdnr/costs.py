@@ -33,6 +33,15 @@ class Cost:
         elif most is None or self.peak_memory_mib is None or most > self.peak_memory_mib:
             self.peak_memory_mib = None  # this run may have been the largest
 
+    def plus(self, other: "Cost") -> "Cost":
+        """Add what the same stage has cost elsewhere; the peak is unknown if either is."""
+        peaks = self.peak_memory_mib, other.peak_memory_mib
+        return Cost(
+            self.seconds + other.seconds,
+            None if None in peaks else max(peaks),
+            self.calls + other.calls,
+        )
+
     def to_dict(self) -> dict[str, float | int | None]:
         """Convert to JSON values."""
         return asdict(self)
@@ -49,8 +58,8 @@ class _Recorder:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
-    def peak(self) -> float | None:
-        """Read the largest memory since the last call, in MiB, and start to measure afresh."""
+    def note_peak(self) -> None:
+        """Count the largest memory since the last call for all open stages; measure afresh."""
         if self.device.type == "cuda":
             found = torch.cuda.max_memory_allocated(self.device) / 2**20
             torch.cuda.reset_peak_memory_stats(self.device)
@@ -62,7 +71,6 @@ class _Recorder:
             self.kept = _forget_process_peak()
         # A stage within a stage: what the inner one needed counts for the outer one as well.
         self.open = [_larger(seen, found) for seen in self.open]
-        return found
 
 
 _RECORDER: ContextVar[_Recorder | None] = ContextVar("recorder", default=None)
@@ -101,7 +109,7 @@ def stage(name: str) -> Iterator[None]:
         yield
         return
     recorder.synchronise()
-    recorder.peak()
+    recorder.note_peak()
     recorder.open.append(None)
     began = time.perf_counter()
     try:
@@ -109,7 +117,7 @@ def stage(name: str) -> Iterator[None]:
     finally:
         recorder.synchronise()
         spent = time.perf_counter() - began
-        recorder.peak()
+        recorder.note_peak()
         cost = recorder.costs.setdefault(name, Cost())
         cost.seconds += spent
         cost.add_peak(recorder.open.pop(), recorder.kept)

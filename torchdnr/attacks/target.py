@@ -66,9 +66,7 @@ def evaluate(target: Target, points: Tensor, labels: Tensor) -> tuple[Tensor, Te
         output = target.model(chunk)
         values.append(_objective(target, output, chunk_labels))
         evading.append(succeeds(output, chunk_labels, target.reject, target.targeted))
-    values = torch.cat(values)
-    values = values.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
-    return values, torch.cat(evading)
+    return _worst_if_nan(torch.cat(values)), torch.cat(evading)
 
 
 class Slope(NamedTuple):
@@ -119,8 +117,7 @@ def slope_at(target: Target, points: Tensor, labels: Tensor) -> Slope:
         else:
             evading = succeeds(output.detach(), chunk_labels, target.reject, target.targeted)
         direction, length = unit(descent)
-        value = value.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
-        found.append((direction, value, evading, length))
+        found.append((direction, _worst_if_nan(value), evading, length))
     if len(found) == 1:
         return Slope(*found[0])
     return Slope(*(torch.cat(parts) for parts in zip(*found, strict=True)))
@@ -170,6 +167,10 @@ def check_classes(target: Target, inputs: Tensor, labels: Tensor) -> None:
 
 def _objective(target: Target, output: Tensor, labels: Tensor) -> Tensor:
     return target.objective(*split_scores(output, target.reject), labels, target.targeted)
+
+
+def _worst_if_nan(values: Tensor) -> Tensor:
+    return values.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
 
 
 def unit(vectors: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,6 +5,7 @@ samples become support vectors that is a small part of the Gram matrix; where mo
 A row costs the same either way, so rows on demand are never dearer than the whole matrix.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -27,6 +28,8 @@ LARGEST_SET = 8192
 """Samples in a working set at the most."""
 SET_BYTES = 40
 """Bytes per entry of the matrices that a working set needs at once."""
+USABLE = 0.95
+"""Share of a memory limit that is planned; allocators lose the rest between their pieces."""
 
 
 @dataclass(frozen=True)
@@ -61,17 +64,31 @@ def plan_memory(
         ValueError: If the limit leaves less room than a small working set needs.
     """
     limit = MEMORY_LIMIT if memory_limit is None else int(memory_limit)
-    state = STATE_ARRAYS * 8 * n * problems + taken
-    least = state + 5 * SET_BYTES * 256**2 + 2 * n * itemsize * min(n, 256)
+    state = _state_bytes(n, problems, itemsize) + taken
+    least = least_memory(n, problems, itemsize, taken)
     if limit < least:
         raise ValueError(
             f"memory_limit must be at least {least} bytes for {n} samples and {problems} problems "
             f"at once, got {limit}: raise it, or use fewer samples"
         )
-    sets = (limit - state) // 5
+    room = int(limit * USABLE) - state
+    sets = room // 5
     largest = min(LARGEST_SET, int((sets / SET_BYTES) ** 0.5))
-    capacity = (limit - state - sets) // (n * itemsize)
+    capacity = (room - sets) // (n * itemsize)
     return MemoryPlan(min(n, capacity), min(largest, max(2, capacity)))
+
+
+def least_memory(n: int, problems: int, itemsize: int, taken: int = 0) -> int:
+    """Compute the smallest memory limit, in bytes, that ``plan_memory`` takes."""
+    state = _state_bytes(n, problems, itemsize) + taken
+    sets_and_rows = 5 * SET_BYTES * 256**2 + 2 * n * itemsize * min(n, 256)
+    return math.ceil((state + sets_and_rows) / USABLE)
+
+
+def _state_bytes(n: int, problems: int, itemsize: int) -> int:
+    """Bytes of the state of the problems, and of the rows that are being evaluated or added up."""
+    rows = min(EVALUATE_ELEMENTS, n * n) * itemsize + 8 * min(EXACT_ELEMENTS, n * n)
+    return STATE_ARRAYS * 8 * n * problems + rows
 
 
 class KernelRows:
@@ -193,7 +210,7 @@ class KernelRows:
                 rows = self.store[slot : min(slot + step, self._used)]
                 yield self._sample_in[slot : slot + len(rows)], rows
             return
-        for part in used.split(step):
+        for part in used.split(min(step, max(1, EVALUATE_ELEMENTS // self.n))):
             held = self._slot_of[part]
             if bool((held >= 0).all()):
                 yield part, self.store[held]

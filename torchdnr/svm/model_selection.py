@@ -10,7 +10,14 @@ from tqdm import tqdm
 
 from torchdnr.kernels import scale_gamma, squared_distances
 from torchdnr.svm.checks import check_features, check_labels
-from torchdnr.svm.gram import MEMORY_LIMIT, KernelRows, distance_rows, plan_memory, rbf_rows
+from torchdnr.svm.gram import (
+    MEMORY_LIMIT,
+    KernelRows,
+    distance_rows,
+    least_memory,
+    plan_memory,
+    rbf_rows,
+)
 from torchdnr.svm.module import RBFSVM
 from torchdnr.svm.warm_start import FoldedFits
 
@@ -152,7 +159,7 @@ def grid_search(
         labels,
         distances=kernels.distances,
         initial=dual_coef,
-        memory_limit=memory_limit,
+        memory_limit=kernels.limit,  # the distances have their share of it
     )
     return GridSearch(C, gamma, Cs, gammas, accuracy, not_converged, svm)
 
@@ -202,22 +209,28 @@ def out_of_fold_scores(
 
 
 class _Kernels:
-    """Gram matrices of several widths: from common distances, where there is room for them."""
+    """Gram matrices of several widths: from common distances, where there is room for them.
+
+    Attributes:
+        limit: Bytes that are left beside the distances computed here.
+    """
 
     def __init__(
         self, features: Tensor, distances: Tensor | None, problems: int, memory_limit: int | None
     ) -> None:
         n, itemsize = len(features), features.element_size()
-        limit = MEMORY_LIMIT if memory_limit is None else memory_limit
+        self.limit = MEMORY_LIMIT if memory_limit is None else int(memory_limit)
         self.features, self.center = features, features.mean(dim=0)
         self.distances = distances
         if distances is None:
+            whole = itemsize * n * n
+            left = self.limit - whole
             # Half of what remains has to do for the rows of one width.
-            if 4 * itemsize * n * n <= limit:
+            if 3 * whole <= left and least_memory(n, problems, itemsize) <= left:
                 self.distances = squared_distances(features, features, self.center)
-                limit -= itemsize * n * n
+                self.limit = left
         copies = 2 * itemsize * features.numel() if self.distances is None else 0
-        self.plan = plan_memory(n, problems, itemsize, limit, copies)
+        self.plan = plan_memory(n, problems, itemsize, self.limit, copies)
 
     def rows(self, gamma: float) -> KernelRows:
         """Prepare the Gram matrix of one width."""
