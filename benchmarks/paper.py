@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from paper_report import RESULTS, write_report
 from paper_run import attack, finish, make_classifiers, make_network, network_accuracy
-from paper_settings import PROTOCOLS, QUICK_TRAINING, Protocol, quick
+from paper_settings import PROTOCOLS, QUICK_TRAININGS, Protocol, quick
 from paper_study import Study
 
 from torchdnr.cli import Console, run_command
@@ -24,6 +24,7 @@ from torchdnr.cli_settings import find_device
 from torchdnr.data import load_dataset
 from torchdnr.evaluation.known_attacks import ATTACKS, DEFAULT, FULL, choose_attacks
 from torchdnr.files import atomic_write_bytes
+from torchdnr.training import TrainingSettings
 
 ROOT = Path(__file__).parents[1]
 STAGES = "network", "fit", "attack", "report"
@@ -41,7 +42,12 @@ def make_parser() -> argparse.ArgumentParser:
     option("--variants", nargs="+", metavar="NAME", help="paper, later (default: both)")
     option("--stage", choices=STAGES, help="up to this stage only; report: nothing but that")
     option(
-        "--epochs", type=int, metavar="N", help="epochs of the networks, trained as --quick does"
+        "--epochs",
+        type=int,
+        nargs="+",
+        metavar="N",
+        help="epochs of the networks, trained as --quick does: one number per rise and fall of "
+        "the learning rate",
     )
     option("--attacked", type=int, metavar="N", help="images to attack per run")
     option(
@@ -143,9 +149,12 @@ def settle(options: argparse.Namespace) -> Protocol:
     if options.note is not None:
         protocol = replace(protocol, note=options.note)
     if options.epochs is not None:
-        training = replace(QUICK_TRAINING[options.dataset], epochs=options.epochs)
+        first, last = QUICK_TRAININGS[options.dataset][0], QUICK_TRAININGS[options.dataset][-1]
+        cycles = [first] + [last] * (len(options.epochs) - 1)
+        trainings = tuple(map(_with_epochs, cycles, options.epochs))
         variants = {
-            name: replace(variant, training=training) for name, variant in protocol.variants.items()
+            name: replace(variant, trainings=trainings)
+            for name, variant in protocol.variants.items()
         }
         protocol = replace(protocol, variants=variants)
     wanted = set(options.variants or ()) - set(protocol.variants)
@@ -156,6 +165,10 @@ def settle(options: argparse.Namespace) -> Protocol:
     if options.runs is not None and not all(0 <= run < protocol.runs for run in options.runs):
         raise ValueError(f"--runs must be in 0..{protocol.runs - 1}, got {options.runs}")
     return protocol
+
+
+def _with_epochs(training: TrainingSettings, epochs: int) -> TrainingSettings:
+    return replace(training, epochs=epochs)
 
 
 if __name__ == "__main__":

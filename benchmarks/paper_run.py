@@ -48,15 +48,16 @@ def make_network(study: Study, variant: Variant) -> nn.Module:
         load_network(net, path)
     else:
         with costed(study.folder / f"{name}-costs.json", study.device), stage("network"):
-            train_network(
-                net,
-                *study.data.select(study.network_rows()),
-                variant.training,
-                seed=SEED,
-                device=study.device,
-                checkpoint=study.folder / f"{name}-training.safetensors",
-                progress=study.progress,
-            )
+            for number, settings in enumerate(variant.trainings):
+                train_network(
+                    net,
+                    *study.data.select(study.network_rows()),
+                    settings,
+                    seed=SEED + number,
+                    device=study.device,
+                    checkpoint=study.folder / f"{name}-training-{number}.safetensors",
+                    progress=study.progress,
+                )
         save_network(net, path)
     return net.to(study.device).eval()
 

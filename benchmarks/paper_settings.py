@@ -26,14 +26,14 @@ class Variant:
     Attributes:
         about: Where it comes from.
         network: Its architecture.
-        training: How that is trained.
+        trainings: How that is trained; each goes on from the one before.
         layers: What DNR reads; NR takes the last of them.
         hyperparameters: (C, gamma) of DNR by layer and "combiner"; None: searched.
     """
 
     about: str
     network: type[nn.Module]
-    training: TrainingSettings
+    trainings: tuple[TrainingSettings, ...]
     layers: tuple[str, ...]
     hyperparameters: dict[str, tuple[float, float]] | None = None
 
@@ -103,13 +103,13 @@ MNIST = Protocol(
         PAPER: Variant(
             "Table I, last three layers, hyper-parameters by 5-fold cross-validation",
             MNISTNet,
-            MNIST_TRAINING,
+            (MNIST_TRAINING,),
             MNIST_LAYERS,
         ),
         LATER: Variant(
             "network, layers and hyper-parameters of the group's later code",
             ZooMNISTNet,
-            replace(MNIST_TRAINING, epochs=30),
+            (replace(MNIST_TRAINING, epochs=30),),
             ZOO_MNIST_LAYERS,
             _LATER_MNIST,
         ),
@@ -133,14 +133,14 @@ CIFAR10 = Protocol(
             "Table II; second-to-last max-pooling, last batch norm and last layer; "
             "hyper-parameters by 5-fold cross-validation",
             CIFAR10Net,
-            CIFAR10_TRAINING,
+            (CIFAR10_TRAINING,),
             CIFAR10_LAYERS,
         ),
         LATER: Variant(
             "Table II; layers and hyper-parameters of the group's later code, whose network has no "
             "hidden fully connected layer and other batch norms, so that its scales differ",
             CIFAR10Net,
-            CIFAR10_TRAINING,
+            (CIFAR10_TRAINING,),
             ("pool3", "relu7", "flatten"),
             _LATER_CIFAR10,
         ),
@@ -159,27 +159,29 @@ CIFAR10 = Protocol(
 
 PROTOCOLS = {"mnist": MNIST, "cifar10": CIFAR10}
 
-# For two cores: short trainings, with a learning rate that rises and falls.
-QUICK_TRAINING = {
-    "mnist": TrainingSettings(
-        epochs=8, lr=0.05, momentum=0.9, batch_size=128, schedule="one-cycle"
+# For two cores: short trainings, with a learning rate that rises and falls. CIFAR-10's network is
+# at 84.6 % after its first ten epochs.
+_CYCLE = TrainingSettings(
+    epochs=10,
+    lr=0.05,
+    momentum=0.9,
+    batch_size=128,
+    weight_decay=5e-4,
+    schedule="one-cycle",
+    augment=True,
+)
+QUICK_TRAININGS = {
+    "mnist": (
+        TrainingSettings(epochs=8, lr=0.05, momentum=0.9, batch_size=128, schedule="one-cycle"),
     ),
-    "cifar10": TrainingSettings(
-        epochs=10,
-        lr=0.05,
-        momentum=0.9,
-        batch_size=128,
-        weight_decay=5e-4,
-        schedule="one-cycle",
-        augment=True,
-    ),
+    "cifar10": (_CYCLE, replace(_CYCLE, epochs=5, lr=0.02)),
 }
 
 
 def quick(protocol: Protocol) -> Protocol:
     """Shorten the experiments: one run, fewer samples, short trainings, the default line-up."""
     variants = {
-        name: replace(variant, training=QUICK_TRAINING[protocol.dataset])
+        name: replace(variant, trainings=QUICK_TRAININGS[protocol.dataset])
         for name, variant in protocol.variants.items()
     }
     return replace(

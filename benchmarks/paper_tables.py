@@ -59,7 +59,8 @@ def as_text(content: Mapping[str, Any]) -> str:
 
 def _facts(content: Mapping[str, Any], variant: str) -> str:
     protocol, found = content["protocol"], content["variants"][variant]
-    training = protocol["variants"][variant]["training"]
+    trainings = protocol["variants"][variant]["trainings"]
+    epochs = " + ".join(str(training["epochs"]) for training in trainings)
     network, runs = found["network"], len(found["runs"])
     attacks = ", ".join(ATTACKS[name].label for name in protocol["attacks"])
     machines = "; ".join(
@@ -70,7 +71,7 @@ def _facts(content: Mapping[str, Any], variant: str) -> str:
         f"{runs} run{'s' * (runs > 1)} of {protocol['runs']}; {protocol['svm_samples']:,} images "
         f"for the SVMs, {protocol['threshold_samples']:,} for theta, {protocol['attacked']:,} "
         f"attacked; layers {', '.join(protocol['variants'][variant]['layers'])} of "
-        f"{network['name']}, {training['epochs']} epochs on "
+        f"{network['name']}, {epochs} epochs on "
         f"{protocol['network_samples']:,} images, {100 * network['test_accuracy']:.2f} % right on "
         f"the whole test set. On {protocol['test_samples']:,} clean test images: "
         f"{'; '.join(_clean(found, name) for name in found['clean'][0])}. Our line-up: {attacks}. "

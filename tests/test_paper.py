@@ -181,7 +181,7 @@ def small_protocol():
     training = TrainingSettings(
         epochs=2, lr=0.05, momentum=0.9, batch_size=64, schedule="one-cycle"
     )
-    later = replace(paper_settings.MNIST.variants["later"], training=training)
+    later = replace(paper_settings.MNIST.variants["later"], trainings=(training,))
     return replace(
         paper_settings.MNIST,
         variants={"later": later},
@@ -380,10 +380,13 @@ def test_options_reach_the_protocol():
     full, short = settled("mnist"), settled("mnist", "--quick")
     assert (full.runs, full.svm_samples, full.attacked) == (5, 10_000, 1_000)
     assert (short.runs, short.svm_samples) == (1, 2_000)
-    assert full.variants["paper"].training.epochs == 50
-    changed = settled("cifar10", "--epochs", "20", "--attacked", "30", "--attack", "fmn")
-    assert changed.variants["paper"].training.epochs == 20
-    assert changed.variants["paper"].training.schedule == "one-cycle"
+    assert [one.epochs for one in full.variants["paper"].trainings] == [50]
+    changed = settled("cifar10", "--epochs", "20", "4", "--attacked", "30", "--attack", "fmn")
+    trainings = changed.variants["paper"].trainings
+    assert [(one.epochs, one.lr, one.schedule) for one in trainings] == [
+        (20, 0.05, "one-cycle"),
+        (4, 0.02, "one-cycle"),
+    ]
     assert (changed.attacked, changed.attacks) == (30, ("line-search-pgd", "fmn"))
     with pytest.raises(ValueError, match=r"0\.\.4"):
         settled("mnist", "--runs", "5")
