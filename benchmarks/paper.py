@@ -104,7 +104,7 @@ def repeat(options: argparse.Namespace, console: Console) -> None:
         make(study, options, stage, console)
     if stage == STAGES[-1]:
         results = RESULTS if options.record else folder / "report"
-        print(write_report(study, name, results))
+        print(write_report(study, name, results, options.variants))
         console.say(f"figures and numbers: {results}/")
 
 

@@ -1,6 +1,7 @@
 """Merge the runs of the paper's protocol: figures, one JSON per data set, and the README's part."""
 
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import torch
 from paper_claims import gather, judge_claims
 from paper_run import EXAMPLES_FILE
-from paper_study import Study, run_folder
+from paper_study import Study, code_versions, run_folder
 from paper_tables import ALONE, WORST, as_text, example_figure, readme_section
 
 from torchdnr.evaluation import LINE_SEARCH_PGD, SecurityCurve
@@ -24,13 +25,17 @@ RESULTS = ROOT / "benchmarks/results/paper"
 CLASSIFIERS = "DNN", "NR", "DNR"
 
 
-def write_report(study: Study, name: str, results: Path) -> str:
+def write_report(
+    study: Study, name: str, results: Path, variants: Sequence[str] | None = None
+) -> str:
     """Merge what the folder holds, draw the figures, and write the numbers.
 
     Args:
         study: The experiments; nothing is made that the folder lacks.
         name: Beginning of the names of the files.
         results: Folder for the files; that of the repository also brings README.md up to date.
+        variants: Those that have to be of these settings; default: all. Others are left out, with
+            a warning, where they are not.
 
     Returns:
         Tables as text.
@@ -38,20 +43,28 @@ def write_report(study: Study, name: str, results: Path) -> str:
     Raises:
         ValueError: If no run is complete, or one was made with other settings.
     """
-    found = {variant: _runs(study, variant) for variant in study.protocol.variants}
+    found = {}
+    for variant in study.protocol.variants:
+        try:
+            found[variant] = _runs(study, variant)
+        except ValueError as error:
+            if variants is None or variant in variants:
+                raise
+            warnings.warn(f"the report leaves out {variant}: {error}", stacklevel=2)
     found = {variant: runs for variant, runs in found.items() if runs}
     if not found:
         raise ValueError(f"no run in {study.folder} is complete; call without --stage report")
     results.mkdir(parents=True, exist_ok=True)
-    variants = {
+    parts = {
         variant: _variant(study, variant, runs, results / f"{name}-{variant}")
         for variant, runs in found.items()
     }
     content = {
         "protocol": plain_json(study.protocol.to_dict()),
-        "variants": variants,
+        "variants": parts,
         "reference": reference(),
         "environments": _environments(found),
+        "code": _code(study, found),
         "cost": {variant: _costs(study, variant, runs) for variant, runs in found.items()},
     }
     write_json(results / f"{name}.json", content)
@@ -82,6 +95,16 @@ def _runs(study: Study, variant: str) -> list[tuple[dict[str, SecurityCurve], di
             "it to every machine, and only then make the runs"
         )
     return found
+
+
+def _code(study: Study, found: Mapping[str, Sequence[tuple[dict, dict, dict]]]) -> list[str]:
+    """List the versions of the library's code that made the pieces, each once."""
+    folders = [study.folder] + [
+        run_folder(study, variant, settings["run"])
+        for variant, runs in found.items()
+        for _, settings, _ in runs
+    ]
+    return sorted({version for folder in folders for version in code_versions(folder)})
 
 
 def _environments(

@@ -1,9 +1,11 @@
 """Where the paper's experiments live, which images they use, and what their stages cost."""
 
+import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import torch
 from paper_settings import Protocol
 from torch import Tensor
 
+import torchdnr
 from torchdnr import __version__
 from torchdnr.costs import Cost, record_costs
 from torchdnr.data import Dataset, Splits, split
@@ -21,6 +24,7 @@ from torchdnr.files import digest
 # Of the protocol, what only concerns attacks and figures: classifiers do not depend on it.
 ATTACK_KEYS = {"runs", "attacked", "eps", "sweep_eps", "attacks"}
 REPORT_KEYS = {"example_eps", "nr_rejects_more_at", "note"}
+CODE_FILE = "code.json"
 SEED = 0  # of the networks and of the images that train them
 
 
@@ -111,7 +115,13 @@ class Study:
 
 @contextmanager
 def costed(path: Path, device: torch.device) -> Iterator[None]:
-    """Record what the stages inside cost, stopped or not; add it to what ``path`` holds."""
+    """Record what the stages inside cost, stopped or not; add it to what ``path`` holds.
+
+    The code that they ran goes to ``code.json`` beside it.
+    """
+    made_by = code_versions(path.parent)
+    if (own := code_digest()) not in made_by:
+        write_json(path.parent / CODE_FILE, [*made_by, own])
     with record_costs(device) as costs:
         try:
             yield
@@ -122,6 +132,21 @@ def costed(path: Path, device: torch.device) -> Iterator[None]:
                 found[name] = total.to_dict()
             if costs:
                 write_json(path, found)
+
+
+@cache
+def code_digest() -> str:
+    """Compute a fingerprint of the library's code as it was when first asked: twelve hex digits."""
+    state, package = hashlib.sha256(), Path(torchdnr.__file__).parent
+    for file in sorted(package.rglob("*.py")):
+        state.update(f"{file.relative_to(package).as_posix()}\n".encode() + file.read_bytes())
+    return state.hexdigest()[:12]
+
+
+def code_versions(folder: Path) -> list[str]:
+    """List the versions of the code that made what a folder holds, by their fingerprints."""
+    path = folder / CODE_FILE
+    return read_json(path) if path.exists() else []
 
 
 def run_folder(study: Study, variant: str, run: int) -> Path:

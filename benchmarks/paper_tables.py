@@ -75,10 +75,16 @@ def _facts(content: Mapping[str, Any], variant: str) -> str:
         f"{protocol['network_samples']:,} images, {100 * network['test_accuracy']:.2f} % right on "
         f"the whole test set. On {protocol['test_samples']:,} clean test images: "
         f"{'; '.join(_clean(found, name) for name in found['clean'][0])}. Our line-up: {attacks}. "
-        f"{machines}."
+        f"{machines}{_code(content['code'])}."
     )
     note = protocol["note"].rstrip(".")
     return f"{text} {note}." if note else text
+
+
+def _code(versions: Sequence[str]) -> str:
+    """Say so where the library changed between the pieces."""
+    few = len(versions) < 2
+    return "" if few else f"; pieces made by {len(versions)} versions of the code"
 
 
 def _clean(found: Mapping[str, Any], name: str) -> str:

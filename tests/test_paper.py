@@ -198,11 +198,13 @@ def small_protocol():
     )
 
 
-def make(digits, folder, results):
-    study = paper_study.Study(small_protocol(), digits, folder, torch.device("cpu"), False)
+def make(digits, folder, results, protocol=None):
+    protocol = protocol or small_protocol()
+    study = paper_study.Study(protocol, digits, folder, torch.device("cpu"), False)
     study.claim_folder()
-    for run in range(2):
-        paper_run.finish(study, "later", run, reattack=False)
+    for variant in protocol.variants:
+        for run in range(protocol.runs):
+            paper_run.finish(study, variant, run, reattack=False)
     text = paper_report.write_report(study, "small", results)
     return study, text, read_json(results / "small.json")
 
@@ -220,6 +222,71 @@ def test_the_same_command_gives_the_same_numbers(small, digits, tmp_path):
     assert again == content
     figures = {path.name for path in results.glob("*.png")}
     assert figures == {f"small-later-fig{number}.png" for number in (3, 4, 5)}
+
+
+def test_the_networks_and_layers_of_cifar10_with_a_search(digits, tmp_path):
+    """The paper's variant, on digits that are made as large and as colourful as its images."""
+
+    def enlarged(images):
+        return torch.nn.functional.pad(images, (2, 2, 2, 2)).repeat(1, 3, 1, 1)
+
+    data = replace(
+        digits,
+        images_train=enlarged(digits.images_train),
+        images_test=enlarged(digits.images_test),
+    )
+    training = paper_settings.QUICK_TRAININGS["cifar10"][0]
+    trainings = replace(training, epochs=2), replace(training, epochs=1, lr=0.01)
+    protocol = replace(
+        paper_settings.CIFAR10,
+        variants={"paper": replace(paper_settings.CIFAR10.variants["paper"], trainings=trainings)},
+        runs=1,
+        network_samples=400,
+        svm_samples=100,
+        threshold_samples=40,
+        test_samples=40,
+        attacked=2,
+        eps=(0, 0.2),
+        sweep_eps=(0.2,),
+        nr_rejects_more_at=(0.2,),
+        attacks=("line-search-pgd",),
+    )
+    _, text, content = make(data, tmp_path / "study", tmp_path / "results", protocol)
+    assert "CIFAR10Net, 2 + 1 epochs on 400 images" in text
+    (clean,) = content["variants"]["paper"]["clean"]
+    assert set(clean["DNR"]["selection"]) == {*protocol.variants["paper"].layers, "combiner"}
+    assert clean["DNR"]["support_vectors"]["combiner"] > 0
+    last = protocol.variants["paper"].layers[-1]
+    assert clean["NR"]["selection"] == {last: clean["DNR"]["selection"][last]}
+    assert "search" in content["cost"]["paper"]["DNR"]
+    assert content["code"] == [paper_study.code_digest()]
+
+
+def test_pieces_of_changed_code_are_told(small, digits, tmp_path, monkeypatch):
+    study, *_ = small
+    copy = replace(study, folder=tmp_path / "copy")
+    shutil.copytree(study.folder, copy.folder)
+    run = paper_study.run_folder(copy, "later", 1)
+    (run / "results.json").unlink()
+    (run / "attack-dnr.safetensors").unlink()
+    monkeypatch.setattr(paper_study, "code_digest", lambda: "other")
+    paper_run.finish(copy, "later", 1, reattack=False)
+    text = paper_report.write_report(copy, "small", tmp_path)
+    assert "pieces made by 2 versions of the code" in text
+    assert "other" in read_json(tmp_path / "small.json")["code"]
+
+
+def test_a_variant_of_other_settings_is_left_out_visibly(digits, tmp_path):
+    later = small_protocol().variants["later"]
+    both = replace(small_protocol(), variants={"later": later, "second": later}, runs=1)
+    study, *_ = make(digits, tmp_path / "study", tmp_path, both)
+    fewer = replace(study, protocol=replace(both, attacked=2))
+    paper_run.finish(fewer, "later", 0, reattack=False)
+    with pytest.raises(ValueError, match="another attack"):
+        paper_report.write_report(fewer, "fewer", tmp_path)
+    with pytest.warns(UserWarning, match="leaves out second: .* another attack"):
+        paper_report.write_report(fewer, "fewer", tmp_path, ["later"])
+    assert list(read_json(tmp_path / "fewer.json")["variants"]) == ["later"]
 
 
 def test_what_is_done_is_not_done_again(small, monkeypatch):
