@@ -90,13 +90,27 @@ class LayerFeatures(nn.Module):
             ValueError: If a layer's output does not have one row per sample, or does not fit its
                 reduction.
         """
+        return self.reduce(self.outputs(inputs), inputs)
+
+    def reduce(self, outputs: dict[str, Tensor], inputs: Tensor) -> dict[str, Tensor]:
+        """Make features of the outputs of the layers.
+
+        Args:
+            outputs: From ``self.outputs(inputs)``.
+            inputs: What the network took, ``(n, ...)``.
+
+        Returns:
+            As ``forward`` does.
+
+        Raises:
+            ValueError: If an output does not fit its reduction.
+        """
         features = {}
-        for (name, output), reduction in zip(
-            self.outputs(inputs).items(), self.reductions, strict=True
-        ):
-            if isinstance(reduction, Reduction) and not reduction.ready:
-                prepare_reduction(reduction, name, output, inputs)
-            features[name] = _check_features(name, reduction(output), inputs.shape[0])
+        with evaluation_mode(self.reductions):
+            for (name, output), reduction in zip(outputs.items(), self.reductions, strict=True):
+                if isinstance(reduction, Reduction) and not reduction.ready:
+                    prepare_reduction(reduction, name, output, inputs)
+                features[name] = _check_features(name, reduction(output), inputs.shape[0])
         return features
 
     def outputs(self, inputs: Tensor) -> dict[str, Tensor]:
@@ -115,7 +129,7 @@ class LayerFeatures(nn.Module):
             raise RuntimeError("no layers are chosen yet; name some, or call fit, which does")
         captured: dict[str, Tensor] = {}
         with ExitStack() as stack:
-            stack.enter_context(evaluation_mode(self))
+            stack.enter_context(evaluation_mode(self.net))
             for name in self.layers:
                 # Looked up at each call: a deep copy of this module then hooks its own layers.
                 layer = self.net.get_submodule(name)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from torchdnr.features import LayerFeatures
-from torchdnr.reductions import PAIRED, Project, Reduction, prepare_reduction
+from torchdnr.reductions import PAIRED, Project
 
 # Root mean square of the relative errors of distances above which a projection is warned of: one
 # to 512 features makes 0.03, one to 50 features 0.1.
@@ -28,16 +28,16 @@ def peek(batches: Iterator[Batch]) -> tuple[Tensor, Iterator[Batch]]:
         batches: Images ``(n, ...)`` and labels or None; not empty.
 
     Returns:
-        Up to 64 images, spread over as many of the first batches as it takes to have so many; and
-        all the batches.
+        Up to 64 images of one shape, spread over as many of the first batches as it takes to have
+        so many; and all the batches.
     """
     seen: list[Batch] = []
     for batch in batches:
         seen.append(batch)
-        if sum(len(images) for images, _ in seen) >= PAIRED or batch[0].shape != seen[0][0].shape:
+        if sum(len(images) for images, _ in seen) >= PAIRED:
             break
-    first = [images for images, _ in seen if images.shape[1:] == seen[0][0].shape[1:]]
-    images = torch.cat(first)
+    shape = seen[0][0].shape[1:]
+    images = torch.cat([images for images, _ in seen if images.shape[1:] == shape])
     return images[:: max(1, len(images) // PAIRED)][:PAIRED], chain(seen, batches)
 
 
@@ -66,10 +66,7 @@ def prepare_features(features: LayerFeatures, images: Tensor) -> LayerFeatures:
     except Exception as error:
         error.add_note(f"the network was given images {tuple(images.shape)}: does it take these?")
         raise
-    for (name, output), reduction in zip(outputs.items(), fresh.reductions, strict=True):
-        if isinstance(reduction, Reduction):
-            prepare_reduction(reduction, name, output, images)
-    for name, values in fresh(images).items():
+    for name, values in fresh.reduce(outputs, images).items():
         shape = list(outputs[name].shape[1:])
         fresh.sizes[name] = {"output": shape, "features": values.shape[1]}
     for name, distortion in distortions(fresh).items():
@@ -80,7 +77,7 @@ def prepare_features(features: LayerFeatures, images: Tensor) -> LayerFeatures:
                 f"square; at most {distortion['max']:.0%}), expected up to "
                 f"{DISTORTION_LIMIT:.0%}; project to more features",
                 ProjectionWarning,
-                stacklevel=2,
+                stacklevel=3,
             )
     return fresh
 

@@ -39,7 +39,7 @@ def reductions_of_file(
         name = missing[0]
         raise CheckpointError(
             f"{path}: the reduction of layer {name!r} is a module that the file does not hold, "
-            f"{own[name]}; pass one like it, as in layers={{{name!r}: module}}"
+            f"{_one_line(own[name])}; pass one like it, as in layers={{{name!r}: module}}"
         )
     if unknown := sorted(set(given) - set(own)):
         raise CheckpointError(
@@ -49,7 +49,11 @@ def reductions_of_file(
     for name, text in own.items():
         if repr(given[name]) != text:
             raise CheckpointError(
-                f"{path}: expected {text} as the reduction of layer {name!r}, got "
-                f"{given[name]!r}; build it as the saved one was"
+                f"{path}: expected {_one_line(text)} as the reduction of layer {name!r}, got "
+                f"{_one_line(repr(given[name]))}; build it as the saved one was"
             )
     return found | dict(given)
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())

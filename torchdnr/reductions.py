@@ -202,9 +202,8 @@ def build_reduction(given: ReductionLike, seed: int = 0) -> nn.Module:
     """
     if isinstance(given, nn.Module):
         return given
-    name, *numbers = (
-        (given,) if isinstance(given, str) or not isinstance(given, Sequence) else given
-    )
+    is_list = isinstance(given, Sequence) and not isinstance(given, str)
+    name, *numbers = (list(given) or [None]) if is_list else [given]
     if not isinstance(name, str) or name not in _BUILT_IN:
         raise ValueError(f"a reduction must be {CHOICES}, got {given!r}")
     try:
