@@ -1,9 +1,21 @@
 """Deep Neural Rejection in pure PyTorch, and its honest evaluation."""
 
+from torchdnr.default_layers import default_layers
 from torchdnr.detectors import WithReject
 from torchdnr.dnr import DNR, NR
+from torchdnr.layer_table import layer_table
 from torchdnr.rejection import REJECT
 from torchdnr.svm import RBFSVM, solve_dual
 
 __version__ = "0.1.0"
-__all__ = ["DNR", "NR", "RBFSVM", "REJECT", "WithReject", "__version__", "solve_dual"]
+__all__ = [
+    "DNR",
+    "NR",
+    "RBFSVM",
+    "REJECT",
+    "WithReject",
+    "__version__",
+    "default_layers",
+    "layer_table",
+    "solve_dual",
+]

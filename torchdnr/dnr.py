@@ -6,6 +6,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from torchdnr.reductions import ReductionLike
 from torchdnr.svm import RBFSVM
 from torchdnr.svm_rejection import SVMRejection
 
@@ -18,7 +19,12 @@ class DNR(SVMRejection):
 
     Args:
         net: Any module on images in [0, 1], normalisation inside. It is left as found.
-        layers: Names from ``net.named_modules()``.
+        layers: Names from ``net.named_modules()``; or a mapping from name to reduction, which makes
+            layers of any size usable: ``"flatten"`` (all values, as for plain names), ``"avg"``
+            (mean over positions), ``("grid", k)`` (means over k x k parts), ``("project", d)``
+            (random projection to d features), or a module; see ``build_reduction``. None: ``fit``
+            chooses, by ``default_layers`` on its first images; see ``layers`` and
+            ``features.describe()`` then.
         hyperparameters: (C, gamma) for layers, or for ``"combiner"``, that are not to be searched.
         C_grid: Values of C to search.
         gamma_grid: Multiples of gamma = "scale" to search.
@@ -32,7 +38,8 @@ class DNR(SVMRejection):
     Attributes:
         base_svms: One ``RBFSVM`` per layer, in the order of ``layers``.
         combiner: ``RBFSVM`` on the concatenated scores, ``(n, c * len(layers))``.
-        selection: What the search chose and saw, by layer and ``"combiner"``.
+        selection: What the search chose and saw, by layer and ``"combiner"``; of a projected
+            layer also ``distortion``, see ``projection_distortion``.
 
     Source: Sotgiu et al., "Deep neural rejection against adversarial examples" (2020), Sec. II.
     """
@@ -82,15 +89,23 @@ class NR(SVMRejection):
     Args:
         net: Any module on images in [0, 1], normalisation inside. It is left as found.
         layer: Name from ``net.named_modules()``.
+        reduction: What makes features of its output; as in ``DNR``.
         **options: As in ``DNR``; there is no combiner and no stacking.
 
     Source: Melis et al., "Is deep learning safe for robot vision?" (2017); Sotgiu et al., Sec. II.
     """
 
-    def __init__(self, net: nn.Module, layer: str, **options: Any) -> None:  # noqa: ANN401 - documented above
+    def __init__(
+        self,
+        net: nn.Module,
+        layer: str,
+        *,
+        reduction: ReductionLike = "flatten",
+        **options: Any,  # noqa: ANN401 - documented above
+    ) -> None:
         if not isinstance(layer, str):
             raise ValueError(f"NR takes the name of one layer, got {layer!r}; use DNR for several")
-        super().__init__(net, [layer], **options)
+        super().__init__(net, {layer: reduction}, **options)
 
     def scores(self, inputs: Tensor) -> Tensor:
         """Compute class scores.
@@ -112,5 +127,8 @@ class NR(SVMRejection):
         self.base_svms[0], _ = self._fit_svm(layer, features[layer], labels, False, progress)
 
     @classmethod
-    def _on_layers(cls, net: nn.Module, layers: list[str], options: dict[str, Any]) -> Self:
-        return cls(net, *layers, **options)
+    def _on_layers(
+        cls, net: nn.Module, layers: dict[str, ReductionLike], options: dict[str, Any]
+    ) -> Self:
+        ((layer, reduction),) = layers.items()
+        return cls(net, layer, reduction=reduction, **options)

@@ -1,13 +1,21 @@
 """Features of named layers of any network, all taken in one forward pass."""
 
 import difflib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
+
+from torchdnr.reductions import (
+    Reduction,
+    ReductionLike,
+    build_reduction,
+    prepare_reduction,
+    reduction_text,
+)
 
 # So many layer names fit in an error message; a longer list shows its first and last ones.
 NAMES_SHOWN = 20
@@ -25,17 +33,46 @@ class LayerFeatures(nn.Module):
 
     Args:
         net: Any network whose layers keep the samples in their first dimension.
-        layers: Names as in ``net.named_modules()``, such as ``["layer3", "layer4", "avgpool"]``.
+        layers: Names as in ``net.named_modules()``, such as ``["layer3", "layer4", "avgpool"]``,
+            or a mapping from name to reduction, such as ``{"layer3": ("project", 512),
+            "layer4": "avg", "avgpool": "flatten"}``: see ``build_reduction``. None: no layers yet.
+        seed: Of random projections.
+
+    Attributes:
+        reductions: One module per layer, in the order of ``layers``. A built-in one that depends
+            on the layer's output is made ready by ``prepare_features``, or else by the first call.
+        sizes: Layer name -> ``output``, the shape of one sample's output, and ``features``, how
+            many the reduction makes of it; from ``prepare_features``.
 
     Raises:
         ValueError: If ``layers`` is empty, one string, or names a layer twice or one that
-            ``net`` does not have.
+            ``net`` does not have, or if a reduction is none.
     """
 
-    def __init__(self, net: nn.Module, layers: Sequence[str]) -> None:
+    def __init__(
+        self,
+        net: nn.Module,
+        layers: Sequence[str] | Mapping[str, ReductionLike] | None,
+        *,
+        seed: int = 0,
+    ) -> None:
         super().__init__()
-        self.layers = _check_layers(net, layers)
-        self.net = net
+        self.layers = () if layers is None else _check_layers(net, layers)
+        self.net, self.seed = net, seed
+        given = layers if isinstance(layers, Mapping) else dict.fromkeys(self.layers, "flatten")
+        self.given = {name: given[name] for name in self.layers}
+        self.reductions = nn.ModuleList(build_reduction(r, seed) for r in self.given.values())
+        self.sizes: dict[str, dict[str, Any]] = {}
+
+    def describe(self) -> str:
+        """Return a line per layer: name, output, reduction, number of features where known."""
+        lines = []
+        for name, reduction in zip(self.layers, self.reductions, strict=True):
+            known = self.sizes.get(name, {"output": "(...)", "features": "?"})
+            shape = str(known["output"]).replace("[", "(").replace("]", ")")
+            text = reduction_text(reduction)
+            lines.append(f"{name}: {shape} -> {text} -> {known['features']} features")
+        return "\n".join(lines) or "no layers yet: fit chooses them"
 
     def forward(self, inputs: Tensor) -> dict[str, Tensor]:
         """Run the network once.
@@ -45,13 +82,51 @@ class LayerFeatures(nn.Module):
 
         Returns:
             Layer name -> features ``(n, d)``, in the order of ``layers``; dtype and device are
-            those of the layer's output.
+            those of the layer's output (a projection makes float32 of half precision).
 
         Raises:
-            RuntimeError: If a layer did not run in this forward pass.
+            RuntimeError: If a layer did not run in this forward pass, or none is chosen yet.
             TypeError: If a layer returned no tensor.
-            ValueError: If a layer's output does not have one row per sample.
+            ValueError: If a layer's output does not have one row per sample, or does not fit its
+                reduction.
         """
+        return self.reduce(self.outputs(inputs), inputs)
+
+    def reduce(self, outputs: dict[str, Tensor], inputs: Tensor) -> dict[str, Tensor]:
+        """Make features of the outputs of the layers.
+
+        Args:
+            outputs: From ``self.outputs(inputs)``.
+            inputs: What the network took, ``(n, ...)``.
+
+        Returns:
+            As ``forward`` does.
+
+        Raises:
+            ValueError: If an output does not fit its reduction.
+        """
+        features = {}
+        with evaluation_mode(self.reductions):
+            for (name, output), reduction in zip(outputs.items(), self.reductions, strict=True):
+                if isinstance(reduction, Reduction) and not reduction.ready:
+                    prepare_reduction(reduction, name, output, inputs)
+                features[name] = _check_features(name, reduction(output), inputs.shape[0])
+        return features
+
+    def outputs(self, inputs: Tensor) -> dict[str, Tensor]:
+        """Run the network once, without reductions.
+
+        Args:
+            inputs: What ``net`` takes, ``(n, ...)``.
+
+        Returns:
+            Layer name -> output ``(n, ...)``.
+
+        Raises:
+            RuntimeError: As ``forward`` does.
+        """
+        if not self.layers:
+            raise RuntimeError("no layers are chosen yet; name some, or call fit, which does")
         captured: dict[str, Tensor] = {}
         with ExitStack() as stack:
             stack.enter_context(evaluation_mode(self.net))
@@ -67,7 +142,7 @@ class LayerFeatures(nn.Module):
                 "called, not only its weights used by a parent or by compiled code; choose other "
                 "layers, or pass the network before torch.compile"
             )
-        return {name: _flatten(name, captured[name], len(inputs)) for name in self.layers}
+        return {name: _check_rows(name, captured[name], inputs.shape[0]) for name in self.layers}
 
 
 @contextmanager
@@ -192,13 +267,22 @@ def _capture(name: str, captured: dict[str, Tensor]) -> Callable[[nn.Module, Any
     return hook
 
 
-def _flatten(name: str, output: Tensor, n: int) -> Tensor:
-    if output.dim() == 0 or len(output) != n:
+def _check_rows(name: str, output: Tensor, n: int) -> Tensor:
+    if output.dim() == 0 or output.shape[0] != n:
         raise ValueError(
             f"layer {name!r} must return one row per sample, (n, ...) with n = {n}, "
             f"got {tuple(output.shape)}; choose a layer that keeps the samples in dimension 0"
         )
-    return output.flatten(1) if output.dim() > 1 else output.unsqueeze(1)
+    return output
+
+
+def _check_features(name: str, features: Tensor, n: int) -> Tensor:
+    if not isinstance(features, Tensor) or features.dim() != 2 or features.shape[0] != n:
+        got = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
+        raise ValueError(
+            f"the reduction of layer {name!r} must return features (n, d) with n = {n}, got {got}"
+        )
+    return features
 
 
 def _device_of(net: nn.Module) -> torch.device:

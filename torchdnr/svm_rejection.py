@@ -11,8 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from torchdnr.costs import stage
+from torchdnr.default_layers import default_layers
 from torchdnr.features import LayerFeatures, extract
 from torchdnr.files import CheckpointError, digest, load_tensors, save_tensors
+from torchdnr.preparation import distortions, peek, prepare_features
+from torchdnr.reduction_metadata import reduction_metadata, reductions_of_file
+from torchdnr.reductions import ReductionLike
 from torchdnr.rejection import RejectingClassifier, checked_batches
 from torchdnr.svm import RBFSVM, NotFittedError, grid_search, out_of_fold_scores
 from torchdnr.svm.checks import check_labels
@@ -29,7 +33,7 @@ class SVMRejection(RejectingClassifier):
     def __init__(
         self,
         net: nn.Module,
-        layers: Sequence[str],
+        layers: Sequence[str] | Mapping[str, ReductionLike] | None = None,
         *,
         hyperparameters: Mapping[str, tuple[float, float]] | None = None,
         C_grid: Sequence[float] = C_GRID,
@@ -42,12 +46,13 @@ class SVMRejection(RejectingClassifier):
         memory_limit: int | None = None,
     ) -> None:
         super().__init__(batch_size)
-        self.features = LayerFeatures(net, layers)
+        self.features = LayerFeatures(net, layers, seed=seed)
         self.C_grid, self.gamma_grid = tuple(C_grid), tuple(gamma_grid)
         self.folds, self.stacking_folds = folds, stacking_folds
         self.tol, self.seed, self.memory_limit = tol, seed, memory_limit
         self._start_afresh()
-        self.hyperparameters = _check_hyperparameters(hyperparameters or {}, list(self._svms()))
+        names = list(self._svms()) if self.layers else list(hyperparameters or {})
+        self.hyperparameters = _check_hyperparameters(hyperparameters or {}, names)
         if min(folds, stacking_folds) < 2:
             raise ValueError(
                 f"folds must be >= 2, got folds={folds} and stacking_folds={stacking_folds}"
@@ -60,13 +65,13 @@ class SVMRejection(RejectingClassifier):
 
     @property
     def layers(self) -> tuple[str, ...]:
-        """Names of the layers in use."""
+        """Names of the layers in use; none before ``fit`` has chosen them."""
         return self.features.layers
 
     @property
     def num_classes(self) -> int:
         """Number of classes c; 0 before fitting."""
-        return self.base_svms[0].num_classes
+        return self.base_svms[0].num_classes if self.layers else 0
 
     def _svms(self) -> dict[str, RBFSVM]:
         return dict(zip(self.layers, self.base_svms, strict=True))
@@ -107,11 +112,14 @@ class SVMRejection(RejectingClassifier):
 
         Warns:
             ConvergenceWarning: If a dual problem missed its tolerance.
+            ProjectionWarning: If a random projection changes distances by much.
         """
         with stage("features"):
             features, labels = self._training_features(inputs, labels, progress)
         self._start_afresh()
         self._fit_features(features, labels, progress)
+        for name, distortion in distortions(self.features).items():
+            self.selection[name]["distortion"] = distortion
         return self
 
     def _require_fit(self) -> None:
@@ -124,9 +132,10 @@ class SVMRejection(RejectingClassifier):
         self, data: Tensor | Iterable[Any], labels: Tensor | None, progress: bool
     ) -> tuple[dict[str, Tensor], Tensor]:
         """Extract the features of checked images, and the labels that go with them."""
-        batches = checked_batches(data, self.batch_size)
+        sample, batches = peek(checked_batches(data, self.batch_size))
+        ready = self._ready_features(sample.to(self.device))
         pairs = (images if given is None else (images, given) for images, given in batches)
-        features, found = extract(self.features, pairs, progress=progress)
+        features, found = extract(ready, pairs, progress=progress)
         if (labels is None) == (found is None):
             raise ValueError(
                 "labels must come once: fit(images, labels), or fit(loader) with a loader that "
@@ -135,7 +144,17 @@ class SVMRejection(RejectingClassifier):
         first = next(iter(features.values()))
         labels = torch.as_tensor(found if labels is None else labels, device=first.device)
         check_labels(labels, len(first))
+        self.features = ready  # only now: a fit that fails before leaves the earlier one to use
         return features, labels.long()
+
+    def _ready_features(self, images: Tensor) -> LayerFeatures:
+        """Choose layers where none are named, and make the reductions for images like these."""
+        features = self.features
+        if not features.layers:
+            features = LayerFeatures(self.net, default_layers(self.net, images), seed=self.seed)
+            names = [*features.layers, *self._svms()]
+            _check_hyperparameters(self.hyperparameters, names)
+        return prepare_features(features, images)
 
     def _fit_svm(
         self, name: str, features: Tensor, labels: Tensor, stack: bool, progress: bool
@@ -209,6 +228,7 @@ class SVMRejection(RejectingClassifier):
 
     def settings(self) -> dict[str, Any]:
         """Return the constructor's options and what fitting chose, as JSON values."""
+        reductions = self.features.reductions
         return {
             "options": {
                 "hyperparameters": {k: list(v) for k, v in self.hyperparameters.items()},
@@ -222,6 +242,8 @@ class SVMRejection(RejectingClassifier):
                 "memory_limit": self.memory_limit,
             },
             "layers": list(self.layers),
+            "reductions": dict(zip(self.layers, map(reduction_metadata, reductions), strict=True)),
+            "sizes": self.features.sizes,
             "selection": self.selection,
         }
 
@@ -241,11 +263,20 @@ class SVMRejection(RejectingClassifier):
         save_tensors(path, tensors, metadata, kind=type(self).__name__)
 
     @classmethod
-    def _on_layers(cls, net: nn.Module, layers: list[str], options: dict[str, Any]) -> Self:
+    def _on_layers(
+        cls, net: nn.Module, layers: dict[str, ReductionLike], options: dict[str, Any]
+    ) -> Self:
         return cls(net, layers, **options)
 
     @classmethod
-    def load(cls, path: str | Path, net: nn.Module, *, strict: bool = True) -> Self:
+    def load(
+        cls,
+        path: str | Path,
+        net: nn.Module,
+        *,
+        strict: bool = True,
+        layers: Mapping[str, nn.Module] | None = None,
+    ) -> Self:
         """Load what ``save`` wrote, onto the network it was fitted with.
 
         Args:
@@ -253,12 +284,15 @@ class SVMRejection(RejectingClassifier):
             net: The network, with the weights it had when the classifier was fitted.
             strict: Whether to refuse a network with other weights, whose features the SVMs do
                 not know.
+            layers: Name -> reduction, for the layers whose reduction was a module of your own; what
+                it learned is in the file. Built-in reductions need none.
 
         Returns:
             The classifier, on the device of the network.
 
         Raises:
-            CheckpointError: If the file is damaged, foreign, or belongs to another network.
+            CheckpointError: If the file is damaged, foreign, or belongs to another network or to
+                other reductions.
         """
         tensors, metadata = load_tensors(path, kind=cls.__name__)
         if strict and metadata["network_digest"] != digest(net.state_dict()):
@@ -267,7 +301,9 @@ class SVMRejection(RejectingClassifier):
                 "those weights first, or pass strict=False"
             )
         try:
-            model = cls._on_layers(net, metadata["layers"], metadata["options"])
+            reductions = reductions_of_file(path, metadata, layers or {})
+            model = cls._on_layers(net, reductions, metadata["options"])
+            model.features.sizes = metadata.get("sizes", {})
             model.selection = metadata["selection"]
             for name, svm in model._svms().items():
                 svm.C, svm.gamma = model.selection[name]["C"], model.selection[name]["gamma"]

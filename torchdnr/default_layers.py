@@ -1,0 +1,155 @@
+"""A choice of layers for a network of which nothing is known but how it runs."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torchdnr.layer_table import observe, reduced_size
+from torchdnr.reductions import ReductionLike
+
+# Most features that a layer keeps flat or averaged, and the number it is projected to beyond.
+LARGEST = 4096
+PROJECTED = 1024
+# Windows of depth, as shares of that of the last layer, in which the other layers are looked for.
+WINDOWS = ((2 / 3, 5 / 6), (1 / 2, 2 / 3))
+
+
+@dataclass(frozen=True)
+class _Bottleneck:
+    """A layer that every path from the image to the scores passes through."""
+
+    name: str
+    depth: int
+    shape: tuple[int, ...]
+
+
+def default_layers(net: nn.Module, images: Tensor) -> dict[str, ReductionLike]:
+    """Choose up to three late layers of a network, of different depth, and their reductions.
+
+    Candidates are the layers that every path from the image to the scores passes through: no
+    branch of a block, no auxiliary head. Dropout, activations, and layers whose values are the
+    scores do not count; nor do layers that return what another returned. Depth is the number of
+    layers with weights (convolutions, linear layers, attention) that ended so far. Chosen are the
+    deepest one, and the least nested, then latest one in each of two windows before it: from 2/3
+    to 5/6 of its depth, and from 1/2 to 2/3; where there is none, the latest one before.
+
+    A layer keeps all its values up to 4,096; a larger one is averaged over its positions, or, where
+    it does not tell them from channels, projected to 1,024 features.
+
+    Args:
+        net: Any network on images that returns its scores, or a tuple that starts with them. It
+            runs once, in evaluation mode, and is left as found.
+        images: Images of the size to come, ``(n, ...)``, on the device of the network; the first
+            one is used.
+
+    Returns:
+        Layer name -> reduction, first to last; what ``DNR`` takes as ``layers``.
+
+    Raises:
+        ValueError: If the network fails on such an image, if autograd does not follow it, or if it
+            has no layer to choose.
+    """
+    found = _bottlenecks(net, images[:1])
+    if not found:
+        raise ValueError(
+            "found no layer to choose: none that every path to the scores passes through; name "
+            "layers yourself, see layer_table"
+        )
+    square = images.dim() == 4 and images.shape[2] == images.shape[3]
+    return {layer.name: _reduction(layer.shape, square) for layer in _spread(found)}
+
+
+def _spread(found: list[_Bottleneck]) -> list[_Bottleneck]:
+    deepest = max(layer.depth for layer in found)
+    chosen = [[layer for layer in found if layer.depth == deepest][-1]]
+    for low, high in WINDOWS:
+        earlier = [layer for layer in found if layer.depth < chosen[0].depth]
+        window = [x for x in earlier if low * deepest <= x.depth <= high * deepest]
+        if window:
+            least = min(layer.name.count(".") for layer in window)
+            chosen.insert(0, [layer for layer in window if layer.name.count(".") == least][-1])
+        elif earlier:
+            below = [layer for layer in earlier if layer.depth <= high * deepest]
+            chosen.insert(0, (below or earlier)[-1])
+    return chosen
+
+
+def _reduction(shape: tuple[int, ...], square: bool) -> ReductionLike:
+    for reduction in ("flatten", "avg"):
+        size = reduced_size(reduction, shape, square)
+        if size is not None and size <= LARGEST:
+            return reduction
+    return ("project", PROJECTED)
+
+
+@torch.enable_grad()
+def _bottlenecks(net: nn.Module, image: Tensor) -> list[_Bottleneck]:
+    entry = image.detach().clone().requires_grad_() * 1  # not a leaf: it has a node in the graph
+    modules = dict(net.named_modules())
+    depth = 0
+
+    def keep(output: Tensor) -> tuple[Any, Tensor]:
+        return output.grad_fn, output
+
+    kept, _, scores = observe(net, entry, keep)
+    scores = scores[0] if isinstance(scores, tuple | list) and scores else scores
+    if not isinstance(scores, Tensor) or scores.grad_fn is None:
+        raise ValueError(
+            "cannot follow the network from the image to its scores: it must return scores as a "
+            "tensor, or a tuple that starts with one, that autograd can differentiate; name layers "
+            "yourself, see layer_table"
+        )
+    on_all_paths = _nodes_on_all_paths(scores.grad_fn, entry.grad_fn)
+    found: dict[Any, _Bottleneck] = {}
+    for name, (node, output) in kept.items():
+        module = modules[name]
+        depth += any(p.dim() > 1 for p in module.parameters(recurse=False))
+        if depth == 0 or node not in on_all_paths or _is_activation(module):
+            continue
+        if output.numel() == scores.numel() and torch.equal(output.flatten(), scores.flatten()):
+            continue
+        # Of layers that return the same tensor the last to end counts: the outermost.
+        found.pop(node, None)
+        found[node] = _Bottleneck(name, depth, tuple(output.shape))
+    return list(found.values())
+
+
+def _is_activation(module: nn.Module) -> bool:
+    """Tell whether a module is a dropout, an activation, or changes nothing but the shape."""
+    homes = "torch.nn.modules.activation", "torch.nn.modules.dropout", "torch.nn.modules.flatten"
+    trivial = type(module).__module__ in homes or isinstance(module, nn.Identity)
+    return trivial and next(module.parameters(), None) is None
+
+
+def _nodes_on_all_paths(last: Any, first: Any) -> set[Any]:  # noqa: ANN401 - nodes of autograd
+    """Find the nodes of an autograd graph that every path from ``first`` to ``last`` contains.
+
+    In topological order a node is on all paths if and only if no edge passes over it.
+    """
+    inputs: dict[Any, list[Any]] = {}  # those that lead back to first; filled in topological order
+    stack = [(last, False)]
+    seen = set()
+    while stack:
+        node, expanded = stack.pop()
+        before = [n for n, _ in node.next_functions if n is not None]
+        if expanded:
+            before = [n for n in before if n in inputs]
+            if before or node is first:
+                inputs[node] = before
+        elif node not in seen:
+            seen.add(node)
+            stack.append((node, True))
+            stack += [(n, False) for n in before if n not in seen]
+    consumers = dict.fromkeys(inputs, 0)
+    for before in inputs.values():
+        for node in before:
+            consumers[node] += 1
+    found, passing = set(), 0
+    for node, before in inputs.items():
+        passing -= len(before)
+        if passing == 0:
+            found.add(node)
+        passing += consumers[node]
+    return found

@@ -1,0 +1,245 @@
+"""Reductions: what makes ``(n, d)`` features of a layer's output, whatever its size."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from torchdnr.channels import channels_first, check_channels, find_channels
+from torchdnr.projection import projection_distortion, random_rows, sparse_projection
+
+ReductionLike = str | Sequence[Any] | nn.Module
+"""``"flatten"``, ``"avg"``, ``("grid", k)``, ``("project", d)``, or any module to ``(n, d)``."""
+
+# Samples whose distances a projection is checked on: 2,016 pairs.
+PAIRED = 64
+
+CHOICES = '"flatten", "avg", ("grid", k), ("project", d) or an nn.Module'
+
+
+class Reduction(nn.Module, ABC):
+    """One of the built-in reductions: a name and numbers say all about it.
+
+    ``prepare`` looks at an output once, before the first ``forward``; from then on ``forward``
+    depends on nothing but tensors and shapes.
+    """
+
+    ready = True
+
+    @abstractmethod
+    def spec(self) -> str | list[Any]:
+        """Return what ``build_reduction`` makes it of, as JSON values."""
+
+    def prepare(self, output: Tensor, square: bool) -> None:
+        """Look at an output of the layer, for images that are square or are not."""
+
+
+class Flatten(Reduction):
+    """All values of the output, one after the other: ``(n, ...)`` to ``(n, d)``."""
+
+    def spec(self) -> str:
+        """Return ``"flatten"``."""
+        return "flatten"
+
+    def forward(self, output: Tensor) -> Tensor:
+        """Flatten ``(n, ...)``; of ``(n,)`` make one column."""
+        return output.flatten(1) if output.dim() > 1 else output.unsqueeze(1)
+
+
+class Average(Reduction):
+    """The mean over all positions: ``(n, c, h, w)`` and tokens ``(n, t, c)`` to ``(n, c)``.
+
+    Args:
+        channels: Where the channels are; None: as ``find_channels`` tells.
+    """
+
+    def __init__(self, channels: str | None = None) -> None:
+        super().__init__()
+        self.channels = check_channels(channels)
+
+    @property
+    def ready(self) -> bool:
+        """Whether it is known where the channels are."""
+        return self.channels is not None
+
+    def spec(self) -> str | list[Any]:
+        """Return the name, and where the channels are."""
+        return ["avg", self.channels] if self.ready else "avg"
+
+    def prepare(self, output: Tensor, square: bool) -> None:
+        """Find the channels, unless they are known."""
+        self.channels = self.channels or find_channels(output.shape[1:], square)
+
+    def forward(self, output: Tensor) -> Tensor:
+        """Average ``(n, ...)`` over its positions; ``(n, d)`` has none and stays."""
+        if output.dim() < 3:
+            return output if output.dim() == 2 else output.unsqueeze(1)
+        return channels_first(output, self.channels).flatten(2).mean(dim=2)
+
+
+class Grid(Average):
+    """Averages over a grid of k x k parts: maps ``(n, c, h, w)`` to ``(n, c * k * k)``.
+
+    Tokens ``(n, t, c)`` have no second side: they are averaged over k * k runs of consecutive
+    tokens, in their order, to ``(n, c * k * k)``.
+
+    Args:
+        k: Parts along each side, >= 1.
+        channels: Where the channels are; None: as ``find_channels`` tells.
+    """
+
+    def __init__(self, k: int, channels: str | None = None) -> None:
+        super().__init__(channels)
+        self.k = _check_size("grid", k)
+
+    def spec(self) -> list[Any]:
+        """Return the name, k, and where the channels are."""
+        return ["grid", self.k, self.channels] if self.ready else ["grid", self.k]
+
+    def forward(self, output: Tensor) -> Tensor:
+        """Average ``(n, ...)`` over the parts; ``(n, d)`` has no positions and stays."""
+        if output.dim() < 3:
+            return super().forward(output)
+        output = channels_first(output, self.channels)
+        positions = tuple(output.shape[2:])
+        parts = (self.k**2,) if len(positions) == 1 else (self.k, self.k)
+        if len(positions) > 2 or any(p < k for p, k in zip(positions, parts, strict=True)):
+            raise ValueError(
+                f"a grid of {self.k} x {self.k} parts needs tokens or maps of at least as many "
+                f'positions, got {" x ".join(map(str, positions))}; use a smaller grid, or "avg"'
+            )
+        if len(positions) == 1:
+            return F.adaptive_avg_pool1d(output, self.k**2).flatten(1)
+        return F.adaptive_avg_pool2d(output, self.k).flatten(1)
+
+
+class Project(Reduction):
+    """A random projection of all values to d features that keeps distances in expectation.
+
+    It is drawn for the size of the output that it meets first. See ``sparse_projection``.
+
+    Args:
+        size: d, >= 1; fewer than the output has.
+        seed: Of the draw: same seed, same projection.
+
+    Attributes:
+        rows: Where each value goes, ``(blocks, values of an output)`` int64; empty before it is
+            drawn.
+        distortion: From ``projection_distortion``, on the output that it was drawn for; None
+            where that held one sample, and after loading.
+    """
+
+    def __init__(self, size: int, seed: int = 0) -> None:
+        super().__init__()
+        self.size, self.seed = _check_size("project", size), seed
+        self.register_buffer("rows", torch.zeros(0, 0, dtype=torch.int64))
+        self.distortion: dict[str, float] | None = None
+
+    @property
+    def ready(self) -> bool:
+        """Whether it is drawn."""
+        return self.rows.numel() > 0
+
+    def spec(self) -> list[Any]:
+        """Return the name and d; the draw itself is in the buffer ``rows``."""
+        return ["project", self.size]
+
+    @torch.no_grad()
+    def prepare(self, output: Tensor, square: bool) -> None:
+        """Draw the projection, unless it is drawn, and see how it keeps distances."""
+        flat = output.flatten(1)
+        if flat.shape[1] <= self.size:
+            raise ValueError(
+                f"expected more than {self.size} features to project to {self.size}, got "
+                f'{flat.shape[1]}; use "flatten"'
+            )
+        if not self.ready:
+            self.rows = random_rows(flat.shape[1], self.size, self.seed).to(output.device)
+            few = flat[:PAIRED]
+            self.distortion = projection_distortion(few, self(few))
+
+    def forward(self, output: Tensor) -> Tensor:
+        """Project ``(n, ...)`` to ``(n, d)``; half precision is summed in float32."""
+        flat = output.flatten(1)
+        if flat.shape[1] != self.rows.shape[1]:
+            raise ValueError(
+                f"expected the {self.rows.shape[1]} features per image that the projection was "
+                f"drawn for, got {flat.shape[1]}; give images of the size that fit saw"
+            )
+        return sparse_projection(flat, self.rows, self.size)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: object, **kwargs: object
+    ) -> None:
+        """Make room for a draw of any size before torch copies into it."""
+        stored = state_dict.get(prefix + "rows")
+        if stored is not None and stored.shape != self.rows.shape:
+            self.rows = torch.empty_like(stored, device=self.rows.device)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+_BUILT_IN = {"flatten": Flatten, "avg": Average, "grid": Grid, "project": Project}
+
+
+def build_reduction(given: ReductionLike, seed: int = 0) -> nn.Module:
+    """Make the reduction that a user asks for.
+
+    Args:
+        given: ``"flatten"``; ``"avg"``; ``("grid", k)``; ``("project", d)``; or a module that
+            takes the layer's output, ``(n, ...)``, to ``(n, d)``, which is returned as it is.
+            ``("avg", "channels_last")`` and ``("grid", k, "channels_last")`` (or
+            ``"channels_first"``) say where the channels are, where shapes do not tell.
+        seed: Of a random projection.
+
+    Returns:
+        A ``Reduction``, or the module given.
+
+    Raises:
+        ValueError: If it is none of these.
+    """
+    if isinstance(given, nn.Module):
+        return given
+    is_list = isinstance(given, Sequence) and not isinstance(given, str)
+    name, *numbers = (list(given) or [None]) if is_list else [given]
+    if not isinstance(name, str) or name not in _BUILT_IN:
+        raise ValueError(f"a reduction must be {CHOICES}, got {given!r}")
+    try:
+        return _BUILT_IN[name](*numbers, **({"seed": seed} if name == "project" else {}))
+    except TypeError as error:
+        raise ValueError(f"a reduction must be {CHOICES}, got {given!r}") from error
+
+
+def prepare_reduction(reduction: Reduction, name: str, output: Tensor, inputs: Tensor) -> None:
+    """Make a built-in reduction ready for the output of a layer.
+
+    Args:
+        reduction: To be changed.
+        name: Of the layer, for messages.
+        output: Of the layer, ``(n, ...)``.
+        inputs: What the network took, ``(n, ...)``; images are ``(n, channels, height, width)``.
+
+    Raises:
+        ValueError: If the reduction does not fit the output.
+    """
+    square = inputs.dim() == 4 and inputs.shape[2] == inputs.shape[3]
+    try:
+        reduction.prepare(output, square)
+    except ValueError as error:
+        raise ValueError(f"layer {name!r}: {error}") from error
+
+
+def reduction_text(reduction: nn.Module) -> str:
+    """Return a reduction as a user writes it; of a user's module its class."""
+    if not isinstance(reduction, Reduction):
+        return type(reduction).__name__
+    spec = reduction.spec()
+    return spec if isinstance(spec, str) else " ".join(map(str, spec))
+
+
+def _check_size(name: str, size: int) -> int:
+    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+        raise ValueError(f'("{name}", size) needs a whole number >= 1, got {size!r}')
+    return size
