@@ -2,11 +2,11 @@
 
 import copy
 import shutil
-from collections import OrderedDict
 
 import pytest
 import torch
 from gpytorch.kernels import MaternKernel
+from small_models import fitted, make_images, options, small_dnr, small_network
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torchvision import models
@@ -25,7 +25,6 @@ INDUCTOR = pytest.param(
         not any(map(shutil.which, ("g++", "clang++", "cl"))), reason="inductor needs a C++ compiler"
     ),
 )
-LAYERS = ["conv", "logits"]
 
 
 @pytest.fixture(autouse=True)
@@ -35,43 +34,14 @@ def _afresh():
     torch.compiler.reset()
 
 
-def fitted(model, images, c=3):
-    labels = torch.arange(len(images)) % c
-    model.fit(images, labels)
-    return model.calibrate(images.flip(-1), 0.2)  # others: a margin holds many equal scores
-
-
-def options(*names):
-    return {"hyperparameters": {name: (10.0, 1e-2) for name in names}, "stacking_folds": 2}
-
-
-def small_network():
-    return nn.Sequential(
-        OrderedDict(
-            conv=nn.Conv2d(1, 4, 3),
-            relu=nn.ReLU(inplace=True),
-            dropout=nn.Dropout(0.9),
-            flatten=nn.Flatten(),
-            logits=nn.Linear(144, 3),
-        )
-    )
-
-
-def make_images(n, channels, size):
-    """Make noise whose brightness tells its class, 0, 1, 2, 0, ..."""
-    brightness = torch.tensor([0.3, 0.6, 1.0]).repeat(n // 3)
-    return torch.rand(n, channels, size, size) * brightness[:, None, None, None]
-
-
 @pytest.fixture
 def images():
-    return make_images(30, 1, 8)
+    return make_images(30)
 
 
 @pytest.fixture
 def model(images):
-    net = small_network().train()  # DNR runs it in evaluation mode, and leaves it as found
-    return fitted(DNR(net, LAYERS, **options(*LAYERS, "combiner")), images)
+    return small_dnr(images)
 
 
 def scores_and_gradient(model, images):
@@ -160,16 +130,17 @@ def test_torchvision_network():
 
 
 def test_nr_compiled_in_place_serves_predict_and_attacks(images):
-    model = fitted(NR(small_network(), "logits", **options("logits")), images)
+    model = fitted(NR(small_network(), "logits", **options("logits", gamma=1.0)), images)
     labels = model.predict(images)
-    eager = line_search_pgd(model, images[:4], labels[:4].clamp(0), eps=0.5, norm=2, steps=3)
     counter = CompileCounterWithBackend("aot_eager")
     model.compile(backend=counter)
     assert torch.equal(model.predict(images), labels)
     assert counter.frame_count == 1
-    got = line_search_pgd(model, images[:4], labels[:4].clamp(0), eps=0.5, norm=2, steps=3)
+    chosen, truth = images[:4], torch.arange(4) % 3
+    adversarial = line_search_pgd(model, chosen, truth, eps=0.5, norm=2, steps=3)
     assert counter.frame_count > 1
-    assert_same([got], [eager])
+    margin = lambda x: model(x)[range(4), truth] - model(x)[:, :-1].sum(1)  # noqa: E731
+    assert (margin(adversarial) < margin(chosen)).all()
 
 
 def test_model_from_a_file_is_compiled_whole(model, images, tmp_path):
@@ -235,3 +206,27 @@ def test_neither_the_global_switch_nor_autocast_reaches_compiled_scores():
         torch.set_float32_matmul_precision(before)
     for g, e in zip(got, expected, strict=True):
         assert g.dtype == torch.float32 and torch.equal(g, e)
+
+
+def test_autocast_is_for_the_network_alone(images):
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model = small_dnr(images)
+        seen = []
+        handle = model.net.logits.register_forward_hook(lambda *given: seen.append(given[2].dtype))
+        scores, gradient = scores_and_gradient(model, images[:8])
+        labels = model.predict(images)
+        features = model.features(images[:8])
+        handle.remove()
+    assert set(seen) == {torch.bfloat16}
+    assert scores.dtype == gradient.dtype == torch.float32
+    # The kernels have all digits of their features, which have those of bfloat16.
+    base = [
+        svm(features[name].float()) for svm, name in zip(model.base_svms, model.layers, strict=True)
+    ]
+    torch.testing.assert_close(scores[:, :-1], model.combiner(torch.cat(base, 1)), rtol=0, atol=0)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        assert_same([compiled(images[:8])], [scores])
+    # The classifier in float32 is close, but not the same.
+    assert 0 < (model(images[:8]) - scores).abs().max() < 0.1 * scores.abs().max()
+    assert (model.predict(images) == labels).float().mean() > 0.8

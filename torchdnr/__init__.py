@@ -1,6 +1,7 @@
 """Deep Neural Rejection in pure PyTorch, and its honest evaluation."""
 
 from torchdnr.default_layers import default_layers
+from torchdnr.deployment import export_onnx, export_program
 from torchdnr.detectors import WithReject
 from torchdnr.dnr import DNR, NR
 from torchdnr.layer_table import layer_table
@@ -17,5 +18,7 @@ __all__ = [
     "__version__",
     "default_layers",
     "layer_table",
+    "export_onnx",
+    "export_program",
     "solve_dual",
 ]

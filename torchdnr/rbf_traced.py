@@ -1,5 +1,7 @@
 """Sums of RBF kernels as one plain formula, for `torch.compile` and `torch.export`."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -24,12 +26,23 @@ def traced_rbf_scores(
     Returns:
         Sums without intercept, ``(n, c)``.
     """
-    product = torch.matmul if torch.compiler.is_exporting() else full_precision_product
+    if torch.compiler.is_exporting():
+        return _scores(inputs - center, vectors - center, coefficients, gamma, torch.matmul)
     with torch.autocast(inputs.device.type, enabled=False):
         z, s = inputs - center, vectors - center
-        norms = z.square().sum(dim=1, keepdim=True) + s.square().sum(dim=1)
-        distances = (norms - 2.0 * product(z, s.T)).clamp_min(0.0)
-        return product((-gamma * distances).exp(), coefficients)
+        return _scores(z, s, coefficients, gamma, full_precision_product)
+
+
+def _scores(
+    z: Tensor,
+    s: Tensor,
+    coefficients: Tensor,
+    gamma: Tensor,
+    product: Callable[[Tensor, Tensor], Tensor],
+) -> Tensor:
+    norms = z.square().sum(dim=1, keepdim=True) + s.square().sum(dim=1)
+    distances = (norms - 2.0 * product(z, s.T)).clamp_min(0.0)
+    return product((-gamma * distances).exp(), coefficients)
 
 
 @torch.library.custom_op("torchdnr::full_precision_product", mutates_args=())
