@@ -82,10 +82,10 @@ def test_image_out_of_range_is_rejected(images):
 
 
 def test_detector_beside_a_network(images):
-    net = small_network()
+    net = small_network().eval()
     spread = lambda x: net(x).std(dim=1)  # noqa: E731
     threshold = spread(images).median().item()
-    model = WithReject(net.eval(), spread, threshold)
+    model = WithReject(net, spread, threshold)
     got = export_program(model, images).module()(images)
     assert torch.equal(got["labels"], model.predict(images))
     assert got["rejected"].float().mean() == 0.5
