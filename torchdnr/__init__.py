@@ -17,8 +17,8 @@ __all__ = [
     "WithReject",
     "__version__",
     "default_layers",
-    "layer_table",
     "export_onnx",
     "export_program",
+    "layer_table",
     "solve_dual",
 ]
