@@ -31,6 +31,7 @@ setup(
     extras_require={
         "demo": DEMO,
         "sklearn": SKLEARN,
+        "onnx": ["onnx>=1.17", "onnxscript>=0.5.3", "onnxruntime>=1.20"],
         "peers": [
             "foolbox>=3.3.4",
             "numba>=0.61",  # for foolbox's Brendel-Bethge attack

@@ -1,6 +1,7 @@
 """Deep Neural Rejection in pure PyTorch, and its honest evaluation."""
 
 from torchdnr.default_layers import default_layers
+from torchdnr.deployment import export_onnx, export_program
 from torchdnr.detectors import WithReject
 from torchdnr.dnr import DNR, NR
 from torchdnr.layer_table import layer_table
@@ -16,6 +17,8 @@ __all__ = [
     "WithReject",
     "__version__",
     "default_layers",
+    "export_onnx",
+    "export_program",
     "layer_table",
     "solve_dual",
 ]

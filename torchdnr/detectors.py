@@ -99,8 +99,8 @@ class WithReject(nn.Module):
         """
         scores = self.classifier(inputs)
         suspicion = self.score_fn(inputs)
-        n = len(inputs)
-        if scores.ndim != 2 or len(scores) != n:
+        n = inputs.shape[0]  # not len: torch.export would fix it
+        if scores.ndim != 2 or scores.shape[0] != n:
             raise ValueError(
                 f"classifier must return (n, c) with n = {n} inputs, got {tuple(scores.shape)}"
             )

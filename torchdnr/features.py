@@ -128,12 +128,13 @@ class LayerFeatures(nn.Module):
         if not self.layers:
             raise RuntimeError("no layers are chosen yet; name some, or call fit, which does")
         captured: dict[str, Tensor] = {}
+        hook = _swapped_hook if torch.compiler.is_compiling() else _registered_hook
         with ExitStack() as stack:
             stack.enter_context(evaluation_mode(self.net))
             for name in self.layers:
                 # Looked up at each call: a deep copy of this module then hooks its own layers.
                 layer = self.net.get_submodule(name)
-                stack.callback(layer.register_forward_hook(_capture(name, captured)).remove)
+                stack.enter_context(hook(layer, _capture(name, captured)))
             self.net(inputs)
         missing = [name for name in self.layers if name not in captured]
         if missing:
@@ -251,6 +252,26 @@ def _suggest(name: object, names: list[str]) -> str:
         f"choose from the {len(names)} names of net.named_modules(): "
         f"{', '.join(names[:half])}, ..., {', '.join(names[-half:])}"
     )
+
+
+@contextmanager
+def _registered_hook(layer: nn.Module, hook: Callable[..., None]) -> Iterator[None]:
+    handle = layer.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _swapped_hook(layer: nn.Module, hook: Callable[..., None]) -> Iterator[None]:
+    """Do the same while a program is traced: `torch.compile` cannot trace a registration."""
+    hooks = layer._forward_hooks
+    layer._forward_hooks = {**hooks, f"torchdnr {len(hooks)}": hook}
+    try:
+        yield
+    finally:
+        layer._forward_hooks = hooks
 
 
 def _capture(name: str, captured: dict[str, Tensor]) -> Callable[[nn.Module, Any, Any], None]:

@@ -7,6 +7,7 @@ from gpytorch.kernels import Kernel, RBFKernel
 from torch import Tensor
 
 from torchdnr.rbf import BLOCK_ELEMENTS, full_precision, rbf_scores, squared_distances
+from torchdnr.rbf_traced import traced_rbf_scores
 
 __all__ = [
     "BLOCK_ELEMENTS",
@@ -59,6 +60,9 @@ def rbf_gamma(kernel: Kernel) -> Tensor | None:
         Gamma as a scalar tensor, differentiable by the lengthscale; None for any kernel other
         than a plain RBF with one lengthscale, which then has to run through gpytorch.
     """
+    # torch.export traces stand-ins of modules, each of a class of its own.
+    stands_in = torch.compiler.is_exporting() and hasattr(type(kernel), "get_base")
+    kernel = kernel.get_base() if stands_in else kernel
     plain = type(kernel) is RBFKernel and kernel.active_dims is None
     if not plain or kernel.lengthscale.numel() != 1:
         return None
@@ -102,7 +106,8 @@ def kernel_scores(
     """Sum kernel values times coefficients, in blocks of rows.
 
     Args:
-        kernel: Any gpytorch kernel; a plain RBF takes the fused path of ``rbf_scores``.
+        kernel: Any gpytorch kernel; a plain RBF takes the fused path of ``rbf_scores``, or under
+            ``torch.compile`` and ``torch.export`` that of ``traced_rbf_scores``.
         inputs: Features, ``(n, d)``.
         vectors: Support vectors, ``(m, d)``.
         coefficients: One column per class, ``(m, c)``.
@@ -113,6 +118,8 @@ def kernel_scores(
         Sums without intercept, ``(n, c)``.
     """
     gamma = rbf_gamma(kernel)
+    if gamma is not None and torch.compiler.is_compiling():
+        return traced_rbf_scores(inputs, vectors, coefficients, gamma, center)
     if gamma is not None:
         return rbf_scores(
             inputs, vectors, coefficients, gamma, center, block_elements=block_elements

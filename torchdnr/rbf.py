@@ -19,12 +19,15 @@ def full_precision(device: torch.device) -> Iterator[None]:
     """Keep TF32, bfloat16 products and autocast away from the enclosed products.
 
     A score sums kernel values times dual coefficients as large as C: the ten mantissa bits that
-    TF32 leaves to a distance would show in the leading digits of the score.
+    TF32 leaves to a distance would show in the leading digits of the score. Under `torch.compile`,
+    which cannot change the switches, it keeps away autocast alone.
 
     Args:
         device: Where the enclosed work runs.
     """
     modules = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    if torch.compiler.is_compiling():
+        modules = ()
     lowered = [(m, m.fp32_precision) for m in modules if m.fp32_precision not in ("ieee", "none")]
     try:
         for module, _ in lowered:

@@ -121,7 +121,7 @@ class RejectingClassifier(nn.Module, ABC):
         """
         scores = self.scores(inputs)
         self._require_threshold()
-        return torch.cat([scores, self.threshold.to(scores).expand(len(scores), 1)], dim=1)
+        return torch.cat([scores, self.threshold.to(scores).expand(scores.shape[0], 1)], dim=1)
 
     @torch.no_grad()
     def predict(self, inputs: Tensor) -> Tensor:
@@ -140,8 +140,9 @@ class RejectingClassifier(nn.Module, ABC):
         check_images("inputs", inputs)
         self._require_threshold()
         batches = inputs.split(self.batch_size)
-        scores = torch.cat([self.scores(batch.to(self.device)) for batch in batches])
-        return predict_with_rejection(scores, self.threshold.to(scores))
+        # Called as a user calls it: after compile() it runs the compiled program.
+        output = torch.cat([self(batch.to(self.device)) for batch in batches])
+        return predict_with_rejection(output[:, :-1], output[:, -1])
 
     @torch.no_grad()
     def calibrate(
@@ -180,6 +181,7 @@ class RejectingClassifier(nn.Module, ABC):
         if not torch.isfinite(value):
             raise ValueError(f"threshold must be finite, got {value.item()}")
         self.threshold = value if value.is_floating_point() else value.float()
+        self._threshold_seen = True
 
     def reset_threshold(self) -> None:
         """Forget theta, as after a new fit."""
@@ -193,11 +195,12 @@ class RejectingClassifier(nn.Module, ABC):
         stored = state_dict.get(prefix + "threshold")
         if stored is not None and torch.isnan(self.threshold):
             self.threshold = self.threshold.to(stored.dtype)
-        self._threshold_seen = False
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        self._threshold_seen = not torch.isnan(self.threshold).item()
 
     def _require_threshold(self) -> None:
-        if not self._threshold_seen:  # looked at once: reading it stalls a GPU
+        # Looked at once: reading it stalls a GPU, and breaks the graph of torch.compile.
+        if not self._threshold_seen:
             if torch.isnan(self.threshold):
                 raise NotFittedError(
                     "the rejection threshold is not set: call calibrate(images) with images that "

@@ -14,6 +14,7 @@ from torchdnr.costs import stage
 from torchdnr.default_layers import default_layers
 from torchdnr.features import LayerFeatures, extract
 from torchdnr.files import CheckpointError, digest, load_tensors, save_tensors
+from torchdnr.kernels import full_precision
 from torchdnr.preparation import distortions, peek, prepare_features
 from torchdnr.reduction_metadata import reduction_metadata, reductions_of_file
 from torchdnr.reductions import ReductionLike
@@ -117,7 +118,8 @@ class SVMRejection(RejectingClassifier):
         with stage("features"):
             features, labels = self._training_features(inputs, labels, progress)
         self._start_afresh()
-        self._fit_features(features, labels, progress)
+        with full_precision(labels.device):  # autocast and TF32 are for the network alone
+            self._fit_features(features, labels, progress)
         for name, distortion in distortions(self.features).items():
             self.selection[name]["distortion"] = distortion
         return self
@@ -142,6 +144,9 @@ class SVMRejection(RejectingClassifier):
                 f"yields (images, labels); got {'none' if labels is None else 'both'}"
             )
         first = next(iter(features.values()))
+        for name, values in features.items():
+            if values.dtype in (torch.bfloat16, torch.float16):
+                features[name] = values.float()
         labels = torch.as_tensor(found if labels is None else labels, device=first.device)
         check_labels(labels, len(first))
         self.features = ready  # only now: a fit that fails before leaves the earlier one to use

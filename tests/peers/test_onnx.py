@@ -1,0 +1,114 @@
+"""Tests of export_onnx: onnxruntime scores, rejects and labels as PyTorch does."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torchvision import models
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from small_models import fitted, make_images, options, small_dnr
+from test_deployment import assert_decides_alike
+
+import torchdnr.deployment
+from torchdnr import DNR, export_onnx
+from torchdnr.models import MNISTNet
+
+onnx = pytest.importorskip("onnx", reason="needs onnx: pip install -e '.[onnx]'")
+pytest.importorskip("onnxscript", reason="needs onnxscript: pip install -e '.[onnx]'")
+onnxruntime = pytest.importorskip(
+    "onnxruntime", reason="needs onnxruntime: pip install -e '.[onnx]'"
+)
+
+
+def session(path):
+    return onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+
+
+def runner(path):
+    """Run a file as ``program.module()`` runs: images in, the named outputs out."""
+    opened = session(path)
+    names = [output.name for output in opened.get_outputs()]
+
+    def run(images):
+        values = opened.run(names, {"images": images.numpy()})
+        return dict(zip(names, map(torch.from_numpy, values), strict=True))
+
+    return run
+
+
+CASES = {
+    "mnist": (lambda: MNISTNet(num_classes=3), ["relu_fc1", "relu_fc2", "logits"], 1, 28),
+    "squeezenet": (
+        lambda: models.squeezenet1_1(weights=None, num_classes=3),
+        ["features.10", "classifier"],
+        3,
+        40,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_onnxruntime_decides_as_pytorch_does(name, tmp_path):
+    build, layers, channels, size = CASES[name]
+    images = make_images(30, channels, size)
+    model = fitted(DNR(build(), layers, **options(*layers, "combiner")), images)
+    export_onnx(model, tmp_path / "dnr.onnx", images[:1])
+    assert [path.name for path in tmp_path.iterdir()] == ["dnr.onnx"]
+    onnx.checker.check_model(tmp_path / "dnr.onnx", full_check=True)
+    assert_decides_alike(runner(tmp_path / "dnr.onnx"), model, images)
+
+
+def test_names_shapes_and_metadata(tmp_path):
+    images = make_images(30)
+    model = small_dnr(images)
+    path = tmp_path / "folder" / "dnr.onnx"
+    export_onnx(model, path, images, opset=20)
+    opened = session(path)
+    (given,), outputs = opened.get_inputs(), opened.get_outputs()
+    assert given.name == "images" and given.shape[1:] == [1, 8, 8]
+    assert isinstance(given.shape[0], str)  # any number
+    assert [output.name for output in outputs] == ["scores", "labels", "rejected"]
+    assert [len(output.shape) for output in outputs] == [2, 1, 1]
+    metadata = opened.get_modelmeta().custom_metadata_map
+    assert float(metadata["threshold"]) == model.threshold.item()
+    assert metadata["reject_label"] == "-1"
+    assert {entry.domain: entry.version for entry in onnx.load(path).opset_import}[""] == 20
+    bad = images[:2].clone()
+    bad[0, 0, 0, 0], bad[1, 0, 0, 0] = float("nan"), 1.01
+    assert runner(path)(bad)["rejected"].all()
+
+
+def test_weights_too_large_for_one_file(tmp_path, monkeypatch):
+    images = make_images(30)
+    model = small_dnr(images)
+    path = tmp_path / "dnr.onnx"
+    export_onnx(model, path, images)
+    whole, expected = path.stat().st_size, runner(path)(images)["scores"]
+    monkeypatch.setattr(torchdnr.deployment, "ONNX_FILE_LIMIT", 1000)
+    export_onnx(model, path, images)
+    assert {entry.name for entry in tmp_path.iterdir()} == {"dnr.onnx", "dnr.onnx.data"}
+    assert path.stat().st_size < whole
+    assert torch.equal(runner(path)(images)["scores"], expected)
+
+
+def test_failure_leaves_the_earlier_file(tmp_path, monkeypatch):
+    images = make_images(30)
+    model = small_dnr(images)
+    path = tmp_path / "dnr.onnx"
+    path.write_bytes(b"earlier")
+
+    def broken(*_, **__):
+        raise OSError("disk full")
+
+    monkeypatch.setattr("onnx_ir.save", broken)
+    with pytest.raises(OSError, match="disk full"):
+        export_onnx(model, path, images)
+    assert path.read_bytes() == b"earlier" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_old_opset_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="opset must be >= 18, got 11"):
+        export_onnx(None, tmp_path / "dnr.onnx", make_images(3), opset=11)
