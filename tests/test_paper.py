@@ -268,7 +268,8 @@ def test_pieces_of_changed_code_are_told(small, digits, tmp_path, monkeypatch):
     shutil.copytree(study.folder, copy.folder)
     run = paper_study.run_folder(copy, "later", 1)
     (run / "results.json").unlink()
-    (run / "attack-dnr.safetensors").unlink()
+    for checkpoint in run.glob("attack-dnr*"):
+        checkpoint.unlink()
     monkeypatch.setattr(paper_study, "code_digest", lambda: "other")
     paper_run.finish(copy, "later", 1, reattack=False)
     text = paper_report.write_report(copy, "small", tmp_path)
