@@ -4,10 +4,12 @@ import torch
 from torch import Tensor
 
 BLOCK_BYTES = 2**26
-"""Bytes of a block: large enough to work on at full speed."""
+"""Bytes of a block that is only read."""
+COPIED_BYTES = 2**22
+"""Bytes of a block of which copies are made."""
 
 
-def row_blocks(features: Tensor, block_bytes: int = BLOCK_BYTES) -> tuple[Tensor, ...]:
+def row_blocks(features: Tensor, block_bytes: int) -> tuple[Tensor, ...]:
     """Cut features into blocks of rows, as views.
 
     Args:
@@ -23,7 +25,9 @@ def row_blocks(features: Tensor, block_bytes: int = BLOCK_BYTES) -> tuple[Tensor
 
 def all_finite(features: Tensor) -> bool:
     """Tell whether there is neither NaN nor infinity among the features, ``(n, d)``."""
-    return bool(torch.stack([torch.isfinite(b).all() for b in row_blocks(features)]).all())
+    return bool(
+        torch.stack([torch.isfinite(b).all() for b in row_blocks(features, COPIED_BYTES)]).all()
+    )
 
 
 def column_means(features: Tensor) -> Tensor:
@@ -35,7 +39,7 @@ def column_means(features: Tensor) -> Tensor:
     Returns:
         The mean, ``(d,)``.
     """
-    blocks = row_blocks(features)
+    blocks = row_blocks(features, BLOCK_BYTES)
     if len(blocks) == 1:
         return features.mean(dim=0)
     total = torch.zeros(features.shape[1], dtype=torch.float64, device=features.device)
@@ -53,7 +57,7 @@ def entry_variance(features: Tensor) -> float:
     Returns:
         Mean of the squared deviations from the mean.
     """
-    blocks = row_blocks(features)
+    blocks = row_blocks(features, COPIED_BYTES)
     parts = [torch.var_mean(block.double(), correction=0) for block in blocks]
     variances, means = (torch.stack(values) for values in zip(*parts, strict=True))
     share = torch.tensor([len(b) / len(features) for b in blocks], dtype=torch.float64)

@@ -100,7 +100,8 @@ class KernelRows:
         like: Tensor whose dtype and device the rows have.
         plan: How many rows are held at the most, at least 3; those used least recently give way.
             Default: all.
-        at_once: Rows evaluated at once. Default: as many as stay in a CPU's cache.
+        at_once: Rows evaluated at once, where each evaluation goes through large features. Default:
+            as many as stay in a CPU's cache.
 
     Attributes:
         largest_set: Samples in a working set at the most.
@@ -117,7 +118,9 @@ class KernelRows:
         at_once: int | None = None,
     ) -> None:
         plan = MemoryPlan(n, LARGEST_SET) if plan is None else plan
-        self._at_once = max(1, EVALUATE_ELEMENTS // n) if at_once is None else at_once
+        self._at_once, self._passes_are_dear = at_once, at_once is not None
+        if at_once is None:
+            self._at_once = max(1, EVALUATE_ELEMENTS // n)
         self._evaluate, self.n = evaluate, n
         self.capacity, self.largest_set = max(min(3, n), min(plan.capacity, n)), plan.largest_set
         # A CPU gives memory only to the part that gets written.
@@ -213,7 +216,8 @@ class KernelRows:
                 rows = self.store[slot : min(slot + step, self._used)]
                 yield self._sample_in[slot : slot + len(rows)], rows
             return
-        for some in used.split(self._at_once):
+        together = self._at_once if self._passes_are_dear else min(step, self._at_once)
+        for some in used.split(together):
             held = self._slot_of[some]
             there, missing = held >= 0, some[held < 0]
             for part, slots in zip(some[there].split(step), held[there].split(step), strict=True):
@@ -222,6 +226,7 @@ class KernelRows:
                 self.evaluated += len(missing)
                 rows = self._evaluate(missing)
                 yield from zip(missing.split(step), rows.split(step), strict=True)
+                del rows  # before the next are made
 
     def _add(self, missing: Tensor) -> None:
         """Evaluate rows into free slots, then into those used least recently."""

@@ -48,10 +48,11 @@ def plan_features(features: Tensor, problems: int, memory_limit: int | None) -> 
     room = int(USABLE * (limit - least_memory(n, problems, itemsize)))
     if 4 * size <= room:  # the centred features, and the rows of them whose kernels are evaluated
         return FeaturePlan(size, 2 * size, None)
-    # A block of centred rows, those whose kernels are evaluated, and their kernels with all.
+    # A block of centred rows, those whose kernels are evaluated, and their kernels with all, of
+    # which the last ones are still in use.
     row = itemsize * max(n, d)
-    block = max(row, min(size, room // 6))
-    return FeaturePlan(min(block, size), 3 * block, max(1, block // row))
+    block = max(row, min(size, room // 8))
+    return FeaturePlan(min(block, size), 4 * block, block // row)
 
 
 def rbf_rows(
@@ -93,7 +94,7 @@ def rbf_rows(
         for part in parts:
             columns = slice(first, first + len(part))
             moved = torch.sub(part, center, out=room.resize_(part.shape))
-            result[:, columns] = torch.addmm(norms[columns], chosen, moved.T)
+            torch.addmm(norms[columns], chosen, moved.T, out=result[:, columns])
             first += len(part)
         return result
 
