@@ -33,7 +33,8 @@ class DNR(SVMRejection):
         tol: Largest KKT violation accepted.
         seed: Of all folds.
         batch_size: Images per forward pass.
-        memory_limit: Bytes that one fit may take beyond the features; default 4 GiB.
+        memory_limit: Bytes that one fit may take beyond the features, and that the features of all
+            layers may take before they go to files, see ``fit``; default 4 GiB.
 
     Attributes:
         base_svms: One ``RBFSVM`` per layer, in the order of ``layers``.

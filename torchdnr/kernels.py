@@ -8,6 +8,7 @@ from torch import Tensor
 
 from torchdnr.rbf import BLOCK_ELEMENTS, full_precision, rbf_scores, squared_distances
 from torchdnr.rbf_traced import traced_rbf_scores
+from torchdnr.row_blocks import entry_variance
 
 __all__ = [
     "BLOCK_ELEMENTS",
@@ -31,7 +32,7 @@ def scale_gamma(features: Tensor) -> float:
     Returns:
         The kernel width; 1.0 for constant features, as scikit-learn has it.
     """
-    variance = features.double().var(correction=0).item()
+    variance = entry_variance(features)
     return 1.0 / (features.shape[1] * variance) if variance > 0.0 else 1.0
 
 

@@ -21,6 +21,7 @@ from torchdnr.reductions import ReductionLike
 from torchdnr.rejection import RejectingClassifier, checked_batches
 from torchdnr.svm import RBFSVM, NotFittedError, grid_search, out_of_fold_scores
 from torchdnr.svm.checks import check_labels
+from torchdnr.svm.gram import MEMORY_LIMIT
 from torchdnr.svm.model_selection import C_GRID, GAMMA_GRID
 
 
@@ -97,29 +98,41 @@ class SVMRejection(RejectingClassifier):
         labels: Tensor | None = None,
         *,
         progress: bool = False,
+        features_folder: str | Path | None = None,
     ) -> Self:
         """Fit the SVMs on clean images; the network itself is not trained.
+
+        Features of all layers that together take more than ``memory_limit`` bytes (4 GiB if it was
+        not set; on a GPU only if it was) go to files and are fitted on from there, on the CPU.
 
         Args:
             inputs: Images ``(n, ...)`` in [0, 1], or a loader that yields ``(images, labels)``.
             labels: ``(n,)`` int64 in 0..c-1 where ``inputs`` is a tensor.
             progress: Whether to show progress bars.
+            features_folder: Where features go in any case, and are kept: a call that was stopped
+                goes on from there when it is repeated, with a loader that does not shuffle.
+                Default: a temporary folder, if any.
 
         Returns:
             The classifier itself. A threshold that was set is dropped: it belonged to other scores.
 
         Raises:
             ValueError: If images or labels are not as said above, or a class has too few samples.
+            CheckpointError: If the folder holds the features of other images or another network.
+            OSError: If the disk is full, or the folder cannot be written to.
 
         Warns:
             ConvergenceWarning: If a dual problem missed its tolerance.
             ProjectionWarning: If a random projection changes distances by much.
+            UserWarning: If features go to a temporary folder, or were damaged on disk.
         """
         with stage("features"):
-            features, labels = self._training_features(inputs, labels, progress)
+            features, labels = self._training_features(inputs, labels, progress, features_folder)
         self._start_afresh()
         with full_precision(labels.device):  # autocast and TF32 are for the network alone
             self._fit_features(features, labels, progress)
+        for svm in self._svms().values():
+            svm.to(self.device)  # from the CPU, where features that are mapped from files live
         for name, distortion in distortions(self.features).items():
             self.selection[name]["distortion"] = distortion
         return self
@@ -131,13 +144,27 @@ class SVMRejection(RejectingClassifier):
             )
 
     def _training_features(
-        self, data: Tensor | Iterable[Any], labels: Tensor | None, progress: bool
+        self,
+        data: Tensor | Iterable[Any],
+        labels: Tensor | None,
+        progress: bool,
+        folder: str | Path | None,
     ) -> tuple[dict[str, Tensor], Tensor]:
         """Extract the features of checked images, and the labels that go with them."""
+        limit = self.memory_limit
+        if limit is None and self.device.type == "cpu":
+            limit = MEMORY_LIMIT
         sample, batches = peek(checked_batches(data, self.batch_size))
         ready = self._ready_features(sample.to(self.device))
         pairs = (images if given is None else (images, given) for images, given in batches)
-        features, found = extract(ready, pairs, progress=progress)
+        features, found = extract(
+            ready,
+            data if isinstance(data, Tensor) else pairs,
+            batch_size=self.batch_size,
+            progress=progress,
+            memory_limit=limit,
+            folder=folder,
+        )
         if (labels is None) == (found is None):
             raise ValueError(
                 "labels must come once: fit(images, labels), or fit(loader) with a loader that "

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from torchdnr.row_blocks import all_finite
+
 SYMMETRY = 1e-4
 """Largest difference across the diagonal of a Gram matrix, relative to its largest entry."""
 
@@ -22,7 +24,7 @@ def check_features(features: Tensor) -> None:
         raise ValueError(
             f"features must be float32 or float64, got {features.dtype}: call .float() first"
         )
-    if not torch.isfinite(features).all():
+    if not all_finite(features):
         raise ValueError("features must be finite, got NaN or infinity: check network and inputs")
 
 

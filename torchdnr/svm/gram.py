@@ -100,6 +100,8 @@ class KernelRows:
         like: Tensor whose dtype and device the rows have.
         plan: How many rows are held at the most, at least 3; those used least recently give way.
             Default: all.
+        at_once: Rows evaluated at once, where each evaluation goes through large features. Default:
+            as many as stay in a CPU's cache.
 
     Attributes:
         largest_set: Samples in a working set at the most.
@@ -113,8 +115,12 @@ class KernelRows:
         n: int,
         like: Tensor,
         plan: MemoryPlan | None = None,
+        at_once: int | None = None,
     ) -> None:
         plan = MemoryPlan(n, LARGEST_SET) if plan is None else plan
+        self._at_once, self._passes_are_dear = at_once, at_once is not None
+        if at_once is None:
+            self._at_once = max(1, EVALUATE_ELEMENTS // n)
         self._evaluate, self.n = evaluate, n
         self.capacity, self.largest_set = max(min(3, n), min(plan.capacity, n)), plan.largest_set
         # A CPU gives memory only to the part that gets written.
@@ -210,13 +216,17 @@ class KernelRows:
                 rows = self.store[slot : min(slot + step, self._used)]
                 yield self._sample_in[slot : slot + len(rows)], rows
             return
-        for part in used.split(min(step, max(1, EVALUATE_ELEMENTS // self.n))):
-            held = self._slot_of[part]
-            if bool((held >= 0).all()):
-                yield part, self.store[held]
-            else:  # rows that had to give way: evaluated again, and not kept
-                self.evaluated += len(part)
-                yield part, self._evaluate(part)
+        together = self._at_once if self._passes_are_dear else min(step, self._at_once)
+        for some in used.split(together):
+            held = self._slot_of[some]
+            there, missing = held >= 0, some[held < 0]
+            for part, slots in zip(some[there].split(step), held[there].split(step), strict=True):
+                yield part, self.store[slots]
+            if len(missing):  # they had to give way: evaluated again, and not kept
+                self.evaluated += len(missing)
+                rows = self._evaluate(missing)
+                yield from zip(missing.split(step), rows.split(step), strict=True)
+                del rows  # before the next are made
 
     def _add(self, missing: Tensor) -> None:
         """Evaluate rows into free slots, then into those used least recently."""
@@ -226,59 +236,10 @@ class KernelRows:
             freed = self._last_use[: self._used].argsort(stable=True)[: len(missing) - new]
             self._slot_of[self._sample_in[freed]] = -1
             slots = torch.cat([slots, freed])
-        step = max(1, EVALUATE_ELEMENTS // self.n)
-        for samples, places in zip(missing.split(step), slots.split(step), strict=True):
+        at_once = self._at_once
+        for samples, places in zip(missing.split(at_once), slots.split(at_once), strict=True):
             self.store[places] = self._evaluate(samples)
         self._used += new
         self._slot_of[missing], self._sample_in[slots] = slots, missing
         self._last_use[slots] = self._time
         self.evaluated += len(missing)
-
-
-def rbf_rows(
-    features: Tensor, gamma: float, center: Tensor, plan: MemoryPlan | None = None
-) -> KernelRows:
-    """Build the Gram matrix of the RBF kernel, to be evaluated on demand.
-
-    Args:
-        features: ``(n, d)``.
-        gamma: Kernel width.
-        center: Mean of the features, ``(d,)``; it serves the rounding.
-        plan: How many rows are held at the most. Default: all.
-
-    Returns:
-        Rows ``exp(-gamma |x_i - x_j|^2)``.
-
-    Raises:
-        ValueError: If squared distances overflow.
-    """
-    moved = features - center
-    scaled, norms = moved * (2.0 * gamma), moved.square().sum(dim=1) * -gamma
-    if not torch.isfinite(norms).all():
-        raise ValueError(
-            "kernel must be finite, got squared distances that overflow: scale the features"
-        )
-
-    def evaluate(index: Tensor) -> Tensor:
-        with full_precision(features.device):
-            exponents = torch.addmm(norms, scaled[index], moved.T)
-        rows = exponents.add_(norms[index].unsqueeze(1)).clamp_max_(0.0).exp_()
-        return rows.scatter_(1, index.unsqueeze(1), 1.0)
-
-    return KernelRows(evaluate, len(features), features, plan)
-
-
-def distance_rows(distances: Tensor, gamma: float, plan: MemoryPlan | None = None) -> KernelRows:
-    """Build the Gram matrix of the RBF kernel from squared distances, on demand.
-
-    Args:
-        distances: Squared distances between all samples, ``(n, n)``.
-        gamma: Kernel width.
-        plan: How many rows are held at the most. Default: all.
-
-    Returns:
-        Rows ``exp(-gamma D_i)``.
-    """
-    return KernelRows(
-        lambda index: distances[index].mul_(-gamma).exp_(), len(distances), distances, plan
-    )

@@ -8,17 +8,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from torchdnr.kernels import scale_gamma, squared_distances
+from torchdnr.kernels import scale_gamma
+from torchdnr.row_blocks import column_means
 from torchdnr.svm.checks import check_features, check_labels
-from torchdnr.svm.gram import (
-    MEMORY_LIMIT,
-    KernelRows,
-    distance_rows,
-    least_memory,
-    plan_memory,
-    rbf_rows,
-)
+from torchdnr.svm.gram import MEMORY_LIMIT, KernelRows, least_memory, plan_memory
 from torchdnr.svm.module import RBFSVM
+from torchdnr.svm.rbf_rows import all_distances, distance_rows, plan_features, rbf_rows
 from torchdnr.svm.warm_start import FoldedFits
 
 C_GRID = (0.01, 0.1, 1.0, 10.0, 100.0)
@@ -220,20 +215,21 @@ class _Kernels:
     ) -> None:
         n, itemsize = len(features), features.element_size()
         self.limit = MEMORY_LIMIT if memory_limit is None else int(memory_limit)
-        self.features, self.center = features, features.mean(dim=0)
+        self.features, self.center = features, column_means(features)
         self.distances = distances
         if distances is None:
             whole = itemsize * n * n
             left = self.limit - whole
             # Half of what remains has to do for the rows of one width.
             if 3 * whole <= left and least_memory(n, problems, itemsize) <= left:
-                self.distances = squared_distances(features, features, self.center)
+                self.distances = all_distances(features, self.center, left)
                 self.limit = left
-        copies = 2 * itemsize * features.numel() if self.distances is None else 0
+        self.blocks = plan_features(features, problems, self.limit)
+        copies = self.blocks.taken if self.distances is None else 0
         self.plan = plan_memory(n, problems, itemsize, self.limit, copies)
 
     def rows(self, gamma: float) -> KernelRows:
         """Prepare the Gram matrix of one width."""
         if self.distances is not None:
             return distance_rows(self.distances, gamma, self.plan)
-        return rbf_rows(self.features, gamma, self.center, self.plan)
+        return rbf_rows(self.features, gamma, self.center, self.plan, self.blocks)

@@ -7,9 +7,11 @@ from gpytorch.kernels import Kernel
 from torch import Tensor
 
 from torchdnr.kernels import kernel_matrix, rbf_gamma, scale_gamma
+from torchdnr.row_blocks import column_means
 from torchdnr.svm.checks import check_gram, check_sample_weight
 from torchdnr.svm.dual import DualSolution
-from torchdnr.svm.gram import KernelRows, distance_rows, plan_memory, rbf_rows
+from torchdnr.svm.gram import KernelRows, plan_memory
+from torchdnr.svm.rbf_rows import distance_rows, plan_features, rbf_rows
 
 
 @dataclass(frozen=True)
@@ -79,21 +81,23 @@ class TrainingData:
         """
         if self.is_precomputed:
             return self.features
-        features, center = self.features, self.center
-        itemsize, on_demand = features.element_size(), self.distances is None
-        copies = 2 * itemsize * features.numel() if on_demand else 0
-        plan = plan_memory(len(features), problems, itemsize, memory_limit, copies)
-        gamma = rbf_gamma(kernel)
+        features, center, n = self.features, self.center, len(self.features)
+        itemsize, gamma = features.element_size(), rbf_gamma(kernel)
         if gamma is None:
+            # gpytorch takes the features whole, centred on both sides.
+            copies = 2 * itemsize * features.numel()
             return KernelRows(
                 lambda index: kernel_matrix(kernel, features[index], features, center),
-                len(features),
+                n,
                 features,
-                plan,
+                plan_memory(n, problems, itemsize, memory_limit, copies),
             )
         if self.distances is not None:
+            plan = plan_memory(n, problems, itemsize, memory_limit)
             return distance_rows(self.distances, gamma.item(), plan)
-        return rbf_rows(features, gamma.item(), center, plan)
+        blocks = plan_features(features, problems, memory_limit)
+        plan = plan_memory(n, problems, itemsize, memory_limit, blocks.taken)
+        return rbf_rows(features, gamma.item(), center, plan, blocks)
 
     def support_vectors(self, chosen: Tensor) -> Tensor:
         """Copy the rows of support vectors.
@@ -105,7 +109,7 @@ class TrainingData:
             Features, ``(m, d)``; ``(m, 0)`` with a precomputed kernel.
         """
         features = self.features[:, :0] if self.is_precomputed else self.features
-        return features[chosen].clone()
+        return features[chosen]  # a copy, as for any mask
 
     def of_all_samples(self, solution: DualSolution) -> DualSolution:
         """Give the samples of weight 0 their place, with b = 0 and no score.
@@ -163,7 +167,7 @@ def select_training_data(
         features = features[kept][:, kept] if is_precomputed else features[kept]
         distances = None if distances is None else distances[kept][:, kept]
         labels, weight = labels[kept], weight[kept]
-    center = features.new_zeros(n) if is_precomputed else features.mean(dim=0)
+    center = features.new_zeros(n) if is_precomputed else column_means(features)
     return TrainingData(features, labels, weight, kept, n, center, distances, is_precomputed)
 
 

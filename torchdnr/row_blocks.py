@@ -1,0 +1,66 @@
+"""Sums over large features in blocks of rows: no copy of the whole, and pages read in order."""
+
+import torch
+from torch import Tensor
+
+BLOCK_BYTES = 2**26
+"""Bytes of a block that is only read."""
+COPIED_BYTES = 2**22
+"""Bytes of a block of which copies are made."""
+
+
+def row_blocks(features: Tensor, block_bytes: int) -> tuple[Tensor, ...]:
+    """Cut features into blocks of rows, as views.
+
+    Args:
+        features: ``(n, d)``, n >= 1.
+        block_bytes: Bytes of a block at the most, but one row at the least.
+
+    Returns:
+        The blocks in order.
+    """
+    row = features.element_size() * features.shape[1]
+    return features.split(max(1, block_bytes // max(1, row)))
+
+
+def all_finite(features: Tensor) -> bool:
+    """Tell whether there is neither NaN nor infinity among the features, ``(n, d)``."""
+    return bool(
+        torch.stack([torch.isfinite(b).all() for b in row_blocks(features, COPIED_BYTES)]).all()
+    )
+
+
+def column_means(features: Tensor) -> Tensor:
+    """Compute the mean of the rows.
+
+    Args:
+        features: ``(n, d)``.
+
+    Returns:
+        The mean, ``(d,)``.
+    """
+    blocks = row_blocks(features, BLOCK_BYTES)
+    if len(blocks) == 1:
+        return features.mean(dim=0)
+    total = torch.zeros(features.shape[1], dtype=torch.float64, device=features.device)
+    for block in blocks:
+        total += block.mean(dim=0).double() * (len(block) / len(features))
+    return total.to(features.dtype)
+
+
+def entry_variance(features: Tensor) -> float:
+    """Compute the variance of all entries together, in float64.
+
+    Args:
+        features: ``(n, d)``.
+
+    Returns:
+        Mean of the squared deviations from the mean.
+    """
+    blocks = row_blocks(features, COPIED_BYTES)
+    parts = [torch.var_mean(block.double(), correction=0) for block in blocks]
+    variances, means = (torch.stack(values) for values in zip(*parts, strict=True))
+    share = torch.tensor([len(b) / len(features) for b in blocks], dtype=torch.float64)
+    share = share.to(features.device)
+    mean = (share * means).sum()
+    return (share * (variances + (means - mean).square())).sum().item()
