@@ -133,7 +133,7 @@ class SVMRejection(RejectingClassifier):
     ) -> tuple[dict[str, Tensor], Tensor]:
         """Extract the features of checked images, and the labels that go with them."""
         sample, batches = peek(checked_batches(data, self.batch_size))
-        ready = self._ready_features(sample.to(self.device))
+        ready = self._ready_features([images.to(self.device) for images in sample])
         pairs = (images if given is None else (images, given) for images, given in batches)
         features, found = extract(ready, pairs, progress=progress)
         if (labels is None) == (found is None):
@@ -147,14 +147,14 @@ class SVMRejection(RejectingClassifier):
         self.features = ready  # only now: a fit that fails before leaves the earlier one to use
         return features, labels.long()
 
-    def _ready_features(self, images: Tensor) -> LayerFeatures:
+    def _ready_features(self, sample: list[Tensor]) -> LayerFeatures:
         """Choose layers where none are named, and make the reductions for images like these."""
         features = self.features
         if not features.layers:
-            features = LayerFeatures(self.net, default_layers(self.net, images), seed=self.seed)
+            features = LayerFeatures(self.net, default_layers(self.net, sample[0]), seed=self.seed)
             names = [*features.layers, *self._svms()]
             _check_hyperparameters(self.hyperparameters, names)
-        return prepare_features(features, images)
+        return prepare_features(features, sample)
 
     def _fit_svm(
         self, name: str, features: Tensor, labels: Tensor, stack: bool, progress: bool
