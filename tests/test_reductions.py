@@ -84,12 +84,23 @@ def test_a_projection_is_drawn_once_and_belongs_to_its_size(net):
         LayerFeatures(net, {"head": ("project", 64)})(images)
 
 
+@pytest.mark.filterwarnings("ignore::torchdnr.preparation.ProjectionWarning")
 def test_gradients_flow_through_every_reduction(net):
     net = net.double()
     images = torch.rand(2, 3, 4, 4, dtype=torch.float64, requires_grad=True)
     for reduction in ("flatten", "avg", ("grid", 2), ("grid", 3), ("project", 8)):
-        features = prepare_features(LayerFeatures(net, {"conv": reduction}), images.detach())
+        features = prepare_features(LayerFeatures(net, {"conv": reduction}), [images.detach()])
         assert torch.autograd.gradcheck(lambda x, f=features: f(x)["conv"], images)
+
+
+@pytest.mark.parametrize("given", ["flatten", "avg", ("grid", 2), ("grid", 3), ("project", 8)])
+def test_prepared_reductions_can_be_traced(given):
+    reduction, maps = build_reduction(given), torch.rand(2, 5, 4, 4)
+    reduction.prepare(maps, square=True)
+    batch = {0: torch.export.Dim.DYNAMIC}
+    program = torch.export.export(reduction, (maps,), dynamic_shapes=(batch,)).module()
+    more = torch.rand(7, 5, 4, 4)
+    torch.testing.assert_close(program(more), reduction(more))
 
 
 @pytest.mark.parametrize(
@@ -165,34 +176,34 @@ def test_a_module_must_return_rows_and_runs_in_evaluation_mode(net):
 
 
 def test_preparing_leaves_the_features_it_was_given(net):
-    features = LayerFeatures(net, {"conv": ("project", 32), "turn": "avg"}, seed=1)
+    features = LayerFeatures(net, {"conv": ("project", 128), "turn": "avg"}, seed=1)
     assert features.describe() == (
-        "conv: (...) -> project 32 -> ? features\nturn: (...) -> avg -> ? features"
+        "conv: (...) -> project 128 -> ? features\nturn: (...) -> avg -> ? features"
     )
-    small = prepare_features(features, torch.rand(8, 3, 8, 8))
-    large = prepare_features(small, torch.rand(8, 3, 9, 9))
+    small = prepare_features(features, [torch.rand(8, 3, 8, 8)])
+    large = prepare_features(small, torch.rand(8, 3, 9, 9).split(5))
     assert not features.reductions[0].ready and not features.reductions[1].ready
     assert small.reductions[0].rows.shape[1] == 320 and large.reductions[0].rows.shape[1] == 405
     assert large.net is net
     assert large.describe() == (
-        "conv: (5, 9, 9) -> project 32 -> 32 features\n"
+        "conv: (5, 9, 9) -> project 128 -> 128 features\n"
         "turn: (9, 9, 5) -> avg channels_last -> 5 features"
     )
-    assert large.sizes["conv"] == {"output": [5, 9, 9], "features": 32}
+    assert large.sizes["conv"] == {"output": [5, 9, 9], "features": 128}
 
 
 def test_a_projection_to_too_few_features_warns(net):
     images = torch.rand(20, 3, 8, 8)
     with pytest.warns(ProjectionWarning, match=r"layer 'conv' changes .* of 190 pairs .* by \d+%"):
-        few = prepare_features(LayerFeatures(net, {"conv": ("project", 8)}), images)
-    many = prepare_features(LayerFeatures(net, {"conv": ("project", 256)}), images)
+        few = prepare_features(LayerFeatures(net, {"conv": ("project", 8)}), images.split(7))
+    many = prepare_features(LayerFeatures(net, {"conv": ("project", 256)}), [images])
     assert distortions(few)["conv"]["rms"] > 0.1 > distortions(many)["conv"]["rms"] > 0
     assert distortions(LayerFeatures(net, ["conv"])) == {}
 
 
 def test_a_network_that_fails_is_told_with_its_images(net):
     with pytest.raises(RuntimeError, match=r"expected input.*channels") as failure:
-        prepare_features(LayerFeatures(net, ["conv"]), torch.rand(2, 1, 8, 8))
+        prepare_features(LayerFeatures(net, ["conv"]), [torch.rand(2, 1, 8, 8)])
     assert "given images (2, 1, 8, 8)" in failure.value.__notes__[0]
     with pytest.raises(RuntimeError, match="no layers are chosen yet"):
         LayerFeatures(net, None)(torch.rand(2, 3, 8, 8))
@@ -200,9 +211,12 @@ def test_a_network_that_fails_is_told_with_its_images(net):
 
 def test_looking_at_the_first_batches_loses_none():
     batches = [(torch.full((30, 1), float(i)), None) for i in range(5)]
-    stream = iter(batches)
-    images, again = peek(stream)
-    assert len(images) == 64 and images.unique().tolist() == [0.0, 1.0, 2.0]
+    sample, again = peek(iter(batches))
+    assert [len(part) for part in sample] == [30, 30, 4]  # no larger than the user's batches
+    assert torch.cat(sample).unique().tolist() == [0.0, 1.0, 2.0]
     assert [batch[0][0, 0].item() for batch in again] == [0.0, 1.0, 2.0, 3.0, 4.0]
-    one, again = peek(iter([(torch.rand(1000, 2), None)]))
-    assert one.shape == (64, 2) and len(list(again)) == 1
+    sample, again = peek(iter([(torch.arange(1000.0).view(-1, 1), None)]))
+    assert len(list(again)) == 1
+    assert sample[0].shape == (64, 1) and sample[0].max() > 900  # not the first 64 alone
+    mixed = [(torch.rand(2, 3), None), (torch.rand(2, 4), None)]
+    assert [part.shape for part in peek(iter(mixed))[0]] == [(2, 3)]

@@ -1,7 +1,7 @@
 """What is settled on the first images of a fit: reductions, and how projections keep distances."""
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import chain
 
 import torch
@@ -21,7 +21,7 @@ class ProjectionWarning(UserWarning):
     """A random projection changed the distances between the features of images by much."""
 
 
-def peek(batches: Iterator[Batch]) -> tuple[Tensor, Iterator[Batch]]:
+def peek(batches: Iterator[Batch]) -> tuple[list[Tensor], Iterator[Batch]]:
     """Look at the first images without losing them.
 
     Args:
@@ -29,26 +29,27 @@ def peek(batches: Iterator[Batch]) -> tuple[Tensor, Iterator[Batch]]:
 
     Returns:
         Up to 64 images of one shape, spread over as many of the first batches as it takes to have
-        so many; and all the batches.
+        so many, in batches that are no larger than the first one; and all the batches.
     """
     seen: list[Batch] = []
     for batch in batches:
         seen.append(batch)
         if sum(len(images) for images, _ in seen) >= PAIRED:
             break
-    shape = seen[0][0].shape[1:]
-    images = torch.cat([images for images, _ in seen if images.shape[1:] == shape])
-    return images[:: max(1, len(images) // PAIRED)][:PAIRED], chain(seen, batches)
+    first = seen[0][0]
+    images = torch.cat([images for images, _ in seen if images.shape[1:] == first.shape[1:]])
+    spread = images[:: max(1, len(images) // PAIRED)][:PAIRED]
+    return list(spread.split(len(first))), chain(seen, batches)
 
 
 @torch.no_grad()
-def prepare_features(features: LayerFeatures, images: Tensor) -> LayerFeatures:
+def prepare_features(features: LayerFeatures, batches: Sequence[Tensor]) -> LayerFeatures:
     """Make the reductions of layers anew, for the outputs that images of this size give.
 
     Args:
         features: The layers and the reductions wanted; left as they are.
-        images: A few of those to come, ``(n, ...)``, on the device of the network. Distances are
-            compared for all pairs of the first 64.
+        batches: A few images of those to come, ``(n, ...)`` each, on the device of the network.
+            Distances are compared for all pairs of the first 64.
 
     Returns:
         Another module on the same network, ready to use, with ``sizes``.
@@ -61,12 +62,9 @@ def prepare_features(features: LayerFeatures, images: Tensor) -> LayerFeatures:
         ProjectionWarning: If a projection changes distances by much.
     """
     fresh = LayerFeatures(features.net, features.given, seed=features.seed)
-    try:
-        outputs = fresh.outputs(images)
-    except Exception as error:
-        error.add_note(f"the network was given images {tuple(images.shape)}: does it take these?")
-        raise
-    for name, values in fresh.reduce(outputs, images).items():
+    parts = [_outputs(fresh, images) for images in batches]
+    outputs = {name: torch.cat([part[name] for part in parts]) for name in fresh.layers}
+    for name, values in fresh.reduce(outputs, torch.cat(list(batches))).items():
         shape = list(outputs[name].shape[1:])
         fresh.sizes[name] = {"output": shape, "features": values.shape[1]}
     for name, distortion in distortions(fresh).items():
@@ -93,3 +91,11 @@ def distortions(features: LayerFeatures) -> dict[str, dict[str, float]]:
     """
     pairs = zip(features.layers, features.reductions, strict=True)
     return {name: r.distortion for name, r in pairs if isinstance(r, Project) and r.distortion}
+
+
+def _outputs(features: LayerFeatures, images: Tensor) -> dict[str, Tensor]:
+    try:
+        return features.outputs(images)
+    except Exception as error:
+        error.add_note(f"the network was given images {tuple(images.shape)}: does it take these?")
+        raise

@@ -155,7 +155,7 @@ class SVMRejection(RejectingClassifier):
         if limit is None and self.device.type == "cpu":
             limit = MEMORY_LIMIT
         sample, batches = peek(checked_batches(data, self.batch_size))
-        ready = self._ready_features(sample.to(self.device))
+        ready = self._ready_features([images.to(self.device) for images in sample])
         pairs = (images if given is None else (images, given) for images, given in batches)
         features, found = extract(
             ready,
@@ -179,14 +179,14 @@ class SVMRejection(RejectingClassifier):
         self.features = ready  # only now: a fit that fails before leaves the earlier one to use
         return features, labels.long()
 
-    def _ready_features(self, images: Tensor) -> LayerFeatures:
+    def _ready_features(self, sample: list[Tensor]) -> LayerFeatures:
         """Choose layers where none are named, and make the reductions for images like these."""
         features = self.features
         if not features.layers:
-            features = LayerFeatures(self.net, default_layers(self.net, images), seed=self.seed)
+            features = LayerFeatures(self.net, default_layers(self.net, sample[0]), seed=self.seed)
             names = [*features.layers, *self._svms()]
             _check_hyperparameters(self.hyperparameters, names)
-        return prepare_features(features, images)
+        return prepare_features(features, sample)
 
     def _fit_svm(
         self, name: str, features: Tensor, labels: Tensor, stack: bool, progress: bool
@@ -339,9 +339,10 @@ class SVMRejection(RejectingClassifier):
             model.selection = metadata["selection"]
             for name, svm in model._svms().items():
                 svm.C, svm.gamma = model.selection[name]["C"], model.selection[name]["gamma"]
-            missing, unexpected = model.load_state_dict(tensors, strict=False)
-            if unexpected or not all(key.startswith("features.net.") for key in missing):
-                raise KeyError(f"missing {missing}, unexpected {unexpected}")
+            # The network has its weights, and some networks change themselves when they load.
+            model.features.net = None
+            model.load_state_dict(tensors)
+            model.features.net = net
         except (KeyError, TypeError, RuntimeError) as error:
             raise CheckpointError(
                 f"{path}: expected the contents of a {cls.__name__} of this version, got others "
