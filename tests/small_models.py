@@ -28,6 +28,11 @@ def make_images(n, channels=1, size=8):
     return torch.rand(n, channels, size, size) * brightness[:, None, None, None]
 
 
+def fading(images):
+    """Darken images more and more: some then lie between two classes."""
+    return images * torch.linspace(0.5, 1, len(images))[:, None, None, None]
+
+
 def options(*names, gamma=1e-2):
     return {"hyperparameters": {name: (10.0, gamma) for name in names}, "stacking_folds": 2}
 

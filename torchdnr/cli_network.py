@@ -44,11 +44,15 @@ _PAPER = {
 }
 
 
-def choose_network(dataset: Dataset, chosen: Mapping[str, Any]) -> Preset:
+def choose_network(
+    source: str, shape: tuple[int, ...], classes: int, chosen: Mapping[str, Any]
+) -> Preset:
     """Choose the network for a data set.
 
     Args:
-        dataset: Its images decide which of the paper's networks it is.
+        source: Its name, for messages.
+        shape: Of its images, (channels, height, width): decides which of the paper's networks.
+        classes: How many it has.
         chosen: "backbone": a torchvision classifier instead, or None; "outputs" of it that are the
             data set's classes, and "weights", or None.
 
@@ -59,11 +63,10 @@ def choose_network(dataset: Dataset, chosen: Mapping[str, Any]) -> Preset:
         ValueError: If no network fits the images, or there is no such backbone.
     """
     backbone = chosen["backbone"]
-    shape, classes = tuple(dataset.images_train.shape[1:]), len(dataset.classes)
     if backbone is not None:
         if shape[0] != 3:
             raise ValueError(
-                f"--backbone takes images of 3 channels, got {shape} in {dataset.name}; repeat the "
+                f"--backbone takes images of 3 channels, got {shape} in {source}; repeat the "
                 "grey channel in the data, or drop the option"
             )
         build = partial(build_backbone, backbone, classes, outputs=chosen["outputs"])
@@ -74,7 +77,7 @@ def choose_network(dataset: Dataset, chosen: Mapping[str, Any]) -> Preset:
     if shape not in _PAPER:
         raise ValueError(
             f"there is a built-in network for images {' and '.join(map(str, _PAPER))} "
-            f"(channels, height, width), got {shape} in {dataset.name}; choose a torchvision "
+            f"(channels, height, width), got {shape} in {source}; choose a torchvision "
             "network with --backbone, or resize the images"
         )
     network, layers, training = _PAPER[shape]

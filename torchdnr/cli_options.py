@@ -92,7 +92,7 @@ def _add_attack_options(parser: argparse.ArgumentParser) -> None:
     )
     option(
         "--samples",
-        type=_whole(1),
+        type=whole_number(1),
         metavar="N",
         help="test images to attack, drawn by the seed (default: 50, or all if there are fewer)",
     )
@@ -106,14 +106,14 @@ def _add_attack_options(parser: argparse.ArgumentParser) -> None:
     )
     option(
         "--steps",
-        type=_whole(1),
+        type=whole_number(1),
         metavar="N",
         help="steps of the attacks that take steps; more are stronger and slower (default: "
         "20 to 100, each its own)",
     )
     option(
         "--restarts",
-        type=_whole(0),
+        type=whole_number(0),
         metavar="N",
         help="further runs from random starts, of the attacks that have them (default: 0)",
     )
@@ -126,7 +126,7 @@ def _add_attack_options(parser: argparse.ArgumentParser) -> None:
     )
     option(
         "--check-samples",
-        type=_whole(1),
+        type=whole_number(1),
         default=8,
         metavar="N",
         help="images that the checks look at, of those that were not evaded; more find more and "
@@ -134,7 +134,7 @@ def _add_attack_options(parser: argparse.ArgumentParser) -> None:
     )
     option(
         "--examples",
-        type=_whole(0),
+        type=whole_number(0),
         default=5,
         metavar="N",
         help="images to show in examples.png (default: %(default)s)",
@@ -150,7 +150,7 @@ def _add_attack_options(parser: argparse.ArgumentParser) -> None:
     option(
         "--batch-size",
         dest="attack_batch_size",
-        type=_whole(1),
+        type=whole_number(1),
         default=256,
         metavar="N",
         help="images per forward pass of the attacks; lower it if memory runs out. The training's "
@@ -180,30 +180,30 @@ def _add_shared_options(parser: argparse.ArgumentParser, *batch_size: str) -> No
     )
     option(
         "--image-size",
-        type=_whole(1),
+        type=whole_number(1),
         metavar="N",
         help="of folder:DIR: the short side becomes N pixels, and the centre is cut out as a "
         f"square (default: {FOLDER_IMAGE_SIZE}, with a backbone {BACKBONE_IMAGE_SIZE})",
     )
     option("--data-root", default="data", metavar="DIR", help="downloads (default: %(default)s)")
-    option("--seed", type=_whole(0), metavar="N", help="of everything random (default: 0)")
+    option("--seed", type=whole_number(0), metavar="N", help="of everything random (default: 0)")
     option(
         "--network-samples",
-        type=_whole(0),
+        type=whole_number(0),
         metavar="N",
         help="images that train the network (default: mnist-5k 2000, mnist 30000, cifar10 40000, "
         "other data 60%% of the training set, or 40%% where there is no test set)",
     )
     option(
         "--svm-samples",
-        type=_whole(1),
+        type=whole_number(1),
         metavar="N",
         help="images that train DNR and NR (default: mnist-5k 1200, mnist 10000, cifar10 9000, "
         "other data 30%% or 24%%, at most 10000)",
     )
     option(
         "--threshold-samples",
-        type=_whole(1),
+        type=whole_number(1),
         metavar="N",
         help="images that set the rejection thresholds (default: mnist-5k 500, mnist 1000, "
         "cifar10 1000, other data 10%%, at most 1000). Where there is no test set, as in "
@@ -226,7 +226,7 @@ def _add_shared_options(parser: argparse.ArgumentParser, *batch_size: str) -> No
     )
     option(
         "--outputs",
-        type=_whole(0),
+        type=whole_number(0),
         nargs="+",
         metavar="N",
         help="which of the 1,000 outputs of the backbone published for ImageNet are the classes of "
@@ -235,7 +235,7 @@ def _add_shared_options(parser: argparse.ArgumentParser, *batch_size: str) -> No
     )
     option(
         "--epochs",
-        type=_whole(1),
+        type=whole_number(1),
         metavar="N",
         help="passes over the network's images (default: Table III of the paper, 50 for Table I's "
         "network and 75 for Table II's; for mnist-5k 20, as 2,000 images are learned sooner)",
@@ -245,7 +245,7 @@ def _add_shared_options(parser: argparse.ArgumentParser, *batch_size: str) -> No
     option(
         *batch_size,
         dest="batch_size",
-        type=_whole(1),
+        type=whole_number(1),
         metavar="N",
         help="images per training step (default: Table III, 128 or 100)",
     )
@@ -287,7 +287,9 @@ def _at_least(low: float) -> Callable[[str], float]:
     return parse
 
 
-def _whole(low: int) -> Callable[[str], int]:
+def whole_number(low: int) -> Callable[[str], int]:
+    """Make what reads a whole number >= ``low`` from the command line."""
+
     def parse(text: str) -> int:
         value = int(text)
         if value < low:

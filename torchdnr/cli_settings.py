@@ -107,7 +107,8 @@ def prepare(options: argparse.Namespace, console: Console) -> Job:
     chosen = {name: (remembered | given).get(name) for name in NETWORK_OPTIONS}
     size = FOLDER_IMAGE_SIZE if chosen["backbone"] is None else BACKBONE_IMAGE_SIZE
     dataset = load_dataset(source, options.data_root, image_size=chosen["image_size"] or size)
-    preset = choose_network(dataset, chosen)
+    shape, classes = tuple(dataset.images_train.shape[1:]), dataset.classes
+    preset = choose_network(dataset.name, shape, len(classes), chosen)
     defaults = _defaults(source, dataset, preset, chosen)
     settings = {name: (defaults | remembered | given)[name] for name in defaults}
     if not settings["layers"]:
@@ -119,6 +120,8 @@ def prepare(options: argparse.Namespace, console: Console) -> Job:
         "network": preset.name,
         **asdict(training),
         "data_digest": _data_digest(dataset),
+        # What predicting needs, where the data are not at hand.
+        **{"classes": list(classes), "image_shape": list(shape)},
         "torchdnr": remembered.get("torchdnr", __version__),
     }
     _check_data(folder, remembered, settings)
@@ -126,10 +129,36 @@ def prepare(options: argparse.Namespace, console: Console) -> Job:
     job = Job(folder, settings, dataset, splits, preset, training, device)
     _check_fit(job)
     write_json(folder / "settings.json", settings)  # and so learn at once if it is writable
-    shape = " x ".join(map(str, dataset.images_train.shape[1:]))
+    size = " x ".join(map(str, shape))
     parts = ", ".join(f"{len(index):,} {part}" for part, index in vars(splits).items())
-    console.say(f"run folder {folder}, on {device}\n{source}: {shape} images, {parts}")
+    console.say(f"run folder {folder}, on {device}\n{source}: {size} images, {parts}")
     return job
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """Read what a finished run folder was made with.
+
+    Args:
+        folder: The run folder.
+
+    Returns:
+        What its ``settings.json`` holds.
+
+    Raises:
+        FileNotFoundError: If it is no run folder.
+        ValueError: If its settings are damaged, or lack what came later.
+    """
+    settings = _remembered_settings(folder)
+    if not settings:
+        raise FileNotFoundError(
+            f"{folder} holds no classifiers; expected a run folder: python train.py --run {folder}"
+        )
+    if missing := [name for name in ("classes", "image_shape") if name not in settings]:
+        raise ValueError(
+            f"{folder} is of an older version: its settings.json lacks {' and '.join(missing)}; "
+            f"python train.py --run {folder} adds them, where the data set is at hand"
+        )
+    return settings
 
 
 def _default_folder(source: str) -> str:

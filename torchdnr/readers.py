@@ -7,12 +7,16 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torchvision import datasets
 from torchvision.transforms import v2
 from tqdm import tqdm
 
 MAX_CHANNELS = 4  # tells NCHW from NHWC
+
+UNREADABLE = OSError, ValueError, SyntaxError, Image.DecompressionBombError
+"""What Pillow raises for a file that is no image, a damaged one, or one of too many pixels."""
 
 
 def read_npz(path: Path) -> tuple[Any, ...]:
@@ -131,9 +135,21 @@ def read_folder(path: Path, image_size: int) -> tuple[Any, ...]:
             f"{path}: train/ and val/ must have the same class folders, at least two, got "
             f"{train.classes[:20]} and {test.classes[:20]}; make them equal"
         )
-    crop = v2.Compose([v2.Resize(image_size), v2.CenterCrop(image_size), v2.PILToTensor()])
+    crop = square_crop(image_size)
     parts = [_read_images(folder, crop, image_size) for folder in (train, test)]
     return tuple(train.classes), *parts[0], *parts[1]
+
+
+def square_crop(image_size: int) -> Callable[[Any], Tensor]:
+    """Make what turns an image of Pillow into a square tensor.
+
+    Args:
+        image_size: Side in pixels: the short side is resized to it, then the centre is cropped.
+
+    Returns:
+        Function to ``(channels, image_size, image_size)``, uint8.
+    """
+    return v2.Compose([v2.Resize(image_size), v2.CenterCrop(image_size), v2.PILToTensor()])
 
 
 def _read_images(
@@ -144,7 +160,7 @@ def _read_images(
     for file, label in tqdm(folder.samples, desc=str(folder.root), unit="image"):
         try:
             images[len(labels)] = crop(folder.loader(file))
-        except (OSError, ValueError, SyntaxError) as error:  # what Pillow raises for a bad file
+        except UNREADABLE as error:
             unreadable.append(f"{file} ({error})")
         else:
             labels.append(label)
