@@ -90,7 +90,8 @@ def chosen_sizes(
             raise ValueError(f"factor must be a number >= 1, got {factor!r}")
         return {name: max(1, round(m / factor)) for name, m in counts.items()}
     sizes = dict(prototypes) if isinstance(prototypes, Mapping) else dict.fromkeys(svms, prototypes)
-    if not sizes or (unknown := sorted(set(sizes) - set(svms))):
+    unknown = sorted(set(sizes) - set(svms))
+    if unknown or not sizes:
         raise ValueError(f"prototypes must be named after {list(svms)}, got {unknown or 'none'}")
     for name, size in sizes.items():
         if isinstance(size, bool) or not isinstance(size, int) or not 1 <= size <= counts[name]:
