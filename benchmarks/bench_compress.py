@@ -9,8 +9,8 @@ calibration images, and measures for the original and for every size:
 - accuracy and rejection rate on all test images
 - time of the SVMs alone and of the whole model, forward and with the gradient by the images; on a
   CPU processor time on one thread, the models in turn
-- accuracy under attack: each model attacked afresh with the whole default line-up (not transferred),
-  and beside it with the points that were found on the original
+- accuracy under attack: each model attacked afresh with the whole default line-up, and beside it
+  with the points that were found on the original
 
 Numbers go to benchmarks/results/compress-<device>.json; the first samples of a test split are a
 stratified sample of it. About ten minutes on one core.

@@ -73,17 +73,17 @@ def greedy_choice(target: KernelSum, count: int) -> Tensor:
     power, residual = diagonal.clone(), target(vectors)  # ||residual of k(s, .)||^2; that of f
     basis = vectors.new_zeros(len(vectors), count)  # Newton's: orthonormal in that space
     chosen = torch.zeros(count, dtype=torch.int64, device=vectors.device)
-    open_ = torch.ones(len(vectors), dtype=torch.bool, device=vectors.device)
+    free = torch.ones(len(vectors), dtype=torch.bool, device=vectors.device)
     for k in range(count):
         gain = residual.square().sum(dim=1) / power.maximum(floor)
         gain = torch.where(power > floor, gain, 0.0)
-        chosen[k] = index = torch.where(open_, gain, -1.0).argmax()
+        index = torch.where(free, gain, -1.0).argmax().unsqueeze(0)  # stays on the device
         scale = power[index].maximum(floor[index]).sqrt()
-        column = target.matrix(vectors, vectors[index].unsqueeze(0)).squeeze(1)
-        basis[:, k] = (column - basis[:, :k] @ basis[index, :k]) / scale
-        residual = residual - torch.outer(basis[:, k], residual[index] / scale)
-        power = power - basis[:, k].square()
-        open_[index] = False
+        column = target.matrix(vectors, vectors[index]).squeeze(1)
+        new = (column - basis[:, :k] @ basis[index, :k].squeeze(0)) / scale
+        residual = residual - torch.outer(new, (residual[index] / scale).squeeze(0))
+        power = power - new.square()
+        basis[:, k], chosen[k : k + 1], free[index] = new, index, False
     return chosen
 
 
@@ -170,7 +170,7 @@ def minimise(
         for tensor in tensors:
             tensor.grad = None
         value = loss(tensors)
-        reached = value.item()  # L-BFGS reads it as well
+        reached = value.item()  # stalls a GPU, as L-BFGS does for its line search anyway
         if lowest == torch.inf:
             _check_start(value, tensors)
         if reached < lowest:
