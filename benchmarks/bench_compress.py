@@ -46,7 +46,7 @@ from torchdnr.svm.joint_compression import stack_scores
 
 RESULTS = Path(__file__).parent / "results"
 EPS = (0.0, 1.0, 1.5, 2.0)
-FACTORS = {"DNR": (2, 5, 10, 20, 50, 100), "NR": (5, 10, 20)}
+FACTORS = {"DNR": (5, 10, 20, 50, 100), "NR": (10,)}
 SPEED_ROWS = 256
 
 
@@ -229,8 +229,8 @@ def main() -> None:
     """Compress, measure, and write the JSON after every model that was attacked."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--run", default="runs/mnist-5k", help="run folder (default: %(default)s)")
-    parser.add_argument("--samples", type=int, default=40, help="attacked (default: %(default)s)")
-    parser.add_argument("--repeats", type=int, default=15, help="of the times")
+    parser.add_argument("--samples", type=int, default=30, help="attacked (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=9, help="of the times")
     parser.add_argument("--device")
     options = parser.parse_args()
     arguments = ["--run", options.run, "--quiet"]
