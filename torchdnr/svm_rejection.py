@@ -10,6 +10,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from torchdnr.compression import compress_classifier
 from torchdnr.costs import stage
 from torchdnr.default_layers import default_layers
 from torchdnr.features import LayerFeatures, extract
@@ -21,6 +22,7 @@ from torchdnr.reductions import ReductionLike
 from torchdnr.rejection import RejectingClassifier, checked_batches
 from torchdnr.svm import RBFSVM, NotFittedError, grid_search, out_of_fold_scores
 from torchdnr.svm.checks import check_labels
+from torchdnr.svm.compression import SMOOTHNESS, STEPS
 from torchdnr.svm.gram import MEMORY_LIMIT
 from torchdnr.svm.model_selection import C_GRID, GAMMA_GRID
 
@@ -257,6 +259,58 @@ class SVMRejection(RejectingClassifier):
         view._buffers, view._modules = dict(self._buffers), dict(self._modules)
         view._set_svms(views)
         return view
+
+    def compress(
+        self,
+        inputs: Tensor | Iterable[Any],
+        prototypes: int | Mapping[str, int] | None = None,
+        *,
+        factor: float | None = None,
+        steps: int = STEPS,
+        joint_steps: int = STEPS,
+        smoothness: float = SMOOTHNESS,
+        progress: bool = False,
+    ) -> Self:
+        """Return a classifier of the same scores, nearly, on fewer support vectors.
+
+        Each SVM gets prototypes in the place of its support vectors (``svm.compression``), layers
+        first, then the combiner on what they return; then all move together on the final scores.
+        What was lost on the images is kept in ``selection[name]["compression"]``, and
+        ``compression.compression_report`` shows it. It says nothing of attacks: attack it again.
+
+        Args:
+            inputs: Images to compare the scores on, such as those of ``fit``: ``(n, ...)`` in
+                [0, 1], or a loader (labels are ignored).
+            prototypes: A number for each SVM, or numbers by name, as in ``hyperparameters``: an SVM
+                without one keeps its support vectors.
+            factor: Instead, how many times fewer vectors each SVM is to have, >= 1.
+            steps: Iterations of L-BFGS for each SVM.
+            joint_steps: Iterations for all of them together.
+            smoothness: Weight of the difference in the space of the kernel, > 0: more holds the
+                scores away from the images.
+            progress: Whether to show progress bars.
+
+        Returns:
+            The new classifier, on the same network. Its threshold is not set: the old one belonged
+            to other scores. This classifier stays as it is.
+
+        Raises:
+            NotFittedError: If the classifier is not fitted.
+            ValueError: If an argument is not as said above.
+
+        Warns:
+            CompressionWarning: If the final scores lost more than a little.
+        """
+        return compress_classifier(
+            self,
+            inputs,
+            prototypes,
+            factor,
+            steps=steps,
+            joint_steps=joint_steps,
+            smoothness=smoothness,
+            progress=progress,
+        )
 
     def settings(self) -> dict[str, Any]:
         """Return the constructor's options and what fitting chose, as JSON values."""

@@ -64,7 +64,7 @@ class RBFSVM(FittedState):
     Attributes:
         support_vectors: ``(m, d)``; ``(m, 0)`` with a precomputed kernel.
         support: Their indices among the training samples, int64 ``(m,)``, ascending; -1 where a
-            file of version 0.1 did not say.
+            file of version 0.1 did not say, and for the prototypes of a compressed SVM.
         dual_coef: alpha * y, ``(m, P)``.
         intercept: ``(P,)``.
         center: Mean of the training features, ``(d,)``; distances are measured from it. Zeros
