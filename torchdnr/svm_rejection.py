@@ -7,24 +7,22 @@ from numbers import Real
 from pathlib import Path
 from typing import Any, Self
 
-import torch
 from torch import Tensor, nn
 
+from torchdnr.classifier_files import load_classifier, save_classifier
 from torchdnr.compression import compress_classifier
 from torchdnr.costs import stage
 from torchdnr.default_layers import default_layers
-from torchdnr.features import LayerFeatures, extract
-from torchdnr.files import CheckpointError, digest, load_tensors, save_tensors
+from torchdnr.features import LayerFeatures
 from torchdnr.kernels import full_precision
-from torchdnr.preparation import distortions, peek, prepare_features
-from torchdnr.reduction_metadata import reduction_metadata, reductions_of_file
+from torchdnr.preparation import distortions, prepare_features
+from torchdnr.reduction_metadata import reduction_metadata
 from torchdnr.reductions import ReductionLike
-from torchdnr.rejection import RejectingClassifier, checked_batches
+from torchdnr.rejection import RejectingClassifier
 from torchdnr.svm import RBFSVM, NotFittedError, grid_search, out_of_fold_scores
-from torchdnr.svm.checks import check_labels
 from torchdnr.svm.compression import SMOOTHNESS, STEPS
-from torchdnr.svm.gram import MEMORY_LIMIT
 from torchdnr.svm.model_selection import C_GRID, GAMMA_GRID
+from torchdnr.training_features import training_features
 
 
 class SVMRejection(RejectingClassifier):
@@ -129,7 +127,17 @@ class SVMRejection(RejectingClassifier):
             UserWarning: If features go to a temporary folder, or were damaged on disk.
         """
         with stage("features"):
-            features, labels = self._training_features(inputs, labels, progress, features_folder)
+            ready, features, labels = training_features(
+                inputs,
+                labels,
+                self._ready_features,
+                device=self.device,
+                batch_size=self.batch_size,
+                memory_limit=self.memory_limit,
+                folder=features_folder,
+                progress=progress,
+            )
+        self.features = ready  # only now: a fit that fails before leaves the earlier one to use
         self._start_afresh()
         with full_precision(labels.device):  # autocast and TF32 are for the network alone
             self._fit_features(features, labels, progress)
@@ -144,42 +152,6 @@ class SVMRejection(RejectingClassifier):
             raise NotFittedError(
                 f"this {type(self).__name__} is not fitted: call fit(images, labels) or load()"
             )
-
-    def _training_features(
-        self,
-        data: Tensor | Iterable[Any],
-        labels: Tensor | None,
-        progress: bool,
-        folder: str | Path | None,
-    ) -> tuple[dict[str, Tensor], Tensor]:
-        """Extract the features of checked images, and the labels that go with them."""
-        limit = self.memory_limit
-        if limit is None and self.device.type == "cpu":
-            limit = MEMORY_LIMIT
-        sample, batches = peek(checked_batches(data, self.batch_size))
-        ready = self._ready_features([images.to(self.device) for images in sample])
-        pairs = (images if given is None else (images, given) for images, given in batches)
-        features, found = extract(
-            ready,
-            data if isinstance(data, Tensor) else pairs,
-            batch_size=self.batch_size,
-            progress=progress,
-            memory_limit=limit,
-            folder=folder,
-        )
-        if (labels is None) == (found is None):
-            raise ValueError(
-                "labels must come once: fit(images, labels), or fit(loader) with a loader that "
-                f"yields (images, labels); got {'none' if labels is None else 'both'}"
-            )
-        first = next(iter(features.values()))
-        for name, values in features.items():
-            if values.dtype in (torch.bfloat16, torch.float16):
-                features[name] = values.float()
-        labels = torch.as_tensor(found if labels is None else labels, device=first.device)
-        check_labels(labels, len(first))
-        self.features = ready  # only now: a fit that fails before leaves the earlier one to use
-        return features, labels.long()
 
     def _ready_features(self, sample: list[Tensor]) -> LayerFeatures:
         """Choose layers where none are named, and make the reductions for images like these."""
@@ -344,9 +316,7 @@ class SVMRejection(RejectingClassifier):
             OSError: If the file cannot be written; an earlier one stays as it was.
         """
         self._require_fit()
-        tensors = {k: v for k, v in self.state_dict().items() if not k.startswith("features.net.")}
-        metadata = {**self.settings(), "network_digest": digest(self.net.state_dict())}
-        save_tensors(path, tensors, metadata, kind=type(self).__name__)
+        save_classifier(self, path)
 
     @classmethod
     def _on_layers(
@@ -380,30 +350,7 @@ class SVMRejection(RejectingClassifier):
             CheckpointError: If the file is damaged, foreign, or belongs to another network or to
                 other reductions.
         """
-        tensors, metadata = load_tensors(path, kind=cls.__name__)
-        if strict and metadata["network_digest"] != digest(net.state_dict()):
-            raise CheckpointError(
-                f"{path}: expected the network it was fitted on, got one with other weights; load "
-                "those weights first, or pass strict=False"
-            )
-        try:
-            reductions = reductions_of_file(path, metadata, layers or {})
-            model = cls._on_layers(net, reductions, metadata["options"])
-            model.features.sizes = metadata.get("sizes", {})
-            model.selection = metadata["selection"]
-            for name, svm in model._svms().items():
-                svm.C, svm.gamma = model.selection[name]["C"], model.selection[name]["gamma"]
-            # The network has its weights, and some networks change themselves when they load.
-            model.features.net = None
-            model.load_state_dict(tensors)
-            model.features.net = net
-        except (KeyError, TypeError, RuntimeError) as error:
-            raise CheckpointError(
-                f"{path}: expected the contents of a {cls.__name__} of this version, got others "
-                f"({error}); fit it again, or use the torchdnr version that wrote it"
-            ) from error
-        device = next((p.device for p in net.parameters()), torch.device("cpu"))
-        return model.to(device)
+        return load_classifier(cls, path, net, strict=strict, layers=layers or {})
 
 
 def _check_hyperparameters(
