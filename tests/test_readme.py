@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import torch
+from torchvision.models import resnet18
 
 import torchdnr
 from torchdnr.evaluation import load_results
@@ -73,7 +74,7 @@ def test_the_files_it_links_to_exist():
 
 
 def test_the_python_example_runs(tmp_path, monkeypatch):
-    code, svm_code, detector_code = re.findall(r"```python\n(.*?)```", README, re.S)
+    code, svm_code, layers_code, detector_code = re.findall(r"```python\n(.*?)```", README, re.S)
     for given, small in [
         ("svm=1200", "svm=150"),
         ("threshold=500", "threshold=40"),
@@ -92,7 +93,31 @@ def test_the_python_example_runs(tmp_path, monkeypatch):
     variables = {"features": features, "classes": (features[:, 0] > 0).long()}
     exec(svm_code, variables)
     assert variables["search"].svm(features).shape == (40, 2)
+    run_layers_example(layers_code)
     run_detector_example(detector_code)
+
+
+def run_layers_example(code):
+    labels = torch.arange(24) % 2
+    images = torch.rand(24, 3, 32, 32) / 2 + labels[:, None, None, None] / 2
+    net = resnet18(num_classes=2)
+    variables = {"net": net, "images": images, "calibration_images": images}
+    variables |= {"DNR": torchdnr.DNR, "loader": [(images[:12], labels[:12]), (images, labels)]}
+    if importlib.util.find_spec("onnxscript") is None:
+        code = code.replace("torchdnr.export_onnx(", "isinstance(")
+        code = code.replace('model, "dnr.onnx", images)', "model, object)")
+    exec(
+        "import torch\n"
+        + code.replace("model = DNR(net, {", "first = model\nmodel = DNR(net, {").replace(
+            "small =", "model.calibrate(images)\nsmall ="
+        ),
+        variables,
+    )
+    assert variables["first"].layers == ()
+    small, model = variables["small"], variables["model"]
+    assert len(small.base_svms[0].support_vectors) < len(model.base_svms[0].support_vectors)
+    found = variables["program"].module()(images)
+    torch.testing.assert_close(found["scores"], model.scores(images), atol=1e-4, rtol=1e-4)
 
 
 def run_detector_example(code):
