@@ -106,14 +106,9 @@ def run_layers_example(code):
     if importlib.util.find_spec("onnxscript") is None:
         code = code.replace("torchdnr.export_onnx(", "isinstance(")
         code = code.replace('model, "dnr.onnx", images)', "model, object)")
-    exec(
-        "import torch\n"
-        + code.replace("model = DNR(net, {", "first = model\nmodel = DNR(net, {").replace(
-            "small =", "model.calibrate(images)\nsmall ="
-        ),
-        variables,
-    )
-    assert variables["first"].layers == ()
+    code = code.replace("model = DNR(net, {", "lazy = model\nmodel = DNR(net, {")
+    exec(f"import torch\n{code}", variables)
+    assert variables["lazy"].layers == ()
     small, model = variables["small"], variables["model"]
     assert len(small.base_svms[0].support_vectors) < len(model.base_svms[0].support_vectors)
     found = variables["program"].module()(images)
