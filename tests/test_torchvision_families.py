@@ -91,7 +91,12 @@ def test_dnr_on_its_own_choice_of_layers(family, tmp_path):
     model.fit(images, labels).calibrate(images, 0.1)
     assert len(model.layers) == 3
     assert all(1 < size["features"] <= 4096 for size in model.features.sizes.values())
-    assert (model.scores(images).argmax(1) == labels).double().mean() > 0.8
+    with torch.no_grad():
+        features = model.features(images).values()
+        for svm, z in zip(model.base_svms, features, strict=True):
+            right = svm(z).argmax(1) == labels
+            assert right.double().mean() > 0.8  # the layer tells images apart
+        assert model.scores(images).std(0).min() > 0.01
 
     inputs = images.clone().requires_grad_()
     scores = model(inputs)
@@ -110,8 +115,8 @@ def test_dnr_on_its_own_choice_of_layers(family, tmp_path):
     precise = copy.deepcopy(loaded).double()
     point = images[:1].double().requires_grad_()
     (gradient,) = torch.autograd.grad(precise.scores(point)[0, labels[0]], point)
-    step = 1e-6 * gradient / gradient.norm()
+    step = 1e-8 * gradient / gradient.norm()  # small: these networks are steep and have kinks
     with torch.no_grad():
         rise = precise.scores(point + step) - precise.scores(point - step)
-    slope = (rise[0, labels[0]] / 2e-6).item()
+    slope = (rise[0, labels[0]] / 2e-8).item()
     assert slope == pytest.approx(gradient.norm().item(), rel=1e-3)
