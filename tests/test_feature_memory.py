@@ -64,20 +64,20 @@ def test_kernel_rows_from_blocks_are_those_of_the_whole():
 
 
 def test_fits_and_searches_do_not_depend_on_the_limit():
-    x, y = wide()
+    x, y = wide(120, 8000)
     x = x.double()
-    little = 45 * MIB
+    little = 40 * MIB
     assert plan_features(x, 9, little).rows is not None
     plenty = RBFSVM(C=1.0, gamma=1e-3, tol=1e-5).fit(x, y)
     tight = RBFSVM(C=1.0, gamma=1e-3, tol=1e-5).fit(x, y, memory_limit=little)
     torch.testing.assert_close(tight(x), plenty(x), atol=1e-4, rtol=0)
-    grid = {"C_grid": (0.5, 5.0), "gamma_grid": (1.0, 4.0), "folds": 3}
+    grid = {"C_grid": (1.0,), "gamma_grid": (1.0, 4.0), "folds": 3}
     searches = [grid_search(x, y, **grid, memory_limit=limit) for limit in (None, little)]
     torch.testing.assert_close(searches[0].accuracy, searches[1].accuracy, atol=0.01, rtol=0)
     assert searches[0].gamma == pytest.approx(searches[1].gamma)
 
 
-# 1600 images whose layer takes 122 MiB, more than the limit. The classes are well apart, so that
+# 1000 images whose layer takes 122 MiB, more than the limit. The classes are well apart, so that
 # there are few support vectors. Libraries take their own memory in a small fit before.
 MEASURED = """
 import sys, threading, time, warnings, torch
@@ -91,18 +91,18 @@ def anonymous():
 def watch():
     while True:
         seen.append(anonymous())
-        time.sleep(0.001)
+        time.sleep(0.003)
 
 torch.set_num_threads(1)
 torch.manual_seed(0)
 warnings.simplefilter("ignore", UserWarning)
-net = nn.Sequential(nn.Linear(4, 20_000), nn.ReLU())
-y = torch.arange(1600) % 2
-x = (0.05 * torch.rand(1600, 4) + 0.9 * y[:, None])
+net = nn.Sequential(nn.Linear(4, 32_000), nn.ReLU())
+y = torch.arange(1000) % 2
+x = (0.05 * torch.rand(1000, 4) + 0.9 * y[:, None])
 options = SEARCH
 def model():
     return DNR(net, ["1"], batch_size=100, memory_limit=LIMIT, folds=2, stacking_folds=2, **options)
-model().fit(x[:400], y[:400])
+model().fit(x[:200], y[:200])
 before, seen = anonymous(), []
 threading.Thread(target=watch, daemon=True).start()
 fitted = model().fit(x, y, features_folder=sys.argv[1] if len(sys.argv) > 1 else None)
@@ -114,8 +114,7 @@ SEARCHED = "{'C_grid': [0.1, 1.0], 'gamma_grid': [1.0]}"
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-@pytest.mark.parametrize("options", [GIVEN, SEARCHED])
-@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize(("options", "keep"), [(GIVEN, True), (SEARCHED, False)])
 def test_a_fit_on_mapped_features_keeps_to_its_limit(tmp_path, options, keep):
     limit = 80
     code = MEASURED.replace("LIMIT", str(limit * MIB)).replace("SEARCH", options)

@@ -289,3 +289,14 @@ def test_a_fit_on_mapped_features_is_the_fit_in_memory(tmp_path):
     assert net.calls == 3
     for model in (kept, again):
         assert torch.equal(model.scores(x), expected.scores(x))
+
+
+def test_features_of_half_precision_are_stored_as_svms_need_them(tmp_path):
+    features = features_of(Counted())
+    narrow = extract(features, images())[0]
+    assert narrow["3"].dtype == torch.bfloat16
+    for folder in (None, tmp_path):
+        wide = extract(features, images(), folder=folder, widen=True)[0]
+        assert_same(wide, {name: values.float() for name, values in narrow.items()})
+    with pytest.raises(CheckpointError, match="one with other widened"):
+        extract(features, images(), folder=tmp_path)

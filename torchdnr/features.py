@@ -24,6 +24,7 @@ from torchdnr.reductions import (
 
 # So many layer names fit in an error message; a longer list shows its first and last ones.
 NAMES_SHOWN = 20
+_HALF = (torch.bfloat16, torch.float16)
 
 
 class LayerFeatures(nn.Module):
@@ -181,6 +182,7 @@ def extract(
     progress: bool = False,
     memory_limit: int | None = None,
     folder: str | Path | None = None,
+    widen: bool = False,
 ) -> tuple[dict[str, Tensor], Tensor | None]:
     """Take the features of a whole data set, batch by batch, without gradient.
 
@@ -203,6 +205,7 @@ def extract(
         memory_limit: Bytes that the features of all layers together may take in memory; beyond
             that, they go to a temporary folder. Default: no limit.
         folder: Where features go in any case, and are kept.
+        widen: Whether features of half precision come back as float32, which SVMs need.
 
     Returns:
         Layer name -> features ``(n, d)``, and the labels ``(n,)`` where ``data`` yields them,
@@ -227,6 +230,7 @@ def extract(
         rows = RowsInMemory(n)
         if folder is not None:
             run = _describe(features, device, n, batch_size if n is not None else None)
+            run["widened"] = widen
             rows = stack.enter_context(FeatureStore(folder, run, n))
         batches = data.split(batch_size) if isinstance(data, Tensor) else data
         for batch in tqdm(batches, desc="features", unit="batch", disable=not progress):
@@ -237,6 +241,8 @@ def extract(
             if isinstance(rows, FeatureStore) and rows.holds(images, labels[-1] if rest else None):
                 continue
             values = features(images.to(device, non_blocking=True))
+            if widen:
+                values = {k: v.float() if v.dtype in _HALF else v for k, v in values.items()}
             if isinstance(rows, RowsInMemory) and memory_limit is not None:
                 if (needed := rows.largest(values)) > memory_limit:
                     files = stack.enter_context(temporary_files(n, needed, memory_limit))

@@ -57,15 +57,13 @@ def training_features(
         progress=progress,
         memory_limit=memory_limit,
         folder=folder,
+        widen=True,
     )
     if (labels is None) == (found is None):
         raise ValueError(
             "labels must come once: fit(images, labels), or fit(loader) with a loader that "
             f"yields (images, labels); got {'none' if labels is None else 'both'}"
         )
-    for name, values in features.items():
-        if values.dtype in (torch.bfloat16, torch.float16):
-            features[name] = values.float()
     first = next(iter(features.values()))
     labels = torch.as_tensor(found if labels is None else labels, device=first.device)
     check_labels(labels, len(first))
