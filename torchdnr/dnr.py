@@ -17,6 +17,12 @@ COMBINER = "combiner"
 class DNR(SVMRejection):
     """Deep Neural Rejection: an RBF-SVM on each layer, and one more that combines their scores.
 
+    ``torch.compile(model)``, or ``model.compile()`` in place, makes one graph of network and SVMs,
+    with gradients of first order. Autocast, compiled or not, lowers the network alone: the SVMs
+    compute in float32. Fit, calibrate and predict under the same autocast, since the threshold
+    belongs to the scores that it was set on. `export_program` and `export_onnx` make a program of
+    the classifier that runs without this package.
+
     Args:
         net: Any module on images in [0, 1], normalisation inside. It is left as found.
         layers: Names from ``net.named_modules()``; or a mapping from name to reduction, which makes
