@@ -508,7 +508,6 @@ def test_the_committed_results_of_cifar10_tell_of_its_images_and_reject_a_tenth(
             assert all(0.07 <= run[name]["rejection_rate"] <= 0.13 for name in ("NR", "DNR"))
 
 
-@pytest.mark.xfail(reason="recorded with a network of ten epochs, 84.6 %", strict=True)
 @pytest.mark.parametrize("path", CIFAR10_RESULTS, ids=lambda path: path.stem)
 def test_the_network_of_cifar10_is_right_on_85_percent(path):
     for variant in read_json(path)["variants"].values():
