@@ -3,7 +3,8 @@
 All runs of a data set, then figures and tables. Every piece is kept in the folder as soon as it is
 made: a run that was stopped goes on with the same command. Several machines can share the runs:
 `--stage network` on one of them, copy the folder to the others, `--runs 0 1` here, `--runs 2 3 4`
-there, copy the run-N folders together, `--stage report`. `--quick` is one run with fewer samples.
+there, copy the run-N folders together, `--stage report`. `--quick` means fewer samples, and run 0
+alone unless `--runs` names others.
 `--record` writes to benchmarks/results/paper/ and README.md instead of the folder.
 """
 
@@ -37,8 +38,14 @@ def make_parser() -> argparse.ArgumentParser:
     )
     option = parser.add_argument
     option("dataset", choices=list(PROTOCOLS))
-    option("--quick", action="store_true", help="one run, fewer samples, short training (MNIST)")
-    option("--runs", type=int, nargs="+", metavar="N", help="these runs only (default: all)")
+    option("--quick", action="store_true", help="run 0 alone, fewer samples, short training")
+    option(
+        "--runs",
+        type=int,
+        nargs="+",
+        metavar="N",
+        help="these runs only (default: all; with --quick the first)",
+    )
     option("--variants", nargs="+", metavar="NAME", help="paper, later (default: both)")
     option("--stage", choices=STAGES, help="up to this stage only; report: nothing but that")
     option(
@@ -111,7 +118,7 @@ def repeat(options: argparse.Namespace, console: Console) -> None:
 def make(study: Study, options: argparse.Namespace, stage: str, console: Console) -> None:
     """Make networks, classifiers, attacks and sweeps, up to a stage."""
     protocol = study.protocol
-    runs = range(protocol.runs) if options.runs is None else options.runs
+    runs = options.runs or range(1 if options.quick else protocol.runs)
     variants = options.variants or list(protocol.variants)
     pieces = [] if stage == STAGES[0] else [(name, run) for name in variants for run in runs]
     console.stages = len(variants) + len(pieces)

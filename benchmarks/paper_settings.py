@@ -179,11 +179,11 @@ QUICK_TRAININGS = {
 
 
 def quick(protocol: Protocol) -> Protocol:
-    """Shorten the experiments: one run, fewer samples, short trainings, the default line-up."""
+    """Shorten the experiments: fewer samples, short trainings, the default line-up."""
     variants = {
         name: replace(variant, trainings=QUICK_TRAININGS[protocol.dataset])
         for name, variant in protocol.variants.items()
     }
     return replace(
-        protocol, variants=variants, runs=1, svm_samples=2_000, attacked=60, attacks=DEFAULT_ATTACKS
+        protocol, variants=variants, svm_samples=2_000, attacked=60, attacks=DEFAULT_ATTACKS
     )
