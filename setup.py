@@ -26,6 +26,7 @@ setup(
         "gpytorch>=1.14",
         "safetensors>=0.4.5",
         "tqdm>=4.66.1",
+        "pillow>=10",
         "matplotlib>=3.8.4",
     ],
     extras_require={

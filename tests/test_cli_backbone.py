@@ -1,7 +1,11 @@
 """The scripts on a folder of photographs with a torchvision classifier as the network."""
 
+import csv
+import html
 import importlib.util
 import json
+import re
+import shlex
 import shutil
 from pathlib import Path
 
@@ -10,7 +14,13 @@ import torch
 from torchvision import models
 from torchvision.io import write_jpeg
 
+from torchdnr import DNR, predict
+from torchdnr.cli import Console
+from torchdnr.cli_options import attack_parser
+from torchdnr.cli_settings import prepare
+from torchdnr.data import load_dataset
 from torchdnr.files import load_tensors
+from torchdnr.models import load_network
 
 ROOT = Path(__file__).parents[1]
 
@@ -106,6 +116,29 @@ def test_attack_needs_the_run_folder_alone(made, photographs, weights, tmp_path,
     results = json.loads((folder / "results.json").read_text())
     assert set(results["curves"]) == {"DNN", "NR", "DNR"}
     assert (folder / "curve.png").exists()
+    command = re.search("<pre>(python attack.py .*?)</pre>", (folder / "report.html").read_text())
+    asked = attack_parser().parse_args(shlex.split(html.unescape(command[1]))[2:])
+    assert (asked.backbone, asked.image_size) == ("squeezenet1_1", 64)
+    assert (asked.weights, asked.outputs) == (str(weights), [7, 3])
+
+
+def test_predict_labels_files_as_the_classifier_does(made, photographs, tmp_path):
+    table = tmp_path / "labels.csv"
+    asked = [str(photographs / "val"), "--run", str(made), "--csv", str(table), "--device", "cpu"]
+    assert predict.main([*asked, "--quiet"]) == 0
+    with table.open(newline="") as opened:
+        rows = list(csv.DictReader(opened))
+    job = prepare(
+        attack_parser().parse_args(["--run", str(made), "--device", "cpu"]), Console(True)
+    )
+    data = load_dataset(f"folder:{photographs}", image_size=64)
+    net = load_network(job.build_network(), made / "network.safetensors")
+    model = DNR.load(made / "dnr.safetensors", net.eval())
+    images, labels = data.select(torch.arange(12), test=True)
+    assert [Path(row["file"]).parent.name for row in rows] == [data.classes[k] for k in labels]
+    assert [int(row["class"]) for row in rows] == model.predict(images).tolist()
+    best = torch.tensor([float(row["best_score"]) for row in rows])
+    torch.testing.assert_close(best, model.scores(images).amax(dim=1).detach(), atol=1e-4, rtol=0)
 
 
 def test_without_layers_three_are_chosen_and_remembered(photographs, weights, tmp_path):

@@ -294,6 +294,13 @@ def test_the_page_needs_nothing_else_and_holds_the_numbers(tmp_path):
     assert "<fast>" not in text
 
 
+def test_of_a_long_setting_the_beginning_is_shown(tmp_path):
+    run = {"classes": [f"class {k}" for k in range(1000)], "layers": ["a", "b"]}
+    text = Page(write_page(tmp_path, settings={"run": run})).text
+    assert "'class 19', and 980 more]" in text and "class 20" not in text
+    assert "['a', 'b']" in text
+
+
 def test_failed_checks_come_first_and_stand_beside_the_numbers(tmp_path):
     page = Page(write_page(tmp_path))
     text = page.text

@@ -178,3 +178,14 @@ def test_module_on_the_command_line(finished, photographs):
     )
     assert done.returncode == 0 and done.stderr == ""
     assert len(done.stdout.splitlines()) == 13
+
+
+def test_a_stopped_call_says_that_it_starts_again(run, photographs, monkeypatch, capsys):
+    def stop(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(predict, "_outputs", stop)
+    path = run / "labels.csv"
+    assert predict.main([str(photographs[0]), "--run", str(run), "--csv", str(path)]) == 130
+    assert capsys.readouterr().err.endswith("stopped; the same command starts again\n")
+    assert not path.exists()

@@ -63,6 +63,8 @@ def run_command(
     options: argparse.Namespace,
     job: Callable[[Console], None],
     packages: Sequence[str] = ("torchdnr",),
+    *,
+    resumes: bool = True,
 ) -> int:
     """Run a job; print its time and memory, or its error in one line.
 
@@ -70,6 +72,7 @@ def run_command(
         options: Parsed options; ``quiet`` counts here.
         job: What to run.
         packages: Beginnings of the names of the modules whose errors are written for users.
+        resumes: Whether a stopped job goes on where it was.
 
     Returns:
         Exit code: 0, 2 after an error, 130 if stopped by Ctrl-C. An error that nobody foresaw
@@ -79,7 +82,8 @@ def run_command(
     try:
         job(console)
     except KeyboardInterrupt:
-        print(f"\n{console.process}stopped; the same command goes on from here", file=sys.stderr)
+        what_then = "goes on from here" if resumes else "starts again"
+        print(f"\n{console.process}stopped; the same command {what_then}", file=sys.stderr)
         return STOPPED
     except Exception as error:
         if not _foreseen(error, packages):

@@ -8,6 +8,7 @@ from typing import Any
 
 from torchdnr.cli import Console, peak_memory_mib
 from torchdnr.cli_evaluation import Evaluation
+from torchdnr.cli_settings import NETWORK_OPTIONS
 from torchdnr.evaluation.curve import SecurityCurve, read_json
 from torchdnr.evaluation.environment import describe_environment
 from torchdnr.evaluation.measures import Measures, most_telling_eps
@@ -110,6 +111,7 @@ def command_of(evaluation: Evaluation) -> str:
         "dataset": run["dataset"],
         "seed": run["seed"],
         **{f"{part}-samples": run[f"{part}_samples"] for part in ("network", "svm", "threshold")},
+        **{name.replace("_", "-"): run.get(name) for name in NETWORK_OPTIONS},
         **{name: run[name] for name in ("epochs", "lr", "momentum")},
         "train-batch-size": run["batch_size"],
         "layers": run["layers"],

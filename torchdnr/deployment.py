@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 INPUT = "images"
 OUTPUTS = ("scores", "labels", "rejected")
+BATCH_AXIS = "n"
 
 ONNX_FILE_LIMIT = 2**31 - 2**24
 """Most bytes of weights in one ONNX file: protobuf ends at 2 GiB, and the graph needs some."""
@@ -136,10 +137,24 @@ def export_onnx(model: nn.Module, path: str | Path, images: Tensor, *, opset: in
         verbose=False,
     )
     onnx_model = exported.model
+    _name_batch_axis(onnx_model)
     onnx_model.metadata_props["reject_label"] = str(REJECT)
     if isinstance(threshold := getattr(model, "threshold", None), Tensor | float):
         onnx_model.metadata_props["threshold"] = repr(float(threshold))
     _save_onnx(onnx_model, Path(path))
+
+
+def _name_batch_axis(model: "Model") -> None:
+    """Call the number of images n, wherever the exporter wrote a name of its own making."""
+    from onnx_ir import Shape
+
+    graph = model.graph
+    made_up = str(graph.inputs[0].shape[0])
+    values = [*graph.inputs, *(value for node in graph.all_nodes() for value in node.outputs)]
+    for value in values:
+        if value.shape is not None:
+            sizes = [size if isinstance(size, int) else str(size) for size in value.shape]
+            value.shape = Shape([BATCH_AXIS if size == made_up else size for size in sizes])
 
 
 def _save_onnx(model: "Model", path: Path) -> None:

@@ -165,7 +165,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     options = parser().parse_args(argv)
     failed: list[int] = []
-    status = run_command(options, lambda console: failed.append(predict(options, console)))
+    status = run_command(
+        options, lambda console: failed.append(predict(options, console)), resumes=False
+    )
     return status or (SOME_UNREADABLE if failed[0] else 0)
 
 

@@ -12,6 +12,8 @@ from torchdnr.files import atomic_write_bytes
 
 ORDER = "fail", "warn", "pass", "skipped"  # of the checks: what failed is never hidden below
 NO_CHECKS = "no checks were made"
+LONG_LIST = 20
+"""Entries of a list that the table of settings shows."""
 
 _escape = html.escape
 
@@ -276,8 +278,15 @@ def _costs(curves: Mapping[str, SecurityCurve]) -> str:
 
 
 def _pairs(content: Mapping[str, Any]) -> str:
-    rows = [[_escape(str(key)), _escape(str(value))] for key, value in content.items()]
+    rows = [[_escape(str(key)), _escape(_shortened(value))] for key, value in content.items()]
     return _table(["", ""], rows) if rows else ""
+
+
+def _shortened(value: object) -> str:
+    """Write a setting; of a long list, such as the names of 1,000 classes, its beginning."""
+    if not isinstance(value, list) or len(value) <= LONG_LIST:
+        return str(value)
+    return f"{str(value[:LONG_LIST])[:-1]}, and {len(value) - LONG_LIST:,} more]"
 
 
 def _settings(settings: Mapping[str, Any]) -> str:
