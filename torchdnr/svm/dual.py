@@ -8,7 +8,8 @@ Labels, C, weights and held-out samples (C = 0) change only y and the bounds.
 """
 
 import warnings
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -187,6 +188,25 @@ def certify(
         scores=product + intercept,
         kernel_rows=kernel.evaluated,
     )
+
+
+def join_solutions(parts: Sequence[DualSolution]) -> DualSolution:
+    """Put the solutions of groups of problems on one kernel side by side.
+
+    Args:
+        parts: One per group, in the order in which they were solved.
+
+    Returns:
+        The solutions of all problems.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    values = {
+        field.name: torch.cat([getattr(part, field.name) for part in parts], dim=-1)
+        for field in fields(DualSolution)
+        if field.name != "kernel_rows"
+    }
+    return DualSolution(**values, kernel_rows=parts[-1].kernel_rows)
 
 
 def warn_if_not_converged(solution: DualSolution, tol: float, stacklevel: int = 3) -> None:

@@ -5,6 +5,7 @@ samples become support vectors that is a small part of the Gram matrix; where mo
 A row costs the same either way, so rows on demand are never dearer than the whole matrix.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -24,6 +25,10 @@ MEMORY_LIMIT = 4 * 2**30
 """Bytes that a fit may take where the caller sets no limit."""
 STATE_ARRAYS = 24
 """Float64 arrays of one entry per sample and problem that are alive at once, at the most."""
+WHOLE_ARRAYS = 8
+"""Those of all problems, where they are solved some at a time: what is given and returned."""
+LEAST_TOGETHER = 16
+"""Problems solved together at the least, if there are as many."""
 LARGEST_SET = 8192
 """Samples in a working set at the most."""
 SET_BYTES = 40
@@ -39,10 +44,12 @@ class MemoryPlan:
     Attributes:
         capacity: Kernel rows held at the most.
         largest_set: Samples in a working set at the most.
+        together: Problems solved together; None for all.
     """
 
     capacity: int
     largest_set: int
+    together: int | None = None
 
 
 def plan_memory(
@@ -52,43 +59,62 @@ def plan_memory(
 
     Args:
         n: Samples.
-        problems: Problems solved at once.
+        problems: Problems on one kernel.
         itemsize: Bytes of a kernel value.
         memory_limit: Bytes beyond the features; None for ``MEMORY_LIMIT``.
         taken: Bytes of it that are spent already, on copies of the features.
 
     Returns:
-        The plan: a fifth of what the state leaves goes to working sets, the rest to kernel rows.
+        The plan: a quarter of what is beyond the least goes to solving more problems together; of
+        what their state leaves, a fifth goes to working sets, the rest to kernel rows.
 
     Raises:
         ValueError: If the limit leaves less room than a small working set needs.
     """
     limit = MEMORY_LIMIT if memory_limit is None else int(memory_limit)
-    state = _state_bytes(n, problems, itemsize) + taken
     least = least_memory(n, problems, itemsize, taken)
     if limit < least:
         raise ValueError(
             f"memory_limit must be at least {least} bytes for {n} samples and {problems} problems "
             f"at once, got {limit}: raise it, or use fewer samples"
         )
+    spare = int(USABLE * (limit - least))
+    together = min(problems, LEAST_TOGETHER + spare // 4 // (STATE_ARRAYS * 8 * n))
+    state = _state_bytes(n, problems, together, itemsize) + taken
     room = int(limit * USABLE) - state
     sets = room // 5
     largest = min(LARGEST_SET, int((sets / SET_BYTES) ** 0.5))
     capacity = (room - sets) // (n * itemsize)
-    return MemoryPlan(min(n, capacity), min(largest, max(2, capacity)))
+    return MemoryPlan(min(n, capacity), min(largest, max(2, capacity)), together)
 
 
 def least_memory(n: int, problems: int, itemsize: int, taken: int = 0) -> int:
     """Compute the smallest memory limit, in bytes, that ``plan_memory`` takes."""
-    state = _state_bytes(n, problems, itemsize) + taken
+    state = _state_bytes(n, problems, min(problems, LEAST_TOGETHER), itemsize) + taken
     sets_and_rows = 5 * SET_BYTES * 256**2 + 2 * n * itemsize * min(n, 256)
     return math.ceil((state + sets_and_rows) / USABLE)
 
 
-def _state_bytes(n: int, problems: int, itemsize: int) -> int:
+def _state_bytes(n: int, problems: int, together: int, itemsize: int) -> int:
     """Bytes of the state of the problems, and of the rows that are being evaluated or added up."""
+    arrays = STATE_ARRAYS * together + (WHOLE_ARRAYS * problems if together < problems else 0)
     rows = min(EVALUATE_ELEMENTS, n * n) * itemsize + 8 * min(EXACT_ELEMENTS, n * n)
-    return STATE_ARRAYS * 8 * n * problems + rows
+    return 8 * n * arrays + rows
+
+
+def column_groups(problems: int, together: int | None) -> list[slice]:
+    """Divide problems into groups of nearly one size.
+
+    Args:
+        problems: P.
+        together: Problems in a group at the most; None for all.
+
+    Returns:
+        Columns of each group.
+    """
+    groups = math.ceil(problems / (together or problems))
+    bounds = [problems * part // groups for part in range(groups + 1)]
+    return [slice(*pair) for pair in itertools.pairwise(bounds)]
 
 
 class KernelRows:
@@ -105,6 +131,7 @@ class KernelRows:
 
     Attributes:
         largest_set: Samples in a working set at the most.
+        together: Problems solved together; None for all.
         evaluated: Rows evaluated so far, repeats counted.
         store: The rows held, ``(slots, n)``; see ``slots``.
     """
@@ -123,6 +150,7 @@ class KernelRows:
             self._at_once = max(1, EVALUATE_ELEMENTS // n)
         self._evaluate, self.n = evaluate, n
         self.capacity, self.largest_set = max(min(3, n), min(plan.capacity, n)), plan.largest_set
+        self.together = plan.together
         # A CPU gives memory only to the part that gets written.
         self.store = torch.empty(self.capacity, n, dtype=like.dtype, device=like.device)
         self._slot_of = torch.full((n,), -1, dtype=torch.int64, device=like.device)

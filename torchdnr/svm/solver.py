@@ -4,8 +4,14 @@ import torch
 from torch import Tensor
 
 from torchdnr.svm.descent import Descent, descend
-from torchdnr.svm.dual import DualSolution, certify, dual_bounds, warn_if_not_converged
-from torchdnr.svm.gram import KernelRows
+from torchdnr.svm.dual import (
+    DualSolution,
+    certify,
+    dual_bounds,
+    join_solutions,
+    warn_if_not_converged,
+)
+from torchdnr.svm.gram import KernelRows, column_groups
 from torchdnr.svm.projected_gradient import bounded_start
 from torchdnr.svm.working_set import settle
 
@@ -32,7 +38,8 @@ def solve_dual(
     Columns advance together but stop alone: a problem gets the same answer, up to rounding,
     whichever problems it is batched with. Where C is 0 a sample is held out, so that folds are
     columns too. Outer steps choose working sets, on which Newton's method guesses the active set;
-    where that fails, two-variable updates take over (``descent``).
+    where that fails, two-variable updates take over (``descent``). ``KernelRows`` may say how many
+    columns advance together; the others come after them, on the rows that are held already.
 
     Args:
         kernel: Symmetric positive semidefinite Gram matrix, ``(n, n)``, float32 or float64; or
@@ -56,14 +63,40 @@ def solve_dual(
     Source: Fan, Chen and Lin, JMLR 6 (2005); Wen et al., JMLR 19 (2018); Hintermueller, Ito and
     Kunisch, SIAM J. Optim. 13 (2002).
     """
-    lower, upper = _check_problem(kernel, targets, C)
     rows = kernel if isinstance(kernel, KernelRows) else KernelRows.dense(kernel)
-    by_problem = [t.T.contiguous() for t in (targets.double(), lower, upper)]
+    limits = _check_problems(kernel, targets, C, rows.together)
     if initial is not None and (initial.shape != targets.shape or bool(torch.isnan(initial).any())):
         raise ValueError(
             f"initial must be {tuple(targets.shape)} as targets and hold no NaN, got "
             f"{tuple(initial.shape)} or NaN: leave it out to start from 0"
         )
+    parts = [
+        _solve(
+            rows,
+            targets[:, columns],
+            *dual_bounds(targets[:, columns], limits[:, columns]),
+            tol,
+            max_steps,
+            None if initial is None else initial[:, columns],
+        )
+        for columns in column_groups(targets.shape[1], rows.together)
+    ]
+    solution = join_solutions(parts)
+    warn_if_not_converged(solution, tol)
+    return solution
+
+
+def _solve(
+    rows: KernelRows,
+    targets: Tensor,
+    lower: Tensor,
+    upper: Tensor,
+    tol: float,
+    max_steps: int,
+    initial: Tensor | None,
+) -> DualSolution:
+    """Solve problems that advance together."""
+    by_problem = [t.T.contiguous() for t in (targets.double(), lower, upper)]
     start = bounded_start(rows, *by_problem, GOAL * tol) if initial is None else initial.T
     if start is not None:
         start = _feasible(start, *by_problem)
@@ -77,7 +110,6 @@ def solve_dual(
         if (solution.converged | (state.steps >= max_steps)).all():
             break
         state.gradient = (solution.scores - solution.intercept - targets).T.contiguous()
-    warn_if_not_converged(solution, tol)
     return solution
 
 
@@ -87,10 +119,10 @@ def _feasible(initial: Tensor, targets: Tensor, lower: Tensor, upper: Tensor) ->
     return settle(initial.double(), -targets, lower, upper, total)
 
 
-def _check_problem(
-    kernel: Tensor | KernelRows, targets: Tensor, C: float | Tensor
-) -> tuple[Tensor, Tensor]:
-    """Check what the user gave, and turn it into bounds of b."""
+def _check_problems(
+    kernel: Tensor | KernelRows, targets: Tensor, C: float | Tensor, together: int | None
+) -> Tensor:
+    """Check what the user gave, and return C as ``(n, P)``, without a copy of it."""
     given = kernel if isinstance(kernel, Tensor) else kernel.store
     n = given.shape[0] if isinstance(kernel, Tensor) else kernel.n
     if given.ndim != 2 or given.shape[1] != n:
@@ -110,12 +142,21 @@ def _check_problem(
     limits = torch.as_tensor(C, dtype=torch.float64, device=given.device)
     if not (torch.isfinite(limits) & (limits >= 0)).all():
         raise ValueError(f"C must be finite and >= 0, got values down to {limits.min().item():g}")
-    lower, upper = dual_bounds(targets, limits)
-    both = (lower < 0).any(dim=0) & (upper > 0).any(dim=0)
-    if not both.all():
-        columns = (~both).nonzero().squeeze(1).tolist()
+    limits = limits.expand(targets.shape)
+    both = [
+        _has_both(targets[:, columns], limits[:, columns])
+        for columns in column_groups(targets.shape[1], together)
+    ]
+    columns = (~torch.cat(both)).nonzero().squeeze(1).tolist()
+    if columns:
         raise ValueError(
             f"each problem needs samples of both classes with C > 0; columns {columns[:10]} of "
             "targets have one class only: add samples of the missing class"
         )
-    return lower, upper
+    return limits
+
+
+def _has_both(targets: Tensor, limits: Tensor) -> Tensor:
+    """Tell for each problem whether samples of both classes take part, ``(P,)``."""
+    taking_part = limits > 0
+    return ((targets > 0) & taking_part).any(dim=0) & ((targets < 0) & taking_part).any(dim=0)

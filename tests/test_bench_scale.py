@@ -1,0 +1,134 @@
+"""bench_scale.py: what it counts, how it fits exponents, what it says of ImageNet."""
+
+import importlib
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from torchdnr.svm import RBFSVM
+
+ROOT = Path(__file__).parents[1]
+FACTORS = {
+    "processor_seconds": (1e-3, 1.5),
+    "peak_memory_mib": (2.0, 0.5),
+    "support_vectors": (1.0, 0.8),
+    "kernel_rows": (2.0, 0.8),
+    "products": (10.0, 2.0),
+}
+
+
+@pytest.fixture
+def scripts(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    names = "bench_scale", "scale_worker", "scale_estimate", "scale_readme"
+    return [importlib.import_module(name) for name in names]
+
+
+def entries(sizes, name):
+    """Sizes that grow by known power laws."""
+    return [
+        {name: size, **{k: a * size**p for k, (a, p) in FACTORS.items()}, "n": size, "d": 8}
+        | {"classes": 10 if name == "n" else size, "not_converged": 0}
+        for size in sizes
+    ]
+
+
+def test_known_exponents_are_found_from_the_largest_problems(scripts):
+    bench, *_ = scripts
+    measured = entries((100, 1000, 2000, 4000, 8000), "n")
+    measured[0]["processor_seconds"] = 1e9  # all overhead
+    found = bench.growth(measured, "n")
+    for name, (factor, exponent) in FACTORS.items():
+        assert found[name]["exponent"] == pytest.approx(exponent)
+        assert found[name]["factor"] == pytest.approx(factor)
+        assert found[name]["largest_ratio"] == pytest.approx(1.0)
+    measured[-1]["peak_memory_mib"] = None
+    measured[-1]["processor_seconds"] *= 1.3
+    found = bench.growth(measured, "n")
+    assert "peak_memory_mib" not in found
+    assert 1.0 < found["processor_seconds"]["largest_ratio"] < 1.3
+    assert bench.growth(measured[:1], "n") == {}
+
+
+def test_the_worker_counts_rows_and_products_of_the_fit(scripts):
+    _, worker, *_ = scripts
+    features, labels = worker.clusters(240, 6)
+    assert features.shape == (240, 64) and labels.bincount().tolist() == [40] * 6
+    with worker.counted_products() as counts:
+        svm = RBFSVM(10.0).fit(features, labels)
+    at_least = 6 * svm.solution.kernel_rows  # each row meets coefficients once, in the certificate
+    assert at_least <= counts[0] // 240
+    found = worker.measure(features, labels, 2**30)
+    assert found["products"] == counts[0]
+    assert found["kernel_rows"] == svm.solution.kernel_rows
+    assert found["support_vectors"] == len(svm.support)
+    assert (found["n"], found["classes"], found["not_converged"]) == (240, 6, 0)
+    assert found["violation"] <= 1e-3 and found["processor_seconds"] > 0
+
+
+def test_digits_of_a_smaller_n_are_the_beginning_and_copies_are_moved(scripts, monkeypatch):
+    _, worker, *_ = scripts
+    images = torch.rand(50, 1, 28, 28)
+    labels = torch.arange(50) % 10
+    few = type(
+        "Few",
+        (),
+        {"labels_train": labels, "select": lambda self, rows: (images[rows], labels[rows])},
+    )()
+    monkeypatch.setattr(worker, "load_dataset", lambda *_: few)
+    small, large = worker.digits(30, ""), worker.digits(70, "")
+    assert torch.equal(large[0][:30], small[0]) and large[0].shape == (70, 784)
+    assert torch.equal(large[1][50:], large[1][:20])
+    assert not torch.equal(large[0][50:], large[0][:20])
+    assert torch.equal(worker.digits(70, "")[0], large[0])
+
+
+def test_the_estimate_carries_the_counts_on(scripts):
+    bench, _, estimate, readme = scripts
+    by_n = entries((1000, 2000, 4000, 8000), "n")
+    by_c = entries((10, 100, 1000), "classes")
+    results = {
+        "sections": {
+            "samples": {str(e["n"]): e for e in by_n},
+            "classes": {str(e["classes"]): e for e in by_c},
+        }
+    }
+    bench.summarise(results)
+    whole = results["estimate"]["all"]
+    n, c = estimate.IMAGES, 1000 / 10
+    rows = min(n, 2 * n**0.8 * c**0.8)
+    assert whole["kernel_rows"] == pytest.approx(rows)
+    assert whole["kernel_flop"] == pytest.approx(2 * rows * n * 512)
+    assert whole["product_flop"] == pytest.approx(2 * 10 * n**2 * c**2)
+    seconds = whole["kernel_flop"] / 67e12 + whole["product_flop"] / 34e12
+    assert whole["hours_one_gpu"] == pytest.approx(seconds / 3600)
+    assert whole["hours_one_gpu"] == pytest.approx(8 * whole["hours_eight_gpus"])
+    assert whole["state_gib"] == pytest.approx(8 * 8 * n * 1000 / 2**30)
+    results |= {"environment": {"processor": "toy", "torch": "2"}}
+    results |= {"settings": {"memory_limit": 2**30, "threads": 1}}
+    text = readme.readme_section(results)
+    assert "*1.50*" in text and "estimated, not measured" in text
+    assert math.isfinite(whole["hours_one_gpu"])
+
+
+def test_the_readme_has_the_committed_growth(scripts):
+    *_, readme = scripts
+    results = json.loads(readme.RESULTS.read_text())
+    begin, end = readme.MARKERS
+    text = (ROOT / "README.md").read_text()
+    assert f"{begin}\n{readme.readme_section(results)}\n{end}" in text
+
+
+def test_the_committed_fits_stay_inside_their_memory(scripts):
+    *_, readme = scripts
+    results = json.loads(readme.RESULTS.read_text())
+    samples = results["sections"]["samples"].values()
+    assert max(entry["n"] for entry in samples) >= 100_000
+    assert max(entry["classes"] for entry in results["sections"]["classes"].values()) >= 1_000
+    for section in results["sections"].values():
+        for entry in section.values():
+            assert entry["not_converged"] == 0
+            assert entry["peak_memory_mib"] < 8 * 1024
