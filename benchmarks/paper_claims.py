@@ -1,8 +1,8 @@
 """What the paper says about its experiments, and whether it is so in ours.
 
-Two classifiers are compared sample by sample: only samples that one of them gets right and the
-other does not tell them apart, by an exact sign test, at 5 % over all eps of a claim (Holm). The
-test takes the samples of several runs as independent, though runs share test images and a network.
+Two classifiers are compared image by image: only images that one of them gets right more often
+than the other, over the runs that drew them, tell the two apart, by an exact sign test, at 5 % over
+all eps of a claim (Holm). All runs share one network, and nothing is said of others.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -50,15 +50,17 @@ class Outcomes:
         eps: Sizes of the attack.
         right: Whether it counts as correct, bool ``(len(eps), n)``.
         rejected: Whether it was rejected, bool ``(len(eps), n)``.
+        images: Which test image it is, int64 ``(n,)``; several runs may have drawn the same.
     """
 
     eps: Sequence[float]
     right: Tensor
     rejected: Tensor
+    images: Tensor
 
 
-def gather(runs: Sequence[Predictions]) -> Outcomes:
-    """Put the samples of all runs side by side."""
+def gather(runs: Sequence[Predictions], images: Sequence[Tensor]) -> Outcomes:
+    """Put the samples of all runs side by side; ``images`` are their test images, run by run."""
     found = []
     for run in runs:
         rejected = run.predictions == REJECT
@@ -66,11 +68,12 @@ def gather(runs: Sequence[Predictions]) -> Outcomes:
         attacked = torch.tensor(run.eps)[:, None] > 0
         found.append((right | (rejected & attacked), rejected))
     right, rejected = (torch.cat(parts, dim=1) for parts in zip(*found, strict=True))
-    return Outcomes(list(runs[0].eps), right, rejected)
+    return Outcomes(list(runs[0].eps), right, rejected, torch.cat(list(images)))
 
 
 def judge_claims(
     clean: Mapping[str, Tensor],
+    clean_images: Tensor,
     outcomes: Mapping[str, Outcomes],
     nr_rejects_more_at: Sequence[float],
     sweeps: Mapping[str, Mapping[str, Any]] | None,
@@ -78,7 +81,8 @@ def judge_claims(
     """Go through the paper's claims.
 
     Args:
-        clean: Whether each clean test image is right, by classifier: "DNN", "NR", "DNR".
+        clean: Whether each clean sample of all runs is right, by classifier: "DNN", "NR", "DNR".
+        clean_images: Which test images those are.
         outcomes: Of the same classifiers under the same attack.
         nr_rejects_more_at: eps at which the paper sees NR reject more than DNR.
         sweeps: Over theta, of "NR" and "DNR", averaged; None where they belong to another attack.
@@ -91,7 +95,7 @@ def judge_claims(
     dnn, nr, dnr = (outcomes[name] for name in ("DNN", "NR", "DNR"))
     attacked = [index for index, eps in enumerate(nr.eps) if eps > 0]
     claims = [
-        _clean_claim(clean),
+        _clean_claim(clean, clean_images),
         _rises_then_falls(nr, dnr),
         _reaches_zero({"NR": nr, "DNR": dnr}),
         _ahead("under attack, NR is more accurate than DNN", nr, dnn, attacked),
@@ -102,9 +106,17 @@ def judge_claims(
     return claims if sweeps is None else [*claims, _trade(sweeps)]
 
 
-def _signs(pairs: Sequence[tuple[Tensor, Tensor]]) -> list[int]:
+def _by_image(one: Tensor, two: Tensor, images: Tensor) -> Tensor:
+    """Average over the runs that drew an image by how much the first is true more often."""
+    _, place = images.unique(return_inverse=True)
+    difference, counts = one.double() - two.double(), place.bincount().double()
+    return torch.zeros_like(counts).index_add(0, place, difference) / counts
+
+
+def _signs(pairs: Sequence[tuple[Tensor, Tensor]], images: Tensor) -> list[int]:
     """Tell for each pair whether the first is true more often (1), less (-1), or neither (0)."""
-    counts = [(int((a & ~b).sum()), int((b & ~a).sum())) for a, b in pairs]
+    averages = [_by_image(one, two, images) for one, two in pairs]
+    counts = [(int((found > 0).sum()), int((found < 0).sum())) for found in averages]
     levels = [binomtest(k, k + m).pvalue if k + m else 1.0 for k, m in counts]
     signs = [0] * len(pairs)
     for rank, index in enumerate(sorted(range(len(pairs)), key=levels.__getitem__)):
@@ -114,9 +126,9 @@ def _signs(pairs: Sequence[tuple[Tensor, Tensor]]) -> list[int]:
     return signs
 
 
-def _same(one: Tensor, two: Tensor) -> bool:
+def _same(one: Tensor, two: Tensor, images: Tensor) -> bool:
     """Tell whether two rates are certain to lie close together, from paired samples."""
-    difference = one.double() - two.double()
+    difference = _by_image(one, two, images)
     if len(difference) < 2:
         return False
     # Half a sample more on either side: no difference in a few samples is not certainty.
@@ -155,11 +167,11 @@ def _pairs(
     )
 
 
-def _clean_claim(clean: Mapping[str, Tensor]) -> Claim:
+def _clean_claim(clean: Mapping[str, Tensor], images: Tensor) -> Claim:
     verdicts = []
     for name in ("NR", "DNR"):
         pair = clean["DNN"], clean[name]
-        verdicts.append(_verdict(_signs([pair]), [_same(*pair)]))
+        verdicts.append(_verdict(_signs([pair], images), [_same(*pair, images)]))
     told = ", ".join(f"{name} {_percent(right)}" for name, right in clean.items())
     return Claim(
         "without attack, DNN is slightly more accurate than NR and DNR",
@@ -172,7 +184,7 @@ def _ahead(claim: str, leader: Outcomes, other: Outcomes, rows: Sequence[int]) -
     """Judge a lead in accuracy, at every eps at which either has more than 1 % left."""
     left = [row for row in rows if (leader.right[row] | other.right[row]).double().mean() > _ZERO]
     pairs = [(leader.right[row], other.right[row]) for row in left]
-    signs = _signs(pairs)
+    signs = _signs(pairs, leader.images)
     told = _pairs(leader, other, rows, lambda found: found.right)
     marks = {1: "ahead", -1: "behind", 0: "no difference to be seen"}
     where = "; ".join(
@@ -180,7 +192,7 @@ def _ahead(claim: str, leader: Outcomes, other: Outcomes, rows: Sequence[int]) -
         for sign, word in marks.items()
         if (at := [row for row, found in zip(left, signs, strict=True) if found == sign])
     )
-    verdict = _verdict(signs, [_same(*pair) for pair in pairs])
+    verdict = _verdict(signs, [_same(*pair, leader.images) for pair in pairs])
     return Claim(claim, verdict, f"accuracy in percent: {told} ({where or 'none left'})")
 
 
@@ -193,10 +205,11 @@ def _rises_then_falls(nr: Outcomes, dnr: Outcomes) -> Claim:
         # All of them are tested: the largest alone would be the largest by chance as well.
         signs = _signs(
             [(found.rejected[i], found.rejected[0]) for i in between]
-            + [(found.rejected[i], found.rejected[last]) for i in between]
+            + [(found.rejected[i], found.rejected[last]) for i in between],
+            found.images,
         )
         rises, falls = signs[: len(between)], signs[len(between) :]
-        same = [_same(found.rejected[i], found.rejected[0]) for i in between]
+        same = [_same(found.rejected[i], found.rejected[0], found.images) for i in between]
         if any(up > 0 and down > 0 for up, down in zip(rises, falls, strict=True)):
             verdicts.append(HOLDS)
         elif any(up > 0 for up in rises):
@@ -221,7 +234,7 @@ def _rises_then_falls(nr: Outcomes, dnr: Outcomes) -> Claim:
 def _reaches_zero(outcomes: Mapping[str, Outcomes]) -> Claim:
     verdicts, told = [], []
     for name, found in outcomes.items():
-        rate, n = found.right[-1].double().mean().item(), found.right.shape[1]
+        rate, n = found.right[-1].double().mean().item(), len(found.images.unique())
         low, high = wilson_interval(rate, n)
         if low > _ZERO:
             verdicts.append(FAILS)
@@ -240,8 +253,10 @@ def _rejects_more(nr: Outcomes, dnr: Outcomes, eps: Sequence[float]) -> Claim:
     rows = [list(nr.eps).index(value) for value in eps]
     more = [(nr.rejected[row], dnr.rejected[row]) for row in rows]
     less = [(dnr.right[row], nr.right[row]) for row in rows]
-    both = [min(pair) for pair in zip(_signs(more), _signs(less), strict=True)]
-    same = [_same(*m) or _same(*a) for m, a in zip(more, less, strict=True)]
+    both = [
+        min(pair) for pair in zip(_signs(more, nr.images), _signs(less, nr.images), strict=True)
+    ]
+    same = [_same(*m, nr.images) or _same(*a, nr.images) for m, a in zip(more, less, strict=True)]
     named = ", ".join(f"{value:g}" for value in eps)
     return Claim(
         f"NR rejects more than DNR and is less accurate all the same (at {named})",

@@ -132,13 +132,21 @@ def _variant(
         for name, curves in several.items()
     }
     eps, sweeps = study.protocol.nr_rejects_more_at, {key: m.to_dict() for key, m in means.items()}
+    drawn = [study.test_rows(settings["run"]) for _, settings, _ in runs]
+    attacked = [rows[: study.protocol.attacked] for rows in drawn]
     clean = {
         name: torch.tensor([one for _, s, _ in runs for one in s["clean"][name]["right"]]).bool()
         for name in several
     }
     claims = {
-        WORST: judge_claims(clean, {key: gather(v) for key, v in several.items()}, eps, sweeps),
-        ALONE: judge_claims(clean, {key: gather(v) for key, v in alone.items()}, eps, None),
+        part: judge_claims(
+            clean,
+            torch.cat(drawn),
+            {key: gather(values, attacked) for key, values in curves.items()},
+            eps,
+            fitting,
+        )
+        for part, curves, fitting in ((WORST, several, sweeps), (ALONE, alone, None))
     }
     return {
         "network": {

@@ -79,13 +79,27 @@ class Study:
 
     def samples(self, run: int) -> dict[str, tuple[Tensor, Tensor]]:
         """Draw the images of a run, on the device: svm, threshold and test."""
+        left, parts = self._draw(run)
+        found = {
+            "svm": left.select(parts.svm),
+            "threshold": left.select(parts.threshold),
+            "test": left.select(parts.test, test=True),
+        }
+        return {name: (x.to(self.device), y.to(self.device)) for name, (x, y) in found.items()}
+
+    def test_rows(self, run: int) -> Tensor:
+        """Tell which test images a run draws, ``(test_samples,)``."""
+        return self._draw(run)[1].test
+
+    def _draw(self, run: int) -> tuple[Dataset, Splits]:
+        """Draw a run's images from the data without those that train the networks."""
         protocol, data = self.protocol, self.data
         rest = torch.ones(len(data.labels_train), dtype=torch.bool)
         rest[self.network_rows()] = False
         left = replace(
             data, images_train=data.images_train[rest], labels_train=data.labels_train[rest]
         )
-        parts = split(
+        return left, split(
             left,
             network=0,
             svm=protocol.svm_samples,
@@ -93,12 +107,6 @@ class Study:
             test=protocol.test_samples,
             seed=run,
         )
-        found = {
-            "svm": left.select(parts.svm),
-            "threshold": left.select(parts.threshold),
-            "test": left.select(parts.test, test=True),
-        }
-        return {name: (x.to(self.device), y.to(self.device)) for name, (x, y) in found.items()}
 
     def network_rows(self) -> Tensor:
         """Choose the images that train the networks, ``(k,)``."""

@@ -19,10 +19,11 @@ def readme_section(name: str, content: Mapping[str, Any]) -> str:
     for variant, found in content["variants"].items():
         about = content["protocol"]["variants"][variant]["about"]
         parts += [f"**{variant}**: {about}. {_facts(content, variant)}", ""]
-        parts += [_curve_table(found, "github"), "", _claim_table(found, "github"), ""]
-        parts += [_cost_table(content["cost"][variant], "github"), ""]
-        parts += [_notes(content, variant), ""]
+        parts += [_curve_table(found, "github"), "", _verdict_table(found, "github"), ""]
         parts += [_figures(f"{name}-{variant}", content["protocol"]), ""]
+        parts += _folded("The numbers behind the verdicts", _number_table(found, "github"))
+        costs = f"{_cost_table(content['cost'][variant], 'github')}\n\n{_notes(content, variant)}"
+        parts += _folded("What each stage cost", costs)
     text = "\n".join(parts).rstrip()
     # The padding that lines up a table's columns only makes long lines of it here.
     return re.sub(r"(?<=\|)-+(?=\|)", "---", re.sub(r" {2,}", " ", text))
@@ -51,7 +52,8 @@ def as_text(content: Mapping[str, Any]) -> str:
         about = content["protocol"]["variants"][variant]["about"]
         parts += [f"{variant}: {about}", _facts(content, variant), ""]
         parts += [_curve_table(found, "simple"), ""]
-        parts += [_claim_table(found, "simple", width=44), ""]
+        parts += [_verdict_table(found, "simple", width=60), ""]
+        parts += [_number_table(found, "simple", width=44), ""]
         parts += [_cost_table(content["cost"][variant], "simple"), ""]
         parts += [_notes(content, variant), ""]
     return "\n".join(parts)
@@ -117,22 +119,36 @@ def _cell(name: str, curve: Mapping[str, Any], index: int) -> str:
     return text
 
 
-def _claim_table(found: Mapping[str, Any], style: str, width: int | None = None) -> str:
-    worst = {entry["claim"]: entry for entry in found["claims"][WORST]}
+def _folded(title: str, text: str) -> list[str]:
+    """Put text where a reader of README.md sees it on a click."""
+    return [f"<details><summary>{title}</summary>", "", text, "", "</details>", ""]
+
+
+def _by_claim(found: Mapping[str, Any]) -> dict[str, tuple[dict[str, str], dict[str, str]]]:
+    """Pair what each claim comes to under the paper's attack, if anything, and our line-up."""
     alone = {entry["claim"]: entry for entry in found["claims"][ALONE]}
+    nothing = {"verdict": "-", "numbers": "-"}
+    return {
+        entry["claim"]: (alone.get(entry["claim"], nothing), entry)
+        for entry in found["claims"][WORST]
+    }
+
+
+def _verdict_table(found: Mapping[str, Any], style: str, width: int | None = None) -> str:
     rows = [
-        [
-            claim,
-            alone[claim]["verdict"] if claim in alone else "-",
-            worst[claim]["verdict"],
-            alone[claim]["numbers"] if claim in alone else "-",
-            worst[claim]["numbers"],
-        ]
-        for claim in worst
+        [claim, *(entry["verdict"] for entry in pair)] for claim, pair in _by_claim(found).items()
     ]
     header = ["what the paper says", f"under {ALONE}", f"under {WORST}"]
-    header += [f"numbers, {ALONE}", f"numbers, {WORST}"]
-    widths = None if width is None else [width // 2, 12, 12, width, width]
+    widths = None if width is None else [width, 14, 14]
+    return tabulate(rows, header, tablefmt=style, disable_numparse=True, maxcolwidths=widths)
+
+
+def _number_table(found: Mapping[str, Any], style: str, width: int | None = None) -> str:
+    rows = [
+        [claim, *(entry["numbers"] for entry in pair)] for claim, pair in _by_claim(found).items()
+    ]
+    header = ["what the paper says", f"numbers, {ALONE}", f"numbers, {WORST}"]
+    widths = None if width is None else [width // 2, width, width]
     return tabulate(rows, header, tablefmt=style, disable_numparse=True, maxcolwidths=widths)
 
 

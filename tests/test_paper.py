@@ -35,6 +35,7 @@ def outcomes(right, rejected):
         EPS,
         torch.stack([order < count for count in right]),
         torch.stack([order < count for count in rejected]),
+        order,
     )
 
 
@@ -47,7 +48,8 @@ AS_THE_PAPER = {
 
 
 def verdicts(found, at=(1,), sweeps=None, clean=CLEAN):
-    return {claim.claim: claim.verdict for claim in judge_claims(clean, found, at, sweeps)}
+    claims = judge_claims(clean, torch.arange(N), found, at, sweeps)
+    return {claim.claim: claim.verdict for claim in claims}
 
 
 def test_outcomes_as_in_the_paper_hold():
@@ -88,7 +90,7 @@ def test_rates_that_neither_rise_nor_fall_cannot_be_told():
 def test_few_samples_do_not_show_that_no_accuracy_is_left():
     for n, left, verdict in ((20, 0, OPEN), (100, 0, HOLDS), (100, 1, HOLDS), (100, 10, FAILS)):
         right = torch.stack([torch.ones(n, dtype=torch.bool), torch.arange(n) < left])
-        one = Outcomes([0, 1], right, torch.zeros_like(right))
+        one = Outcomes([0, 1], right, torch.zeros_like(right), torch.arange(n))
         found = verdicts({"DNN": one, "NR": one, "DNR": one})
         assert [value for key, value in found.items() if "no accuracy" in key] == [verdict]
 
@@ -113,17 +115,33 @@ def test_five_samples_that_differ_decide_nothing_and_six_do():
         assert found["under attack, DNR is slightly more accurate than NR"] == verdict
 
 
+def test_an_image_that_several_runs_draw_counts_once():
+    """Six of them decide; one image six times, or three twice, does not."""
+    for images, verdict in (([0, 1, 2, 3, 4, 5], HOLDS), ([0] * 6, OPEN), ([0, 1, 2] * 2, OPEN)):
+        drawn = torch.arange(N)
+        drawn[:6] = torch.tensor(images)
+        right = torch.ones(2, N, dtype=torch.bool)
+        behind = right & (torch.arange(N) >= 6)
+        none = torch.zeros_like(right)
+        nr, dnr = Outcomes([0, 1], behind, none, drawn), Outcomes([0, 1], right, none, drawn)
+        found = verdicts({"DNN": nr, "NR": nr, "DNR": dnr})
+        assert found["under attack, DNR is slightly more accurate than NR"] == verdict
+
+
 def test_a_difference_that_is_certain_to_be_small_fails_a_claim():
     n = 4000
     order = torch.arange(n)
-    one = Outcomes([0, 1], torch.stack([order < 3600, order < 2000]), torch.stack([order < 0] * 2))
-    two = Outcomes([0, 1], torch.stack([order < 3600, order < 2002]), one.rejected)
+    none = torch.stack([order < 0] * 2)
+    one = Outcomes([0, 1], torch.stack([order < 3600, order < 2000]), none, order)
+    two = Outcomes([0, 1], torch.stack([order < 3600, order < 2002]), none, order)
     found = verdicts({"DNN": one, "NR": one, "DNR": two}, at=(1,))
     assert found["under attack, DNR is slightly more accurate than NR"] == FAILS
 
 
 def test_the_numbers_of_a_claim_are_those_of_the_outcomes():
-    claims = {c.claim: c.numbers for c in judge_claims(CLEAN, AS_THE_PAPER, (1,), None)}
+    claims = {
+        c.claim: c.numbers for c in judge_claims(CLEAN, torch.arange(N), AS_THE_PAPER, (1,), None)
+    }
     told = claims["under attack, DNR is slightly more accurate than NR"]
     assert told == "accuracy in percent: 60.0 against 40.0 at 1, 0.0 against 0.0 at 2 (ahead at 1)"
 
@@ -134,7 +152,8 @@ def test_gather_counts_a_reject_as_an_error_without_attack_and_as_right_under_it
         labels = torch.tensor([0, 1, 2])
         predictions = torch.tensor([[0, -1, 1], [0, -1, 1]])
 
-    found = paper_claims.gather([Run(), Run()])
+    found = paper_claims.gather([Run(), Run()], [torch.tensor([7, 8, 9]), torch.tensor([1, 8, 2])])
+    assert found.images.tolist() == [7, 8, 9, 1, 8, 2]
     assert found.right.tolist() == [[True, False, False] * 2, [True, True, False] * 2]
     assert found.rejected.tolist() == [[False, True, False] * 2] * 2
 
