@@ -1,0 +1,119 @@
+"""Record a run of attack.py on photographs: results and figures here, its numbers in README.md.
+
+The run comes first, which takes an hour and more on one core; it goes on where it was stopped:
+
+    python attack.py --dataset folder:DIR --backbone squeezenet1_1 --weights FILE \\
+        --outputs 0 217 482 491 497 566 569 571 574 701 --samples 10 --eps 0 0.5 1 2 \\
+        --run runs/imagenette
+
+`python benchmarks/photographs.py --run runs/imagenette` then rewrites
+`benchmarks/results/imagenette*` and the part of README.md between the markers.
+"""
+
+import argparse
+import re
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from torchdnr.evaluation import BOUNDARY_WALK, LINE_SEARCH_PGD, SecurityCurve, load_results
+from torchdnr.evaluation.metrics import wilson_interval
+from torchdnr.files import atomic_write_bytes
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks/results"
+NAME = "imagenette"
+MARKERS = (
+    "<!-- photographs: written by benchmarks/photographs.py -->",
+    "<!-- end of photographs -->",
+)
+
+
+def readme_section(curves: dict[str, SecurityCurve], settings: dict[str, Any]) -> str:
+    """Format the numbers of a run on photographs for README.md.
+
+    Args:
+        curves: Classifier name to its curve.
+        settings: Of the run, with environment, classifiers and cost.
+
+    Returns:
+        Markdown: what was run where, clean numbers on all test images, and the table.
+    """
+    run, environment = settings["run"], settings["environment"]
+    samples = len(next(iter(curves.values())).labels)
+    low, high = wilson_interval(0.5, samples)
+    channels, *size = run["image_shape"]
+    clean = "; ".join(
+        f"{name} {100 * found['test_accuracy']:.1f} % right"
+        + (
+            f", {100 * found['test_rejection_rate']:.1f} % rejected"
+            if "test_rejection_rate" in found
+            else ""
+        )
+        for name, found in settings["classifiers"].items()
+    )
+    return "\n".join(
+        [
+            f"torchvision's {run['network']}, not trained further, {len(run['classes'])} of its "
+            f"outputs; {' x '.join(map(str, size))} pixels, {channels} channels; DNR on "
+            f"{', '.join(run['layers'])}, fitted to {run['svm_samples']:,} images, theta on "
+            f"{run['threshold_samples']:,} others. On {run['test_samples']:,} clean test images: "
+            f"{clean}. Attacked: {samples} of these, with the whole default line-up; "
+            f"{environment['threads']} thread of a CPU, torch {environment['torch']}. Accuracy in "
+            f"percent, rejected share in brackets; 95 % interval at 50: {100 * low:.0f} to "
+            f"{100 * high:.0f}.",
+            "",
+            *_table(curves),
+        ]
+    )
+
+
+def _table(curves: dict[str, SecurityCurve]) -> list[str]:
+    dnr = curves["DNR"].attacks
+    columns = {
+        **{f"{name}, worst case": curve for name, curve in curves.items()},
+        **{f"DNR, {name} alone": dnr[name] for name in (LINE_SEARCH_PGD, BOUNDARY_WALK)},
+    }
+    lines = ["| eps | " + " | ".join(columns) + " |", "|---|" + "---|" * len(columns)]
+    for index, eps in enumerate(curves["DNR"].eps):
+        cells = [
+            f"{100 * curve.accuracy[index]:.0f}"
+            + ("" if name.startswith("DNN") else f" ({100 * curve.rejection_rate[index]:.0f})")
+            for name, curve in columns.items()
+        ]
+        lines.append(f"| {eps:g} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def main() -> int:
+    """Copy what a finished run folder holds, and rewrite README.md."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--run", type=Path, required=True, metavar="DIR", help="finished run")
+    folder = parser.parse_args().run
+    curves, settings = load_results(folder / "results.json")
+    used = (settings["run"]["dataset"].partition(":")[2], settings["run"]["weights"])
+    if absolute := [path for path in used if Path(path).is_absolute()]:
+        print(
+            f"the record would carry paths of this machine: {', '.join(absolute)}; make the run "
+            "with relative ones",
+            file=sys.stderr,
+        )
+        return 2
+    shutil.copyfile(folder / "results.json", RESULTS / f"{NAME}.json")
+    for name in ("curve", "examples"):
+        shutil.copyfile(folder / f"{name}.png", RESULTS / f"{NAME}-{name}.png")
+    readme = ROOT / "README.md"
+    between = re.compile(
+        "(?<=" + re.escape(MARKERS[0]) + r").*?(?=" + re.escape(MARKERS[1]) + ")", re.S
+    )
+    section = readme_section(curves, settings)
+    text = between.sub(lambda _: f"\n{section}\n", readme.read_text())
+    atomic_write_bytes(readme, text.encode())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
