@@ -63,7 +63,9 @@ SCORES = st.lists(st.integers(-3, 3), min_size=3, max_size=3)
 def test_to_swap_the_scores_turns_the_interval_round(a, b, c, d):
     a, b, c, d = (torch.tensor(values, **DOUBLE) for values in (a, b, c, d))
     there, back = auroc_difference((a, b), (c, d)), auroc_difference((c, d), (a, b))
-    assert (back.value, back.low, back.high) == pytest.approx((-there.value, -there.high, -there.low))
+    assert (back.value, back.low, back.high) == pytest.approx(
+        (-there.value, -there.high, -there.low)
+    )
     assert -1 <= there.low <= there.value <= there.high <= 1
 
 
