@@ -1,4 +1,5 @@
 import importlib
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,7 +15,7 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 def bench(monkeypatch):
     """Load the parts of the benchmark that need no further package."""
     monkeypatch.syspath_prepend(BENCHMARKS)
-    names = "ood_images", "ood_measures", "ood_figure"
+    names = "ood_images", "ood_measures", "ood_figure", "ood_readme"
     return SimpleNamespace(**{name[4:]: importlib.import_module(name) for name in names})
 
 
@@ -223,3 +224,76 @@ def test_the_figure_has_a_panel_for_each_corruption(bench, tmp_path, monkeypatch
     assert panels[0].get_xticklabels()[0].get_text() == f"0.1\n({right} %)"
     with pytest.raises(ValueError, match="no corrupted images"):
         bench.figure.plot_severities(entries[:3], tmp_path / "none.png")
+
+
+# --- text ---
+
+
+def toy_results(bench):
+    """Make results in which DNR is ahead of NR and of kNN on one layer, and behind the others."""
+    ahead = {
+        "NR": 0.1,
+        "energy": -0.1,
+        "kNN, a": 0.1,
+        "kNN, b": -0.1,
+        "odd, a": -0.2,
+        "odd, b": -0.2,
+    }
+
+    def entry(name, kind, strength=None):
+        found = {d: {"dnr_ahead": [v, v - 0.05, v + 0.05]} for d, v in ahead.items()}
+        found = {"DNR": {}, **found}
+        for one in found.values():
+            one |= {"auroc": [0.9, 0.8, 0.95], "fpr": [0.3, 0.2, 0.4], "rejected": [0.7, 0.6, 0.8]}
+        size = {"images": 20, "clean_images": 20, "accuracy": [0.5, 0.4, 0.6]}
+        return {"name": name, "kind": kind, "strength": strength, "detectors": found, **size}
+
+    rejected = {name: {"rejected": [0.1, 0.0, 0.2]} for name in ("DNR", "NR")}
+    clean = {"name": "clean", "images": 40, "accuracy": [0.97, 0.9, 1], "detectors": rejected}
+    blurred = [entry("blur, pixels", "corrupted", value) for value in (1, 2, 3, 4, 5)]
+    control = entry("MNIST's test digits", "digits of others")
+    settings = {"seed": 7, "neighbours": 2, "fit_images": 60, "nr_layer": "b", "layers": ["a", "b"]}
+    return {
+        "run": {"dataset": "mnist-5k"},
+        "settings": settings,
+        "environment": {"threads": 1, "processor": "machine", "torch": "2"},
+        "versions": {"pytorch-ood": "0.4.0"},
+        "missing": {"Fashion-MNIST": "no network"},
+        "note": None,
+        "sets": [clean, entry("noise", "noise"), control, *blurred],
+    }
+
+
+def test_the_text_says_where_dnr_is_worse(bench):
+    text = bench.readme.readme_section(toy_results(bench))
+    assert text.endswith(
+        "DNR is worse than energy, kNN on b, odd on any layers; better than NR, kNN on a."
+    )
+    assert "| energy | 0, 1 | 0, 5 | -10.0 |" in text and "| NR | 1, 0 | 5, 0 | +10.0 |" in text
+    assert "seed 7; 40 clean" in text and "20 corrupted digits against 20" in text
+    assert "could not be had: Fashion-MNIST." in text
+    assert "| energy | 90.0 (80.0 to 95.0); 30.0 (20.0 to 40.0) |" in text
+    assert "| | blur, pixels 3 |" in text and "| kNN, b |" in text
+    even = toy_results(bench)
+    for entry in even["sets"][1:]:
+        entry["detectors"]["NR"]["dnr_ahead"] = [0.0, -0.1, 0.1]
+    text = bench.readme.readme_section(even)
+    assert "better than kNN on a; neither better nor worse than NR." in text
+
+
+def test_the_writer_refuses_a_readme_without_markers(bench, tmp_path, monkeypatch, capsys):
+    results = tmp_path / "ood.json"
+    results.write_text(json.dumps(toy_results(bench)))
+    monkeypatch.setattr(bench.readme, "ROOT", tmp_path)
+    monkeypatch.setattr(bench.readme, "RESULTS", results)
+    readme = tmp_path / "README.md"
+    readme.write_text("text")
+    assert bench.readme.main() == 2 and readme.read_text() == "text"
+    assert "no markers" in capsys.readouterr().err
+    readme.write_text("before\n" + "\nold\n".join(bench.readme.MARKERS) + "\nafter")
+    assert bench.readme.main() == 0
+    section = bench.readme.readme_section(toy_results(bench))
+    whole = "\n".join(
+        ["before", bench.readme.MARKERS[0], section, bench.readme.MARKERS[1], "after"]
+    )
+    assert readme.read_text() == whole
