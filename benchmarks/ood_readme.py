@@ -63,12 +63,14 @@ def _conditions(
     corrupted: list[dict[str, Any]],
 ) -> str:
     settings, environment = results["settings"], results["environment"]
-    sizes = f"{corrupted[0]['images']} corrupted digits against {corrupted[0]['clean_images']}"
+    halves = f"{corrupted[0]['images']} corrupted digits against {corrupted[0]['clean_images']}"
+    sizes = sorted({entry["images"] for entry in whole})
+    images = " to ".join(f"{size:,}" for size in dict.fromkeys([sizes[0], sizes[-1]]))
     text = (
         f"Data set {results['run']['dataset']}, seed {settings['seed']}; "
         f"{clean['images']:,} clean test digits, of which the network alone reads "
-        f"{_percent(clean['accuracy'])} %; {whole[0]['images']:,} images of every other set, "
-        f"{sizes} clean ones of others. Mahalanobis and kNN (k = {settings['neighbours']}) fitted "
+        f"{_percent(clean['accuracy'])} %; {images} images of every other set, "
+        f"{halves} clean ones of others. Mahalanobis and kNN (k = {settings['neighbours']}) fitted "
         f"on the {settings['fit_images']:,} images of DNR's fit; NR reads {settings['nr_layer']}, "
         f"all layers are {', '.join(settings['layers'])}. {environment['threads']} thread of an "
         f"{environment['processor']}, torch {environment['torch']}, pytorch-ood "

@@ -1,5 +1,4 @@
 import importlib
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +12,7 @@ from torchdnr import DNR, NR, REJECT
 pytest.importorskip("pytorch_ood", reason="needs pytorch-ood: pip install -e '.[peers]'")
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "tests"))
-from small_models import LAYERS, fitted, make_images, options, small_network  # noqa: E402
+from small_models import LAYERS, fitted, make_images, options, small_network
 
 
 @pytest.fixture
