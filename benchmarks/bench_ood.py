@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     sets = [
         *noise_images(images, seed),
         *others,
-        *corrupted_sets(images[half:], labels[half:], seed),
+        *corrupted_sets(images[half:].cpu(), labels[half:], seed),
     ]
     record = {
         "environment": describe_environment(job.device),

@@ -46,7 +46,7 @@ class Detectors:
 
         Returns:
             Scores by detector, float64 ``(n,)``, those of DNR and NR >= 0 where they reject; and
-            the labels that the network alone gives, ``(n,)``.
+            the labels that the network alone gives, ``(n,)``; on the CPU.
         """
         logits = outputs(self.net, images, BATCH_SIZE).double()  # a softmax in float32 is often 1
         features, _ = extract(self.dnr.features, images, batch_size=BATCH_SIZE)
@@ -58,7 +58,7 @@ class Detectors:
         scores["energy"] = EnergyBased(None).predict_logits(logits)
         for name, (detector, layers) in self.on_features.items():
             scores[name] = detector.predict_features(joined(features, layers))
-        return {name: values.double() for name, values in scores.items()}, logits.argmax(dim=1)
+        return {k: s.double().cpu() for k, s in scores.items()}, logits.argmax(dim=1).cpu()
 
 
 def fit_detectors(
@@ -78,6 +78,7 @@ def fit_detectors(
         All detectors.
     """
     features, _ = extract(dnr.features, images, batch_size=BATCH_SIZE)
+    labels = labels.cpu()
     views = {name: (name,) for name in dnr.layers} | {ALL_LAYERS: dnr.layers}
     fitted: dict[str, tuple[Any, tuple[str, ...]]] = {}
     for view, layers in views.items():
@@ -93,8 +94,8 @@ def fit_detectors(
 
 
 def joined(features: dict[str, Tensor], layers: tuple[str, ...]) -> Tensor:
-    """Concatenate the features of layers, float64 ``(n, d)``."""
-    return torch.cat([features[name] for name in layers], dim=1).double()
+    """Concatenate the features of layers, float64 ``(n, d)``, on the CPU, as scikit-learn wants."""
+    return torch.cat([features[name] for name in layers], dim=1).double().cpu()
 
 
 @contextmanager

@@ -67,7 +67,7 @@ def measure_all(
     clean, predicted = score(images)
     half = len(images) // 2
     rejected = {name: {"rejected": ends(share(clean[name] >= 0))} for name in REJECTING}
-    accuracy = ends(share(predicted == labels))
+    accuracy = ends(share(predicted == labels.to(predicted.device)))
     entries = [
         {"name": "clean", "images": len(images), "accuracy": accuracy, "detectors": rejected}
     ]

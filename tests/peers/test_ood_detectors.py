@@ -6,13 +6,13 @@ import pytest
 import torch
 from scipy.spatial.distance import cdist
 from sklearn.metrics import roc_auc_score
+from small_models import LAYERS, fitted, make_images, options, small_network
 
 from torchdnr import DNR, NR, REJECT
 
 pytest.importorskip("pytorch_ood", reason="needs pytorch-ood: pip install -e '.[peers]'")
 
 ROOT = Path(__file__).parents[2]
-from small_models import LAYERS, fitted, make_images, options, small_network
 
 
 @pytest.fixture
