@@ -31,7 +31,7 @@ from torchdnr.evaluation.report import format_table, load_results, save_results
 from torchdnr.evaluation.report_csv import save_csv
 from torchdnr.evaluation.report_html import save_html
 from torchdnr.evaluation.robust_error import robust_error, robust_errors, threshold_at_tpr
-from torchdnr.evaluation.roc import ROC, auroc, fpr_at_tpr, roc_curve
+from torchdnr.evaluation.roc import ROC, auroc, auroc_difference, fpr_at_tpr, roc_curve
 from torchdnr.evaluation.security import security_evaluation, security_evaluations
 from torchdnr.evaluation.stratified import ALPHAS, StratifiedCurve, stratified_curve
 from torchdnr.evaluation.threshold_sweep import (
@@ -61,6 +61,7 @@ __all__ = [
     "attack_costs",
     "attack_rates",
     "auroc",
+    "auroc_difference",
     "build_line_up",
     "decision_rates",
     "default_line_up",

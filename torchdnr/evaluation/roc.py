@@ -1,4 +1,4 @@
-"""ROC of two groups of scores: curve, area with DeLong's interval, FPR at a given TPR.
+"""ROC of two groups of scores: curve, area with DeLong's interval, two areas, FPR at a given TPR.
 
 Higher scores mean positive, and a score equal to a threshold is called positive, as in scikit-learn
 and in pytorch-ood ("higher = more outlying").
@@ -74,13 +74,12 @@ def auroc(negatives: Tensor, positives: Tensor, *, confidence: float = 0.95) -> 
     characteristic curves", Biometrics 44 (1988).
     """
     _check(negatives, positives)
-    below = _share_below(positives, negatives)  # of the negatives, for each positive
-    above = 1 - _share_below(negatives, positives)
+    below, above = _placements(negatives, positives)
     area = below.mean().item()
     smaller, total = min(len(below), len(above)), len(below) + len(above)
     if smaller == 1:
         return Estimate(area, 0.0, 1.0, total)
-    variance = (below.var() / len(below) + above.var() / len(above)).item()
+    variance = _variance(below, above)
     if not 0 < area < 1:
         reach = ((1 - confidence) / 2) ** (1 / smaller)
         return Estimate(area, *((reach, 1.0) if area == 1 else (0.0, 1 - reach)), total)
@@ -91,6 +90,55 @@ def auroc(negatives: Tensor, positives: Tensor, *, confidence: float = 0.95) -> 
     half = z * math.sqrt(variance) / (area * (1 - area))
     ends = torch.tensor([logit - half, logit + half], dtype=torch.float64).sigmoid()
     return Estimate(area, *ends.tolist(), total)
+
+
+def auroc_difference(
+    first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor], *, confidence: float = 0.95
+) -> Estimate:
+    """Compute by how much the area of one score exceeds that of another on the same samples.
+
+    DeLong's interval, which knows that both scores are of the same samples. Where a score separates
+    the groups wholly, or the areas differ by nothing that varies, it has no variance to go by: the
+    intervals of the two areas are then combined as if they were independent.
+
+    Args:
+        first: Scores of negatives ``(m,)`` and of positives ``(n,)``.
+        second: Another score of the same samples in the same order.
+        confidence: Coverage of the interval, in (0, 1).
+
+    Returns:
+        ``Estimate`` on m + n samples, in [-1, 1]; > 0 if the first score is better.
+
+    Raises:
+        ValueError: If the sizes differ, a group is empty, or a score is NaN.
+
+    Source: DeLong et al., Biometrics 44 (1988); Zou and Donner, Statistics in Medicine 27 (2008).
+    """
+    _check(*first)
+    _check(*second)
+    sizes = [tuple(map(len, groups)) for groups in (first, second)]
+    if sizes[0] != sizes[1]:
+        raise ValueError(
+            f"second must be of the samples of first, {sizes[0][0]} negatives and {sizes[0][1]} "
+            f"positives, got {sizes[1][0]} and {sizes[1][1]}"
+        )
+    placed = [_placements(*groups) for groups in (first, second)]
+    areas = [below.mean().item() for below, _ in placed]
+    value, total = areas[0] - areas[1], sum(sizes[0])
+    if min(sizes[0]) == 1:
+        return Estimate(value, -1.0, 1.0, total)
+    variance = _variance(*(one - two for one, two in zip(*placed, strict=True)))
+    if variance < 1e-15 or not all(0 < area < 1 for area in areas):
+        one, two = (auroc(*groups, confidence=confidence) for groups in (first, second))
+        low, high = square_and_add(
+            value,
+            (one.low - two.value, one.high - two.value),
+            (one.value - two.high, one.value - two.low),
+        )
+    else:
+        half = NormalDist().inv_cdf(0.5 + confidence / 2) * math.sqrt(variance)
+        low, high = value - half, value + half
+    return Estimate(value, max(-1.0, low), min(1.0, high), total)
 
 
 def fpr_at_tpr(
@@ -142,6 +190,15 @@ def fpr_at_tpr(
 def needed_rank(n: int, share: float) -> int:
     """Return the smallest number of n samples that is at least a share of them, >= 1."""
     return max(1, math.ceil(share * n - 1e-9))  # 0.95 * 20 is 19.000...
+
+
+def _placements(negatives: Tensor, positives: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the share of negatives below each positive, and of positives above each negative."""
+    return _share_below(positives, negatives), 1 - _share_below(negatives, positives)
+
+
+def _variance(below: Tensor, above: Tensor) -> float:
+    return (below.var() / len(below) + above.var() / len(above)).item()
 
 
 def _share_below(points: Tensor, group: Tensor) -> Tensor:
