@@ -1,9 +1,9 @@
-"""Record a run of attack.py on photographs: results and figures here, its numbers in README.md.
+r"""Record a run of attack.py on photographs: results and figures here, its numbers in README.md.
 
 The run comes first, which takes an hour and more on one core; it goes on where it was stopped:
 
-    python attack.py --dataset folder:DIR --backbone squeezenet1_1 --weights FILE \\
-        --outputs 0 217 482 491 497 566 569 571 574 701 --samples 10 --eps 0 0.5 1 2 \\
+    python attack.py --dataset folder:DIR --backbone squeezenet1_1 --weights FILE \
+        --outputs 0 217 482 491 497 566 569 571 574 701 --samples 10 --eps 0 0.5 1 2 \
         --run runs/imagenette
 
 `python benchmarks/photographs.py --run runs/imagenette` then rewrites
