@@ -13,8 +13,8 @@ from torchdnr.cli_evaluation import Evaluation, plan  # noqa: E402
 from torchdnr.cli_options import attack_parser  # noqa: E402
 from torchdnr.cli_report import FILES, find_report, write_report  # noqa: E402
 from torchdnr.cli_settings import find_device, prepare  # noqa: E402
-from torchdnr.evaluation.distribution import Processes, joined  # noqa: E402
 from torchdnr.pipeline import make_classifiers, summarise  # noqa: E402
+from torchdnr.processes import Processes, joined  # noqa: E402
 
 
 def attack(options: argparse.Namespace, processes: Processes, console: Console) -> None:

@@ -15,8 +15,8 @@ from torchdnr.cli_network import Preset, choose_network, layers_for, parse_layer
 from torchdnr.cli_options import BACKBONE_IMAGE_SIZE, DEFAULT_DATASET, FOLDER_IMAGE_SIZE
 from torchdnr.data import Dataset, Splits, load_dataset, split
 from torchdnr.evaluation.curve import read_json, write_json
-from torchdnr.evaluation.distribution import local_device
 from torchdnr.files import digest
+from torchdnr.processes import local_device
 from torchdnr.reductions import ReductionLike
 from torchdnr.training import TrainingSettings
 

@@ -32,7 +32,8 @@ def solve_dual(
     Columns advance together but stop alone: a problem gets the same answer, up to rounding,
     whichever problems it is batched with. Where C is 0 a sample is held out, so that folds are
     columns too. Outer steps choose working sets, on which Newton's method guesses the active set;
-    where that fails, two-variable updates take over (``descent``).
+    where that fails, two-variable updates take over (``descent``). Processes that share the rows
+    of the kernel all call this together, and get the same solution.
 
     Args:
         kernel: Symmetric positive semidefinite Gram matrix, ``(n, n)``, float32 or float64; or
@@ -66,7 +67,7 @@ def solve_dual(
         )
     start = bounded_start(rows, *by_problem, GOAL * tol) if initial is None else initial.T
     if start is not None:
-        start = _feasible(start, *by_problem)
+        start = rows.processes.agree(_feasible(start, *by_problem))
     state = Descent.start(start, *by_problem)
     if start is not None:
         state.gradient += rows.product(state.dual_coef)
@@ -91,9 +92,10 @@ def _check_problem(
     kernel: Tensor | KernelRows, targets: Tensor, C: float | Tensor
 ) -> tuple[Tensor, Tensor]:
     """Check what the user gave, and turn it into bounds of b."""
-    given = kernel if isinstance(kernel, Tensor) else kernel.store
-    n = given.shape[0] if isinstance(kernel, Tensor) else kernel.n
-    if given.ndim != 2 or given.shape[1] != n:
+    whole = isinstance(kernel, Tensor)
+    given = kernel if whole else kernel.store
+    n = given.shape[0] if whole else kernel.n
+    if whole and (given.ndim != 2 or given.shape[1] != n):
         raise ValueError(f"kernel must be square (n, n), got {tuple(given.shape)}")
     if targets.ndim != 2 or targets.shape[0] != n or targets.shape[1] == 0:
         raise ValueError(
@@ -103,7 +105,7 @@ def _check_problem(
         raise ValueError(
             f"targets must be on the device of kernel, {given.device}, got {targets.device}"
         )
-    if isinstance(kernel, Tensor) and not torch.isfinite(kernel).all():
+    if whole and not torch.isfinite(kernel).all():
         raise ValueError("kernel must be finite, got NaN or infinity: check the features and gamma")
     if not (targets.abs() == 1).all():
         raise ValueError("targets must be -1 or +1, got other values")
