@@ -189,6 +189,7 @@ class RejectingClassifier(nn.Module, ABC):
         """Score all batches, which are dealt to the processes; in any order, ``(n, c)``."""
         labels: list[Tensor | None] = []
         own: list[Tensor] = []
+        first = torch.empty(0)  # there is a batch at least
         for number, (images, given) in enumerate(batches):
             first = images if number == 0 else first
             labels.append(given)

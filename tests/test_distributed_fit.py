@@ -1,0 +1,207 @@
+"""Fits by two processes: what one process finds, half the work each, and what a lost one leaves."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from distributed_fits import FITS, make
+from sklearn.datasets import load_digits
+
+import train
+from torchdnr.files import load_tensors
+from torchdnr.processes import ALONE, Processes
+from torchdnr.shared_features import SharedFeatures, Shares
+
+ROOT = Path(__file__).parents[1]
+TORCHRUN = [
+    *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"),
+    *("--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "--"),
+]
+WORK = "work kernel values", "work blocks"
+
+
+def environment(**more):
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **more}
+
+
+def run_two(*arguments):
+    command = [*TORCHRUN, *map(str, arguments)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=environment(), timeout=300, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def by_two(tmp_path_factory):
+    """The folder of what two processes found together."""
+    folder = tmp_path_factory.mktemp("two")
+    run_two(ROOT / "tests" / "distributed_fits.py", folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """What one process finds, by name."""
+    return {name: make(name, tmp_path_factory.mktemp("one")) for name in FITS}
+
+
+def found_by(folder, name, rank):
+    return load_tensors(folder / f"{name}-{rank}", "fit")[0]
+
+
+@pytest.mark.parametrize("name", FITS)
+def test_two_processes_find_what_one_finds(by_two, alone, name):
+    one, two = alone[name], found_by(by_two, name, 0)
+    assert one.keys() == two.keys() and len(one) > 5
+    for key in one.keys() - set(WORK):
+        torch.testing.assert_close(two[key], one[key], rtol=1e-5, atol=1e-5, equal_nan=True, msg=key)
+    supports = [key for key in one if key.endswith("support")]
+    assert all(torch.equal(one[key], two[key]) for key in supports)
+
+
+@pytest.mark.parametrize("name", FITS)
+def test_both_processes_have_the_same_to_the_last_bit(by_two, name):
+    first, second = (found_by(by_two, name, rank) for rank in range(2))
+    assert first.keys() == second.keys()
+    for key in first.keys() - set(WORK):
+        torch.testing.assert_close(first[key], second[key], rtol=0, atol=0, equal_nan=True, msg=key)
+
+
+@pytest.mark.parametrize("name", FITS)
+def test_each_process_evaluates_half_of_the_kernel(by_two, alone, name):
+    whole = alone[name][WORK[0]].item()
+    shares = [found_by(by_two, name, rank)[WORK[0]].item() / whole for rank in range(2)]
+    assert sum(shares) == pytest.approx(1, rel=0.05)
+    uneven = 0.06 if name == "two_classes_from_a_loader" else 0.03  # 50 and 40 images
+    assert shares == pytest.approx([0.5, 0.5], abs=uneven)
+
+
+def test_the_blocks_are_shared_too(by_two, alone):
+    name = "searched"  # many problems, so many blocks
+    whole = alone[name][WORK[1]].item()
+    shares = [found_by(by_two, name, rank)[WORK[1]].item() / whole for rank in range(2)]
+    assert sum(shares) == pytest.approx(1, rel=0.05) and max(shares) < 0.7
+
+
+def test_images_that_differ_between_processes_are_refused_by_all(by_two):
+    for rank in range(2):
+        said = load_tensors(by_two / f"refused-{rank}", "refused")[1]
+        for case in ("shuffled", "sampled by process"):
+            assert "the same images and labels in the same order" in said[case]
+        assert "must tell its number of batches" in said["no length"]
+        assert "2 processes need as many batches at least, got 1" in said["one batch"]
+
+
+def test_shares_follow_each_other_and_differ_by_one_at_most():
+    several = [Shares.even(11, Processes(rank, 3)) for rank in range(3)]
+    assert [list(range(11))[shares.own] for shares in several] == [
+        [0, 1, 2, 3],
+        [4, 5, 6, 7],
+        [8, 9, 10],
+    ]
+    assert several[1].n == 11 and several[1].largest == 4
+    places, here = several[1].places(torch.tensor([9, 5, 4, 0]))
+    assert here.tolist() == [False, True, True, False] and places[here].tolist() == [1, 0]
+
+
+def test_one_process_shares_with_itself():
+    x = torch.rand(7, 3, dtype=torch.float64)
+    features = SharedFeatures.from_own(x, ALONE)
+    assert features.shape == (7, 3) and torch.equal(features.take(torch.tensor([4, 0])), x[[4, 0]])
+    assert torch.equal(features.select(torch.tensor([1, 6])).own, x[[1, 6]])
+    assert features.variance() == pytest.approx(x.var(correction=0).item(), rel=1e-12)
+    torch.testing.assert_close(features.means(), x.mean(dim=0))
+
+
+# A train.py of which one process is killed when it comes to the SVM of the name; none: it lives.
+KILLED = """
+import os, signal, sys
+from unittest import mock
+import train
+from torchdnr import NR
+name, rank = sys.argv[1], sys.argv[2]
+if os.environ["RANK"] == rank:
+    def die(*_, **__):
+        os.kill(os.getpid(), signal.SIGKILL)
+    owner, method = {"DNR": ("torchdnr.svm.module.RBFSVM", "fit"), "NR": ("torchdnr.NR", "fit")}[name]
+    mock.patch(f"{owner}.{method}", die).start()
+sys.exit(train.main(sys.argv[3:]))
+"""
+
+
+@pytest.fixture(scope="module")
+def making(tmp_path_factory):
+    """The options of a small job, but for its folder."""
+    x, y = load_digits(n_class=3, return_X_y=True)
+    x = torch.tensor(x[:150], dtype=torch.float32).reshape(-1, 1, 8, 8) / 16
+    x = torch.nn.functional.interpolate(x, size=28, mode="bilinear").clamp(0, 1)
+    path = tmp_path_factory.mktemp("data") / "digits.npz"
+    np.savez(path, x_train=x.numpy(), y_train=y[:150])
+    return [
+        *("--dataset", f"npz:{path}", "--device", "cpu", "--epochs", "1", "--layers", "logits"),
+        *("--network-samples", "60", "--svm-samples", "30", "--threshold-samples", "30"),
+        *("--lr", "0.05", "--train-batch-size", "16"),
+    ]
+
+
+def start_two(script, arguments):
+    """Start two processes without torchrun, which would end the one when the other is lost."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    started = []
+    for rank in ("0", "1"):
+        names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2"}
+        env = environment(**names, MASTER_ADDR="localhost", MASTER_PORT=port)
+        command = [sys.executable, str(script), *arguments]
+        started.append(
+            subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=env, cwd=ROOT)
+        )
+    return started
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_lost_process_ends_the_other_and_the_same_command_goes_on(making, tmp_path, victim):
+    script, run = tmp_path / "killed.py", tmp_path / "run"
+    script.write_text(KILLED)
+    arguments = [*making, "--run", str(run)]
+    both = start_two(script, [("DNR", "NR")[victim], str(victim), *arguments])
+    said = [process.communicate(timeout=200)[1] for process in both]
+    lost, other = both[victim], both[1 - victim]
+    assert lost.returncode == -signal.SIGKILL and other.returncode == 2, said
+    assert "another process of this job ended before its work was done" in said[1 - victim]
+    assert "the same command goes on from what is finished" in said[1 - victim]
+    made = {path.name: path.read_bytes() for path in run.glob("*.safetensors")}
+    assert made.keys() >= {"network.safetensors"} | {"dnr.safetensors"} * victim
+
+    run_two(ROOT / "train.py", *arguments)
+    for name, content in made.items():
+        assert (run / name).read_bytes() == content  # found, not made again
+    assert {path.name for path in run.glob("*.safetensors")} >= {"dnr.safetensors", "nr.safetensors"}
+
+
+def test_train_py_makes_the_same_run_folder_as_one_process(making, tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert train.main(["--quiet", *making, "--run", str(one)]) == 0
+    shutil.copytree(one, two)
+    for name in ("dnr", "nr"):
+        (two / f"{name}.safetensors").unlink()
+    done = run_two(ROOT / "train.py", *making, "--run", two)
+    assert done.stderr.count("clean accuracy") == 1
+    for name in ("dnr", "nr"):
+        paths = (folder / f"{name}.safetensors" for folder in (one, two))
+        before, after = (load_tensors(path, name.upper())[0] for path in paths)
+        assert before.keys() == after.keys()
+        for key in before:
+            torch.testing.assert_close(after[key], before[key], rtol=1e-3, atol=1e-3)
+    assert sorted(p.name for p in one.iterdir()) == sorted(p.name for p in two.iterdir())
