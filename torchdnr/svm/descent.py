@@ -8,13 +8,13 @@ Several processes may share the kernel rows (``KernelRows``). All hold the same 
 same steps; the blocks of a step are dealt to them, and each block is solved by one process.
 """
 
-from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from torchdnr.svm.active_set import multiply, newton_blocks
+from torchdnr.svm.dealing import dealt
 from torchdnr.svm.dual import intercepts, snap_to_bounds, to_double, violation_bounds
 from torchdnr.svm.gram import KernelRows
 from torchdnr.svm.working_set import (
@@ -151,7 +151,7 @@ def _outer_step(
         (batch, *_compact(index[batch], valid[batch], width))
         for batch, width in _batches(sizes, double, rows)
     ]
-    for (batch, taken, used), outcome in _dealt(rows, blocks, improve, 4):
+    for (batch, taken, used), outcome in dealt(rows, blocks, improve, 4):
         *state_of_batch, lowered = outcome[:, -4:].unbind(dim=1)
         who = running[batch]
         for name, values in zip(("steps", "damping", "failures"), state_of_batch, strict=True):
@@ -164,41 +164,6 @@ def _outer_step(
     stuck = running[failed]
     if len(stuck):
         _fall_back(rows, state, stuck, violation[stuck], goal, max_steps)
-
-
-Block = tuple[Tensor, Tensor, Tensor]
-"""Problems of a block, ``(p,)``; their working sets, ``(p, k)``; and which entries count."""
-
-
-def _dealt(
-    rows: KernelRows, blocks: Sequence[Block], solve: Callable[..., Tensor], extra: int
-) -> Iterator[tuple[Block, Tensor]]:
-    """Let each process solve every so manieth block, and tell all what came of it.
-
-    Args:
-        rows: The kernel, and the processes that share it.
-        blocks: What is to be solved.
-        solve: Makes an outcome, float64 ``(p, k + extra)``, of a block and its kernels.
-        extra: Numbers per problem beside those of the working set.
-
-    Yields:
-        Blocks in their order, with outcomes.
-    """
-    processes = rows.processes
-    for first in range(0, len(blocks), processes.count):
-        turn = blocks[first : first + processes.count]  # a block each, solved at the same time
-        outcomes = [
-            torch.empty(*t.shape[:1], t.shape[1] + extra, dtype=torch.float64, device=t.device)
-            for _, t, _ in turn
-        ]
-        kernels = None
-        for owner, (_, taken, _) in enumerate(turn):
-            found = rows.block(taken, owner)
-            kernels = found if owner == processes.rank else kernels
-        if kernels is not None:
-            outcomes[processes.rank] = solve(*turn[processes.rank], kernels)
-        for owner, (block, outcome) in enumerate(zip(turn, outcomes, strict=True)):
-            yield block, processes.share(outcome, owner)
 
 
 def _batches(sizes: Tensor, double: Tensor, rows: KernelRows) -> list[tuple[Tensor, int]]:
@@ -298,7 +263,7 @@ def _fall_back(
     together = max(1, min(FALLBACK_SET, rows.capacity // index.shape[1]))
     parts = torch.arange(len(who), device=who.device).split(together)
     blocks = [(part, index[part], torch.ones_like(index[part], dtype=torch.bool)) for part in parts]
-    for (part, taken, _), outcome in _dealt(rows, blocks, update, 1):
+    for (part, taken, _), outcome in dealt(rows, blocks, update, 1):
         state.steps[who[part]] += outcome[:, -1].long()
         changes = torch.zeros_like(current[0][part]).scatter(1, taken, outcome[:, :-1])
         _move(rows, state, who[part], changes)
