@@ -14,7 +14,8 @@ from torchdnr.files import save_tensors
 from torchdnr.processes import default_processes, joined
 from torchdnr.shared_features import SharedFeatures, Shares
 from torchdnr.svm import RBFSVM, descent, grid_search, out_of_fold_scores, solve_dual
-from torchdnr.svm.gram import KernelRows, MemoryPlan
+from torchdnr.svm.gram import KernelRows
+from torchdnr.svm.memory_plan import MemoryPlan
 from torchdnr.svm.rbf_rows import FeaturePlan, rbf_rows
 from torchdnr.svm.strategies import one_vs_rest
 

@@ -14,7 +14,7 @@ from torchdnr.rejection import checked_batches
 from torchdnr.shared_data import check_same, own_batches, own_images
 from torchdnr.shared_features import SharedFeatures
 from torchdnr.svm.checks import check_labels
-from torchdnr.svm.gram import MEMORY_LIMIT
+from torchdnr.svm.memory_plan import MEMORY_LIMIT
 
 
 def training_features(

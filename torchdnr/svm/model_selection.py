@@ -11,7 +11,8 @@ from tqdm import tqdm
 from torchdnr.kernels import scale_gamma
 from torchdnr.shared_features import SharedFeatures
 from torchdnr.svm.checks import check_features, check_labels
-from torchdnr.svm.gram import MEMORY_LIMIT, KernelRows, least_memory, plan_memory
+from torchdnr.svm.gram import KernelRows
+from torchdnr.svm.memory_plan import MEMORY_LIMIT, least_memory, plan_memory
 from torchdnr.svm.module import RBFSVM
 from torchdnr.svm.rbf_rows import all_distances, distance_rows, plan_features, rbf_rows
 from torchdnr.svm.warm_start import FoldedFits

@@ -15,7 +15,8 @@ from torchdnr.kernels import squared_distances
 from torchdnr.rbf import full_precision
 from torchdnr.row_blocks import row_blocks
 from torchdnr.shared_features import SharedFeatures, Shares
-from torchdnr.svm.gram import MEMORY_LIMIT, USABLE, KernelRows, MemoryPlan, least_memory
+from torchdnr.svm.gram import KernelRows
+from torchdnr.svm.memory_plan import MEMORY_LIMIT, USABLE, MemoryPlan, least_memory
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ from torchdnr.kernels import kernel_matrix, rbf_gamma, scale_gamma
 from torchdnr.shared_features import SharedFeatures
 from torchdnr.svm.checks import check_gram, check_sample_weight
 from torchdnr.svm.dual import DualSolution
-from torchdnr.svm.gram import KernelRows, plan_memory
+from torchdnr.svm.gram import KernelRows
+from torchdnr.svm.memory_plan import plan_memory
 from torchdnr.svm.rbf_rows import distance_rows, plan_features, rbf_rows
 
 
