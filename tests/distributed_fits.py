@@ -217,6 +217,8 @@ def refused(processes):
     """Give processes images that do not fit together; return what they say."""
     net, (x, y) = small_net(), images(60, 3)
     model = NR(net, "conv", hyperparameters={"conv": (1.0, 0.1)})
+    other = NR(small_net(), "conv", hyperparameters={"conv": (1.0, 0.1)})
+    other.net.conv.bias.data += processes.rank
     own = slice(30 * processes.rank, 30 * processes.rank + 30)
     shuffled = y.roll(processes.rank)
     cases = {
@@ -224,6 +226,7 @@ def refused(processes):
         "sampled by process": lambda: model.fit(x[own], y[own]),
         "no length": lambda: model.fit(iter([(x, y)])),
         "one batch": lambda: model.fit([(x, y)]),
+        "another network": lambda: other.fit(x, y),
     }
     said = {}
     for name, case in cases.items():

@@ -101,6 +101,7 @@ def test_images_that_differ_between_processes_are_refused_by_all(by_two):
         said = load_tensors(by_two / f"refused-{rank}", "refused")[1]
         for case in ("shuffled", "sampled by process"):
             assert "the same images and labels in the same order" in said[case]
+        assert "the same network, got others" in said["another network"]
         assert "must tell its number of batches" in said["no length"]
         assert "2 processes need as many batches at least, got 1" in said["one batch"]
 

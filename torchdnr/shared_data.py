@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from torchdnr.files import digest
 from torchdnr.processes import Processes
@@ -66,27 +66,34 @@ def own_batches(
             yield images, given
 
 
-def check_same(processes: Processes, labels: Iterable[Tensor | None], images: Tensor) -> None:
-    """Refuse images that are not the same, in the same order, in all processes.
+def check_same(
+    processes: Processes, net: nn.Module, labels: Iterable[Tensor | None], images: Tensor
+) -> None:
+    """Refuse a network or images that are not the same, in the same order, in all processes.
 
     Args:
-        processes: Those that share them.
+        processes: Those that share the work.
+        net: What the images are given to.
         labels: Of all images, None where there are none.
         images: The first ones.
 
     Raises:
-        ValueError: In every process, if the labels or the first images differ.
+        ValueError: In every process, if the weights, the labels or the first images differ.
     """
     if processes.count == 1:
         return
     tensors = {str(i): t for i, t in enumerate([*labels, images]) if t is not None}
-    own = digest({name: tensor.cpu() for name, tensor in tensors.items()})
-    if not processes.all_agree(processes.share_text(own, 0) == own):
-        raise ValueError(
-            "all processes must be given the same images and labels in the same order, got others: "
-            "a loader must neither shuffle nor sample by process; or let this one work by itself "
-            "with processes=ALONE"
-        )
+    weights = {k: v for k, v in net.state_dict().items() if isinstance(v, Tensor)}
+    for what, found in {
+        "images and labels in the same order": digest(tensors),
+        "network": digest(weights),
+    }.items():
+        if not processes.all_agree(processes.share_text(found, 0) == found):
+            raise ValueError(
+                f"all processes must be given the same {what}, got others: load the network from "
+                "one file, take a loader that neither shuffles nor samples by process, or let one "
+                "process work by itself with processes=ALONE"
+            )
 
 
 def _check_enough(smallest: int, what: str, count: int, processes: Processes) -> None:

@@ -74,7 +74,7 @@ def training_features(
         folder=folder,
         widen=True,
     )
-    check_same(processes, [labels, *given], torch.cat(sample))
+    check_same(processes, ready.net, [labels, *given], torch.cat(sample))
     found = _joined(given)
     if (labels is None) == (found is None):
         raise ValueError(
