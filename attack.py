@@ -13,17 +13,17 @@ from torchdnr.cli_evaluation import Evaluation, plan  # noqa: E402
 from torchdnr.cli_options import attack_parser  # noqa: E402
 from torchdnr.cli_report import FILES, find_report, write_report  # noqa: E402
 from torchdnr.cli_settings import find_device, prepare  # noqa: E402
-from torchdnr.evaluation.distribution import Processes, joined  # noqa: E402
 from torchdnr.pipeline import make_classifiers, summarise  # noqa: E402
+from torchdnr.processes import Processes, joined  # noqa: E402
 
 
 def attack(options: argparse.Namespace, processes: Processes, console: Console) -> None:
     """Make what the run folder lacks, attack the classifiers, check that, and report."""
     console.stages = 5 + options.checks
-    with processes.first_alone():  # it makes what the others then load
-        job = prepare(options, console)
+    with processes.first_alone():  # it downloads and writes what the others then find
+        job = prepare(options, console, processes)
         settings = plan(options, job)
-        classifiers = make_classifiers(job, console)
+    classifiers = make_classifiers(job, console, processes)
     clean = summarise(job, classifiers)
     console.say(clean.text)
     evaluation = Evaluation(job, settings, classifiers, clean.classifiers, processes, console)

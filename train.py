@@ -1,5 +1,6 @@
 """Train the paper's network, then fit DNR and NR on it: `python train.py --help`."""
 
+import argparse
 import sys
 import warnings
 from collections.abc import Sequence
@@ -9,16 +10,30 @@ warnings.filterwarnings("ignore", r"`torch\.jit\.script` is deprecated", FutureW
 
 from torchdnr.cli import Console, run_command  # noqa: E402 - after the filter
 from torchdnr.cli_options import train_parser  # noqa: E402
-from torchdnr.cli_settings import Job, prepare  # noqa: E402
+from torchdnr.cli_settings import find_device, prepare  # noqa: E402
 from torchdnr.pipeline import make_classifiers, summarise  # noqa: E402
+from torchdnr.processes import Processes, joined  # noqa: E402
 
 
-def train(job: Job, console: Console) -> None:
+def train(options: argparse.Namespace, processes: Processes, console: Console) -> None:
     """Make what the run folder lacks, and report how it does on clean images."""
     console.stages = 3
-    classifiers = make_classifiers(job, console)
-    console.say(summarise(job, classifiers).text)
-    console.say(f"network, DNR and NR: {job.folder}/; next: python attack.py --run {job.folder}")
+    with processes.first_alone():  # it downloads and writes what the others then find
+        job = prepare(options, console, processes)
+    classifiers = make_classifiers(job, console, processes)
+    if processes.first:
+        console.say(summarise(job, classifiers).text)
+        console.say(
+            f"network, DNR and NR: {job.folder}/; next: python attack.py --run {job.folder}"
+        )
+    processes.wait()  # nobody leaves while the first one may still fail
+
+
+def run(options: argparse.Namespace, console: Console) -> None:
+    """Join the other processes of the job, if any, and do this one's part."""
+    with joined(find_device(options.device)) as processes:
+        console.join(processes.rank, processes.count)
+        train(options, processes, console)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -31,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         Exit code: 0 done, 2 error, 130 stopped by Ctrl-C.
     """
     options = train_parser().parse_args(argv)
-    return run_command(options, lambda console: train(prepare(options, console), console))
+    return run_command(options, lambda console: run(options, console))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@ import torch
 from sklearn.svm import SVC
 
 from torchdnr.kernels import squared_distances
-from torchdnr.svm.gram import KernelRows, MemoryPlan
+from torchdnr.svm.gram import KernelRows
+from torchdnr.svm.memory_plan import MemoryPlan
 
 
 def gram(features, gamma):

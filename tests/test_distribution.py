@@ -10,15 +10,15 @@ import pytest
 import torch
 
 from torchdnr.evaluation import SecurityCurve
-from torchdnr.evaluation.distribution import ALONE, Processes, local_device
 from torchdnr.files import load_tensors
+from torchdnr.processes import ALONE, Processes, local_device
 
 # A toy evaluation that the processes share; {fail} may break one of them.
 JOB = """
 import os, sys, warnings
 warnings.filterwarnings("ignore")
 import torch
-from torchdnr.evaluation.distribution import PeerError, joined
+from torchdnr.processes import PeerError, joined
 from torchdnr.evaluation.line_up import build_line_up
 from torchdnr.evaluation.security import security_evaluations
 from torchdnr.files import save_tensors

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from torchdnr.svm import RBFSVM, ConvergenceWarning, grid_search, solve_dual
-from torchdnr.svm.gram import KernelRows, column_groups, plan_memory
+from torchdnr.svm.gram import KernelRows
+from torchdnr.svm.memory_plan import column_groups, plan_memory
 
 MIB = 2**20
 # Of a fit whose Gram matrix takes 256 MiB; libraries take their own memory in a small one before.

@@ -17,7 +17,6 @@ from torchdnr.cli_options import EPS, EXAMPLE_EPS
 from torchdnr.cli_settings import Job
 from torchdnr.evaluation.checks import run_checks
 from torchdnr.evaluation.curve import SecurityCurve, plain_json, read_json, write_json
-from torchdnr.evaluation.distribution import Processes
 from torchdnr.evaluation.judging import outputs
 from torchdnr.evaluation.known_attacks import ATTACKS, Attack, choose_attacks
 from torchdnr.evaluation.line_up import build_line_up
@@ -26,6 +25,7 @@ from torchdnr.evaluation.metrics import predict_labels
 from torchdnr.evaluation.report_html import broken_off
 from torchdnr.evaluation.security import security_evaluations
 from torchdnr.files import digest
+from torchdnr.processes import Processes
 
 DEFAULT_SAMPLES = 50
 

@@ -15,8 +15,8 @@ from torchdnr.cli_network import Preset, choose_network, layers_for, parse_layer
 from torchdnr.cli_options import BACKBONE_IMAGE_SIZE, DEFAULT_DATASET, FOLDER_IMAGE_SIZE
 from torchdnr.data import Dataset, Splits, load_dataset, split
 from torchdnr.evaluation.curve import read_json, write_json
-from torchdnr.evaluation.distribution import local_device
 from torchdnr.files import digest
+from torchdnr.processes import ALONE, Processes, local_device
 from torchdnr.reductions import ReductionLike
 from torchdnr.training import TrainingSettings
 
@@ -83,12 +83,13 @@ class Job:
         return images.to(self.device), labels.to(self.device)
 
 
-def prepare(options: argparse.Namespace, console: Console) -> Job:
+def prepare(options: argparse.Namespace, console: Console, processes: Processes = ALONE) -> Job:
     """Settle the settings and check them against the data, before any costly work.
 
     Args:
         options: Parsed options, None where not given.
         console: For messages.
+        processes: All that prepare the job; the first one writes.
 
     Returns:
         The job. Its folder exists, with ``settings.json`` in it.
@@ -128,7 +129,8 @@ def prepare(options: argparse.Namespace, console: Console) -> Job:
     splits = split(dataset, **sizes, test=settings["test_samples"], seed=settings["seed"])
     job = Job(folder, settings, dataset, splits, preset, training, device)
     _check_fit(job)
-    write_json(folder / "settings.json", settings)  # and so learn at once if it is writable
+    if processes.first:
+        write_json(folder / "settings.json", settings)  # and so learn at once if it is writable
     size = " x ".join(map(str, shape))
     parts = ", ".join(f"{len(index):,} {part}" for part, index in vars(splits).items())
     console.say(f"run folder {folder}, on {device}\n{source}: {size} images, {parts}")

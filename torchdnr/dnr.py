@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from torchdnr.reductions import ReductionLike
+from torchdnr.shared_features import SharedFeatures
 from torchdnr.svm import RBFSVM
 from torchdnr.svm_rejection import SVMRejection
 
@@ -79,14 +80,16 @@ class DNR(SVMRejection):
         base = [svm(features[name]) for svm, name in zip(self.base_svms, self.layers, strict=True)]
         return self.combiner(torch.cat(base, dim=1))
 
-    def _fit_features(self, features: dict[str, Tensor], labels: Tensor, progress: bool) -> None:
+    def _fit_features(
+        self, features: dict[str, SharedFeatures], labels: Tensor, progress: bool
+    ) -> None:
         """Fit the base SVMs, then the combiner on their out-of-fold scores."""
-        held_out = []
+        held_out, shares = [], next(iter(features.values())).shares
         for index, name in enumerate(self.layers):
             fitted = self._fit_svm(name, features.pop(name), labels, True, progress)
             self.base_svms[index] = fitted[0]
             held_out.append(fitted[1])
-        stacked = torch.cat(held_out, dim=1)
+        stacked = SharedFeatures(torch.cat(held_out, dim=1)[shares.own], shares)
         self.combiner, _ = self._fit_svm(COMBINER, stacked, labels, False, progress)
 
 
@@ -129,7 +132,9 @@ class NR(SVMRejection):
         self._require_fit()
         return self.base_svms[0](self.features(inputs)[self.layers[0]])
 
-    def _fit_features(self, features: dict[str, Tensor], labels: Tensor, progress: bool) -> None:
+    def _fit_features(
+        self, features: dict[str, SharedFeatures], labels: Tensor, progress: bool
+    ) -> None:
         layer = self.layers[0]
         self.base_svms[0], _ = self._fit_svm(layer, features[layer], labels, False, progress)
 

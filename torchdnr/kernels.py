@@ -8,7 +8,7 @@ from torch import Tensor
 
 from torchdnr.rbf import BLOCK_ELEMENTS, full_precision, rbf_scores, squared_distances
 from torchdnr.rbf_traced import traced_rbf_scores
-from torchdnr.row_blocks import entry_variance
+from torchdnr.shared_features import SharedFeatures
 
 __all__ = [
     "BLOCK_ELEMENTS",
@@ -23,16 +23,16 @@ __all__ = [
 ]
 
 
-def scale_gamma(features: Tensor) -> float:
+def scale_gamma(features: Tensor | SharedFeatures) -> float:
     """Compute scikit-learn's ``gamma="scale"``: 1 / (d * variance of all entries).
 
     Args:
-        features: Training features, ``(n, d)``.
+        features: Training features, ``(n, d)``, perhaps shared by several processes.
 
     Returns:
         The kernel width; 1.0 for constant features, as scikit-learn has it.
     """
-    variance = entry_variance(features)
+    variance = SharedFeatures.of(features).variance()
     return 1.0 / (features.shape[1] * variance) if variance > 0.0 else 1.0
 
 

@@ -21,6 +21,7 @@ from torchdnr.evaluation.metrics import (
 )
 from torchdnr.files import CheckpointError
 from torchdnr.models import load_network, save_network
+from torchdnr.processes import ALONE, Processes
 from torchdnr.training import train_network
 
 BATCH_SIZE = 256
@@ -42,12 +43,16 @@ class Summary:
     classifiers: dict[str, dict[str, Any]]
 
 
-def make_classifiers(job: Job, console: Console) -> dict[str, nn.Module]:
+def make_classifiers(
+    job: Job, console: Console, processes: Processes = ALONE
+) -> dict[str, nn.Module]:
     """Load the classifiers of a run folder, and make those that it lacks.
 
     Args:
         job: The run folder and its settings.
         console: For messages and progress bars.
+        processes: Those that fit DNR and NR together; all call this. The first one trains the
+            network and writes the files, which all can read.
 
     Returns:
         ``{"DNN": network, "NR": ..., "DNR": ...}``, ready for images on the job's device.
@@ -55,10 +60,12 @@ def make_classifiers(job: Job, console: Console) -> dict[str, nn.Module]:
     Raises:
         CheckpointError: If a file of the folder is damaged or does not belong to the others.
         OSError: If a file cannot be written.
+        PeerError: If another of the processes has ended.
     """
-    net = _network(job, console)
+    with processes.first_alone():  # it trains what the others then load
+        net = _network(job, console)
     layers, options = job.layers(net), {"seed": job.settings["seed"]}
-    dnr = _rejecting(job, console, net, DNR, lambda: DNR(net, layers, **options))
+    dnr = _rejecting(job, console, processes, net, DNR, lambda: DNR(net, layers, **options))
 
     def build_nr() -> NR:
         # NR is the same SVM as DNR's on that layer, on the same images and folds: its search
@@ -68,7 +75,8 @@ def make_classifiers(job: Job, console: Console) -> dict[str, nn.Module]:
         known = {last: (chosen["C"], chosen["gamma"])}
         return NR(net, last, reduction=reduction, hyperparameters=known, **options)
 
-    return {"DNN": net, "NR": _rejecting(job, console, net, NR, build_nr), "DNR": dnr}
+    nr = _rejecting(job, console, processes, net, NR, build_nr)
+    return {"DNN": net, "NR": nr, "DNR": dnr}
 
 
 def _network(job: Job, console: Console) -> nn.Module:
@@ -101,22 +109,26 @@ def _network(job: Job, console: Console) -> nn.Module:
 def _rejecting(
     job: Job,
     console: Console,
+    processes: Processes,
     net: nn.Module,
     kind: type[DNR] | type[NR],
     build: Callable[[], DNR | NR],
 ) -> DNR | NR:
     name = kind.__name__
     path = job.folder / f"{name.lower()}.safetensors"
-    if path.exists():
+    if processes.share_text(str(path.exists()), 0) == "True":  # all load it, or none does
         with console.stage(name, f"from {path}"):
             return _load(path, lambda: kind.load(path, net))
     model = build().to(job.device)
     layers = ", ".join(model.layers)
     sizes = f"{len(job.splits.svm):,} images, theta on {len(job.splits.threshold):,} others"
     with console.stage(name, f"SVMs on {layers}, {sizes}"):
-        model.fit(*job.images("svm"), progress=console.progress)
-        model.calibrate(job.images("threshold")[0], job.settings["rejection_rate"])
-        model.save(path)
+        model.fit(*job.images("svm"), progress=console.progress, processes=processes)
+        model.calibrate(
+            job.images("threshold")[0], job.settings["rejection_rate"], processes=processes
+        )
+        if processes.first:
+            model.save(path)
     return model
 
 

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from torchdnr.costs import stage
 from torchdnr.inputs import check_images
+from torchdnr.processes import Processes, default_processes
+from torchdnr.shared_data import check_same
 from torchdnr.svm import NotFittedError
 
 REJECT = -1
@@ -146,14 +148,23 @@ class RejectingClassifier(nn.Module, ABC):
 
     @torch.no_grad()
     def calibrate(
-        self, inputs: Tensor | Iterable[Any], rejection_rate: float = 0.10
+        self,
+        inputs: Tensor | Iterable[Any],
+        rejection_rate: float = 0.10,
+        *,
+        processes: Processes | None = None,
     ) -> "RejectingClassifier":
         """Set the threshold so that a given share of clean images is rejected.
+
+        Several processes share the work where ``torch.distributed`` is set up: all call this with
+        the same images, each scores some batches, and all get the same threshold.
 
         Args:
             inputs: Images ``(n, ...)`` in [0, 1], or a loader of batches (labels are ignored),
                 used for nothing else: neither fitted on nor tested on.
             rejection_rate: Share to reject, in [0, 1).
+            processes: Those that share the work; default: torch.distributed's default group, if
+                there is one. ``processes.ALONE``: this one calibrates by itself.
 
         Returns:
             The classifier itself.
@@ -161,12 +172,33 @@ class RejectingClassifier(nn.Module, ABC):
         Raises:
             ValueError: If the images or the rate are not as said above.
             NotFittedError: If the classifier is not fitted.
+            PeerError: If another of the processes has ended.
         """
+        processes = default_processes() if processes is None else processes
+        batch_size = self.batch_size
+        if isinstance(inputs, Tensor):  # a batch for each process at least
+            batch_size = max(1, min(batch_size, math.ceil(len(inputs) / processes.count)))
         with stage("threshold"):
-            batches = checked_batches(inputs, self.batch_size)
-            scores = torch.cat([self.scores(images.to(self.device)) for images, _ in batches])
+            scores = self._shared_scores(checked_batches(inputs, batch_size), processes)
             self.set_threshold(rejection_threshold(scores, rejection_rate))
         return self
+
+    def _shared_scores(
+        self, batches: Iterator[tuple[Tensor, Tensor | None]], processes: Processes
+    ) -> Tensor:
+        """Score all batches, which are dealt to the processes; in any order, ``(n, c)``."""
+        labels: list[Tensor | None] = []
+        own: list[Tensor] = []
+        first = torch.empty(0)  # there is a batch at least
+        for number, (images, given) in enumerate(batches):
+            first = images if number == 0 else first
+            labels.append(given)
+            if processes.mine(number):
+                own.append(self.scores(images.to(self.device)))
+        check_same(processes, self, labels, first)
+        # One that got no batch still has to know what scores are like.
+        scores = torch.cat(own) if own else self.scores(first[:1].to(self.device))[:0]
+        return processes.gather(scores, processes.numbers(len(scores)))
 
     def set_threshold(self, threshold: float | Tensor) -> None:
         """Set theta by hand.

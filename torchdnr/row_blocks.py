@@ -1,5 +1,7 @@
 """Sums over large features in blocks of rows: no copy of the whole, and pages read in order."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -57,10 +59,28 @@ def entry_variance(features: Tensor) -> float:
     Returns:
         Mean of the squared deviations from the mean.
     """
+    return entry_moments(features)[0].item()
+
+
+def entry_moments(features: Tensor) -> Tensor:
+    """Compute variance and mean of all entries together, float64 ``(2,)``."""
     blocks = row_blocks(features, COPIED_BYTES)
-    parts = [torch.var_mean(block.double(), correction=0) for block in blocks]
-    variances, means = (torch.stack(values) for values in zip(*parts, strict=True))
-    share = torch.tensor([len(b) / len(features) for b in blocks], dtype=torch.float64)
-    share = share.to(features.device)
+    parts = [torch.stack(torch.var_mean(block.double(), correction=0)) for block in blocks]
+    return joint_moments(torch.stack(parts), [len(block) for block in blocks])
+
+
+def joint_moments(parts: Tensor, sizes: Sequence[int]) -> Tensor:
+    """Compute the variance and the mean of a whole from those of its parts.
+
+    Args:
+        parts: Variance and mean of each part, ``(p, 2)``.
+        sizes: How much of the whole each part is, in any unit.
+
+    Returns:
+        Variance and mean, ``(2,)``.
+    """
+    share = torch.tensor([size / sum(sizes) for size in sizes], dtype=torch.float64)
+    share = share.to(parts.device)
+    variances, means = parts.unbind(dim=1)
     mean = (share * means).sum()
-    return (share * (variances + (means - mean).square())).sum().item()
+    return torch.stack([(share * (variances + (means - mean).square())).sum(), mean])

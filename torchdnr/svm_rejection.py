@@ -16,9 +16,11 @@ from torchdnr.default_layers import default_layers
 from torchdnr.features import LayerFeatures
 from torchdnr.kernels import full_precision
 from torchdnr.preparation import distortions, prepare_features
+from torchdnr.processes import Processes, default_processes
 from torchdnr.reduction_metadata import reduction_metadata
 from torchdnr.reductions import ReductionLike
 from torchdnr.rejection import RejectingClassifier
+from torchdnr.shared_features import SharedFeatures
 from torchdnr.svm import RBFSVM, NotFittedError, grid_search, out_of_fold_scores
 from torchdnr.svm.compression import SMOOTHNESS, STEPS
 from torchdnr.svm.model_selection import C_GRID, GAMMA_GRID
@@ -89,7 +91,9 @@ class SVMRejection(RejectingClassifier):
         self.reset_threshold()
 
     @abstractmethod
-    def _fit_features(self, features: dict[str, Tensor], labels: Tensor, progress: bool) -> None:
+    def _fit_features(
+        self, features: dict[str, SharedFeatures], labels: Tensor, progress: bool
+    ) -> None:
         """Fit all SVMs on the features of the layers; may empty the mapping as it goes."""
 
     def fit(
@@ -99,11 +103,17 @@ class SVMRejection(RejectingClassifier):
         *,
         progress: bool = False,
         features_folder: str | Path | None = None,
+        processes: Processes | None = None,
     ) -> Self:
         """Fit the SVMs on clean images; the network itself is not trained.
 
         Features of all layers that together take more than ``memory_limit`` bytes (4 GiB if it was
         not set; on a GPU only if it was) go to files and are fitted on from there, on the CPU.
+
+        Several processes share the work where ``torch.distributed`` is set up: all call this with
+        the same network and the same data. Each extracts the features of its share, keeps those
+        rows and evaluates the kernels with them, and solves its share of the dual problems; all get
+        the same classifier, which is that of one process up to rounding.
 
         Args:
             inputs: Images ``(n, ...)`` in [0, 1], or a loader that yields ``(images, labels)``.
@@ -111,7 +121,9 @@ class SVMRejection(RejectingClassifier):
             progress: Whether to show progress bars.
             features_folder: Where features go in any case, and are kept: a call that was stopped
                 goes on from there when it is repeated, with a loader that does not shuffle.
-                Default: a temporary folder, if any.
+                Default: a temporary folder, if any. As many processes find theirs again.
+            processes: Those that share the work; default: torch.distributed's default group, if
+                there is one. ``processes.ALONE``: this one fits by itself.
 
         Returns:
             The classifier itself. A threshold that was set is dropped: it belonged to other scores.
@@ -120,12 +132,15 @@ class SVMRejection(RejectingClassifier):
             ValueError: If images or labels are not as said above, or a class has too few samples.
             CheckpointError: If the folder holds the features of other images or another network.
             OSError: If the disk is full, or the folder cannot be written to.
+            PeerError: If another of the processes has ended.
 
         Warns:
             ConvergenceWarning: If a dual problem missed its tolerance.
             ProjectionWarning: If a random projection changes distances by much.
             UserWarning: If features go to a temporary folder, or were damaged on disk.
         """
+        processes = default_processes() if processes is None else processes
+        progress = progress and processes.first
         with stage("features"):
             ready, features, labels = training_features(
                 inputs,
@@ -136,6 +151,7 @@ class SVMRejection(RejectingClassifier):
                 memory_limit=self.memory_limit,
                 folder=features_folder,
                 progress=progress,
+                processes=processes,
             )
         self.features = ready  # only now: a fit that fails before leaves the earlier one to use
         self._start_afresh()
@@ -163,7 +179,7 @@ class SVMRejection(RejectingClassifier):
         return prepare_features(features, sample)
 
     def _fit_svm(
-        self, name: str, features: Tensor, labels: Tensor, stack: bool, progress: bool
+        self, name: str, features: SharedFeatures, labels: Tensor, stack: bool, progress: bool
     ) -> tuple[RBFSVM, Tensor | None]:
         """Select (C, gamma), fit one SVM, and score out of fold where a combiner needs it."""
         if name in self.hyperparameters:

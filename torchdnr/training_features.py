@@ -9,9 +9,12 @@ from torch import Tensor
 
 from torchdnr.features import LayerFeatures, extract
 from torchdnr.preparation import peek
+from torchdnr.processes import Processes
 from torchdnr.rejection import checked_batches
+from torchdnr.shared_data import check_same, own_batches, own_images
+from torchdnr.shared_features import SharedFeatures
 from torchdnr.svm.checks import check_labels
-from torchdnr.svm.gram import MEMORY_LIMIT
+from torchdnr.svm.memory_plan import MEMORY_LIMIT
 
 
 def training_features(
@@ -24,8 +27,12 @@ def training_features(
     memory_limit: int | None,
     folder: str | Path | None,
     progress: bool,
-) -> tuple[LayerFeatures, dict[str, Tensor], Tensor]:
+    processes: Processes,
+) -> tuple[LayerFeatures, dict[str, SharedFeatures], Tensor]:
     """Extract the features of checked images, and the labels that go with them.
+
+    Each process extracts and keeps a contiguous share: of the images in a tensor, or of the batches
+    of a loader, all of which it goes through for the labels.
 
     Args:
         data: Images ``(n, ...)``, or a loader that yields ``(images, labels)``.
@@ -35,12 +42,13 @@ def training_features(
         batch_size: Images per forward pass.
         memory_limit: Bytes that the features may take in memory; None: 4 GiB on a CPU, and no
             limit on a GPU.
-        folder: Where features go in any case.
+        folder: Where features go in any case; of several processes each has a folder in it.
         progress: Whether to show a progress bar.
+        processes: Those that share the work; all call this together, with the same data.
 
     Returns:
         The layers that were read; layer name -> features ``(n, d)``, float32 at least; labels
-        ``(n,)``, int64.
+        ``(n,)`` of all images, int64.
 
     Raises:
         ValueError: If images or labels are not as said above.
@@ -49,22 +57,51 @@ def training_features(
         memory_limit = MEMORY_LIMIT
     sample, batches = peek(checked_batches(data, batch_size))
     ready = prepare([images.to(device) for images in sample])
-    pairs = (images if given is None else (images, given) for images, given in batches)
-    features, found = extract(
+    given: list[Tensor | None] = []
+    if isinstance(data, Tensor):
+        own = own_images(data, processes)
+    else:
+        pairs = own_batches(data, batches, given, processes)
+        own = (images if of_batch is None else (images, of_batch) for images, of_batch in pairs)
+    if folder is not None and processes.count > 1:
+        folder = Path(folder) / f"process-{processes.rank + 1}-of-{processes.count}"
+    features, _ = extract(
         ready,
-        data if isinstance(data, Tensor) else pairs,
+        own,
         batch_size=batch_size,
         progress=progress,
         memory_limit=memory_limit,
         folder=folder,
         widen=True,
     )
+    check_same(processes, ready.net, [labels, *given], torch.cat(sample))
+    found = _joined(given)
     if (labels is None) == (found is None):
         raise ValueError(
             "labels must come once: fit(images, labels), or fit(loader) with a loader that "
             f"yields (images, labels); got {'none' if labels is None else 'both'}"
         )
-    first = next(iter(features.values()))
-    labels = torch.as_tensor(found if labels is None else labels, device=first.device)
+    shared = _shared(features, processes)
+    first = next(iter(shared.values()))
+    labels = torch.as_tensor(found if labels is None else labels, device=first.own.device)
     check_labels(labels, len(first))
-    return ready, features, labels.long()
+    return ready, shared, labels.long()
+
+
+def _joined(given: list[Tensor | None]) -> Tensor | None:
+    """Join the labels of all batches, if they have any."""
+    known = [labels for labels in given if labels is not None]
+    if known and len(known) < len(given):
+        raise ValueError(
+            f"data must yield labels with every batch or with none, got {len(known)} of "
+            f"{len(given)}"
+        )
+    return torch.cat(known) if known else None
+
+
+def _shared(features: dict[str, Tensor], processes: Processes) -> dict[str, SharedFeatures]:
+    """Tell all processes who has how many rows; all work on the CPU if one's rows went to files."""
+    on_gpu = all(rows.is_cuda for rows in features.values())
+    if on_gpu and not processes.all_agree(on_gpu):
+        features = {name: rows.cpu() for name, rows in features.items()}
+    return {name: SharedFeatures.from_own(rows, processes) for name, rows in features.items()}

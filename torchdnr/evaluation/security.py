@@ -15,7 +15,6 @@ from torchdnr.attacks.objectives import decision_objective
 from torchdnr.attacks.target import Target, check_classes, has_reject_column, left_as_found
 from torchdnr.evaluation.checkpoint import Checkpoint, attack_paths
 from torchdnr.evaluation.curve import SecurityCurve
-from torchdnr.evaluation.distribution import ALONE, Processes
 from torchdnr.evaluation.environment import describe_environment
 from torchdnr.evaluation.judging import CountedModel, Judged, Task, judge, worse
 from torchdnr.evaluation.known_attacks import Attack
@@ -23,6 +22,7 @@ from torchdnr.evaluation.line_up import default_line_up
 from torchdnr.evaluation.running import AttackRun, what_happened
 from torchdnr.evaluation.units import Unit, behaviour, fingerprint, run_units
 from torchdnr.inputs import check_images
+from torchdnr.processes import ALONE, Processes
 
 
 def security_evaluation(
@@ -114,7 +114,7 @@ def security_evaluations(
         checkpoints: Per classifier the beginning of the names of the files that keep the points of
             each finished step, one file per attack. A run that was stopped goes on there; a file
             of another evaluation is moved aside with a warning.
-        processes: Those that share the work, from ``distribution.joined``; all must call this with
+        processes: Those that share the work, from ``processes.joined``; all must call this with
             the same arguments.
         progress: Whether to show a progress bar.
 

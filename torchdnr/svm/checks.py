@@ -3,28 +3,29 @@
 import torch
 from torch import Tensor
 
-from torchdnr.row_blocks import all_finite
+from torchdnr.shared_features import SharedFeatures
 
 SYMMETRY = 1e-4
 """Largest difference across the diagonal of a Gram matrix, relative to its largest entry."""
 
 
-def check_features(features: Tensor) -> None:
+def check_features(features: Tensor | SharedFeatures) -> None:
     """Check that features are a finite float matrix with at least one row.
 
     Args:
-        features: Candidate features.
+        features: Candidate features, perhaps shared by several processes.
 
     Raises:
         ValueError: Saying what was expected, what came and what to do.
     """
-    if features.ndim != 2 or 0 in features.shape:
-        raise ValueError(f"features must be (n, d) with n, d >= 1, got {tuple(features.shape)}")
-    if features.dtype not in (torch.float32, torch.float64):
+    own = features.own if isinstance(features, SharedFeatures) else features
+    if own.ndim != 2 or 0 in own.shape:
+        raise ValueError(f"features must be (n, d) with n, d >= 1, got {tuple(own.shape)}")
+    if own.dtype not in (torch.float32, torch.float64):
         raise ValueError(
-            f"features must be float32 or float64, got {features.dtype}: call .float() first"
+            f"features must be float32 or float64, got {own.dtype}: call .float() first"
         )
-    if not all_finite(features):
+    if not SharedFeatures.of(features).are_finite():
         raise ValueError("features must be finite, got NaN or infinity: check network and inputs")
 
 

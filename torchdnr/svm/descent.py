@@ -3,6 +3,9 @@
 Each problem chooses, improves and stops by its own state only. A step is kept only if it lowers
 the problem's objective; where Newton's method on the working set fails to, two-variable updates,
 which cannot, take over. So every problem converges.
+
+Several processes may share the kernel rows (``KernelRows``). All hold the same state and take the
+same steps; the blocks of a step are dealt to them, and each block is solved by one process.
 """
 
 from dataclasses import dataclass
@@ -11,6 +14,7 @@ import torch
 from torch import Tensor
 
 from torchdnr.svm.active_set import multiply, newton_blocks
+from torchdnr.svm.dealing import dealt
 from torchdnr.svm.dual import intercepts, snap_to_bounds, to_double, violation_bounds
 from torchdnr.svm.gram import KernelRows
 from torchdnr.svm.working_set import (
@@ -129,29 +133,32 @@ def _outer_step(
     index, valid = largest_violators(*current, intercept, largest)
     if fresh.any():
         index, valid = first_sets(*current[2:], index, valid, fresh[running], largest)
+    intercept, index, valid = map(rows.processes.agree, (intercept, index, valid))
     changes = torch.zeros_like(current[0])
     failed = torch.zeros(len(running), dtype=torch.bool, device=running.device)
     sizes = valid.sum(dim=1)
     double = (sizes <= SMALL_SET) | (state.damping[running] < SINGLE_DAMPING)
     double |= state.failures[running] > 0
-    for batch, width in _batches(sizes, double, rows):
-        taken, used = _compact(index[batch], valid[batch], width)
+
+    def improve(batch: Tensor, taken: Tensor, used: Tensor, kernels: Tensor) -> Tensor:
         who = running[batch]
         local = [t[batch].gather(1, taken) * used for t in current]
-        allowed = max_steps - state.steps[who]
         block_tol = (NEWTON_ACCURACY * violation[who]).clamp_min(0.2 * goal)
-        change, lowered = _improve(
-            rows.block(taken),
-            local,
-            intercept[batch],
-            state,
-            who,
-            block_tol,
-            allowed,
-            bool(double[batch[0]]),
-        )
-        changes[batch] = changes[batch].scatter_add(1, taken, change * used)
-        failed[batch] = ~lowered
+        allowed, precise = max_steps - state.steps[who], bool(double[batch[0]])
+        return _improve(kernels, local, intercept[batch], state, who, block_tol, allowed, precise)
+
+    blocks = [
+        (batch, *_compact(index[batch], valid[batch], width))
+        for batch, width in _batches(sizes, double, rows)
+    ]
+    for (batch, taken, used), outcome in dealt(rows, blocks, improve, 4):
+        *state_of_batch, lowered = outcome[:, -4:].unbind(dim=1)
+        who = running[batch]
+        for name, values in zip(("steps", "damping", "failures"), state_of_batch, strict=True):
+            entries = getattr(state, name)
+            entries[who] = values.to(entries.dtype)
+        changes[batch] = changes[batch].scatter_add(1, taken, outcome[:, :-4] * used)
+        failed[batch] = lowered == 0
     failed |= state.failures[running] >= 2
     _move(rows, state, running, changes)
     stuck = running[failed]
@@ -194,8 +201,12 @@ def _improve(
     tol: Tensor,
     allowed: Tensor,
     double: bool,
-) -> tuple[Tensor, Tensor]:
-    """Solve the blocks by Newton's method; return the change of b, and whether it is downhill."""
+) -> Tensor:
+    """Solve the blocks by Newton's method.
+
+    Returns the change of b, then steps, damping and failures from now on, and whether it is
+    downhill: ``(p, k + 4)``.
+    """
     gradient, dual_coef, lower, upper = local
     damping = state.damping[who]
     kernels = kernels.double() if double else kernels
@@ -214,16 +225,17 @@ def _improve(
     length = (-slope / bend.clamp_min(torch.finfo(torch.float64).tiny)).clamp(0.0, 1.0)
     length = torch.where(length > 0.9, 1.0, length)  # the target has its samples on the bounds
     lowered = (length * slope + length.square() * bend / 2 < 0) & (length > SHORTEST_STEP)
-    state.steps[who] += spent
     easy = solved & (spent <= EASY_STEPS)
     # The proximal term leaves a violation of damping times the change: too much near the end.
     held_back = damping * change.abs().amax(dim=1) > tol
     floor = torch.where(held_back, LEAST_DAMPING, SINGLE_DAMPING)
     falling = torch.maximum(damping / 10, floor).minimum(damping)
     rising = (damping * 10).clamp_max(MOST_DAMPING)
-    state.damping[who] = torch.where(easy, falling, torch.where(solved, damping, rising))
-    state.failures[who] = torch.where(solved & lowered, 0, state.failures[who] + 1)
-    return torch.where(lowered.unsqueeze(1), change * length.unsqueeze(1), 0.0), lowered
+    change = torch.where(lowered.unsqueeze(1), change * length.unsqueeze(1), 0.0)
+    damping = torch.where(easy, falling, torch.where(solved, damping, rising))
+    failures = torch.where(solved & lowered, 0, state.failures[who] + 1)
+    entries = (state.steps[who] + spent, damping, failures, lowered)
+    return torch.cat([change, *(entry.double().unsqueeze(1) for entry in entries)], dim=1)
 
 
 def _move(rows: KernelRows, state: Descent, who: Tensor, changes: Tensor) -> None:
@@ -239,15 +251,20 @@ def _fall_back(
     """Improve by two-variable updates, which lower every objective that can be lowered."""
     current = [t[who] for t in (state.gradient, state.dual_coef, state.lower, state.upper)]
     index = select_working_sets(*current, min(FALLBACK_SET, rows.n, rows.capacity))
-    for part in torch.arange(len(who), device=who.device).split(
-        max(1, min(FALLBACK_SET, rows.capacity // index.shape[1]))
-    ):
-        local = [t[part].gather(1, index[part]) for t in current]
+    index = rows.processes.agree(index)
+
+    def update(part: Tensor, taken: Tensor, _used: Tensor, kernels: Tensor) -> Tensor:
+        local = [t[part].gather(1, taken) for t in current]
         tol = (BLOCK_ACCURACY * violation[part]).clamp_min(0.9 * goal)
         allowed = (max_steps - state.steps[who[part]]).clamp_max(FALLBACK_STEPS)
-        kernels = rows.block(index[part]).double()
-        solution, spent = solve_blocks(kernels, *local, tol, allowed)
-        state.steps[who[part]] += spent
-        changes = torch.zeros_like(current[0][part]).scatter(1, index[part], solution - local[1])
+        solution, spent = solve_blocks(kernels.double(), *local, tol, allowed)
+        return torch.cat([solution - local[1], spent.double().unsqueeze(1)], dim=1)
+
+    together = max(1, min(FALLBACK_SET, rows.capacity // index.shape[1]))
+    parts = torch.arange(len(who), device=who.device).split(together)
+    blocks = [(part, index[part], torch.ones_like(index[part], dtype=torch.bool)) for part in parts]
+    for (part, taken, _), outcome in dealt(rows, blocks, update, 1):
+        state.steps[who[part]] += outcome[:, -1].long()
+        changes = torch.zeros_like(current[0][part]).scatter(1, taken, outcome[:, :-1])
         _move(rows, state, who[part], changes)
     state.failures[who] = 0

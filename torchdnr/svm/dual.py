@@ -172,7 +172,7 @@ def certify(
     gradient = product - targets
     steepest_up, steepest_down = violation_bounds(gradient, dual_coef, lower, upper)
     violation = (steepest_up - steepest_down).clamp_min(0.0)
-    intercept = intercepts(gradient, dual_coef, lower, upper)
+    intercept = kernel.processes.agree(intercepts(gradient, dual_coef, lower, upper))
     quadratic = (dual_coef * product).sum(dim=0)
     linear = (targets * dual_coef).sum(dim=0)
     hinge = (1.0 - targets * (product + intercept)).clamp_min(0.0)

@@ -5,135 +5,41 @@ samples become support vectors that is a small part of the Gram matrix; where mo
 A row costs the same either way, so rows on demand are never dearer than the whole matrix.
 """
 
-import itertools
-import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from torchdnr.processes import Processes
 from torchdnr.rbf import full_precision
-
-EVALUATE_ELEMENTS = 2**22
-"""Kernel values evaluated at once: few enough to stay in a CPU's cache between two steps."""
-EXACT_ELEMENTS = 2**19
-"""Kernel values turned to float64 at a time: 4 MiB, which stay in a CPU's cache."""
-
-
-MEMORY_LIMIT = 4 * 2**30
-"""Bytes that a fit may take where the caller sets no limit."""
-STATE_ARRAYS = 24
-"""Float64 arrays of one entry per sample and problem that are alive at once, at the most."""
-WHOLE_ARRAYS = 8
-"""Those of all problems, where they are solved some at a time: what is given and returned."""
-LEAST_TOGETHER = 16
-"""Problems solved together at the least, if there are as many."""
-LARGEST_SET = 8192
-"""Samples in a working set at the most."""
-SET_BYTES = 40
-"""Bytes per entry of the matrices that a working set needs at once."""
-USABLE = 0.95
-"""Share of a memory limit that is planned; allocators lose the rest between their pieces."""
-
-
-@dataclass(frozen=True)
-class MemoryPlan:
-    """How a memory limit is spent.
-
-    Attributes:
-        capacity: Kernel rows held at the most.
-        largest_set: Samples in a working set at the most.
-        together: Problems solved together; None for all.
-    """
-
-    capacity: int
-    largest_set: int
-    together: int | None = None
-
-
-def plan_memory(
-    n: int, problems: int, itemsize: int, memory_limit: int | None, taken: int = 0
-) -> MemoryPlan:
-    """Divide memory between the state of the problems, working sets and kernel rows.
-
-    Args:
-        n: Samples.
-        problems: Problems on one kernel.
-        itemsize: Bytes of a kernel value.
-        memory_limit: Bytes beyond the features; None for ``MEMORY_LIMIT``.
-        taken: Bytes of it that are spent already, on copies of the features.
-
-    Returns:
-        The plan: a quarter of what is beyond the least goes to solving more problems together; of
-        what their state leaves, a fifth goes to working sets, the rest to kernel rows.
-
-    Raises:
-        ValueError: If the limit leaves less room than a small working set needs.
-    """
-    limit = MEMORY_LIMIT if memory_limit is None else int(memory_limit)
-    least = least_memory(n, problems, itemsize, taken)
-    if limit < least:
-        raise ValueError(
-            f"memory_limit must be at least {least} bytes for {n} samples and {problems} problems "
-            f"at once, got {limit}: raise it, or use fewer samples"
-        )
-    spare = int(USABLE * (limit - least))
-    together = min(problems, LEAST_TOGETHER + spare // 4 // (STATE_ARRAYS * 8 * n))
-    state = _state_bytes(n, problems, together, itemsize) + taken
-    room = int(limit * USABLE) - state
-    sets = room // 5
-    largest = min(LARGEST_SET, int((sets / SET_BYTES) ** 0.5))
-    capacity = (room - sets) // (n * itemsize)
-    return MemoryPlan(min(n, capacity), min(largest, max(2, capacity)), together)
-
-
-def least_memory(n: int, problems: int, itemsize: int, taken: int = 0) -> int:
-    """Compute the smallest memory limit, in bytes, that ``plan_memory`` takes."""
-    state = _state_bytes(n, problems, min(problems, LEAST_TOGETHER), itemsize) + taken
-    sets_and_rows = 5 * SET_BYTES * 256**2 + 2 * n * itemsize * min(n, 256)
-    return math.ceil((state + sets_and_rows) / USABLE)
-
-
-def _state_bytes(n: int, problems: int, together: int, itemsize: int) -> int:
-    """Bytes of the state of the problems, and of the rows that are being evaluated or added up."""
-    arrays = STATE_ARRAYS * together + (WHOLE_ARRAYS * problems if together < problems else 0)
-    rows = min(EVALUATE_ELEMENTS, n * n) * itemsize + 8 * min(EXACT_ELEMENTS, n * n)
-    return 8 * n * arrays + rows
-
-
-def column_groups(problems: int, together: int | None) -> list[slice]:
-    """Divide problems into groups of nearly one size.
-
-    Args:
-        problems: P.
-        together: Problems in a group at the most; None for all.
-
-    Returns:
-        Columns of each group.
-    """
-    groups = math.ceil(problems / (together or problems))
-    bounds = [problems * part // groups for part in range(groups + 1)]
-    return [slice(*pair) for pair in itertools.pairwise(bounds)]
+from torchdnr.shared_features import Shares
+from torchdnr.svm.memory_plan import EVALUATE_ELEMENTS, EXACT_ELEMENTS, LARGEST_SET, MemoryPlan
 
 
 class KernelRows:
     """A Gram matrix that is evaluated row by row on demand.
 
+    Several processes may share each row: everyone evaluates and holds the values with its own
+    samples, the columns ``own``. All call the same methods with the same arguments, and get the
+    same results.
+
     Args:
-        evaluate: Maps sample indices ``(m,)`` to their kernel rows ``(m, n)``.
+        evaluate: Maps sample indices ``(m,)`` to their kernel rows ``(m, n)``, or to the own
+            columns of these.
         n: Samples.
         like: Tensor whose dtype and device the rows have.
         plan: How many rows are held at the most, at least 3; those used least recently give way.
             Default: all.
         at_once: Rows evaluated at once, where each evaluation goes through large features. Default:
             as many as stay in a CPU's cache.
+        shares: Which columns belong to which process. Default: all to this one, which is alone.
 
     Attributes:
         largest_set: Samples in a working set at the most.
         together: Problems solved together; None for all.
         evaluated: Rows evaluated so far, repeats counted.
-        store: The rows held, ``(slots, n)``; see ``slots``.
+        shares: Which columns belong to which process.
+        store: The rows held, ``(slots, own columns)``; see ``slots``.
     """
 
     def __init__(
@@ -143,16 +49,20 @@ class KernelRows:
         like: Tensor,
         plan: MemoryPlan | None = None,
         at_once: int | None = None,
+        shares: Shares | None = None,
     ) -> None:
+        self.shares = Shares((n,)) if shares is None else shares
+        self._own, width = self.shares.own, self.shares.largest
         plan = MemoryPlan(n, LARGEST_SET) if plan is None else plan
         self._at_once, self._passes_are_dear = at_once, at_once is not None
         if at_once is None:
-            self._at_once = max(1, EVALUATE_ELEMENTS // n)
+            self._at_once = max(1, EVALUATE_ELEMENTS // width)
         self._evaluate, self.n = evaluate, n
         self.capacity, self.largest_set = max(min(3, n), min(plan.capacity, n)), plan.largest_set
         self.together = plan.together
         # A CPU gives memory only to the part that gets written.
-        self.store = torch.empty(self.capacity, n, dtype=like.dtype, device=like.device)
+        columns = self._own.stop - self._own.start
+        self.store = torch.empty(self.capacity, columns, dtype=like.dtype, device=like.device)
         self._slot_of = torch.full((n,), -1, dtype=torch.int64, device=like.device)
         self._sample_in = torch.zeros(self.capacity, dtype=torch.int64, device=like.device)
         self._last_use = torch.zeros(self.capacity, dtype=torch.int64, device=like.device)
@@ -174,6 +84,11 @@ class KernelRows:
         rows.evaluated = rows.n
         rows._slot_of = rows._sample_in = torch.arange(rows.n, device=kernel.device)
         return rows
+
+    @property
+    def processes(self) -> Processes:
+        """Those that share the rows."""
+        return self.shares.processes
 
     @property
     def is_dense(self) -> bool:
@@ -200,18 +115,40 @@ class KernelRows:
             self._add(missing)
         return self._slot_of[index]
 
-    def block(self, index: Tensor) -> Tensor:
+    def block(self, index: Tensor, owner: int | None = None) -> Tensor:
         """Return the kernels between the samples of several working sets.
 
         Args:
             index: Samples of each set, ``(p, k)``.
+            owner: Rank of the only process that wants them; elsewhere what is returned is of no
+                use then. Default: all want them.
 
         Returns:
             Kernel values, ``(p, k, k)``.
         """
         union, position = index.unique(return_inverse=True)
         slots = self.slots(union)[position]
-        return self.store[slots.unsqueeze(2), index.unsqueeze(1)]
+        if self.processes.count == 1:
+            return self.store[slots.unsqueeze(2), index.unsqueeze(1)]
+        places, here = self.shares.places(index)
+        values = self.store[slots.unsqueeze(2), places.unsqueeze(1)]
+        values.masked_fill_(~here.unsqueeze(1), 0.0)  # each value comes from one process
+        if owner is None:
+            return self.processes.total(values)
+        return self.processes.total_for(owner, values)
+
+    def product_at(self, samples: Tensor, vectors: Tensor) -> Tensor:
+        """Multiply vectors by the rows of some samples.
+
+        Args:
+            samples: At most ``capacity`` of them, ``(m,)``.
+            vectors: One vector per row, float64 ``(P, n)``.
+
+        Returns:
+            Products, float64 ``(P, m)``.
+        """
+        rows = self.store[self.slots(samples)].double()
+        return self.processes.total(vectors[:, self._own] @ rows.T)
 
     def product(self, vectors: Tensor, *, exact: bool = True) -> Tensor:
         """Multiply vectors by the Gram matrix; only rows with a nonzero coefficient are read.
@@ -224,9 +161,9 @@ class KernelRows:
             Products, float64 ``(P, n)``.
         """
         used = vectors.ne(0).any(dim=0).nonzero().squeeze(1)  # a data-dependent size: syncs once
-        result = torch.zeros_like(vectors)
-        step = max(1, EXACT_ELEMENTS // self.n) if exact else self.n
-        room = result.new_empty(step, self.n) if exact else None
+        result = torch.zeros_like(vectors[:, self._own])
+        step = max(1, EXACT_ELEMENTS // self.shares.largest) if exact else self.n
+        room = result.new_empty(step, result.shape[1]) if exact else None
         with full_precision(vectors.device):
             for samples, rows in self._parts(used, step, spread=2 if exact else 10):
                 coefficients = vectors[:, samples]
@@ -234,7 +171,7 @@ class KernelRows:
                     result.addmm_(coefficients, room[: len(rows)].copy_(rows))
                 else:
                     result += coefficients.to(rows.dtype) @ rows
-        return result
+        return self.shares.gather(result, dim=1)
 
     def _parts(self, used: Tensor, step: int, spread: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Pair samples with their rows, some at a time; all that are held if that saves a copy."""

@@ -9,9 +9,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from torchdnr.kernels import scale_gamma
-from torchdnr.row_blocks import column_means
+from torchdnr.shared_features import SharedFeatures
 from torchdnr.svm.checks import check_features, check_labels
-from torchdnr.svm.gram import MEMORY_LIMIT, KernelRows, least_memory, plan_memory
+from torchdnr.svm.gram import KernelRows
+from torchdnr.svm.memory_plan import MEMORY_LIMIT, least_memory, plan_memory
 from torchdnr.svm.module import RBFSVM
 from torchdnr.svm.rbf_rows import all_distances, distance_rows, plan_features, rbf_rows
 from torchdnr.svm.warm_start import FoldedFits
@@ -85,7 +86,7 @@ def stratified_folds(labels: Tensor, folds: int, seed: int = 0) -> Tensor:
 
 @torch.no_grad()
 def grid_search(
-    features: Tensor,
+    features: Tensor | SharedFeatures,
     labels: Tensor,
     *,
     C_grid: Sequence[float] = C_GRID,
@@ -105,14 +106,15 @@ def grid_search(
     the data, which is what rejection is for.
 
     Args:
-        features: ``(n, d)``.
+        features: ``(n, d)``, or ``SharedFeatures`` as in ``RBFSVM.fit``.
         labels: ``(n,)`` in 0..c-1.
         C_grid: Values of C, > 0.
         gamma_grid: Multiples of gamma = "scale", > 0.
         folds: Number of stratified folds.
         seed: Of the folds.
         tol: Largest KKT violation accepted.
-        distances: Squared distances between all features, ``(n, n)``, if they are at hand.
+        distances: Squared distances between all features, ``(n, n)``, if they are at hand; of
+            shared features those to this process's rows, ``(n, k)``.
         memory_limit: Bytes that the search may take beyond its inputs; default 4 GiB.
         progress: Whether to show a progress bar.
         description: What the progress bar is called.
@@ -161,7 +163,7 @@ def grid_search(
 
 @torch.no_grad()
 def out_of_fold_scores(
-    features: Tensor,
+    features: Tensor | SharedFeatures,
     labels: Tensor,
     *,
     C: float,
@@ -175,18 +177,19 @@ def out_of_fold_scores(
     """Score every sample by the machine that was fitted on the other folds.
 
     Args:
-        features: ``(n, d)``.
+        features: ``(n, d)``, or ``SharedFeatures`` as in ``RBFSVM.fit``.
         labels: ``(n,)`` in 0..c-1.
         C: Upper bound of the dual variables.
         gamma: Kernel width.
         folds: Number of stratified folds.
         seed: Of the folds.
         tol: Largest KKT violation accepted.
-        distances: Squared distances between all features, ``(n, n)``, if they are at hand.
+        distances: Squared distances between all features, ``(n, n)``, if they are at hand; of
+            shared features those to this process's rows, ``(n, k)``.
         memory_limit: Bytes that the fits may take beyond their inputs; default 4 GiB.
 
     Returns:
-        Scores, ``(n, c)``, in the dtype of the features.
+        Scores, ``(n, c)``, in the dtype of the features; of all samples in every process.
 
     Raises:
         ValueError: If the data, the folds or the memory limit do not fit.
@@ -200,7 +203,8 @@ def out_of_fold_scores(
     c, labels = check_labels(labels, len(features)), labels.long()
     fold = stratified_folds(labels, folds, seed)
     kernels = _Kernels(features, distances, c * folds, memory_limit)
-    return FoldedFits(kernels.rows(gamma), labels, c, fold, tol).advance(C).to(features)
+    scores = FoldedFits(kernels.rows(gamma), labels, c, fold, tol).advance(C)
+    return scores.to(kernels.features.own)
 
 
 class _Kernels:
@@ -211,25 +215,30 @@ class _Kernels:
     """
 
     def __init__(
-        self, features: Tensor, distances: Tensor | None, problems: int, memory_limit: int | None
+        self,
+        features: Tensor | SharedFeatures,
+        distances: Tensor | None,
+        problems: int,
+        memory_limit: int | None,
     ) -> None:
-        n, itemsize = len(features), features.element_size()
+        self.features = features = SharedFeatures.of(features)
+        n, itemsize, width = len(features), features.own.element_size(), features.shares.largest
         self.limit = MEMORY_LIMIT if memory_limit is None else int(memory_limit)
-        self.features, self.center = features, column_means(features)
+        self.center = features.means()
         self.distances = distances
         if distances is None:
-            whole = itemsize * n * n
+            whole = itemsize * n * width
             left = self.limit - whole
             # Half of what remains has to do for the rows of one width.
-            if 3 * whole <= left and least_memory(n, problems, itemsize) <= left:
+            if 3 * whole <= left and least_memory(n, problems, itemsize, width=width) <= left:
                 self.distances = all_distances(features, self.center, left)
                 self.limit = left
         self.blocks = plan_features(features, problems, self.limit)
         copies = self.blocks.taken if self.distances is None else 0
-        self.plan = plan_memory(n, problems, itemsize, self.limit, copies)
+        self.plan = plan_memory(n, problems, itemsize, self.limit, copies, width)
 
     def rows(self, gamma: float) -> KernelRows:
         """Prepare the Gram matrix of one width."""
         if self.distances is not None:
-            return distance_rows(self.distances, gamma, self.plan)
+            return distance_rows(self.distances, gamma, self.plan, self.features.shares)
         return rbf_rows(self.features, gamma, self.center, self.plan, self.blocks)

@@ -1,6 +1,7 @@
 """`RBFSVM`: a kernel SVM for many classes as a torch module."""
 
 from copy import copy, deepcopy
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
@@ -8,6 +9,7 @@ from gpytorch.kernels import Kernel, RBFKernel
 from torch import Tensor
 
 from torchdnr.kernels import full_precision, kernel_scores, make_rbf_kernel
+from torchdnr.shared_features import SharedFeatures
 from torchdnr.svm.checks import check_features, check_labels
 from torchdnr.svm.dual import DualSolution
 from torchdnr.svm.solver import solve_dual
@@ -110,7 +112,7 @@ class RBFSVM(FittedState):
 
     def fit(
         self,
-        features: Tensor,
+        features: Tensor | SharedFeatures,
         labels: Tensor,
         *,
         sample_weight: Tensor | None = None,
@@ -123,16 +125,20 @@ class RBFSVM(FittedState):
 
         Args:
             features: Training features, ``(n, d)``, float32 or float64: the module takes their
-                dtype and device. With a precomputed kernel its symmetric matrix, ``(n, n)``.
+                dtype and device. With a precomputed kernel its symmetric matrix, ``(n, n)``. Or
+                ``SharedFeatures``, of which each of several processes has some rows: all call this
+                together, with the labels of all rows, and get the same machine.
             labels: Labels 0..c-1, ``(n,)`` int64, every class present.
             sample_weight: Factor >= 0 of C per sample, ``(n,)``. A sample of weight 0 is as good as
                 removed, also from ``center``, ``gamma="scale"`` and the classes present; that
                 variance heeds no other weight, as in scikit-learn.
             num_classes: c; default: largest label + 1.
-            distances: Squared distances between all features, ``(n, n)``, if they are at hand.
+            distances: Squared distances between all features, ``(n, n)``, if they are at hand; of
+                shared features those to this process's rows, ``(n, k)``.
             initial: b = alpha * y to start from, ``(n, P)``; it need not be feasible.
-            memory_limit: Bytes that the fit may take beyond its inputs; default 4 GiB. Kernel rows
-                are evaluated on demand; those that find no room are evaluated again.
+            memory_limit: Bytes that the fit may take beyond its inputs, in each process; default
+                4 GiB. Kernel rows are evaluated on demand; those that find no room are evaluated
+                again.
 
         Returns:
             The module itself.
@@ -144,13 +150,14 @@ class RBFSVM(FittedState):
             ConvergenceWarning: Naming the problems that missed ``tol``.
         """
         check_features(features)
-        c, features = check_labels(labels, len(features), num_classes), features.detach()
+        c, features = check_labels(labels, len(features), num_classes), SharedFeatures.of(features)
+        features = replace(features, own=features.own.detach())
         data = select_training_data(
             features, labels.long(), c, sample_weight, distances, self.is_precomputed
         )
-        kernel = self.kernel.to(features) if self.has_own_kernel else None
+        kernel = self.kernel.to(features.own) if self.has_own_kernel else None
         if not self.has_own_kernel and not self.is_precomputed:
-            kernel = make_rbf_kernel(data.gamma(self.gamma), like=features)
+            kernel = make_rbf_kernel(data.gamma(self.gamma), like=features.own)
         limits = upper_bounds(data.labels, c, self.strategy, self.C, self.class_weight, data.weight)
         targets = binary_targets(data.labels, c, self.strategy)
         solution = solve_dual(
@@ -163,8 +170,8 @@ class RBFSVM(FittedState):
         )
         chosen = solution.dual_coef.ne(0).any(dim=1)
         self.support_vectors, self.support = data.support_vectors(chosen), data.kept[chosen]
-        self.dual_coef = solution.dual_coef[chosen].to(features)
-        self.intercept = solution.intercept.to(features)
+        self.dual_coef = solution.dual_coef[chosen].to(features.own)
+        self.intercept = solution.intercept.to(features.own)
         self.center, self.kernel = data.center, kernel
         self.solution = data.of_all_samples(solution)
         return self

@@ -52,7 +52,7 @@ def bounded_start(
     if rows.n < SMALLEST or rows.capacity < rows.n:
         return None
     start, sample = uniform_start(lower, upper), common_sample(rows.n, lower.device)
-    part = start @ rows.store[rows.slots(sample)].double().T - targets[:, sample]
+    part = rows.product_at(sample, start) - targets[:, sample]
     steepest = violation_bounds(part.T, start[:, sample].T, lower[:, sample].T, upper[:, sample].T)
     close = (steepest[0] - steepest[1] < CLOSE).nonzero().squeeze(1)  # each by its own samples
     if len(close) == 0:
@@ -70,7 +70,7 @@ def _coarse_start(
 ) -> Tensor:
     """Solve on a share of the samples with a larger C, and put all where its scores say."""
     sample = common_sample(rows.n, lower.device, rows.n // COARSER)
-    kernel = KernelRows.dense(rows.store[rows.slots(sample)][:, sample])
+    kernel = KernelRows.dense(rows.block(sample.unsqueeze(0))[0])
     low, high = (t[:, sample] * (rows.n / len(sample)) for t in (lower, upper))
     first = uniform_start(low, high)
     solution = torch.zeros_like(lower)
@@ -173,6 +173,7 @@ def projected_gradient(
             free = ((point > lower) & (point < upper)).sum(dim=1).to(dtype)
             settled = (free > SETTLED * last) & (free < FEW_FREE * rows.n)
             settled |= (slope.abs() <= goal * change.abs().amax(dim=1)) | (step == max_steps - 1)
+            settled = rows.processes.agree(settled)
             exact = to_double(point, bounds[0][running], bounds[1][running])
             result[running] = torch.where(settled.unsqueeze(1), exact, result[running])
             keep = (~settled).nonzero().squeeze(1)

@@ -11,7 +11,8 @@ from torchdnr.svm.dual import (
     join_solutions,
     warn_if_not_converged,
 )
-from torchdnr.svm.gram import KernelRows, column_groups
+from torchdnr.svm.gram import KernelRows
+from torchdnr.svm.memory_plan import column_groups
 from torchdnr.svm.projected_gradient import bounded_start
 from torchdnr.svm.working_set import settle
 
@@ -40,6 +41,7 @@ def solve_dual(
     columns too. Outer steps choose working sets, on which Newton's method guesses the active set;
     where that fails, two-variable updates take over (``descent``). ``KernelRows`` may say how many
     columns advance together; the others come after them, on the rows that are held already.
+    Processes that share the rows of the kernel all call this together, and get the same solution.
 
     Args:
         kernel: Symmetric positive semidefinite Gram matrix, ``(n, n)``, float32 or float64; or
@@ -99,7 +101,7 @@ def _solve(
     by_problem = [t.T.contiguous() for t in (targets.double(), lower, upper)]
     start = bounded_start(rows, *by_problem, GOAL * tol) if initial is None else initial.T
     if start is not None:
-        start = _feasible(start, *by_problem)
+        start = rows.processes.agree(_feasible(start, *by_problem))
     state = Descent.start(start, *by_problem)
     if start is not None:
         state.gradient += rows.product(state.dual_coef)
@@ -123,9 +125,10 @@ def _check_problems(
     kernel: Tensor | KernelRows, targets: Tensor, C: float | Tensor, together: int | None
 ) -> Tensor:
     """Check what the user gave, and return C as ``(n, P)``, without a copy of it."""
-    given = kernel if isinstance(kernel, Tensor) else kernel.store
-    n = given.shape[0] if isinstance(kernel, Tensor) else kernel.n
-    if given.ndim != 2 or given.shape[1] != n:
+    whole = isinstance(kernel, Tensor)
+    given = kernel if whole else kernel.store
+    n = given.shape[0] if whole else kernel.n
+    if whole and (given.ndim != 2 or given.shape[1] != n):
         raise ValueError(f"kernel must be square (n, n), got {tuple(given.shape)}")
     if targets.ndim != 2 or targets.shape[0] != n or targets.shape[1] == 0:
         raise ValueError(
@@ -135,7 +138,7 @@ def _check_problems(
         raise ValueError(
             f"targets must be on the device of kernel, {given.device}, got {targets.device}"
         )
-    if isinstance(kernel, Tensor) and not torch.isfinite(kernel).all():
+    if whole and not torch.isfinite(kernel).all():
         raise ValueError("kernel must be finite, got NaN or infinity: check the features and gamma")
     if not (targets.abs() == 1).all():
         raise ValueError("targets must be -1 or +1, got other values")

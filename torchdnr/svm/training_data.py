@@ -7,10 +7,11 @@ from gpytorch.kernels import Kernel
 from torch import Tensor
 
 from torchdnr.kernels import kernel_matrix, rbf_gamma, scale_gamma
-from torchdnr.row_blocks import column_means
+from torchdnr.shared_features import SharedFeatures
 from torchdnr.svm.checks import check_gram, check_sample_weight
 from torchdnr.svm.dual import DualSolution
-from torchdnr.svm.gram import KernelRows, plan_memory
+from torchdnr.svm.gram import KernelRows
+from torchdnr.svm.memory_plan import plan_memory
 from torchdnr.svm.rbf_rows import distance_rows, plan_features, rbf_rows
 
 
@@ -19,17 +20,19 @@ class TrainingData:
     """Samples of weight > 0, and where they stood among all n.
 
     Attributes:
-        features: ``(k, d)``; with a precomputed kernel its matrix between the k samples.
+        features: ``(k, d)``, perhaps shared by several processes; with a precomputed kernel its
+            matrix between the k samples.
         labels: ``(k,)``.
         weight: Their weights, float64 ``(k,)``; None if all are 1.
         kept: Their indices among the n samples, int64 ``(k,)``.
         count: n.
         center: Mean of the features, ``(d,)``; zeros ``(n,)`` with a precomputed kernel.
-        distances: Squared distances between the features, ``(k, k)``, if they are at hand.
+        distances: Squared distances between the features, ``(k, k)``, if they are at hand; only
+            those to this process's samples where several share the features.
         is_precomputed: Whether the features are kernel values.
     """
 
-    features: Tensor
+    features: SharedFeatures
     labels: Tensor
     weight: Tensor | None
     kept: Tensor
@@ -79,24 +82,26 @@ class TrainingData:
         Raises:
             ValueError: If the memory limit is too small, or squared distances overflow.
         """
-        if self.is_precomputed:
-            return self.features
         features, center, n = self.features, self.center, len(self.features)
-        itemsize, gamma = features.element_size(), rbf_gamma(kernel)
+        own, shares = features.own, features.shares
+        if self.is_precomputed:
+            return own
+        itemsize, gamma, width = own.element_size(), rbf_gamma(kernel), shares.largest
         if gamma is None:
             # gpytorch takes the features whole, centred on both sides.
-            copies = 2 * itemsize * features.numel()
+            copies = 2 * itemsize * width * own.shape[1]
             return KernelRows(
-                lambda index: kernel_matrix(kernel, features[index], features, center),
+                lambda index: kernel_matrix(kernel, features.take(index), own, center),
                 n,
-                features,
-                plan_memory(n, problems, itemsize, memory_limit, copies),
+                own,
+                plan_memory(n, problems, itemsize, memory_limit, copies, width),
+                shares=shares,
             )
         if self.distances is not None:
-            plan = plan_memory(n, problems, itemsize, memory_limit)
-            return distance_rows(self.distances, gamma.item(), plan)
+            plan = plan_memory(n, problems, itemsize, memory_limit, width=width)
+            return distance_rows(self.distances, gamma.item(), plan, shares)
         blocks = plan_features(features, problems, memory_limit)
-        plan = plan_memory(n, problems, itemsize, memory_limit, blocks.taken)
+        plan = plan_memory(n, problems, itemsize, memory_limit, blocks.taken, width)
         return rbf_rows(features, gamma.item(), center, plan, blocks)
 
     def support_vectors(self, chosen: Tensor) -> Tensor:
@@ -108,8 +113,9 @@ class TrainingData:
         Returns:
             Features, ``(m, d)``; ``(m, 0)`` with a precomputed kernel.
         """
-        features = self.features[:, :0] if self.is_precomputed else self.features
-        return features[chosen]  # a copy, as for any mask
+        if self.is_precomputed:
+            return self.features.own[chosen, :0]
+        return self.features.take(chosen.nonzero().squeeze(1))
 
     def of_all_samples(self, solution: DualSolution) -> DualSolution:
         """Give the samples of weight 0 their place, with b = 0 and no score.
@@ -132,7 +138,7 @@ class TrainingData:
 
 
 def select_training_data(
-    features: Tensor,
+    features: Tensor | SharedFeatures,
     labels: Tensor,
     num_classes: int,
     sample_weight: Tensor | None,
@@ -142,11 +148,13 @@ def select_training_data(
     """Check kernel values and weights, and leave out the samples of weight 0.
 
     Args:
-        features: ``(n, d)``, or a precomputed kernel, ``(n, n)``.
+        features: ``(n, d)``, perhaps shared by several processes, or a precomputed kernel,
+            ``(n, n)``.
         labels: ``(n,)`` in 0..c-1.
         num_classes: c.
         sample_weight: ``(n,)``, or None for 1 each.
-        distances: Squared distances between the features, ``(n, n)``, if they are at hand.
+        distances: Squared distances between the features, ``(n, n)``, if they are at hand; only
+            those to this process's samples where several share the features.
         is_precomputed: Whether the features are kernel values.
 
     Returns:
@@ -155,19 +163,27 @@ def select_training_data(
     Raises:
         ValueError: If the kernel is not a Gram matrix, or weights do not fit.
     """
-    n, weight = len(features), None
+    features = SharedFeatures.of(features)
+    n, weight, own = len(features), None, features.own
     if is_precomputed:
-        check_gram(features)
-    kept = torch.arange(n, device=features.device)
+        if features.shares.processes.count > 1:
+            raise ValueError("a precomputed kernel must be whole, got shared rows: pass a tensor")
+        check_gram(own)
+    kept = torch.arange(n, device=own.device)
     if sample_weight is not None:
-        weight = torch.as_tensor(sample_weight, dtype=torch.float64, device=features.device)
+        weight = torch.as_tensor(sample_weight, dtype=torch.float64, device=own.device)
         check_sample_weight(weight, labels, num_classes)
         kept = weight.nonzero().squeeze(1)
     if len(kept) < n:
-        features = features[kept][:, kept] if is_precomputed else features[kept]
-        distances = None if distances is None else distances[kept][:, kept]
+        columns, here = features.shares.places(kept)
+        columns = columns[here]
+        if is_precomputed:
+            features = SharedFeatures.of(own[kept][:, kept])
+        else:
+            features = features.select(kept)
+        distances = None if distances is None else distances[kept][:, columns]
         labels, weight = labels[kept], weight[kept]
-    center = features.new_zeros(n) if is_precomputed else column_means(features)
+    center = own.new_zeros(n) if is_precomputed else features.means()
     return TrainingData(features, labels, weight, kept, n, center, distances, is_precomputed)
 
 

@@ -4,7 +4,7 @@ What is shared travels as plain tensors: gloo carries those on the CPU, NCCL tho
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -53,13 +53,8 @@ class Processes:
             PeerError: If one of them has ended.
         """
         if self.count > 1:
-            try:
-                dist.all_reduce(torch.zeros(1))  # on the CPU: gloo notices closed connections
-            except RuntimeError as error:
-                raise PeerError(
-                    "another process of this job ended before its work was done; its own message, "
-                    "or torchrun's summary, says why"
-                ) from error
+            with _peers_needed():
+                _meet()
 
     @contextmanager
     def first_alone(self) -> Iterator[None]:
@@ -80,11 +75,86 @@ class Processes:
 
         Returns:
             The owner's tensor.
+
+        Raises:
+            PeerError: If another process has ended.
         """
-        if self.count > 1:
-            tensor = tensor.contiguous()
-            dist.broadcast(tensor, src=owner)
+        tensor = tensor.contiguous() if self.count > 1 else tensor
+        self._together(lambda: dist.broadcast(tensor, src=owner), tensor)
         return tensor
+
+    def agree(self, tensor: Tensor) -> Tensor:
+        """Give every process the first one's tensor.
+
+        Where all have computed the same, rounding and ties may still differ between machines: what
+        decides on the way that the work takes has to be one process's.
+
+        Args:
+            tensor: Of one shape and dtype everywhere; it may be overwritten.
+
+        Returns:
+            The tensor of the first process.
+        """
+        return self.share(tensor, 0)
+
+    def total(self, tensor: Tensor) -> Tensor:
+        """Add up the tensors of all processes.
+
+        Args:
+            tensor: Of one shape and dtype everywhere; it may be overwritten.
+
+        Returns:
+            The sum, the same in every process.
+        """
+        tensor = tensor.contiguous() if self.count > 1 else tensor
+        self._together(lambda: dist.all_reduce(tensor), tensor)
+        return tensor
+
+    def total_for(self, owner: int, tensor: Tensor) -> Tensor:
+        """Add up the tensors of all processes for one of them.
+
+        Args:
+            owner: Rank of the process that wants the sum.
+            tensor: Of one shape and dtype everywhere; it may be overwritten.
+
+        Returns:
+            The sum on the owner; elsewhere nothing of use.
+        """
+        tensor = tensor.contiguous() if self.count > 1 else tensor
+        self._together(lambda: dist.reduce(tensor, dst=owner), tensor)
+        return tensor
+
+    def numbers(self, number: int) -> list[int]:
+        """Collect a whole number of each process, in the order of the ranks."""
+        found = torch.zeros(self.count, dtype=torch.int64)
+        found[self.rank] = number
+        return self.total(found).tolist()
+
+    def all_agree(self, flag: bool) -> bool:
+        """Tell whether something holds in every process."""
+        return sum(self.numbers(int(flag))) == self.count
+
+    def gather(self, part: Tensor, sizes: Sequence[int], dim: int = 0) -> Tensor:
+        """Put together what each process has a part of.
+
+        Args:
+            part: This process's part; those of the others differ in dimension ``dim`` at most.
+            sizes: Size of each process's part in that dimension.
+            dim: Along which the parts follow each other.
+
+        Returns:
+            The whole, in every process.
+        """
+        if self.count == 1:
+            return part
+        shape = list(part.shape)
+        shape[dim] = max(sizes)
+        padded = part.new_zeros(shape)
+        padded.narrow(dim, 0, sizes[self.rank]).copy_(part)
+        parts = list(padded.new_empty(self.count, *shape).unbind())
+        self._together(lambda: dist.all_gather(parts, padded), padded)
+        whole = [p.narrow(dim, 0, size) for p, size in zip(parts, sizes, strict=True)]
+        return torch.cat(whole, dim=dim)
 
     def share_text(self, text: str, owner: int) -> str:
         """Give every process the text of one of them; what the others pass does not count."""
@@ -95,8 +165,35 @@ class Processes:
         data = data if self.rank == owner else torch.empty(length, dtype=torch.uint8)
         return bytes(self.share(data, owner).tolist()).decode() if length else ""
 
+    def _together(self, work: Callable[[], object], tensor: Tensor) -> None:
+        if self.count > 1:
+            with _peers_needed():
+                if tensor.is_cuda:  # NCCL would wait for a process that is gone
+                    _meet()
+                work()
+
 
 ALONE = Processes()
+
+
+def default_processes() -> Processes:
+    """Find the processes of torch.distributed's default group.
+
+    Returns:
+        Those of the group, which ``joined`` or the user's program has set up; without one, this
+        process alone.
+
+    Raises:
+        ValueError: If the group cannot carry tensors on the CPU.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return ALONE
+    if "cpu:" not in (backends := dist.get_backend_config()):
+        raise ValueError(
+            f"the default process group must carry tensors on the CPU too, got {backends}; set it "
+            'up by init_process_group("cpu:gloo,cuda:nccl")'
+        )
+    return Processes(dist.get_rank(), dist.get_world_size())
 
 
 def local_device(device: torch.device) -> torch.device:
@@ -153,6 +250,22 @@ def joined(device: torch.device) -> Iterator[Processes]:
         yield found
     finally:
         dist.destroy_process_group()
+
+
+def _meet() -> None:
+    dist.all_reduce(torch.zeros(1))  # on the CPU: gloo notices closed connections
+
+
+@contextmanager
+def _peers_needed() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise PeerError(
+            "another process of this job ended before its work was done, so this one ends too; its "
+            "own message, or torchrun's summary, says why; the same command goes on from what is "
+            f"finished ({str(error).splitlines()[0]})"
+        ) from error
 
 
 def _several() -> bool:

@@ -1,0 +1,252 @@
+"""Fits that are made alone, and by two processes when this file is run: `FOLDER`."""
+
+import sys
+import warnings
+from contextlib import contextmanager
+from unittest import mock
+
+import torch
+from gpytorch.kernels import MaternKernel
+from torch.utils.data import DataLoader, TensorDataset
+
+from torchdnr import DNR, NR
+from torchdnr.files import save_tensors
+from torchdnr.processes import default_processes, joined
+from torchdnr.shared_features import SharedFeatures, Shares
+from torchdnr.svm import RBFSVM, descent, grid_search, out_of_fold_scores, solve_dual
+from torchdnr.svm.gram import KernelRows
+from torchdnr.svm.memory_plan import MemoryPlan
+from torchdnr.svm.rbf_rows import FeaturePlan, rbf_rows
+from torchdnr.svm.strategies import one_vs_rest
+
+GIVEN = {"conv": (3.0, 0.05), "logits": (10.0, 0.5), "combiner": (1.0, 0.2)}
+FINE = 1e-6
+"""Tolerance of the fits: what they find then hardly depends on the way there."""
+
+
+def small_net():
+    torch.manual_seed(5)
+    layers = {"conv": torch.nn.Conv2d(1, 2, 3), "flat": torch.nn.Flatten()}
+    net = torch.nn.Sequential()
+    for name, layer in (layers | {"logits": torch.nn.Linear(32, 4)}).items():
+        net.add_module(name, layer)
+    return net.double()
+
+
+def images(n, classes, seed=0):
+    """Make noise in which a class is a patch of light, and labels."""
+    generators = (torch.Generator().manual_seed(s) for s in (9, seed))
+    labels = torch.arange(n) % classes
+    light, noise = (
+        torch.rand(count, 1, 6, 6, generator=generator, dtype=torch.float64)
+        for count, generator in zip((classes, n), generators, strict=True)
+    )
+    return 0.6 * light[labels] + 0.4 * noise, labels
+
+
+def points(n, classes, d=6, spread=0.8):
+    generator = torch.Generator().manual_seed(1)
+    labels = torch.arange(n) % classes
+    middle = torch.randn(classes, d, generator=generator, dtype=torch.float64)
+    noise = torch.randn(n, d, generator=generator, dtype=torch.float64)
+    return noise + spread * middle[labels], labels
+
+
+def shared(features):
+    shares = Shares.even(len(features), default_processes())
+    return SharedFeatures(features[shares.own].clone(), shares)
+
+
+def state(model):
+    """Return all that was fitted, and the threshold."""
+    found = {k: v for k, v in model.state_dict().items() if not k.startswith("features.")}
+    for name, chosen in model.selection.items():
+        found[f"{name} chosen"] = torch.tensor([chosen["C"], chosen["gamma"]])
+        if "accuracy" in chosen:
+            found[f"{name} accuracy"] = torch.tensor(chosen["accuracy"])
+    return found
+
+
+def given_hyperparameters(folder):
+    options = {"hyperparameters": GIVEN, "stacking_folds": 2, "batch_size": 16}
+    model = DNR(small_net(), ["conv", "logits"], **options, tol=FINE)
+    model.fit(*images(100, 4)).calibrate(images(75, 4, seed=1)[0], 0.2)
+    return state(model)
+
+
+def searched(folder):
+    options = {"C_grid": (0.1, 1.0), "gamma_grid": (1.0,), "folds": 2, "stacking_folds": 2}
+    model = DNR(small_net(), ["logits"], **options, tol=FINE)
+    model.fit(*images(61, 3)).calibrate(images(41, 3, seed=1)[0], 0.1)
+    return state(model)
+
+
+def two_classes_from_a_loader(folder):
+    data = DataLoader(TensorDataset(*images(90, 2)), batch_size=20)
+    model = NR(small_net(), "logits", hyperparameters={"logits": (1.0, 0.1)}, tol=FINE)
+    return state(model.fit(data).calibrate(DataLoader(images(50, 2, seed=1)[0], batch_size=30)))
+
+
+def features_in_files(folder):
+    model = NR(small_net(), "conv", hyperparameters={"conv": (1.0, 0.1)}, tol=FINE)
+    model.fit(*images(60, 3), features_folder=f"{folder}/features")
+    again = NR(small_net(), "conv", hyperparameters={"conv": (1.0, 0.1)}, tol=FINE)
+    with mock.patch.object(type(again.net), "forward", side_effect=_first_call_only(again.net)):
+        again.fit(*images(60, 3), features_folder=f"{folder}/features")
+    both = {"first": state(model), "again": state(again)}
+    return {f"{k} {name}": v for k, found in both.items() for name, v in found.items()}
+
+
+def _first_call_only(net):
+    forward, calls = net.forward, []
+
+    def call(inputs):
+        calls.append(inputs)
+        assert len(calls) == 1, "the features are in the folder"  # the first looks at the sizes
+        return forward(inputs)
+
+    return call
+
+
+def rows_that_give_way(folder):
+    x, y = points(210, 3)
+    held, blocks = MemoryPlan(capacity=80, largest_set=60), FeaturePlan(900, 3600, 7)
+    rows = rbf_rows(shared(x), 0.1, x.mean(dim=0), held, blocks)
+    return _solution(solve_dual(rows, one_vs_rest(y, 3), 3.0, tol=FINE))
+
+
+def wide_features_in_little_memory(folder):
+    x, y = points(120, 3, d=20_000)
+    return _machine(RBFSVM(1.0, "auto", tol=FINE).fit(shared(x), y, memory_limit=30_000_000))
+
+
+def mostly_at_the_bounds(folder):
+    x, y = points(2200, 2, d=4, spread=0.4)
+    return _machine(RBFSVM(0.02, 0.1, tol=FINE).fit(shared(x), y))
+
+
+def two_variable_updates(folder):
+    x, y = points(80, 3)
+    with mock.patch.object(descent, "newton_blocks", _unsolved):
+        return _machine(RBFSVM(1.0, 0.1, tol=FINE).fit(shared(x), y))
+
+
+def _unsolved(kernels, gradient, dual_coef, *_):
+    count = torch.zeros(len(dual_coef), dtype=torch.int64)
+    return dual_coef.clone(), count.bool(), count + 1
+
+
+def another_kernel_and_weights(folder):
+    x, y = points(100, 3)
+    svm = RBFSVM(2.0, kernel=MaternKernel(nu=1.5), tol=FINE)
+    return _machine(svm.fit(shared(x), y, sample_weight=(torch.arange(100) % 7) / 3.0))
+
+
+def one_vs_one(folder):
+    x, y = points(120, 4)
+    return _machine(RBFSVM(1.0, strategy="one-vs-one", tol=FINE).fit(shared(x), y))
+
+
+def search_of_features(folder):
+    x, y = points(70, 3)
+    search = grid_search(shared(x), y, C_grid=(0.1, 1.0), gamma_grid=(0.5, 2.0), folds=2, tol=FINE)
+    held_out = out_of_fold_scores(shared(x), y, C=1.0, gamma=0.1, tol=FINE)
+    return {**_machine(search.svm), "accuracy": search.accuracy, "held out": held_out}
+
+
+def _machine(svm):
+    return {**svm.state_dict(), **_solution(svm.solution)}
+
+
+def _solution(solution):
+    names = ("dual_coef", "intercept", "objective", "scores", "converged")
+    return {f"solution {name}": getattr(solution, name) for name in names}
+
+
+FITS = {
+    fit.__name__: fit
+    for fit in (
+        given_hyperparameters,
+        searched,
+        two_classes_from_a_loader,
+        features_in_files,
+        rows_that_give_way,
+        wide_features_in_little_memory,
+        mostly_at_the_bounds,
+        two_variable_updates,
+        another_kernel_and_weights,
+        one_vs_one,
+        search_of_features,
+    )
+}
+
+
+@contextmanager
+def counted():
+    """Count the kernel values that this process evaluates, and the work that its blocks are."""
+    work = {"kernel values": 0, "blocks": 0}
+    start, solve = KernelRows.__init__, descent.newton_blocks
+
+    def counting(self, evaluate, *args, **kwargs):
+        def counted_evaluate(index):
+            rows = evaluate(index)
+            work["kernel values"] += rows.numel()
+            return rows
+
+        start(self, counted_evaluate, *args, **kwargs)
+
+    def counting_solve(kernels, *args):
+        work["blocks"] += kernels.numel() * kernels.shape[1]
+        return solve(kernels, *args)
+
+    with (
+        mock.patch.object(KernelRows, "__init__", counting),
+        mock.patch.object(descent, "newton_blocks", counting_solve),
+    ):
+        yield work
+
+
+def make(name, folder):
+    """Make a fit, and count what it took."""
+    with counted() as work:
+        found = FITS[name](folder)
+    return found | {f"work {what}": torch.tensor(count) for what, count in work.items()}
+
+
+def refused(processes):
+    """Give processes images that do not fit together; return what they say."""
+    net, (x, y) = small_net(), images(60, 3)
+    model = NR(net, "conv", hyperparameters={"conv": (1.0, 0.1)})
+    other = NR(small_net(), "conv", hyperparameters={"conv": (1.0, 0.1)})
+    other.net.conv.bias.data += processes.rank
+    own = slice(30 * processes.rank, 30 * processes.rank + 30)
+    shuffled = y.roll(processes.rank)
+    cases = {
+        "shuffled": lambda: model.fit(x, shuffled),
+        "sampled by process": lambda: model.fit(x[own], y[own]),
+        "no length": lambda: model.fit(iter([(x, y)])),
+        "one batch": lambda: model.fit([(x, y)]),
+        "another network": lambda: other.fit(x, y),
+    }
+    said = {}
+    for name, case in cases.items():
+        try:
+            case()
+        except ValueError as error:
+            said[name] = str(error)
+    return said
+
+
+def main(folder):
+    """Make all fits together with the other process."""
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    with joined(torch.device("cpu")) as processes:
+        for name in FITS:
+            found = make(name, folder)
+            save_tensors(f"{folder}/{name}-{processes.rank}", found, {}, "fit")
+        save_tensors(f"{folder}/refused-{processes.rank}", {}, refused(processes), "refused")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,116 @@
+"""How a fit spends the memory that it may take: on its state, on working sets, on kernel rows."""
+
+import itertools
+import math
+from dataclasses import dataclass
+
+EVALUATE_ELEMENTS = 2**22
+"""Kernel values evaluated at once: few enough to stay in a CPU's cache between two steps."""
+EXACT_ELEMENTS = 2**19
+"""Kernel values turned to float64 at a time: 4 MiB, which stay in a CPU's cache."""
+
+MEMORY_LIMIT = 4 * 2**30
+"""Bytes that a fit may take where the caller sets no limit."""
+STATE_ARRAYS = 24
+"""Float64 arrays of one entry per sample and problem that are alive at once, at the most."""
+WHOLE_ARRAYS = 8
+"""Those of all problems, where they are solved some at a time: what is given and returned."""
+LEAST_TOGETHER = 16
+"""Problems solved together at the least, if there are as many."""
+LARGEST_SET = 8192
+"""Samples in a working set at the most."""
+SET_BYTES = 40
+"""Bytes per entry of the matrices that a working set needs at once."""
+USABLE = 0.95
+"""Share of a memory limit that is planned; allocators lose the rest between their pieces."""
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """How a memory limit is spent.
+
+    Attributes:
+        capacity: Kernel rows held at the most.
+        largest_set: Samples in a working set at the most.
+        together: Problems solved together; None for all.
+    """
+
+    capacity: int
+    largest_set: int
+    together: int | None = None
+
+
+def plan_memory(
+    n: int,
+    problems: int,
+    itemsize: int,
+    memory_limit: int | None,
+    taken: int = 0,
+    width: int | None = None,
+) -> MemoryPlan:
+    """Divide memory between the state of the problems, working sets and kernel rows.
+
+    Args:
+        n: Samples.
+        problems: Problems on one kernel.
+        itemsize: Bytes of a kernel value.
+        memory_limit: Bytes beyond the features; None for ``MEMORY_LIMIT``.
+        taken: Bytes of it that are spent already, on copies of the features.
+        width: Kernel values of a row that are held here, where several processes share a row;
+            default: n.
+
+    Returns:
+        The plan: a quarter of what is beyond the least goes to solving more problems together; of
+        what their state leaves, a fifth goes to working sets, the rest to kernel rows.
+
+    Raises:
+        ValueError: If the limit leaves less room than a small working set needs.
+    """
+    limit = MEMORY_LIMIT if memory_limit is None else int(memory_limit)
+    width = n if width is None else width
+    least = least_memory(n, problems, itemsize, taken, width)
+    if limit < least:
+        raise ValueError(
+            f"memory_limit must be at least {least} bytes for {n} samples and {problems} problems "
+            f"at once, got {limit}: raise it, or use fewer samples"
+        )
+    spare = int(USABLE * (limit - least))
+    together = min(problems, LEAST_TOGETHER + spare // 4 // (STATE_ARRAYS * 8 * n))
+    state = _state_bytes(n, problems, together, itemsize) + taken
+    room = int(limit * USABLE) - state
+    sets = room // 5
+    largest = min(LARGEST_SET, int((sets / SET_BYTES) ** 0.5))
+    capacity = (room - sets) // (width * itemsize)
+    return MemoryPlan(min(n, capacity), min(largest, max(2, capacity)), together)
+
+
+def least_memory(
+    n: int, problems: int, itemsize: int, taken: int = 0, width: int | None = None
+) -> int:
+    """Compute the smallest memory limit, in bytes, that ``plan_memory`` takes."""
+    width = n if width is None else width
+    state = _state_bytes(n, problems, min(problems, LEAST_TOGETHER), itemsize) + taken
+    sets_and_rows = 5 * SET_BYTES * 256**2 + 2 * width * itemsize * min(n, 256)
+    return math.ceil((state + sets_and_rows) / USABLE)
+
+
+def _state_bytes(n: int, problems: int, together: int, itemsize: int) -> int:
+    """Bytes of the state of the problems, and of the rows that are being evaluated or added up."""
+    arrays = STATE_ARRAYS * together + (WHOLE_ARRAYS * problems if together < problems else 0)
+    rows = min(EVALUATE_ELEMENTS, n * n) * itemsize + 8 * min(EXACT_ELEMENTS, n * n)
+    return 8 * n * arrays + rows
+
+
+def column_groups(problems: int, together: int | None) -> list[slice]:
+    """Divide problems into groups of nearly one size.
+
+    Args:
+        problems: P.
+        together: Problems in a group at the most; None for all.
+
+    Returns:
+        Columns of each group.
+    """
+    groups = math.ceil(problems / (together or problems))
+    bounds = [problems * part // groups for part in range(groups + 1)]
+    return [slice(*pair) for pair in itertools.pairwise(bounds)]
