@@ -20,7 +20,8 @@ def fitted(n=40, d=5, offset=3.0):
 
 def plain(svm, features):
     differences = features.unsqueeze(1) - svm.support_vectors.unsqueeze(0)
-    return (-rbf_gamma(svm.kernel) * differences.square().sum(2)).exp() @ svm.dual_coef + svm.intercept
+    kernel = (-rbf_gamma(svm.kernel) * differences.square().sum(2)).exp()
+    return kernel @ svm.dual_coef + svm.intercept
 
 
 @pytest.fixture
