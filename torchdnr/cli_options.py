@@ -164,8 +164,8 @@ def _add_shared_options(parser: argparse.ArgumentParser, *batch_size: str) -> No
         "--run",
         metavar="DIR",
         help="run folder. It remembers the options that it was made with, but for --device, "
-        "--data-root, --channels-last, --quiet and those of the attack (default: runs/ and the data "
-        "set's name)",
+        "--data-root, --channels-last, --quiet and those of the attack (default: runs/ and the "
+        "data set's name)",
     )
     option("--device", help="cpu, cuda or cuda:N (default: cuda if there is one, else cpu)")
     add_channels_last(option)
