@@ -7,8 +7,8 @@ support vectors in every SVM and measures for batches of 1 and 32:
 - the kernels (SVMs of the layers) and the head (combiner) alone, on features at hand
 - the bound: the matrix products alone that exact scores and gradients need
 
-Processor time on one thread, all of them in turn, medians over the repeats. `--compile` adds the
-compiled DNR. Scores and gradients are compared with a plain formula in float64. Numbers go to
+Processor time on one thread, all of them in turn, medians over the repeats. Scores and
+gradients are compared with a plain formula in float64. Numbers go to
 benchmarks/results/forward-cpu.json after every case; about three minutes of the processor.
 """
 
@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from forward_models import CASES, SUPPORT_VECTORS, Case, build_model, largest_errors
 from svm_record import busy_cores, commit
-from torch import Tensor, nn
+from torch import Tensor
 
 from torchdnr import DNR
 from torchdnr.evaluation.environment import describe_environment
@@ -76,7 +76,7 @@ def product_calls(model: DNR, features: list[Tensor]) -> dict[str, Call]:
     return {"forward": forward, "gradient": gradient}
 
 
-def all_calls(models: dict[str, nn.Module], images: Tensor) -> dict[str, dict[str, Call]]:
+def all_calls(models: dict[str, DNR], images: Tensor) -> dict[str, dict[str, Call]]:
     """Make all that is timed in turn.
 
     Args:
@@ -86,7 +86,7 @@ def all_calls(models: dict[str, nn.Module], images: Tensor) -> dict[str, dict[st
     Returns:
         Name -> "forward" and "gradient" -> what to call.
     """
-    model: DNR = models["DNR"]
+    model = models["DNR"]
     with torch.no_grad():
         features = [*model.features(images).values()]
         base = [svm(z) for svm, z in zip(model.base_svms, features, strict=True)]
@@ -98,8 +98,7 @@ def all_calls(models: dict[str, nn.Module], images: Tensor) -> dict[str, dict[st
 
     calls = {}
     for name, form in models.items():
-        if hasattr(form, "net"):
-            calls[name.replace("DNR", "network")] = network_calls(form.net, [images])
+        calls[name.replace("DNR", "network")] = network_calls(form.net, [images])
         calls[name] = network_calls(form, [images])
     return {
         **calls,
@@ -142,10 +141,10 @@ def shares(seconds: dict[str, list[float]]) -> dict[str, Any]:
     share["rest"] = 1.0 - sum(share.values())
     found: dict[str, Any] = {"seconds": medians, "share": share, "all_seconds": seconds}
     for name in seconds:
-        bare = name.replace("DNR", "network")
-        if not name.startswith("DNR") or bare not in seconds:
+        if not name.startswith("DNR"):
             continue
-        pairs = zip(seconds[name], seconds[bare], seconds["products"], strict=True)
+        bare = seconds[name.replace("DNR", "network")]
+        pairs = zip(seconds[name], bare, seconds["products"], strict=True)
         rows = sorted((dnr / net - 1, products / net) for dnr, net, products in pairs)
         overheads, bounds = zip(*rows, strict=True)
         overhead, bound = statistics.median(overheads), statistics.median(bounds)
@@ -159,12 +158,12 @@ def shares(seconds: dict[str, list[float]]) -> dict[str, Any]:
     return found
 
 
-def measure(case: Case, vectors: int, repeats: int, compiled: bool) -> dict[str, Any]:
+def measure(case: Case, vectors: int, repeats: int) -> dict[str, Any]:
     """Measure one network, at all batch sizes."""
     model, shape = build_model(case, vectors)
     svms = dict(zip([*model.layers, "combiner"], [*model.base_svms, model.combiner], strict=True))
     twin = copy.deepcopy(model).to(memory_format=torch.channels_last)
-    models: dict[str, nn.Module] = {"DNR": model, "DNR, channels_last": twin}
+    models: dict[str, DNR] = {"DNR": model, "DNR, channels_last": twin}
     found: dict[str, Any] = {
         **asdict(case),
         "features": {name: svm.center.numel() for name, svm in svms.items()},
@@ -173,16 +172,9 @@ def measure(case: Case, vectors: int, repeats: int, compiled: bool) -> dict[str,
         "batches": {},
     }
     for n in BATCHES:
-        images, forms = torch.rand(n, *shape), dict(models)
+        images = torch.rand(n, *shape)
         entry: dict[str, Any] = {"busy_cores_before": busy_cores()}
-        if compiled and n == 1:
-            torch.compiler.reset()
-            forms["compiled DNR"] = torch.compile(model, dynamic=False).forward
-            began = time.process_time()
-            for call in network_calls(forms["compiled DNR"], [images]).values():
-                call()
-            entry["compile_processor_seconds"] = time.process_time() - began
-        calls = all_calls(forms, images)
+        calls = all_calls(models, images)
         seconds = in_turn(calls, repeats if n > 1 else 3 * repeats)
         entry |= {mode: shares(seconds[mode]) for mode in MODES}
         found["batches"][str(n)] = entry
@@ -196,7 +188,6 @@ def main() -> None:
     parser.add_argument("--vectors", type=int, default=VECTORS)
     names = sorted({case.network for case in CASES})
     parser.add_argument("--networks", nargs="+", choices=names, default=names)
-    parser.add_argument("--compile", nargs="*", choices=names, default=[])
     parser.add_argument("--output", type=Path, default=RESULTS / "forward-cpu.json")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -215,8 +206,7 @@ def main() -> None:
     for case in CASES:
         if case.network not in options.networks:
             continue
-        compiled = case.network in options.compile
-        found = measure(case, options.vectors, options.repeats, compiled)
+        found = measure(case, options.vectors, options.repeats)
         record["cases"].append(found)
         atomic_write_bytes(options.output, (json.dumps(record, indent=1) + "\n").encode())
         for n, entry in found["batches"].items():
