@@ -45,9 +45,9 @@ CASES = (
     Case("squeezenet1_1"),
     Case("squeezenet1_1", 1_000),
     Case("mobilenet_v3_small"),
-    Case("resnet18"),
     Case("MNISTNet", size=28),
     Case("CIFAR10Net", size=32),
+    Case("resnet18"),
 )
 
 
