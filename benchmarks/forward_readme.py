@@ -56,7 +56,7 @@ def _row(case: dict[str, Any], n: str, mode: str, found: dict[str, Any]) -> str:
         f"{case['classes']:,}",
         n,
         mode,
-        " / ".join(f"{1_000 * value:.3g}" for value in seconds),
+        " / ".join(f"{1_000 * value:,.1f}" for value in seconds),
         " / ".join(f"{100 * form['overhead']:.0f} ({100 * form['bound']:.0f})" for form in forms),
         ", ".join(f"{100 * found['share'][name]:.0f}" for name in found["share"]),
     ]
