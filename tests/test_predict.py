@@ -101,6 +101,22 @@ def test_table_tells_what_the_classifier_says(finished, photographs, tmp_path, k
     assert {float(row["threshold"]) for row in rows} == {model.threshold.item()}
 
 
+def test_channels_last_changes_the_network_and_nothing_else(
+    finished, photographs, tmp_path, monkeypatch
+):
+    used, outputs = [], predict._outputs
+    monkeypatch.setattr(predict, "_outputs", lambda m, x: used.append(m) or outputs(m, x))
+    asked = ["--run", str(finished), str(photographs[0]), "--device", "cpu", "--quiet"]
+    for name, extra in (("plain", []), ("last", ["--channels-last"])):
+        assert predict.main([*asked, "--csv", str(tmp_path / name), *extra]) == 0
+    weights = [model.net.conv2.weight for model in used]
+    assert [w.is_contiguous(memory_format=torch.channels_last) for w in weights] == [False, True]
+    for plain, last in zip(*(table(tmp_path / name) for name in ("plain", "last")), strict=True):
+        score = float(plain.pop("best_score"))
+        assert float(last.pop("best_score")) == pytest.approx(score, rel=1e-3, abs=1e-3)
+        assert plain == last
+
+
 def test_network_alone_rejects_nothing(finished, photographs, capsys):
     asked = ["--run", str(finished), str(photographs[0]), "--classifier", "DNN", "--device", "cpu"]
     assert predict.main(asked) == 0

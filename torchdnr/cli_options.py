@@ -164,9 +164,11 @@ def _add_shared_options(parser: argparse.ArgumentParser, *batch_size: str) -> No
         "--run",
         metavar="DIR",
         help="run folder. It remembers the options that it was made with, but for --device, "
-        "--data-root, --quiet and those of the attack (default: runs/ and the data set's name)",
+        "--data-root, --channels-last, --quiet and those of the attack (default: runs/ and the "
+        "data set's name)",
     )
     option("--device", help="cpu, cuda or cuda:N (default: cuda if there is one, else cpu)")
+    add_channels_last(option)
     option("--quiet", action="store_true", help="only the results: no messages, no progress bars")
 
     option = parser.add_argument_group("data").add_argument
@@ -263,6 +265,16 @@ def _add_shared_options(parser: argparse.ArgumentParser, *batch_size: str) -> No
         type=float,
         metavar="R",
         help="share of clean images to reject, in [0, 1) (default: 0.1)",
+    )
+
+
+def add_channels_last(option: Callable[..., argparse.Action]) -> None:
+    """Add the option for the memory format of the network, by a parser's ``add_argument``."""
+    option(
+        "--channels-last",
+        action="store_true",
+        help="keep weights and maps of the network in the order height, width, channels: the same "
+        "but for rounding, and often faster, also on a CPU",
     )
 
 

@@ -56,6 +56,7 @@ class Job:
         preset: The network that fits the images.
         training: How it is trained.
         device: Where everything runs.
+        channels_last: Whether the network keeps its weights and maps in that memory format.
     """
 
     folder: Path
@@ -65,12 +66,14 @@ class Job:
     preset: Preset
     training: TrainingSettings
     device: torch.device
+    channels_last: bool
 
     def build_network(self) -> nn.Module:
         """Build the network with the starting weights of the seed."""
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(self.settings["seed"])
-            return self.preset.build()
+            net = self.preset.build()
+        return net.to(memory_format=torch.channels_last) if self.channels_last else net
 
     def layers(self, net: nn.Module) -> dict[str, ReductionLike]:
         """Name the layers of a network that DNR reads, with their reductions."""
@@ -127,7 +130,7 @@ def prepare(options: argparse.Namespace, console: Console, processes: Processes 
     }
     _check_data(folder, remembered, settings)
     splits = split(dataset, **sizes, test=settings["test_samples"], seed=settings["seed"])
-    job = Job(folder, settings, dataset, splits, preset, training, device)
+    job = Job(folder, settings, dataset, splits, preset, training, device, options.channels_last)
     _check_fit(job)
     if processes.first:
         write_json(folder / "settings.json", settings)  # and so learn at once if it is writable

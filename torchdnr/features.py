@@ -137,10 +137,12 @@ class LayerFeatures(nn.Module):
         hook = _swapped_hook if torch.compiler.is_compiling() else _registered_hook
         with ExitStack() as stack:
             stack.enter_context(evaluation_mode(self.net))
-            for name in self.layers:
+            for name, reduction in zip(self.layers, self.reductions, strict=True):
                 # Looked up at each call: a deep copy of this module then hooks its own layers.
                 layer = self.net.get_submodule(name)
-                stack.enter_context(hook(layer, _capture(name, captured)))
+                built_in = isinstance(reduction, Reduction)
+                memory_format = reduction.memory_format if built_in else torch.preserve_format
+                stack.enter_context(hook(layer, _capture(name, captured, memory_format)))
             self.net(inputs)
         missing = [name for name in self.layers if name not in captured]
         if missing:
@@ -332,7 +334,9 @@ def _swapped_hook(layer: nn.Module, hook: Callable[..., None]) -> Iterator[None]
         layer._forward_hooks = hooks
 
 
-def _capture(name: str, captured: dict[str, Tensor]) -> Callable[[nn.Module, Any, Any], None]:
+def _capture(
+    name: str, captured: dict[str, Tensor], memory_format: torch.memory_format
+) -> Callable[[nn.Module, Any, Any], None]:
     def hook(_module: nn.Module, _inputs: object, output: object) -> None:
         if isinstance(output, tuple | list) and output:
             output = output[0]
@@ -341,7 +345,7 @@ def _capture(name: str, captured: dict[str, Tensor]) -> Callable[[nn.Module, Any
                 f"layer {name!r} must return a tensor, or a tuple that starts with one, "
                 f"got {type(output).__name__}; choose a layer inside it"
             )
-        captured[name] = output.clone()
+        captured[name] = output.clone(memory_format=memory_format)
 
     return hook
 

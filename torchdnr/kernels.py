@@ -6,6 +6,7 @@ import torch
 from gpytorch.kernels import Kernel, RBFKernel
 from torch import Tensor
 
+from torchdnr.centred import CentredVectors
 from torchdnr.rbf import BLOCK_ELEMENTS, full_precision, rbf_scores, squared_distances
 from torchdnr.rbf_traced import traced_rbf_scores
 from torchdnr.shared_features import SharedFeatures
@@ -103,6 +104,7 @@ def kernel_scores(
     center: Tensor,
     *,
     block_elements: int = BLOCK_ELEMENTS,
+    centred: CentredVectors | None = None,
 ) -> Tensor:
     """Sum kernel values times coefficients, in blocks of rows.
 
@@ -114,6 +116,7 @@ def kernel_scores(
         coefficients: One column per class, ``(m, c)``.
         center: Mean of the training features, ``(d,)``.
         block_elements: Largest number of kernel values held at once on the fused path.
+        centred: Where ``rbf_scores`` keeps the centred vectors for the next call.
 
     Returns:
         Sums without intercept, ``(n, c)``.
@@ -122,9 +125,8 @@ def kernel_scores(
     if gamma is not None and torch.compiler.is_compiling():
         return traced_rbf_scores(inputs, vectors, coefficients, gamma, center)
     if gamma is not None:
-        return rbf_scores(
-            inputs, vectors, coefficients, gamma, center, block_elements=block_elements
-        )
+        options = {"block_elements": block_elements, "centred": centred}
+        return rbf_scores(inputs, vectors, coefficients, gamma, center, **options)
     rows = max(1, block_elements // max(1, len(vectors)))
     with full_precision(inputs.device):
         blocks = [

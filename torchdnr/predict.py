@@ -15,7 +15,7 @@ from tqdm import tqdm
 from torchdnr import DNR, NR, REJECT
 from torchdnr.cli import Console, run_command
 from torchdnr.cli_network import choose_network
-from torchdnr.cli_options import whole_number
+from torchdnr.cli_options import add_channels_last, whole_number
 from torchdnr.cli_settings import NETWORK_OPTIONS, find_device, read_settings
 from torchdnr.evaluation.metrics import predict_labels
 from torchdnr.files import atomic_path
@@ -49,6 +49,7 @@ def parser() -> argparse.ArgumentParser:
     )
     option("--all-scores", action="store_true", help='add a column "score CLASS" for every class')
     option("--device", help="cpu, cuda or cuda:N (default: cuda if there is one, else cpu)")
+    add_channels_last(option)
     option(
         "--batch-size",
         type=whole_number(1),
@@ -91,6 +92,8 @@ def predict(options: argparse.Namespace, console: Console) -> int:
     files = find_images(options.images)
     settings, device = read_settings(options.run), find_device(options.device)
     model = load_classifier(options.run, options.classifier, device)
+    if options.channels_last:
+        model = model.to(memory_format=torch.channels_last)
     classes, counts = settings["classes"], {"images": 0, "rejected": 0, "unreadable": 0}
 
     def unreadable(file: Path, error: Exception) -> None:

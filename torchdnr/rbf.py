@@ -1,17 +1,21 @@
 """Sums of RBF kernels: distances, scores and their exact gradients, tile by tile."""
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
+from torchdnr.centred import CentredVectors, Moved
+from torchdnr.rbf_tiles import Tile, cut_tiles, kernel_values, squared_norms
+
 BLOCK_ELEMENTS = 2**24
 """Largest number of kernel values held at once while scoring (64 MiB in float32)."""
 
-_CPU_TILE = (1024, 512)
-"""Most rows and columns of a tile on a CPU: it stays in cache from the exponents to the sum."""
+_FEW_ROWS = 512
+"""Rows up to which the centring of the vectors is worth keeping."""
+_COLUMN_LAYOUT = (32, 64)
+"""From so many rows, and up to so many classes, MKL is twice as fast by columns."""
 
 
 @contextmanager
@@ -64,15 +68,9 @@ def squared_distances(inputs: Tensor, vectors: Tensor, center: Tensor) -> Tensor
         return _unclamped_distances(moved, vectors - center).clamp_min_(0.0)
 
 
-def _unclamped_distances(inputs: Tensor, vectors: Tensor, out: Tensor | None = None) -> Tensor:
-    products = torch.addmm(_squared_norms(vectors), inputs, vectors.T, alpha=-2.0, out=out)
-    return products.add_(_squared_norms(inputs).unsqueeze(1))
-
-
-def _squared_norms(rows: Tensor) -> Tensor:
-    if rows.requires_grad:
-        return rows.square().sum(dim=1)  # the norm has no second derivative at 0
-    return torch.linalg.vector_norm(rows, dim=1).square_()
+def _unclamped_distances(inputs: Tensor, vectors: Tensor) -> Tensor:
+    products = torch.addmm(squared_norms(vectors), inputs, vectors.T, alpha=-2.0)
+    return products.add_(squared_norms(inputs).unsqueeze(1))
 
 
 def rbf_scores(
@@ -83,6 +81,7 @@ def rbf_scores(
     center: Tensor,
     *,
     block_elements: int = BLOCK_ELEMENTS,
+    centred: CentredVectors | None = None,
 ) -> Tensor:
     """Compute ``sum_j coefficients_j exp(-gamma ||inputs - vectors_j||^2)`` for all classes.
 
@@ -99,6 +98,8 @@ def rbf_scores(
         center: Mean of the training features, ``(d,)``. It serves the rounding alone: the sums do
             not depend on it, and its derivative is zero.
         block_elements: Largest number of kernel values held at once.
+        centred: Where the centred vectors are kept for the next call, if there are so few inputs
+            that it pays.
 
     Returns:
         Sums without intercept, ``(n, c)``.
@@ -106,8 +107,10 @@ def rbf_scores(
     tensors = (inputs, vectors, coefficients, gamma, center)
     wanted = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     keep_kernel = wanted and len(inputs) * len(vectors) <= block_elements
+    worth_keeping = centred is not None and len(inputs) <= _FEW_ROWS
+    moved = centred.of(vectors, center) if worth_keeping else None
     with full_precision(inputs.device):
-        return _RBFScores.apply(*tensors, block_elements, keep_kernel)
+        return _RBFScores.apply(*tensors, block_elements, keep_kernel, *(moved or (None, None)))
 
 
 class _RBFScores(torch.autograd.Function):
@@ -123,56 +126,38 @@ class _RBFScores(torch.autograd.Function):
         center: Tensor,
         block_elements: int,
         keep_kernel: bool,
+        moved_vectors: Tensor | None,
+        norms: Tensor | None,
     ) -> Tensor:
-        scores = coefficients.new_zeros(len(inputs), coefficients.shape[1])
-        by_column = coefficients.T.contiguous().T  # the layout in which MKL is twice as fast
-        kept, room = [], inputs.new_empty(0)
-        for rows, columns, z, s in _tiles(inputs, vectors, center, block_elements):
-            kernel = _kernel(z, s, gamma, inputs.new_empty(0) if keep_kernel else room)
-            scores[rows].addmm_(kernel, by_column[columns])
+        n, c = len(inputs), coefficients.shape[1]
+        scores = coefficients.new_zeros(n, c)
+        few_columns = n >= _COLUMN_LAYOUT[0] and c <= _COLUMN_LAYOUT[1]
+        factors = coefficients.T.contiguous().T if few_columns else coefficients
+        moved = None if moved_vectors is None else Moved(moved_vectors, norms)
+        rate, kept, room = -gamma, [], inputs.new_empty(0)
+        for tile in cut_tiles(inputs, vectors, center, block_elements, moved):
+            kernel = kernel_values(tile, rate, inputs.new_empty(0) if keep_kernel else room)
+            scores[tile.rows].addmm_(kernel, factors[tile.columns])
             if keep_kernel:
                 kept.append(kernel)
-        ctx.block_elements = block_elements
-        ctx.save_for_backward(inputs, vectors, coefficients, gamma, center, scores, *kept)
+        ctx.block_elements, ctx.is_moved = block_elements, moved is not None
+        saved = (inputs, vectors, coefficients, gamma, center, scores, *(moved or ()))
+        ctx.save_for_backward(*saved, *kept)
         return scores
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple:
         inputs, vectors, coefficients, gamma, center, scores, *kept = ctx.saved_tensors
+        moved = Moved(kept.pop(0), kept.pop(0)) if ctx.is_moved else None
         tensors, needed = (inputs, vectors, coefficients, gamma, center), ctx.needs_input_grad[:4]
         with full_precision(grad.device):
             if torch.is_grad_enabled():
                 found = _differentiable_gradients(grad, *tensors, needed)
             else:
-                found = _gradients(grad, *tensors, scores, kept, ctx.block_elements, needed)
-        return *found, torch.zeros_like(center) if ctx.needs_input_grad[4] else None, None, None
-
-
-def _tiles(
-    inputs: Tensor, vectors: Tensor, center: Tensor, block_elements: int
-) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
-    """Cut the kernel matrix: rows, columns, and the centred inputs and vectors of each tile.
-
-    Centred vectors share one piece of memory: they last until the next tile is asked for.
-    """
-    n, m = len(inputs), len(vectors)
-    most_rows, most_columns = _CPU_TILE if inputs.device.type == "cpu" else (n, m)
-    width = max(1, min(m, most_columns, block_elements))
-    blocks = math.ceil(n / max(1, min(most_rows, block_elements // width)))
-    height = math.ceil(n / max(1, blocks))  # a last block of a few rows would be slow
-    room = vectors.new_empty(0)
-    for top in range(0, n, max(1, height)):
-        rows = slice(top, min(top + height, n))
-        z = inputs[rows] - center
-        for left in range(0, m, width):
-            columns = slice(left, min(left + width, m))
-            part = vectors[columns]
-            yield rows, columns, z, torch.sub(part, center, out=room.resize_(part.shape))
-
-
-def _kernel(z: Tensor, s: Tensor, gamma: Tensor, room: Tensor) -> Tensor:
-    distances = _unclamped_distances(z, s, out=room.resize_(len(z), len(s)))
-    return distances.clamp_min_(0.0).mul_(-gamma).exp_()
+                tiles = cut_tiles(inputs, vectors, center, ctx.block_elements, moved)
+                found = _gradients(grad, *tensors, scores, kept, tiles, needed)
+        by_center = torch.zeros_like(center) if ctx.needs_input_grad[4] else None
+        return *found, by_center, None, None, None, None
 
 
 def _gradients(
@@ -184,7 +169,7 @@ def _gradients(
     center: Tensor,
     scores: Tensor,
     kept: list[Tensor],
-    block_elements: int,
+    tiles: Iterator[Tile],
     needed: tuple[bool, ...],
 ) -> tuple[Tensor | None, ...]:
     """Compute the gradients tile by tile.
@@ -196,10 +181,10 @@ def _gradients(
     by_inputs, by_vectors, by_coefficients, by_gamma = found = [
         torch.zeros_like(t) if need else None for t, need in zip(tensors, needed, strict=True)
     ]
-    room, more_room = inputs.new_empty(0), inputs.new_empty(0)
-    tiles = _tiles(inputs, vectors, center, block_elements)
-    for number, (rows, columns, z, s) in enumerate(tiles):
-        kernel = kept[number] if kept else _kernel(z, s, gamma, room)
+    rate, room, more_room = -gamma, inputs.new_empty(0), inputs.new_empty(0)
+    for number, tile in enumerate(tiles):
+        rows, columns, z, s = tile.rows, tile.columns, tile.inputs, tile.vectors
+        kernel = kept[number] if kept else kernel_values(tile, rate, room)
         weights = more_room.resize_(kernel.shape)
         torch.mm(grad[rows], coefficients[columns].T, out=weights).mul_(kernel)
         if needed[0]:
@@ -209,7 +194,7 @@ def _gradients(
         if needed[2]:
             by_coefficients[columns].addmm_(kernel.T, grad[rows])
         if needed[3]:
-            by_gamma.sub_(weights.mul_(_unclamped_distances(z, s)).sum())
+            by_gamma.sub_(weights.mul_(tile.unclamped_distances(inputs.new_empty(0))).sum())
     if needed[0]:
         by_inputs.sub_((grad * scores).sum(dim=1, keepdim=True) * (inputs - center)).mul_(2 * gamma)
     if needed[1]:

@@ -25,9 +25,15 @@ class Reduction(nn.Module, ABC):
 
     ``prepare`` looks at an output once, before the first ``forward``; from then on ``forward``
     depends on nothing but tensors and shapes.
+
+    Attributes:
+        ready: Whether ``prepare`` has nothing to find out any more.
+        memory_format: That of the copy of an output which is best to read; the values of a
+            flattened one lie in the order of the channels, whatever the format of the network.
     """
 
     ready = True
+    memory_format = torch.preserve_format
 
     @abstractmethod
     def spec(self) -> str | list[Any]:
@@ -39,6 +45,8 @@ class Reduction(nn.Module, ABC):
 
 class Flatten(Reduction):
     """All values of the output, one after the other: ``(n, ...)`` to ``(n, d)``."""
+
+    memory_format = torch.contiguous_format
 
     def spec(self) -> str:
         """Return ``"flatten"``."""
@@ -131,6 +139,8 @@ class Project(Reduction):
         distortion: From ``projection_distortion``, on the output that it was drawn for; None
             where that held one sample, and after loading.
     """
+
+    memory_format = torch.contiguous_format
 
     def __init__(self, size: int, seed: int = 0) -> None:
         super().__init__()

@@ -226,7 +226,12 @@ class RBFSVM(FittedState):
             with full_precision(features.device):
                 return features[:, self.support] @ self.dual_coef + self.intercept
         sums = kernel_scores(
-            self.kernel, features, self.support_vectors, self.dual_coef, self.center
+            self.kernel,
+            features,
+            self.support_vectors,
+            self.dual_coef,
+            self.center,
+            centred=self._centred,
         )
         return sums + self.intercept
 

@@ -1,0 +1,61 @@
+"""Tests that README.md tells the numbers of forward-cpu.json, and what they mean."""
+
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def script(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    return importlib.import_module("forward_readme")
+
+
+@pytest.fixture
+def results(script):
+    return json.loads(script.RESULTS.read_text())
+
+
+def test_the_readme_has_the_committed_numbers(script, results):
+    text = (ROOT / "README.md").read_text()
+    if script.MARKERS[0] not in text:
+        pytest.skip(f"README.md has no part {script.MARKERS[0]}")
+    part = text.split(script.MARKERS[0])[1].split(script.MARKERS[1])[0]
+    assert part.strip() == script.readme_section(results)
+
+
+def test_the_committed_numbers_are_of_a_clean_commit_and_right(results):
+    assert results["commit"] and not results["commit"].endswith("-dirty")
+    assert results["settings"]["vectors"] == 5_000
+    measured = {(case["network"], case["classes"]) for case in results["cases"]}
+    assert ("squeezenet1_1", 10) in measured
+    assert {"mobilenet_v3_small", "MNISTNet", "CIFAR10Net"} <= {n for n, _ in measured}
+    for case in results["cases"]:
+        assert case["errors"]["scores"] < 1e-4 and case["errors"]["gradient"] < 1e-3
+        assert set(case["batches"]) == {"1", "32"}
+
+
+def test_a_missed_target_is_told(script, results):
+    found = results["cases"][0]["batches"]["1"]["forward"]["DNR"]
+    for overhead, told in ((0.33, "missed by 18 points"), (0.1, "reached")):
+        found |= {"overhead": overhead, "quartiles": [0.08, 0.4], "bound": 0.05}
+        expected = (
+            f"- 10 classes, batch of 1: {100 * overhead:.0f} % (quartiles 8 to 40), {told}; "
+            "the products alone take 5 %"
+        )
+        assert expected in script.readme_section(results)
+
+
+def test_main_rewrites_the_part_and_nothing_else(script, results, monkeypatch, tmp_path, capsys):
+    (tmp_path / "README.md").write_text(f"before\n{'old'.join(script.MARKERS)}\nafter\n")
+    monkeypatch.setattr(script, "ROOT", tmp_path)
+    assert script.main() == 0
+    section = script.readme_section(results)
+    expected = f"before\n{script.MARKERS[0]}\n{section}\n{script.MARKERS[1]}\nafter\n"
+    assert (tmp_path / "README.md").read_text() == expected
+    (tmp_path / "README.md").write_text("nothing\n")
+    assert script.main() == 2 and "no markers" in capsys.readouterr().err
