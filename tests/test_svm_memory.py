@@ -9,7 +9,8 @@ import torch
 
 from torchdnr.svm import RBFSVM, ConvergenceWarning, grid_search, solve_dual
 from torchdnr.svm.gram import KernelRows
-from torchdnr.svm.memory_plan import column_groups, plan_memory
+from torchdnr.svm.memory_plan import MemoryPlan, column_groups, plan_memory
+from torchdnr.svm.strategies import one_vs_rest
 
 MIB = 2**20
 # Of a fit whose Gram matrix takes 256 MiB; libraries take their own memory in a small one before.
@@ -99,6 +100,25 @@ def test_many_classes_are_solved_in_groups_with_the_same_answer():
     torch.testing.assert_close(parts.dual_coef, whole.dual_coef, atol=1e-5, rtol=0)
     torch.testing.assert_close(parts.solution.scores, whole.solution.scores, atol=1e-5, rtol=0)
     assert parts.solution.steps.shape == (48,)
+
+
+def test_problems_that_would_drive_out_the_rows_of_each_other_are_solved_in_turn():
+    tight = plan_memory(8000, 10, 4, 170 * MIB)
+    assert tight.capacity < 8000 and tight.together == tight.capacity // (2 * tight.largest_set)
+    assert plan_memory(8000, 10, 4, None).together == 10
+    generator = torch.Generator().manual_seed(0)
+    y = torch.arange(600) % 6
+    x = torch.randn(6, 8, generator=generator)[y] + torch.randn(600, 8, generator=generator)
+    kernel = torch.exp(-0.05 * torch.cdist(x.double(), x.double()).square())
+    targets = one_vs_rest(y, 6)
+
+    def solve(together):
+        plan = MemoryPlan(capacity=260, largest_set=128, together=together)
+        return solve_dual(KernelRows(lambda index: kernel[index], 600, kernel, plan), targets, 1.0)
+
+    in_turn, at_once = solve(1), solve(6)
+    assert in_turn.kernel_rows < at_once.kernel_rows
+    torch.testing.assert_close(in_turn.scores, at_once.scores, atol=5e-3, rtol=0)
 
 
 @pytest.mark.parametrize(("problems", "together"), [(7, 3), (6, 3), (2, None), (1, 16)])

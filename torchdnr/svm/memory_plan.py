@@ -61,7 +61,8 @@ def plan_memory(
 
     Returns:
         The plan: a quarter of what is beyond the least goes to solving more problems together; of
-        what their state leaves, a fifth goes to working sets, the rest to kernel rows.
+        what their state leaves, a fifth goes to working sets, the rest to kernel rows. Where not
+        all rows find room, only as many problems are solved together as have room for theirs.
 
     Raises:
         ValueError: If the limit leaves less room than a small working set needs.
@@ -79,9 +80,11 @@ def plan_memory(
     state = _state_bytes(n, problems, together, itemsize) + taken
     room = int(limit * USABLE) - state
     sets = room // 5
-    largest = min(LARGEST_SET, int((sets / SET_BYTES) ** 0.5))
     capacity = (room - sets) // (width * itemsize)
-    return MemoryPlan(min(n, capacity), min(largest, max(2, capacity)), together)
+    largest = min(LARGEST_SET, int((sets / SET_BYTES) ** 0.5), max(2, capacity))
+    if capacity < n:  # else the rows of each problem drive out those of the others, step by step
+        together = max(1, min(together, capacity // (2 * largest)))
+    return MemoryPlan(min(n, capacity), largest, together)
 
 
 def least_memory(
