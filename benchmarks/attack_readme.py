@@ -5,12 +5,11 @@ secml-cpu.json and peers-cpu.json.
 """
 
 import json
-import re
 import sys
 from pathlib import Path
 from typing import Any
 
-from torchdnr.files import atomic_write_bytes
+from readme_part import rewrite
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results"
@@ -138,14 +137,7 @@ def load() -> tuple[dict[str, Any], dict[str, Any], dict[str, Any] | None]:
 
 def main() -> int:
     """Rewrite the part of README.md between the markers."""
-    readme = ROOT / "README.md"
-    between = re.compile(
-        "(?<=" + re.escape(MARKERS[0]) + r").*?(?=" + re.escape(MARKERS[1]) + ")", re.S
-    )
-    section = readme_section(*load())
-    text = between.sub(lambda _: f"\n{section}\n", readme.read_text())
-    atomic_write_bytes(readme, text.encode())
-    return 0
+    return rewrite(MARKERS, readme_section(*load()))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
 `python benchmarks/bench_scale.py` fits one layer's SVM, each fit in a process of its own:
 
 - samples: MNIST digits as pixels, d = 784, 10 classes; beyond 60,000 moved copies of them are added
-- classes: overlapping Gaussian clusters, d = 64, always the same number of samples
+- layer: overlapping Gaussian clusters, d = 64 as of a layer, 10 classes
+- classes: the same with more and more classes, always the same number of samples
 
 It counts kernel rows and multiply-adds beside processor time and the peak memory of the process,
 fits the exponents of growth, and estimates from them what ImageNet would take (`scale_estimate`).
@@ -20,14 +21,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from scale_estimate import estimate
+import torch
+from scale_estimate import estimate, matrix_product_rate
 from svm_record import busy_cores, commit, load_results
 
 from torchdnr.evaluation.curve import write_json
 from torchdnr.evaluation.environment import describe_environment
 
 ROOT = Path(__file__).parents[1]
-SIZES = (1_000, 2_000, 4_000, 8_000, 16_000, 32_000, 64_000, 100_000)
+SIZES = (1_000, 2_000, 4_000, 8_000, 16_000, 32_000, 64_000)
+LAYER_SIZES = (1_000, 2_000, 4_000, 8_000, 16_000, 32_000, 64_000, 100_000)
 CLASSES = (10, 30, 100, 300, 1_000)
 CLASS_SAMPLES = 10_000
 MEMORY_LIMIT = 6 * 2**30
@@ -82,6 +85,7 @@ def tasks(options: argparse.Namespace) -> list[dict[str, Any]]:
         "data_root": options.data_root,
     }
     by_n = [{"kind": "samples", "n": n} for n in sorted(options.sizes)]
+    by_n += [{"kind": "layer", "n": n, "classes": 10} for n in sorted(options.layer_sizes)]
     by_c = [
         {"kind": "classes", "n": options.class_samples, "classes": c}
         for c in sorted(options.classes)
@@ -109,7 +113,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     option = parser.add_argument
-    option("--sizes", type=int, nargs="+", default=SIZES, metavar="N", help="samples")
+    option("--sizes", type=int, nargs="+", default=SIZES, metavar="N", help="digits")
+    option("--layer-sizes", type=int, nargs="+", default=LAYER_SIZES, metavar="N")
     option("--classes", type=int, nargs="+", default=CLASSES, metavar="C")
     option("--class-samples", type=int, default=CLASS_SAMPLES, metavar="N")
     option("--memory-limit", type=int, default=MEMORY_LIMIT, metavar="BYTES", help="of a fit")
@@ -124,8 +129,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         "settings": {"memory_limit": options.memory_limit, "threads": options.threads},
     }
     results = load_results(options.output, header, options.fresh)
+    torch.set_num_threads(options.threads)
+    results.setdefault("matrix_product_rate", matrix_product_rate())
     for task in tasks(options):
-        key = f"n={task['n']}" if task["kind"] == "samples" else f"classes={task['classes']}"
+        key = f"classes={task['classes']}" if task["kind"] == "classes" else f"n={task['n']}"
         section = results["sections"].setdefault(task["kind"], {})
         if key not in section:
             section[key] = run(task)
@@ -138,7 +145,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def summarise(results: dict[str, Any]) -> None:
     """Fit the exponents and the estimate to what was measured so far."""
     results["growth"] = {}
-    for kind, size in (("samples", "n"), ("classes", "classes")):
+    for kind, size in (("samples", "n"), ("layer", "n"), ("classes", "classes")):
         entries = sorted(results["sections"].get(kind, {}).values(), key=lambda one: one[size])
         results["growth"][kind] = growth(entries, size)
     if all(results["growth"].values()):

@@ -4,12 +4,11 @@
 """
 
 import json
-import re
 import sys
 from pathlib import Path
 from typing import Any
 
-from torchdnr.files import atomic_write_bytes
+from readme_part import rewrite
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results/forward-cpu.json"
@@ -89,18 +88,7 @@ def _target_lines(results: dict[str, Any]) -> list[str]:
 
 def main() -> int:
     """Rewrite the part of README.md between the markers."""
-    readme = ROOT / "README.md"
-    between = re.compile(
-        "(?<=" + re.escape(MARKERS[0]) + r").*?(?=" + re.escape(MARKERS[1]) + ")", re.S
-    )
-    section = readme_section(json.loads(RESULTS.read_text()))
-    found = readme.read_text()
-    if not between.search(found):
-        print(f"README.md has no markers {MARKERS[0]} and {MARKERS[1]}", file=sys.stderr)
-        return 2
-    text = between.sub(lambda _: f"\n{section}\n", found)
-    atomic_write_bytes(readme, text.encode())
-    return 0
+    return rewrite(MARKERS, readme_section(json.loads(RESULTS.read_text())))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ cores) and rewrites `benchmarks/results/mnist-5k*` and the part of README.md bet
 """
 
 import argparse
-import re
 import shutil
 import subprocess
 import sys
@@ -13,8 +12,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from readme_part import rewrite
+
 from torchdnr.evaluation import BOUNDARY_WALK, LINE_SEARCH_PGD, SecurityCurve, load_results
-from torchdnr.files import atomic_write_bytes
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results"
@@ -68,14 +68,7 @@ def main() -> int:
         shutil.copyfile(Path(folder) / "results.json", RESULTS / "mnist-5k.json")
         for name in ("curve", "examples"):
             shutil.copyfile(Path(folder) / f"{name}.png", RESULTS / f"mnist-5k-{name}.png")
-    section = readme_section(*load_results(RESULTS / "mnist-5k.json"))
-    readme = ROOT / "README.md"
-    between = re.compile(
-        "(?<=" + re.escape(MARKERS[0]) + r").*?(?=" + re.escape(MARKERS[1]) + ")", re.S
-    )
-    text = between.sub(lambda _: f"\n{section}\n", readme.read_text())
-    atomic_write_bytes(readme, text.encode())
-    return 0
+    return rewrite(MARKERS, readme_section(*load_results(RESULTS / "mnist-5k.json")))
 
 
 if __name__ == "__main__":

@@ -11,15 +11,15 @@ The run comes first, which takes an hour and more on one core; it goes on where 
 """
 
 import argparse
-import re
 import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
+from readme_part import rewrite
+
 from torchdnr.evaluation import BOUNDARY_WALK, LINE_SEARCH_PGD, SecurityCurve, load_results
 from torchdnr.evaluation.metrics import wilson_interval
-from torchdnr.files import atomic_write_bytes
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results"
@@ -105,14 +105,7 @@ def main() -> int:
     shutil.copyfile(folder / "results.json", RESULTS / f"{NAME}.json")
     for name in ("curve", "examples"):
         shutil.copyfile(folder / f"{name}.png", RESULTS / f"{NAME}-{name}.png")
-    readme = ROOT / "README.md"
-    between = re.compile(
-        "(?<=" + re.escape(MARKERS[0]) + r").*?(?=" + re.escape(MARKERS[1]) + ")", re.S
-    )
-    section = readme_section(curves, settings)
-    text = between.sub(lambda _: f"\n{section}\n", readme.read_text())
-    atomic_write_bytes(readme, text.encode())
-    return 0
+    return rewrite(MARKERS, readme_section(curves, settings))
 
 
 if __name__ == "__main__":

@@ -4,13 +4,12 @@
 """
 
 import json
-import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torchdnr.files import atomic_write_bytes
+from readme_part import rewrite
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results/scale.json"
@@ -18,7 +17,7 @@ MARKERS = (
     "<!-- scale: written by benchmarks/scale_readme.py -->",
     "<!-- end of scale -->",
 )
-SIZES = {"samples": ("n", "images"), "classes": ("classes", "classes")}
+SIZES = {"samples": ("n", "images"), "layer": ("n", "samples"), "classes": ("classes", "classes")}
 
 
 def readme_section(results: Mapping[str, Any]) -> str:
@@ -42,11 +41,11 @@ def readme_section(results: Mapping[str, Any]) -> str:
     for kind, (size, title) in SIZES.items():
         entries = sorted(results["sections"][kind].values(), key=lambda one: one[size])
         first = entries[0]
-        what = (
-            "MNIST digits as pixels, 10 classes; beyond 60,000 moved copies of them"
-            if kind == "samples"
-            else f"Gaussian clusters, {first['n']:,} samples, d = {first['d']}"
-        )
+        what = {
+            "samples": "MNIST digits as pixels, 10 classes, d = 784; beyond 60,000 moved copies",
+            "layer": f"Gaussian clusters, d = {first['d']} as of a layer, 10 classes",
+            "classes": f"Gaussian clusters, {first['n']:,} samples, d = {first['d']}",
+        }[kind]
         lines += [
             "",
             f"{what}:",
@@ -87,44 +86,32 @@ def _exponents(growth: Mapping[str, Any]) -> str:
 
 def _estimate(found: Mapping[str, Any]) -> str:
     whole, subset, gpu = found["all"], found["subset"], found["gpu"]
-
-    def hours(entry: Mapping[str, Any], name: str) -> str:
-        value = entry[name]
-        return f"{value:.0f} hours" if value >= 1 else f"{60 * value:.0f} minutes"
-
-    def flop(value: float) -> str:
-        digits, power = f"{value:.0e}".split("e")
-        return f"{digits}e{int(power)}"
-
+    fits = "is more than" if whole["state_gib"] > gpu["memory_gib"] else "just fits into"
     return (
         f"**ImageNet, estimated, not measured**: {whole['images']:,} images, 1,000 classes, one "
-        f"layer of {whole['dimension']} features. Carried on by these exponents a fit evaluates "
-        f"{whole['kernel_rows']:,.0f} kernel rows, {flop(whole['kernel_flop'])} operations, and "
-        f"multiplies them by coefficients of 1,000 problems, {flop(whole['product_flop'])} more. "
-        f"At what an {gpu['name']} can do at best that is {hours(whole, 'hours_one_gpu')} on one "
-        f"and {hours(whole, 'hours_eight_gpus')} on eight, rows that have to be evaluated again "
-        f"not counted; and the state of 1,000 problems takes {whole['state_gib']:.0f} GiB on every "
-        f"GPU, which {'is more than' if whole['state_gib'] > gpu['memory_gib'] else 'fits into'} "
-        f"its {gpu['memory_gib']}. A search over 20 points in 5 folds takes many times that. "
-        f"{subset['images']:,} of the images take {hours(subset, 'hours_one_gpu')} at best and "
-        f"{subset['state_gib']:.1f} GiB: fit on such a part, with given (C, gamma)."
+        "layer. Carried on by these exponents a fit with given (C, gamma) evaluates "
+        f"{whole['kernel_rows']:,.0f} kernel rows and takes {_time(whole['processor_hours'])} of "
+        f"such a core. An {gpu['name']} multiplies matrices {found['faster']:,.0f} times faster "
+        f"than that core; if all of a fit gained as much, which it will not, it would take "
+        f"{_time(whole['hours_one_gpu'])} on one and {_time(whole['hours_eight_gpus'])} on eight. "
+        f"Its state in float64 takes {whole['state_gib']:.0f} GiB on every GPU, which {fits} the "
+        f"{gpu['memory_gib']} of one; a search over 20 points in 5 folds takes many times that. "
+        f"{subset['images']:,} of the images take {_time(subset['processor_hours'])} of a core, "
+        f"{_time(subset['hours_one_gpu'])} on a GPU at best, and {subset['state_gib']:.1f} GiB: "
+        "fit on such a part. No fit has run on a GPU yet."
     )
+
+
+def _time(hours: float) -> str:
+    for unit, name in ((24.0, "days"), (1.0, "hours"), (1 / 60, "minutes")):
+        if hours >= 2 * unit:
+            return f"{hours / unit:.0f} {name}"
+    return f"{3600 * hours:.0f} seconds"
 
 
 def main() -> int:
     """Rewrite the part of README.md between the markers."""
-    readme = ROOT / "README.md"
-    between = re.compile(
-        "(?<=" + re.escape(MARKERS[0]) + r").*?(?=" + re.escape(MARKERS[1]) + ")", re.S
-    )
-    section = readme_section(json.loads(RESULTS.read_text()))
-    found = readme.read_text()
-    if not between.search(found):
-        print(f"README.md has no markers {MARKERS[0]} and {MARKERS[1]}", file=sys.stderr)
-        return 2
-    text = between.sub(lambda _: f"\n{section}\n", found)
-    atomic_write_bytes(readme, text.encode())
-    return 0
+    return rewrite(MARKERS, readme_section(json.loads(RESULTS.read_text())))
 
 
 if __name__ == "__main__":

@@ -4,15 +4,13 @@
 """
 
 import json
-import re
 import sys
 from pathlib import Path
 from typing import Any
 
+from readme_part import rewrite
 from svm_peers import OURS
 from svm_report import number, ratio, seconds
-
-from torchdnr.files import atomic_write_bytes
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results/svm-cpu.json"
@@ -70,15 +68,7 @@ def _cells(case: dict[str, Any]) -> list[str]:
 
 def main() -> int:
     """Rewrite the part of README.md between the markers."""
-    results = json.loads(RESULTS.read_text())
-    readme = ROOT / "README.md"
-    between = re.compile(
-        "(?<=" + re.escape(MARKERS[0]) + r").*?(?=" + re.escape(MARKERS[1]) + ")", re.S
-    )
-    section = readme_section(results)
-    text = between.sub(lambda _: f"\n{section}\n", readme.read_text())
-    atomic_write_bytes(readme, text.encode())
-    return 0
+    return rewrite(MARKERS, readme_section(json.loads(RESULTS.read_text())))
 
 
 if __name__ == "__main__":

@@ -48,14 +48,3 @@ def test_a_missed_target_is_told(script, results):
             "the products alone take 5 %"
         )
         assert expected in script.readme_section(results)
-
-
-def test_main_rewrites_the_part_and_nothing_else(script, results, monkeypatch, tmp_path, capsys):
-    (tmp_path / "README.md").write_text(f"before\n{'old'.join(script.MARKERS)}\nafter\n")
-    monkeypatch.setattr(script, "ROOT", tmp_path)
-    assert script.main() == 0
-    section = script.readme_section(results)
-    expected = f"before\n{script.MARKERS[0]}\n{section}\n{script.MARKERS[1]}\nafter\n"
-    assert (tmp_path / "README.md").read_text() == expected
-    (tmp_path / "README.md").write_text("nothing\n")
-    assert script.main() == 2 and "no markers" in capsys.readouterr().err
