@@ -48,28 +48,29 @@ def estimate(results: Mapping[str, Any]) -> dict[str, Any]:
         results: Contents of scale.json, with ``growth`` and ``matrix_product_rate``.
 
     Returns:
-        For "all" and "subset": images, classes, kernel rows, processor hours, hours on one and on
-        eight GPUs at best, and GiB of float64 state.
+        Under "all" and "subset": images, classes, GiB of float64 state, and under "layer" and
+        "samples", as the fits to those grew: kernel rows, processor hours, hours on one and on
+        eight GPUs at best.
     """
-    by_n, by_c = results["growth"]["layer"], results["growth"]["classes"]
-    few = next(iter(results["sections"]["layer"].values()))["classes"]
+    by_c = results["growth"]["classes"]
     faster = GPU["flops"] / results["matrix_product_rate"]
-
-    def at(what: str, images: int) -> float:
-        # More classes at the same samples: as measured on the clusters, relative to few.
-        more = carried_on(by_c, what, CLASSES) / carried_on(by_c, what, few)
-        return more * carried_on(by_n, what, images)
-
-    found = {}
+    found: dict[str, Any] = {"gpu": GPU, "faster": faster}
     for name, images in (("all", IMAGES), ("subset", SUBSET)):
-        hours = at("processor_seconds", images) / 3600
-        found[name] = {
-            "images": images,
-            "classes": CLASSES,
-            "kernel_rows": min(images, at("kernel_rows", images)),
-            "processor_hours": hours,
-            "hours_one_gpu": hours / faster,
-            "hours_eight_gpus": hours / faster / 8,
-            "state_gib": DOUBLE_ARRAYS * 8 * images * CLASSES / 2**30,
-        }
-    return {"gpu": GPU, "faster": faster, **found}
+        state = DOUBLE_ARRAYS * 8 * images * CLASSES / 2**30
+        found[name] = {"images": images, "classes": CLASSES, "state_gib": state}
+        for kind in ("layer", "samples"):
+            few = next(iter(results["sections"][kind].values()))["classes"]
+            rows, seconds = (
+                carried_on(results["growth"][kind], what, images)
+                # More classes at the same samples: as measured, relative to few.
+                * carried_on(by_c, what, CLASSES)
+                / carried_on(by_c, what, few)
+                for what in ("kernel_rows", "processor_seconds")
+            )
+            found[name][kind] = {
+                "kernel_rows": min(images, rows),
+                "processor_hours": seconds / 3600,
+                "hours_one_gpu": seconds / 3600 / faster,
+                "hours_eight_gpus": seconds / 3600 / faster / 8,
+            }
+    return found

@@ -87,18 +87,21 @@ def _exponents(growth: Mapping[str, Any]) -> str:
 def _estimate(found: Mapping[str, Any]) -> str:
     whole, subset, gpu = found["all"], found["subset"], found["gpu"]
     fits = "is more than" if whole["state_gib"] > gpu["memory_gib"] else "just fits into"
+
+    def span(entry: Mapping[str, Any], what: str) -> str:
+        return f"{_time(entry['layer'][what])} to {_time(entry['samples'][what])}"
+
     return (
         f"**ImageNet, estimated, not measured**: {whole['images']:,} images, 1,000 classes, one "
-        "layer. Carried on by these exponents a fit with given (C, gamma) evaluates "
-        f"{whole['kernel_rows']:,.0f} kernel rows and takes {_time(whole['processor_hours'])} of "
-        f"such a core. An {gpu['name']} multiplies matrices {found['faster']:,.0f} times faster "
-        f"than that core; if all of a fit gained as much, which it will not, it would take "
-        f"{_time(whole['hours_one_gpu'])} on one and {_time(whole['hours_eight_gpus'])} on eight. "
+        "layer, given (C, gamma). Carried on by these exponents a fit takes "
+        f"{span(whole, 'processor_hours')} of such a core, if it grows as that to clusters or as "
+        f"that to digits. An {gpu['name']} multiplies matrices {found['faster']:,.0f} times as "
+        "fast; if all of a fit gained as much, which it will not, it would take "
+        f"{span(whole, 'hours_one_gpu')} on one and {span(whole, 'hours_eight_gpus')} on eight. "
         f"Its state in float64 takes {whole['state_gib']:.0f} GiB on every GPU, which {fits} the "
-        f"{gpu['memory_gib']} of one; a search over 20 points in 5 folds takes many times that. "
-        f"{subset['images']:,} of the images take {_time(subset['processor_hours'])} of a core, "
-        f"{_time(subset['hours_one_gpu'])} on a GPU at best, and {subset['state_gib']:.1f} GiB: "
-        "fit on such a part. No fit has run on a GPU yet."
+        f"{gpu['memory_gib']} of one, and a search over 20 points in 5 folds takes many times all "
+        f"that. {subset['images']:,} of the images take {span(subset, 'processor_hours')} of a "
+        f"core and {subset['state_gib']:.1f} GiB: fit on such a part. No fit has run on a GPU yet."
     )
 
 

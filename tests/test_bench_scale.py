@@ -92,7 +92,9 @@ def test_the_estimate_carries_the_times_on(scripts):
     results = {
         "matrix_product_rate": 67e9,
         "sections": {
-            "samples": {str(e["n"]): e for e in by_n},
+            "samples": {
+                str(e["n"]): e | {"processor_seconds": 2 * e["processor_seconds"]} for e in by_n
+            },
             "layer": {str(e["n"]): e for e in by_n},
             "classes": {str(e["classes"]): e for e in by_c},
         },
@@ -100,10 +102,12 @@ def test_the_estimate_carries_the_times_on(scripts):
     bench.summarise(results)
     whole = results["estimate"]["all"]
     n, c = estimate.IMAGES, 1000 / 10
-    assert whole["kernel_rows"] == pytest.approx(min(n, 2 * n**0.8 * c**0.8))
-    assert whole["processor_hours"] == pytest.approx(1e-3 * n**1.5 * c**1.5 / 3600)
-    assert whole["hours_one_gpu"] == pytest.approx(whole["processor_hours"] / 1000)
-    assert whole["hours_one_gpu"] == pytest.approx(8 * whole["hours_eight_gpus"])
+    for kind, factor in (("layer", 1), ("samples", 2)):
+        found = whole[kind]
+        assert found["kernel_rows"] == pytest.approx(min(n, 2 * n**0.8 * c**0.8))
+        assert found["processor_hours"] == pytest.approx(factor * 1e-3 * n**1.5 * c**1.5 / 3600)
+        assert found["hours_one_gpu"] == pytest.approx(found["processor_hours"] / 1000)
+        assert found["hours_one_gpu"] == pytest.approx(8 * found["hours_eight_gpus"])
     assert whole["state_gib"] == pytest.approx(8 * 8 * n * 1000 / 2**30)
     results |= {"environment": {"processor": "toy", "torch": "2"}}
     results |= {"settings": {"memory_limit": 2**30, "threads": 1}}
