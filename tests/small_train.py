@@ -10,7 +10,6 @@ from unittest import mock
 from torchdnr import svm_rejection
 from torchdnr.svm import grid_search
 
-
 _SPEC = importlib.util.spec_from_file_location("train", Path(__file__).parents[1] / "train.py")
 train = importlib.util.module_from_spec(_SPEC)
 _SPEC.loader.exec_module(train)
