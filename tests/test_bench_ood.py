@@ -1,5 +1,4 @@
 import importlib
-import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -279,21 +278,3 @@ def test_the_text_says_where_dnr_is_worse(bench):
         entry["detectors"]["NR"]["dnr_ahead"] = [0.0, -0.1, 0.1]
     text = bench.readme.readme_section(even)
     assert "better than kNN on a; neither better nor worse than NR." in text
-
-
-def test_the_writer_refuses_a_readme_without_markers(bench, tmp_path, monkeypatch, capsys):
-    results = tmp_path / "ood.json"
-    results.write_text(json.dumps(toy_results(bench)))
-    monkeypatch.setattr(bench.readme, "ROOT", tmp_path)
-    monkeypatch.setattr(bench.readme, "RESULTS", results)
-    readme = tmp_path / "README.md"
-    readme.write_text("text")
-    assert bench.readme.main() == 2 and readme.read_text() == "text"
-    assert "no markers" in capsys.readouterr().err
-    readme.write_text("before\n" + "\nold\n".join(bench.readme.MARKERS) + "\nafter")
-    assert bench.readme.main() == 0
-    section = bench.readme.readme_section(toy_results(bench))
-    whole = "\n".join(
-        ["before", bench.readme.MARKERS[0], section, bench.readme.MARKERS[1], "after"]
-    )
-    assert readme.read_text() == whole
