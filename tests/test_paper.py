@@ -493,17 +493,32 @@ def test_the_readme_has_the_committed_numbers(path):
     assert f"{begin}\n{section}\n{end}" in (BENCHMARKS.parent / "README.md").read_text()
 
 
-@pytest.mark.parametrize(
-    "path", sorted((BENCHMARKS / "results/paper").glob("mnist*.json")), ids=lambda path: path.stem
+MNIST_RESULTS = sorted((BENCHMARKS / "results/paper").glob("mnist*.json"))
+
+
+@pytest.mark.xfail(
+    reason="two of the four runs leave DNR 87.7 %, one of the later variant 87.6 %, and the later "
+    "network is at 98.75 %",
+    strict=True,
 )
+@pytest.mark.parametrize("path", MNIST_RESULTS, ids=lambda path: path.stem)
 def test_the_committed_classifiers_of_mnist_are_good_enough_to_be_attacked(path):
-    least = {"paper": 0.988, "later": 0.985}  # nothing is asked of the later network
-    for variant, found in read_json(path)["variants"].items():
-        assert found["network"]["test_accuracy"] >= least[variant]
+    for found in read_json(path)["variants"].values():
+        assert found["network"]["test_accuracy"] >= 0.988
+        for run in found["clean"]:
+            for name in ("NR", "DNR"):
+                assert run[name]["accuracy"] >= 0.88
+                assert 0.07 <= run[name]["rejection_rate"] <= 0.13
+
+
+@pytest.mark.parametrize("path", MNIST_RESULTS, ids=lambda path: path.stem)
+def test_on_average_the_committed_classifiers_of_mnist_are_good_enough(path):
+    variants = read_json(path)["variants"]
+    assert variants["paper"]["network"]["test_accuracy"] >= 0.988
+    for found in variants.values():
         for name in ("NR", "DNR"):
-            runs = [run[name] for run in found["clean"]]
-            assert fmean(run["accuracy"] for run in runs) >= 0.88
-            assert all(0.07 <= run["rejection_rate"] <= 0.13 for run in runs)
+            assert fmean(run[name]["accuracy"] for run in found["clean"]) >= 0.88
+            assert all(0.07 <= run[name]["rejection_rate"] <= 0.13 for run in found["clean"])
 
 
 def test_a_section_of_the_readme_is_replaced_or_added_after_the_last():

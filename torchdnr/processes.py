@@ -260,6 +260,8 @@ def _meet() -> None:
 def _peers_needed() -> Iterator[None]:
     try:
         yield
+    except torch.OutOfMemoryError:  # this process's own trouble, which has a message of its own
+        raise
     except RuntimeError as error:
         raise PeerError(
             "another process of this job ended before its work was done, so this one ends too; its "
