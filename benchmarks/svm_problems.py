@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from torchdnr.data import Dataset, load_dataset, split
-from torchdnr.features import LayerFeatures, extract
+from torchdnr.extraction import extract
+from torchdnr.features import LayerFeatures
 from torchdnr.models import MNIST_LAYERS, MNISTNet, load_network, save_network
 from torchdnr.training import TrainingSettings, train_network
 

@@ -14,8 +14,9 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from torchdnr import DNR
+from torchdnr.extraction import extract
 from torchdnr.feature_store import LABELS, RECORD
-from torchdnr.features import LayerFeatures, extract
+from torchdnr.features import LayerFeatures
 from torchdnr.files import CheckpointError, load_tensors
 
 LAYERS = ["0", "2/x", "3"]
@@ -240,7 +241,8 @@ def test_a_disk_without_room_is_seen_at_the_first_batch(tmp_path, monkeypatch):
 FULL = """
 import resource, sys, torch
 from torch import nn
-from torchdnr.features import LayerFeatures, extract
+from torchdnr.extraction import extract
+from torchdnr.features import LayerFeatures
 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
 net = nn.Sequential(nn.Linear(6, 100, bias=False))
 nn.init.ones_(net[0].weight)

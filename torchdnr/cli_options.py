@@ -2,9 +2,10 @@
 
 import argparse
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from torchdnr.attacks.objectives import OBJECTIVES
+from torchdnr.cli_values import NORMS, in_words, number_from, read_norm, whole_number
 from torchdnr.data import SOURCES
 from torchdnr.evaluation.known_attacks import ATTACKS, DEFAULT, DEFAULT_ATTACKS, FULL
 
@@ -29,7 +30,6 @@ examples.png. A run that was stopped goes on where it was when the same command 
 Several processes share the attacks: torchrun --nproc-per-node 2 -- attack.py ... (with "--",
 as torchrun would take --run for an option of its own)."""
 
-NORMS = {"1": 1.0, "2": 2.0, "inf": math.inf}
 # Sizes of the perturbation on images in [0, 1], and that of the examples, by norm.
 EPS = {
     1.0: [0, 5, 10, 20, 40],
@@ -75,7 +75,7 @@ def _add_attack_options(parser: argparse.ArgumentParser) -> None:
     )
     option(
         "--norm",
-        type=_norm,
+        type=read_norm,
         default=2.0,
         metavar="{1,2,inf}",
         help="how the size of a perturbation is measured: 1, the sum over all pixels; 2, their "
@@ -83,11 +83,11 @@ def _add_attack_options(parser: argparse.ArgumentParser) -> None:
     )
     option(
         "--eps",
-        type=_at_least(0),
+        type=number_from(0),
         nargs="+",
         metavar="E",
         help="sizes of the perturbation, of pixels in [0, 1]; 0 is no attack (default: "
-        + "; ".join(f"norm {key}: {_words(EPS[norm])}" for key, norm in NORMS.items())
+        + "; ".join(f"norm {key}: {in_words(EPS[norm])}" for key, norm in NORMS.items())
         + ")",
     )
     option(
@@ -141,7 +141,7 @@ def _add_attack_options(parser: argparse.ArgumentParser) -> None:
     )
     option(
         "--example-eps",
-        type=_at_least(0),
+        type=number_from(0),
         metavar="E",
         help="size of their perturbation (default: "
         + "; ".join(f"norm {key}: {EXAMPLE_EPS[norm]:g}" for key, norm in NORMS.items())
@@ -276,37 +276,3 @@ def add_channels_last(option: Callable[..., argparse.Action]) -> None:
         help="keep weights and maps of the network in the order height, width, channels: the same "
         "but for rounding, and often faster, also on a CPU",
     )
-
-
-def _norm(text: str) -> float:
-    if text not in NORMS:
-        raise argparse.ArgumentTypeError(f"expected {', '.join(NORMS)}, got {text}")
-    return NORMS[text]
-
-
-def _words(values: Sequence[float]) -> str:
-    return " ".join(f"{value:g}" for value in values)
-
-
-def _at_least(low: float) -> Callable[[str], float]:
-    def parse(text: str) -> float:
-        value = float(text)
-        if not low <= value < math.inf:
-            raise argparse.ArgumentTypeError(f"expected a number >= {low}, got {text}")
-        return value
-
-    parse.__name__ = "number"  # argparse: "invalid number value: 'x'"
-    return parse
-
-
-def whole_number(low: int) -> Callable[[str], int]:
-    """Make what reads a whole number >= ``low`` from the command line."""
-
-    def parse(text: str) -> int:
-        value = int(text)
-        if value < low:
-            raise argparse.ArgumentTypeError(f"expected a whole number >= {low}, got {text}")
-        return value
-
-    parse.__name__ = "whole number"
-    return parse

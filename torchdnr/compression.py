@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from torchdnr.costs import stage
-from torchdnr.features import extract
+from torchdnr.extraction import extract
 from torchdnr.rejection import checked_batches
 from torchdnr.svm import RBFSVM
 from torchdnr.svm.compression import compress_svm, score_bound

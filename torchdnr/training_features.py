@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchdnr.features import LayerFeatures, extract
+from torchdnr.extraction import extract
+from torchdnr.features import LayerFeatures
 from torchdnr.preparation import peek
 from torchdnr.processes import Processes
 from torchdnr.rejection import checked_batches
