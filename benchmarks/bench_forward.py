@@ -3,13 +3,14 @@
 `python benchmarks/bench_forward.py` builds, for each network (random weights), a DNR with 5,000
 support vectors in every SVM and measures for batches of 1 and 32:
 
-- the bare network and the whole DNR, in the usual memory format and in channels_last
+- the bare network and the whole DNR, in the usual memory format, in channels_last, and compiled
+  by torch.compile in the usual format
 - the kernels (SVMs of the layers) and the head (combiner) alone, on features at hand
 - the bound: the matrix products alone that exact scores and gradients need
 
 Processor time on one thread, all of them in turn, medians over the repeats. Scores and
-gradients are compared with a plain formula in float64. Numbers go to
-benchmarks/results/forward-cpu.json after every case; about three minutes of the processor.
+gradients are compared with a plain formula in float64, and compiled ones with those. Numbers go to
+benchmarks/results/forward-cpu.json after every case; MINUTES.
 """
 
 import argparse
@@ -23,7 +24,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from forward_models import CASES, SUPPORT_VECTORS, Case, build_model, largest_errors
+from forward_models import (
+    CASES,
+    SUPPORT_VECTORS,
+    Case,
+    build_model,
+    largest_differences,
+    largest_errors,
+)
 from svm_record import busy_cores, commit
 from torch import Tensor
 
@@ -38,6 +46,9 @@ TARGET = {"network": "squeezenet1_1", "overhead": 0.15}
 MODES = ("forward", "gradient")
 
 Call = Callable[[], object]
+Differentiable = Callable[[Tensor], Tensor]
+Forms = dict[str, tuple[Differentiable, Differentiable]]
+COMPILED = "DNR, compiled"
 
 
 def network_calls(call: Callable[[Tensor], Tensor], inputs: list[Tensor]) -> dict[str, Call]:
@@ -76,17 +87,35 @@ def product_calls(model: DNR, features: list[Tensor]) -> dict[str, Call]:
     return {"forward": forward, "gradient": gradient}
 
 
-def all_calls(models: dict[str, DNR], images: Tensor) -> dict[str, dict[str, Call]]:
+def all_forms(model: DNR) -> Forms:
+    """Make the forms of a classifier whose times are compared.
+
+    Args:
+        model: In the usual memory format.
+
+    Returns:
+        "DNR" and other names that begin so -> the bare network and the whole, in that form.
+    """
+    twin = copy.deepcopy(model).to(memory_format=torch.channels_last)
+    torch.compiler.reset()
+    return {
+        "DNR": (model.net, model),
+        "DNR, channels_last": (twin.net, twin),
+        COMPILED: (torch.compile(model.net), torch.compile(model)),
+    }
+
+
+def all_calls(model: DNR, forms: Forms, images: Tensor) -> dict[str, dict[str, Call]]:
     """Make all that is timed in turn.
 
     Args:
-        models: "DNR" and other forms of it, such as "DNR, channels_last".
+        model: The classifier.
+        forms: What ``all_forms`` made of it.
         images: A batch.
 
     Returns:
         Name -> "forward" and "gradient" -> what to call.
     """
-    model = models["DNR"]
     with torch.no_grad():
         features = [*model.features(images).values()]
         base = [svm(z) for svm, z in zip(model.base_svms, features, strict=True)]
@@ -97,9 +126,9 @@ def all_calls(models: dict[str, DNR], images: Tensor) -> dict[str, dict[str, Cal
         return torch.cat([svm(leaf) for svm, leaf in svms], dim=1)
 
     calls = {}
-    for name, form in models.items():
-        calls[name.replace("DNR", "network")] = network_calls(form.net, [images])
-        calls[name] = network_calls(form, [images])
+    for name, (net, whole) in forms.items():
+        calls[name.replace("DNR", "network")] = network_calls(net, [images])
+        calls[name] = network_calls(whole, [images])
     return {
         **calls,
         "kernels": network_calls(kernels, features),
@@ -165,8 +194,6 @@ def measure(case: Case, vectors: int, repeats: int) -> dict[str, Any]:
     """Measure one network, at all batch sizes."""
     model, shape = build_model(case, vectors)
     svms = dict(zip([*model.layers, "combiner"], [*model.base_svms, model.combiner], strict=True))
-    twin = copy.deepcopy(model).to(memory_format=torch.channels_last)
-    models: dict[str, DNR] = {"DNR": model, "DNR, channels_last": twin}
     found: dict[str, Any] = {
         **asdict(case),
         "features": {name: svm.center.numel() for name, svm in svms.items()},
@@ -177,7 +204,9 @@ def measure(case: Case, vectors: int, repeats: int) -> dict[str, Any]:
     for n in BATCHES:
         images = torch.rand(n, *shape)
         entry: dict[str, Any] = {"busy_cores_before": busy_cores()}
-        calls = all_calls(models, images)
+        forms = all_forms(model)
+        entry["compiled_difference"] = largest_differences(model, forms[COMPILED][1], images)
+        calls = all_calls(model, forms, images)
         seconds = in_turn(calls, repeats if n > 1 else 3 * repeats)
         entry |= {mode: shares(seconds[mode]) for mode in MODES}
         found["batches"][str(n)] = entry

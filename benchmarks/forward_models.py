@@ -1,5 +1,6 @@
 """The classifiers of bench_forward.py: networks with random weights, SVMs with made-up vectors."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -152,3 +153,29 @@ def largest_errors(model: DNR, images: Tensor) -> dict[str, Any]:
             error = (got.double() - exact.double()).abs().max() / exact.abs().max()
             errors[name] = max(errors[name], error.item())
     return {**errors, "rows": len(images)}
+
+
+def largest_differences(
+    model: DNR, other: Callable[[Tensor], Tensor], images: Tensor
+) -> dict[str, float]:
+    """Compare another form of a classifier with it.
+
+    Args:
+        model: Fitted.
+        other: The same, compiled for instance.
+        images: A few.
+
+    Returns:
+        ``scores`` and ``gradient``: the largest difference over the largest value.
+    """
+    found = []
+    for form in (model, other):
+        leaf = images.clone().requires_grad_()
+        scores = form(leaf)[:, :-1]
+        weight = torch.linspace(-1, 1, scores.shape[1])
+        found.append((scores.detach(), torch.autograd.grad((scores * weight).sum(), leaf)[0]))
+    pairs = zip(("scores", "gradient"), *found, strict=True)
+    return {
+        name: ((got - expected).abs().max() / expected.abs().max()).item()
+        for name, expected, got in pairs
+    }

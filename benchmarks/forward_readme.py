@@ -35,11 +35,15 @@ def readme_section(results: dict[str, Any]) -> str:
         "other programs ran beside it. Network: milliseconds per batch of the bare network, usual "
         "format / `channels_last`. Overhead: time of DNR over that of its network, less 1, in "
         "percent, usual format / `channels_last`; in brackets the bound, the matrix products "
-        "alone that exact scores and gradients need. Shares: network, kernels, combiner and the "
-        "rest (hooks, copies, reductions, noise) of DNR's time in the usual format, in percent.",
+        "alone that exact scores and gradients need. Compiled: time under `torch.compile` over "
+        "that without, in percent, network / DNR, usual format; compiled scores and gradients "
+        f"differ from the others by at most {_largest_difference(results):.0e} of the largest. "
+        "Shares: network, kernels, combiner and the rest (hooks, copies, reductions, noise) of "
+        "DNR's time in the usual format, in percent.",
         "",
-        "| network | classes | batch | pass | network, ms | overhead (bound), % | shares, % |",
-        "|---|---|---|---|---|---|---|",
+        "| network | classes | batch | pass | network, ms | overhead (bound), % | compiled, % "
+        "| shares, % |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for case in results["cases"]:
         for n, entry in case["batches"].items():
@@ -47,9 +51,16 @@ def readme_section(results: dict[str, Any]) -> str:
     return "\n".join([*lines, "", *_target_lines(results)])
 
 
+def _largest_difference(results: dict[str, Any]) -> float:
+    entries = (entry for case in results["cases"] for entry in case["batches"].values())
+    return max(max(entry["compiled_difference"].values()) for entry in entries)
+
+
 def _row(case: dict[str, Any], n: str, mode: str, found: dict[str, Any]) -> str:
     forms = [found[name] for name in ("DNR", "DNR, channels_last")]
-    seconds = [found["seconds"][name] for name in ("network", "network, channels_last")]
+    times = found["seconds"]
+    seconds = [times[name] for name in ("network", "network, channels_last")]
+    compiled = [times[f"{name}, compiled"] / times[name] for name in ("network", "DNR")]
     cells = [
         case["network"],
         f"{case['classes']:,}",
@@ -57,6 +68,7 @@ def _row(case: dict[str, Any], n: str, mode: str, found: dict[str, Any]) -> str:
         mode,
         " / ".join(f"{1_000 * value:,.1f}" for value in seconds),
         " / ".join(f"{100 * form['overhead']:.0f} ({100 * form['bound']:.0f})" for form in forms),
+        " / ".join(f"{100 * ratio:.0f}" for ratio in compiled),
         ", ".join(f"{100 * found['share'][name]:.0f}" for name in found["share"]),
     ]
     return f"| {' | '.join(cells)} |"

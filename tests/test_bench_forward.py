@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,14 @@ def test_the_comparison_sees_a_wrong_score(models):
     assert errors["gradient"] == pytest.approx(0.01, rel=0.01)
 
 
+def test_the_difference_of_another_form_is_seen(models):
+    model, shape = models.build_model(models.Case("MNISTNet", size=28), 60)
+    images = torch.rand(2, *shape)
+    assert models.largest_differences(model, model, images) == {"scores": 0, "gradient": 0}
+    found = models.largest_differences(model, lambda x: 1.01 * model(x), images)
+    assert found == pytest.approx({"scores": 0.01, "gradient": 0.01}, rel=0.01)
+
+
 @pytest.mark.parametrize("name", ["squeezenet1_1", "mobilenet_v3_small", "resnet18", "CIFAR10Net"])
 def test_every_network_can_be_built(models, name):
     case = models.Case(name, 3, 64 if name != "CIFAR10Net" else 32)
@@ -58,21 +67,26 @@ def test_every_network_can_be_built(models, name):
     assert not model.net.training
 
 
+@pytest.mark.skipif(
+    not any(map(shutil.which, ("g++", "clang++", "cl"))), reason="inductor needs a C++ compiler"
+)
 def test_a_small_case_is_measured_whole(script, monkeypatch):
     monkeypatch.setattr(script, "BATCHES", (2,))
     case = script.Case("MNISTNet", size=28)
     found = json.loads(json.dumps(script.measure(case, 50, 2)))
     assert found["features"] == {"relu_fc1": 200, "relu_fc2": 200, "logits": 10, "combiner": 30}
     entry = found["batches"]["2"]
+    assert 0 <= max(entry["compiled_difference"].values()) < 1e-4
     for mode, rounds in (("forward", 6), ("gradient", 2)):
         measured = entry[mode]
         assert set(measured["seconds"]) == {
             *("network", "DNR", "network, channels_last", "DNR, channels_last"),
+            *("network, compiled", "DNR, compiled"),
             *("kernels", "head", "products"),
         }
         assert all(len(values) == rounds for values in measured["all_seconds"].values())
         assert sum(measured["share"].values()) == pytest.approx(1)
-        for form in ("DNR", "DNR, channels_last"):
+        for form in ("DNR", "DNR, channels_last", "DNR, compiled"):
             low, high = measured[form]["quartiles"]
             assert low <= measured[form]["overhead"] <= high
 
@@ -97,7 +111,7 @@ def test_shares_and_overheads_of_known_times(script):
 def test_products_are_those_of_scores_and_gradients(script, models):
     model, shape = models.build_model(models.Case("MNISTNet", size=28), 50)
     images = torch.rand(2, *shape)
-    calls = script.all_calls({"DNR": model}, images)
+    calls = script.all_calls(model, {"DNR": (model.net, model)}, images)
     widths = (200, 200, 10, 30)
     forward = sum(2 * 2 * 50 * (d + 10) for d in widths)
     for mode, factor in (("forward", 1), ("gradient", 2)):

@@ -38,6 +38,8 @@ def test_the_committed_numbers_are_of_a_clean_commit_and_right(results):
     for case in results["cases"]:
         assert case["errors"]["scores"] < 1e-4 and case["errors"]["gradient"] < 1e-3
         assert set(case["batches"]) == {"1", "32"}
+        for entry in case["batches"].values():
+            assert max(entry["compiled_difference"].values()) < 1e-3
 
 
 def test_a_missed_target_is_told(script, results):

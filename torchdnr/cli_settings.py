@@ -11,10 +11,11 @@ from torch import nn
 
 from torchdnr import DNR, __version__
 from torchdnr.cli import Console
+from torchdnr.cli_folder import SAMPLE_OPTIONS, check_agreement, check_data, remembered_settings
 from torchdnr.cli_network import Preset, choose_network, layers_for, parse_layers, split_sizes
 from torchdnr.cli_options import BACKBONE_IMAGE_SIZE, DEFAULT_DATASET, FOLDER_IMAGE_SIZE
 from torchdnr.data import Dataset, Splits, load_dataset, split
-from torchdnr.evaluation.curve import read_json, write_json
+from torchdnr.evaluation.curve import write_json
 from torchdnr.files import digest
 from torchdnr.processes import ALONE, Processes, local_device
 from torchdnr.reductions import ReductionLike
@@ -28,20 +29,8 @@ SPLIT_SIZES = {
 }
 # Table III's 50 are for 30,000 digits; 2,000 are learned sooner.
 EPOCHS = {"mnist-5k": 20}
-SAMPLE_OPTIONS = "network_samples", "svm_samples", "threshold_samples"
 TRAINING_OPTIONS = "epochs", "lr", "momentum", "batch_size"
 NETWORK_OPTIONS = "backbone", "weights", "outputs", "image_size"
-
-
-_SETTING_TYPES = {
-    "dataset": str,
-    "seed": int,
-    **dict.fromkeys(SAMPLE_OPTIONS, int),
-    "epochs": int,
-    "batch_size": int,
-    "layers": list,
-    "rejection_rate": float,
-}
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,9 +93,9 @@ def prepare(options: argparse.Namespace, console: Console, processes: Processes 
     """
     device = find_device(options.device)
     folder = Path(options.run or _default_folder(options.dataset or DEFAULT_DATASET))
-    remembered = _remembered_settings(folder)
+    remembered = remembered_settings(folder)
     given = {name: value for name, value in vars(options).items() if value is not None}
-    _check_agreement(folder, remembered, given)
+    check_agreement(folder, remembered, given)
     source = given.get("dataset", remembered.get("dataset", DEFAULT_DATASET))
     chosen = {name: (remembered | given).get(name) for name in NETWORK_OPTIONS}
     size = FOLDER_IMAGE_SIZE if chosen["backbone"] is None else BACKBONE_IMAGE_SIZE
@@ -128,7 +117,7 @@ def prepare(options: argparse.Namespace, console: Console, processes: Processes 
         **{"classes": list(classes), "image_shape": list(shape)},
         "torchdnr": remembered.get("torchdnr", __version__),
     }
-    _check_data(folder, remembered, settings)
+    check_data(folder, remembered, settings)
     splits = split(dataset, **sizes, test=settings["test_samples"], seed=settings["seed"])
     job = Job(folder, settings, dataset, splits, preset, training, device, options.channels_last)
     _check_fit(job)
@@ -138,32 +127,6 @@ def prepare(options: argparse.Namespace, console: Console, processes: Processes 
     parts = ", ".join(f"{len(index):,} {part}" for part, index in vars(splits).items())
     console.say(f"run folder {folder}, on {device}\n{source}: {size} images, {parts}")
     return job
-
-
-def read_settings(folder: Path) -> dict[str, Any]:
-    """Read what a finished run folder was made with.
-
-    Args:
-        folder: The run folder.
-
-    Returns:
-        What its ``settings.json`` holds.
-
-    Raises:
-        FileNotFoundError: If it is no run folder.
-        ValueError: If its settings are damaged, or lack what came later.
-    """
-    settings = _remembered_settings(folder)
-    if not settings:
-        raise FileNotFoundError(
-            f"{folder} holds no classifiers; expected a run folder: python train.py --run {folder}"
-        )
-    if missing := [name for name in ("classes", "image_shape") if name not in settings]:
-        raise ValueError(
-            f"{folder} is of an older version: its settings.json lacks {' and '.join(missing)}; "
-            f"python train.py --run {folder} adds them, where the data set is at hand"
-        )
-    return settings
 
 
 def _default_folder(source: str) -> str:
@@ -186,49 +149,6 @@ def find_device(name: str | None) -> torch.device:
         reason = str(error).splitlines()[0]
         raise ValueError(f"no device {name!r} here ({reason}); try --device cpu") from error
     return device
-
-
-def _remembered_settings(folder: Path) -> dict[str, Any]:
-    """Read what the folder was made with; a folder in which nothing was made yet binds nobody."""
-    path, made = folder / "settings.json", any(folder.glob("[!.]*.safetensors"))
-    if made and not path.exists():
-        raise ValueError(
-            f"{folder} holds classifiers but no settings.json, so what they were made with is "
-            "unknown; choose another --run, or delete the folder"
-        )
-    if not made:
-        return {}
-    settings = read_json(path)
-    if (
-        not isinstance(settings, dict)
-        or not _SETTING_TYPES.items()
-        <= {name: type(value) for name, value in settings.items()}.items()
-    ):
-        raise ValueError(f"{path} does not hold the settings of a run; choose another --run")
-    return settings
-
-
-def _check_agreement(folder: Path, remembered: Mapping[str, Any], given: Mapping[str, Any]) -> None:
-    differ = [name for name in remembered if name in given and given[name] != remembered[name]]
-    if differ:
-        both = ", ".join(
-            f"{_option(name)} {_words(remembered[name])} (given: {_words(given[name])})"
-            for name in differ
-        )
-        raise ValueError(
-            f"{folder} was made with {both}; choose another --run, delete the folder, or "
-            f"drop {' and '.join(map(_option, differ))}"
-        )
-
-
-def _option(name: str) -> str:
-    if name == "batch_size":
-        return "--train-batch-size"  # attack.py has another --batch-size
-    return f"--{name.replace('_', '-')}"
-
-
-def _words(value: object) -> str:
-    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _defaults(
@@ -265,13 +185,6 @@ def _data_digest(dataset: Dataset) -> str:
     return digest(tensors)
 
 
-def _check_data(folder: Path, remembered: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
-    if remembered.get("data_digest", settings["data_digest"]) != settings["data_digest"]:
-        raise ValueError(
-            f"{folder} was made with other contents of {settings['dataset']}; choose another --run"
-        )
-
-
 def _check_fit(job: Job) -> None:
     """Find out before the training, not after it, that the SVMs cannot be fitted."""
     net = job.build_network()
@@ -296,9 +209,9 @@ def _check_fit(job: Job) -> None:
         )
     labels = job.dataset.labels_train[job.splits.svm]
     counts = torch.bincount(labels, minlength=len(job.dataset.classes))
-    if counts.min() < model.folds:
+    if counts.min() < (folds := model.svm_options.folds):
         raise ValueError(
-            f"--svm-samples must give every class at least {model.folds} samples, one per fold of "
+            f"--svm-samples must give every class at least {folds} samples, one per fold of "
             f"the search, got {int(counts.min())} of class {job.dataset.classes[counts.argmin()]} "
             f"among {len(labels)}; ask for more"
         )

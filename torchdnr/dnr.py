@@ -61,7 +61,7 @@ class DNR(SVMRejection):
 
     def _start_afresh(self) -> None:
         super()._start_afresh()
-        self.combiner = RBFSVM(tol=self.tol)
+        self.combiner = RBFSVM(tol=self.svm_options.tol)
 
     def scores(self, inputs: Tensor) -> Tensor:
         """Compute class scores.

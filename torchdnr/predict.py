@@ -14,9 +14,10 @@ from tqdm import tqdm
 
 from torchdnr import DNR, NR, REJECT
 from torchdnr.cli import Console, run_command
+from torchdnr.cli_folder import read_settings
 from torchdnr.cli_network import choose_network
 from torchdnr.cli_options import add_channels_last
-from torchdnr.cli_settings import NETWORK_OPTIONS, find_device, read_settings
+from torchdnr.cli_settings import NETWORK_OPTIONS, find_device
 from torchdnr.cli_values import whole_number
 from torchdnr.evaluation.metrics import predict_labels
 from torchdnr.files import atomic_path

@@ -3,7 +3,6 @@
 from abc import abstractmethod
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from copy import copy
-from numbers import Real
 from pathlib import Path
 from typing import Any, Self
 
@@ -21,9 +20,10 @@ from torchdnr.reduction_metadata import reduction_metadata
 from torchdnr.reductions import ReductionLike
 from torchdnr.rejection import RejectingClassifier
 from torchdnr.shared_features import SharedFeatures
-from torchdnr.svm import RBFSVM, NotFittedError, grid_search, out_of_fold_scores
+from torchdnr.svm import RBFSVM, NotFittedError
 from torchdnr.svm.compression import SMOOTHNESS, STEPS
 from torchdnr.svm.model_selection import C_GRID, GAMMA_GRID
+from torchdnr.svm_options import SVMOptions
 from torchdnr.training_features import training_features
 
 
@@ -51,16 +51,19 @@ class SVMRejection(RejectingClassifier):
     ) -> None:
         super().__init__(batch_size)
         self.features = LayerFeatures(net, layers, seed=seed)
-        self.C_grid, self.gamma_grid = tuple(C_grid), tuple(gamma_grid)
-        self.folds, self.stacking_folds = folds, stacking_folds
-        self.tol, self.seed, self.memory_limit = tol, seed, memory_limit
+        self.svm_options = SVMOptions(
+            hyperparameters=hyperparameters or {},
+            C_grid=tuple(C_grid),
+            gamma_grid=tuple(gamma_grid),
+            folds=folds,
+            stacking_folds=stacking_folds,
+            tol=tol,
+            seed=seed,
+            memory_limit=memory_limit,
+        )
         self._start_afresh()
         names = list(self._svms()) if self.layers else list(hyperparameters or {})
-        self.hyperparameters = _check_hyperparameters(hyperparameters or {}, names)
-        if min(folds, stacking_folds) < 2:
-            raise ValueError(
-                f"folds must be >= 2, got folds={folds} and stacking_folds={stacking_folds}"
-            )
+        self.svm_options = self.svm_options.checked(names)
 
     @property
     def net(self) -> nn.Module:
@@ -86,7 +89,7 @@ class SVMRejection(RejectingClassifier):
 
     def _start_afresh(self) -> None:
         """Drop what was fitted: a fit that fails must not leave a mixture of old and new."""
-        self.base_svms = nn.ModuleList(RBFSVM(tol=self.tol) for _ in self.layers)
+        self.base_svms = nn.ModuleList(RBFSVM(tol=self.svm_options.tol) for _ in self.layers)
         self.selection: dict[str, dict[str, Any]] = {}
         self.reset_threshold()
 
@@ -148,7 +151,7 @@ class SVMRejection(RejectingClassifier):
                 self._ready_features,
                 device=self.device,
                 batch_size=self.batch_size,
-                memory_limit=self.memory_limit,
+                memory_limit=self.svm_options.memory_limit,
                 folder=features_folder,
                 progress=progress,
                 processes=processes,
@@ -173,51 +176,18 @@ class SVMRejection(RejectingClassifier):
         """Choose layers where none are named, and make the reductions for images like these."""
         features = self.features
         if not features.layers:
-            features = LayerFeatures(self.net, default_layers(self.net, sample[0]), seed=self.seed)
-            names = [*features.layers, *self._svms()]
-            _check_hyperparameters(self.hyperparameters, names)
+            layers = default_layers(self.net, sample[0])
+            features = LayerFeatures(self.net, layers, seed=self.svm_options.seed)
+            self.svm_options.checked([*features.layers, *self._svms()])
         return prepare_features(features, sample)
 
     def _fit_svm(
         self, name: str, features: SharedFeatures, labels: Tensor, stack: bool, progress: bool
     ) -> tuple[RBFSVM, Tensor | None]:
-        """Select (C, gamma), fit one SVM, and score out of fold where a combiner needs it."""
-        if name in self.hyperparameters:
-            C, gamma = self.hyperparameters[name]
-            self.selection[name] = {"C": C, "gamma": gamma}
-            with stage("fit"):
-                svm = RBFSVM(C, gamma, tol=self.tol).fit(
-                    features, labels, memory_limit=self.memory_limit
-                )
-        else:
-            with stage("search"):
-                search = grid_search(
-                    features,
-                    labels,
-                    C_grid=self.C_grid,
-                    gamma_grid=self.gamma_grid,
-                    folds=self.folds,
-                    seed=self.seed,
-                    tol=self.tol,
-                    memory_limit=self.memory_limit,
-                    progress=progress,
-                    description=f"grid search, {name}",
-                )
-            self.selection[name], svm = search.to_dict(), search.svm
-        if not stack:
-            return svm, None
-        with stage("stacking"):
-            held_out = out_of_fold_scores(
-                features,
-                labels,
-                C=svm.C,
-                gamma=svm.gamma,
-                folds=self.stacking_folds,
-                seed=self.seed,
-                tol=self.tol,
-                memory_limit=self.memory_limit,
-            )
-        return svm, held_out
+        """Fit one SVM, remember its selection, and return it with what a combiner needs."""
+        found = self.svm_options.fit(name, features, labels, stack=stack, progress=progress)
+        self.selection[name] = found.selection
+        return found.svm, found.held_out
 
     def smoothed(self, factor: float, svms: Collection[str] | None = None) -> Self:
         """Return a view whose kernels have ``factor`` times the gamma; everything else is shared.
@@ -304,17 +274,7 @@ class SVMRejection(RejectingClassifier):
         """Return the constructor's options and what fitting chose, as JSON values."""
         reductions = self.features.reductions
         return {
-            "options": {
-                "hyperparameters": {k: list(v) for k, v in self.hyperparameters.items()},
-                "C_grid": list(self.C_grid),
-                "gamma_grid": list(self.gamma_grid),
-                "folds": self.folds,
-                "stacking_folds": self.stacking_folds,
-                "tol": self.tol,
-                "seed": self.seed,
-                "batch_size": self.batch_size,
-                "memory_limit": self.memory_limit,
-            },
+            "options": {**self.svm_options.to_dict(), "batch_size": self.batch_size},
             "layers": list(self.layers),
             "reductions": dict(zip(self.layers, map(reduction_metadata, reductions), strict=True)),
             "sizes": self.features.sizes,
@@ -367,17 +327,3 @@ class SVMRejection(RejectingClassifier):
                 other reductions.
         """
         return load_classifier(cls, path, net, strict=strict, layers=layers or {})
-
-
-def _check_hyperparameters(
-    given: Mapping[str, Sequence[float]], names: list[str]
-) -> dict[str, tuple[float, float]]:
-    if unknown := sorted(set(given) - set(names)):
-        raise ValueError(f"hyperparameters must be named after one of {names}, got {unknown}")
-    for name, pair in given.items():
-        numbers = isinstance(pair, Sequence) and all(isinstance(v, Real) and v > 0 for v in pair)
-        if not numbers or len(pair) != 2:
-            raise ValueError(
-                f"hyperparameters must be (C, gamma), two numbers > 0, got {name!r}: {pair!r}"
-            )
-    return {name: (float(C), float(gamma)) for name, (C, gamma) in given.items()}
