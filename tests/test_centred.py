@@ -1,12 +1,14 @@
 """Tests of the centred vectors that are kept: scores follow every change, and nothing is stale."""
 
 import copy
+import gc
 import io
+import weakref
 
 import pytest
 import torch
 
-from torchdnr.centred import CentredVectors
+from torchdnr.centred import centred
 from torchdnr.kernels import rbf_gamma
 from torchdnr.rbf import rbf_scores
 from torchdnr.rbf_tiles import cut_tiles
@@ -45,9 +47,9 @@ def assert_right(svm, features):
 
 def test_the_second_call_takes_what_the_first_made(svm, few):
     svm(few)
-    kept = svm._centred.of(svm.support_vectors, svm.center)
+    kept = centred(svm.support_vectors, svm.center)
     svm(few)
-    assert svm._centred.of(svm.support_vectors, svm.center) is kept
+    assert centred(svm.support_vectors, svm.center) is kept
     torch.testing.assert_close(kept.vectors, svm.support_vectors - svm.center)
     torch.testing.assert_close(kept.norms, kept.vectors.square().sum(1))
 
@@ -89,7 +91,6 @@ def test_copies_and_pickles_keep_none_of_it(svm, few):
     svm(few)
     assert size(svm) == before
     twin = copy.deepcopy(svm)
-    assert twin._centred is not svm._centred and twin._centred._kept is None
     twin.support_vectors.mul_(2)
     assert_right(twin, few)
     assert_right(svm, few)
@@ -111,7 +112,7 @@ def test_vectors_made_in_inference_mode_are_not_kept(few):
     with torch.inference_mode():
         svm = fitted()
         torch.testing.assert_close(svm(few), plain(svm, few))
-        assert svm._centred.of(svm.support_vectors, svm.center) is None
+        assert centred(svm.support_vectors, svm.center) is None
 
 
 def test_gradients_by_the_vectors_are_those_of_the_plain_formula(svm, few):
@@ -124,16 +125,30 @@ def test_gradients_by_the_vectors_are_those_of_the_plain_formula(svm, few):
     torch.testing.assert_close(ours, expected)
 
 
-def test_many_rows_keep_nothing(svm):
+def test_many_rows_keep_nothing(svm, few, monkeypatch):
+    asked = []
+    monkeypatch.setattr("torchdnr.rbf.centred", lambda *given: asked.append(given))
     svm(torch.randn(600, 5).double())
-    assert svm._centred._kept is None
+    assert not asked
+    svm(few)
+    assert len(asked) == 1
+
+
+def test_it_is_dropped_with_the_vectors(few):
+    svm = fitted()
+    svm(few)
+    kept = weakref.ref(centred(svm.support_vectors, svm.center).vectors)
+    assert kept() is not None
+    del svm
+    gc.collect()
+    assert kept() is None
 
 
 def test_smoothed_views_share_it(svm, few):
-    kept = svm._centred.of(svm.support_vectors, svm.center)
+    kept = centred(svm.support_vectors, svm.center)
     view = svm.smoothed(0.5)
     view(few)
-    assert view._centred.of(view.support_vectors, view.center) is kept
+    assert centred(view.support_vectors, view.center) is kept
 
 
 @pytest.mark.parametrize("n", [1, 33, 300])
@@ -141,13 +156,13 @@ def test_smoothed_views_share_it(svm, few):
 def test_any_tiles_give_the_same_scores_and_gradients(n, block_elements):
     tensors = [torch.randn(*shape).double() for shape in ((n, 4), (1500, 4), (1500, 3))]
     gamma, center = torch.tensor(0.3).double(), torch.randn(4).double()
-    store, found = CentredVectors(), []
-    for options in ({}, {"centred": store, "block_elements": block_elements}):
+    found = []
+    for options in ({}, {"keep_centred": True, "block_elements": block_elements}):
         leaf = tensors[0].clone().requires_grad_()
         scores = rbf_scores(leaf, *tensors[1:], gamma, center, **options)
         found.append([scores, torch.autograd.grad(scores.square().sum(), leaf)[0]])
     torch.testing.assert_close(*found)
-    moved = store.of(tensors[1], center)
+    moved = centred(tensors[1], center)
     tiles = list(cut_tiles(tensors[0], tensors[1], center, block_elements, moved))
     values = sum(len(tile.inputs) * len(tile.vectors) for tile in tiles)
     assert values == n * 1500

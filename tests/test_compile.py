@@ -13,9 +13,11 @@ from torchvision import models
 
 from torchdnr import DNR, NR
 from torchdnr.attacks import line_search_pgd
+from torchdnr.centred import centred
 from torchdnr.features import LayerFeatures
 from torchdnr.rbf import rbf_scores
-from torchdnr.rbf_traced import full_precision_product, traced_rbf_scores
+from torchdnr.rbf_operator import compiled_rbf_scores, scores_and_kernel
+from torchdnr.rbf_traced import traced_rbf_scores
 from torchdnr.rejection import NotFittedError
 from torchdnr.svm import RBFSVM
 
@@ -182,15 +184,71 @@ def test_traced_formula_has_the_scores_and_gradients_of_the_fused_one():
     assert torch.autograd.gradcheck(lambda *t: traced_rbf_scores(*t, center), leaves)
 
 
-def test_product_is_a_sound_operator():
-    left, right = (torch.randn(4, 4, requires_grad=True) for _ in range(2))
-    torch.library.opcheck(full_precision_product, (left, right.T))
+@pytest.mark.parametrize("chosen", [(0,), (0, 1), (1, 2, 3), (0, 1, 2, 3)])
+def test_operator_has_the_gradients_of_the_fused_function(chosen):
+    leaves, center = problem(m=700), torch.randn(4, dtype=torch.float64)  # several tiles
+    for number, leaf in enumerate(leaves):
+        leaf.requires_grad_(number in chosen)
+    wanted, found = [leaves[number] for number in chosen], []
+    for function in (compiled_rbf_scores, rbf_scores):
+        scores = function(*leaves, center)
+        found.append([scores, *torch.autograd.grad(scores.square().sum(), wanted)])
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("keep_kernel", [False, True])
+def test_operator_is_sound(keep_kernel):
+    leaves, center = problem(torch.float32), torch.randn(4)
+    torch.library.opcheck(scores_and_kernel, (*leaves, center, keep_kernel))
+
+
+def test_no_kernel_is_kept_where_no_gradient_is_wanted(model, images):
+    sizes = []
+    keep = lambda graph, _: sizes.append(kernel_sizes(graph)) or graph.forward  # noqa: E731
+    compiled = torch.compile(model, backend=keep)
+    with torch.no_grad():
+        compiled(images[:8])
+    compiled(images[:8].clone().requires_grad_())
+    without, wanted = sizes
+    assert len(without) == len(wanted) == 3 and not any(without) and all(wanted)
+
+
+def kernel_sizes(graph):
+    operator = torch.ops.torchdnr.rbf_scores
+    nodes = [
+        n for n in graph.graph.nodes if getattr(n.target, "overloadpacket", n.target) == operator
+    ]
+    return [node.meta["example_value"][1].numel() for node in nodes]
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", INDUCTOR])
+def test_centred_vectors_are_made_once_for_all_compiled_calls(model, images, monkeypatch, backend):
+    kept = [centred(svm.support_vectors, svm.center) for svm in model.base_svms]
+    compiled = torch.compile(model, backend=backend)
+    seen = []
+    monkeypatch.setattr(
+        "torchdnr.rbf.centred", lambda *given: seen.append(given) or centred(*given)
+    )
+    scores_and_gradient(compiled, images[:8])
+    assert len(seen) == 6  # three SVMs, forward and backward
+    for svm, moved in zip(model.base_svms, kept, strict=True):
+        assert centred(svm.support_vectors, svm.center) is moved
+        assert any(given[0] is svm.support_vectors and given[1] is svm.center for given in seen)
+
+
+def test_compiled_scores_follow_a_change_of_the_vectors(model, images):
+    compiled = torch.compile(model, backend="aot_eager")
+    before = scores_and_gradient(compiled, images[:8])
+    model.base_svms[0].support_vectors.mul_(1.1)
+    after = scores_and_gradient(compiled, images[:8])
+    assert_same(after, scores_and_gradient(model, images[:8]))
+    assert (after[0] - before[0]).abs().max() > 1e-3
 
 
 def test_neither_the_global_switch_nor_autocast_reaches_compiled_scores():
     *tensors, gamma = problem(torch.float32, n=64, m=200, d=128)
     leaves = [*tensors[:2], 100 * tensors[2].detach(), gamma.detach() / 30, torch.zeros(128)]
-    compiled = torch.compile(traced_rbf_scores, backend="aot_eager", fullgraph=True)
+    compiled = torch.compile(compiled_rbf_scores, backend="aot_eager", fullgraph=True)
 
     def evaluate():
         scores = compiled(*leaves)

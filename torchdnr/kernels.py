@@ -6,8 +6,8 @@ import torch
 from gpytorch.kernels import Kernel, RBFKernel
 from torch import Tensor
 
-from torchdnr.centred import CentredVectors
 from torchdnr.rbf import BLOCK_ELEMENTS, full_precision, rbf_scores, squared_distances
+from torchdnr.rbf_operator import compiled_rbf_scores
 from torchdnr.rbf_traced import traced_rbf_scores
 from torchdnr.shared_features import SharedFeatures
 
@@ -104,29 +104,31 @@ def kernel_scores(
     center: Tensor,
     *,
     block_elements: int = BLOCK_ELEMENTS,
-    centred: CentredVectors | None = None,
+    keep_centred: bool = False,
 ) -> Tensor:
     """Sum kernel values times coefficients, in blocks of rows.
 
     Args:
-        kernel: Any gpytorch kernel; a plain RBF takes the fused path of ``rbf_scores``, or under
-            ``torch.compile`` and ``torch.export`` that of ``traced_rbf_scores``.
+        kernel: Any gpytorch kernel; a plain RBF takes the fused path of ``rbf_scores``, the same
+            under ``torch.compile``, and under ``torch.export`` that of ``traced_rbf_scores``.
         inputs: Features, ``(n, d)``.
         vectors: Support vectors, ``(m, d)``.
         coefficients: One column per class, ``(m, c)``.
         center: Mean of the training features, ``(d,)``.
         block_elements: Largest number of kernel values held at once on the fused path.
-        centred: Where ``rbf_scores`` keeps the centred vectors for the next call.
+        keep_centred: Whether ``rbf_scores`` keeps the centred vectors for the next call.
 
     Returns:
         Sums without intercept, ``(n, c)``.
     """
     gamma = rbf_gamma(kernel)
-    if gamma is not None and torch.compiler.is_compiling():
-        return traced_rbf_scores(inputs, vectors, coefficients, gamma, center)
     if gamma is not None:
-        options = {"block_elements": block_elements, "centred": centred}
-        return rbf_scores(inputs, vectors, coefficients, gamma, center, **options)
+        tensors = (inputs, vectors, coefficients, gamma, center)
+        if torch.compiler.is_exporting():
+            return traced_rbf_scores(*tensors)
+        if torch.compiler.is_compiling():
+            return compiled_rbf_scores(*tensors)
+        return rbf_scores(*tensors, block_elements=block_elements, keep_centred=keep_centred)
     rows = max(1, block_elements // max(1, len(vectors)))
     with full_precision(inputs.device):
         blocks = [

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from torchdnr.centred import CentredVectors, Moved
+from torchdnr.centred import Moved, centred
 from torchdnr.rbf_tiles import Tile, cut_tiles, kernel_values, squared_norms
 
 BLOCK_ELEMENTS = 2**24
@@ -81,7 +81,7 @@ def rbf_scores(
     center: Tensor,
     *,
     block_elements: int = BLOCK_ELEMENTS,
-    centred: CentredVectors | None = None,
+    keep_centred: bool = False,
 ) -> Tensor:
     """Compute ``sum_j coefficients_j exp(-gamma ||inputs - vectors_j||^2)`` for all classes.
 
@@ -98,8 +98,8 @@ def rbf_scores(
         center: Mean of the training features, ``(d,)``. It serves the rounding alone: the sums do
             not depend on it, and its derivative is zero.
         block_elements: Largest number of kernel values held at once.
-        centred: Where the centred vectors are kept for the next call, if there are so few inputs
-            that it pays.
+        keep_centred: Whether the centred vectors are kept for the next call, if there are so few
+            inputs that it pays.
 
     Returns:
         Sums without intercept, ``(n, c)``.
@@ -107,10 +107,42 @@ def rbf_scores(
     tensors = (inputs, vectors, coefficients, gamma, center)
     wanted = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     keep_kernel = wanted and len(inputs) * len(vectors) <= block_elements
-    worth_keeping = centred is not None and len(inputs) <= _FEW_ROWS
-    moved = centred.of(vectors, center) if worth_keeping else None
+    moved = moved_vectors(inputs, vectors, center) if keep_centred else None
     with full_precision(inputs.device):
         return _RBFScores.apply(*tensors, block_elements, keep_kernel, *(moved or (None, None)))
+
+
+def moved_vectors(inputs: Tensor, vectors: Tensor, center: Tensor) -> Moved | None:
+    """Look up the centred vectors, where there are so few inputs that it pays to keep them."""
+    return centred(vectors, center) if len(inputs) <= _FEW_ROWS else None
+
+
+def sum_kernels(
+    inputs: Tensor, coefficients: Tensor, rate: Tensor, tiles: Iterator[Tile], keep: bool
+) -> tuple[Tensor, list[Tensor]]:
+    """Sum kernel values times coefficients, without derivatives.
+
+    Args:
+        inputs: Features, ``(n, d)``.
+        coefficients: ``(m, c)``.
+        rate: -gamma.
+        tiles: Of ``inputs`` and the vectors.
+        keep: Whether the kernels are wanted.
+
+    Returns:
+        Sums, ``(n, c)``, and the kernel of each tile, if wanted.
+    """
+    n, c = len(inputs), coefficients.shape[1]
+    scores = coefficients.new_zeros(n, c)
+    few_columns = n >= _COLUMN_LAYOUT[0] and c <= _COLUMN_LAYOUT[1]
+    factors = coefficients.T.contiguous().T if few_columns else coefficients
+    kept, room = [], inputs.new_empty(0)
+    for tile in tiles:
+        kernel = kernel_values(tile, rate, inputs.new_empty(0) if keep else room)
+        scores[tile.rows].addmm_(kernel, factors[tile.columns])
+        if keep:
+            kept.append(kernel)
+    return scores, kept
 
 
 class _RBFScores(torch.autograd.Function):
@@ -129,17 +161,9 @@ class _RBFScores(torch.autograd.Function):
         moved_vectors: Tensor | None,
         norms: Tensor | None,
     ) -> Tensor:
-        n, c = len(inputs), coefficients.shape[1]
-        scores = coefficients.new_zeros(n, c)
-        few_columns = n >= _COLUMN_LAYOUT[0] and c <= _COLUMN_LAYOUT[1]
-        factors = coefficients.T.contiguous().T if few_columns else coefficients
         moved = None if moved_vectors is None else Moved(moved_vectors, norms)
-        rate, kept, room = -gamma, [], inputs.new_empty(0)
-        for tile in cut_tiles(inputs, vectors, center, block_elements, moved):
-            kernel = kernel_values(tile, rate, inputs.new_empty(0) if keep_kernel else room)
-            scores[tile.rows].addmm_(kernel, factors[tile.columns])
-            if keep_kernel:
-                kept.append(kernel)
+        tiles = cut_tiles(inputs, vectors, center, block_elements, moved)
+        scores, kept = sum_kernels(inputs, coefficients, -gamma, tiles, keep_kernel)
         ctx.block_elements, ctx.is_moved = block_elements, moved is not None
         saved = (inputs, vectors, coefficients, gamma, center, scores, *(moved or ()))
         ctx.save_for_backward(*saved, *kept)
@@ -155,12 +179,12 @@ class _RBFScores(torch.autograd.Function):
                 found = _differentiable_gradients(grad, *tensors, needed)
             else:
                 tiles = cut_tiles(inputs, vectors, center, ctx.block_elements, moved)
-                found = _gradients(grad, *tensors, scores, kept, tiles, needed)
+                found = gradients(grad, *tensors, scores, kept, tiles, needed)
         by_center = torch.zeros_like(center) if ctx.needs_input_grad[4] else None
         return *found, by_center, None, None, None, None
 
 
-def _gradients(
+def gradients(
     grad: Tensor,
     inputs: Tensor,
     vectors: Tensor,
@@ -172,7 +196,22 @@ def _gradients(
     tiles: Iterator[Tile],
     needed: tuple[bool, ...],
 ) -> tuple[Tensor | None, ...]:
-    """Compute the gradients tile by tile.
+    """Compute the gradients of the sums tile by tile.
+
+    Args:
+        grad: Of the sums, ``(n, c)``.
+        inputs: ``(n, d)``.
+        vectors: ``(m, d)``.
+        coefficients: ``(m, c)``.
+        gamma: Scalar tensor.
+        center: ``(d,)``.
+        scores: The sums, ``(n, c)``.
+        kept: The kernel of each tile, or nothing.
+        tiles: Of ``inputs`` and the vectors.
+        needed: Which of inputs, vectors, coefficients and gamma have gradients.
+
+    Returns:
+        These gradients, None where not needed.
 
     With W = K * (G A'), the derivative by an input z is 2 gamma (sum_j W_j s_j - sum_j W_j z), and
     sum_j W_j is the product of its rows of G and of the scores K A.

@@ -39,6 +39,26 @@ class Tile(NamedTuple):
         return out.add_(self.input_norms)
 
 
+def tile_slices(
+    inputs: Tensor, vectors: Tensor, block_elements: int, is_moved: bool
+) -> Iterator[tuple[slice, slice]]:
+    """Say where the kernel matrix is cut; the arguments are those of ``cut_tiles``.
+
+    Yields:
+        Rows and columns of each tile, left to right, then top to bottom.
+    """
+    n, m = len(inputs), len(vectors)
+    most_rows, most_columns = _CPU_TILE if inputs.device.type == "cpu" else (n, m)
+    if is_moved:  # nothing but kernel values has to stay in cache
+        most_columns = max(most_columns, _CPU_TILE_ELEMENTS // max(1, n))
+    width = max(1, min(m, most_columns, block_elements))
+    blocks = math.ceil(n / max(1, min(most_rows, block_elements // width)))
+    height = math.ceil(n / max(1, blocks))  # a last block of a few rows would be slow
+    for top in range(0, n, max(1, height)):
+        for left in range(0, m, width):
+            yield slice(top, min(top + height, n)), slice(left, min(left + width, m))
+
+
 def cut_tiles(
     inputs: Tensor, vectors: Tensor, center: Tensor, block_elements: int, moved: Moved | None
 ) -> Iterator[Tile]:
@@ -55,27 +75,18 @@ def cut_tiles(
         Tiles, left to right, then top to bottom. Centred vectors that were not at hand share one
         piece of memory: they last until the next tile is asked for.
     """
-    n, m = len(inputs), len(vectors)
-    most_rows, most_columns = _CPU_TILE if inputs.device.type == "cpu" else (n, m)
-    if moved is not None:  # nothing but kernel values has to stay in cache
-        most_columns = max(most_columns, _CPU_TILE_ELEMENTS // max(1, n))
-    width = max(1, min(m, most_columns, block_elements))
-    blocks = math.ceil(n / max(1, min(most_rows, block_elements // width)))
-    height = math.ceil(n / max(1, blocks))  # a last block of a few rows would be slow
-    room = vectors.new_empty(0)
-    for top in range(0, n, max(1, height)):
-        rows = slice(top, min(top + height, n))
-        z = inputs[rows] - center
-        z_norms = squared_norms(z).unsqueeze(1)
-        for left in range(0, m, width):
-            columns = slice(left, min(left + width, m))
-            if moved is not None:
-                s, s_norms = (part[columns] for part in moved)
-            else:
-                part = vectors[columns]
-                s = torch.sub(part, center, out=room.resize_(part.shape))
-                s_norms = squared_norms(s)
-            yield Tile(rows, columns, z, z_norms, s, s_norms)
+    room, above = vectors.new_empty(0), None
+    for rows, columns in tile_slices(inputs, vectors, block_elements, moved is not None):
+        if rows != above:
+            z, above = inputs[rows] - center, rows
+            z_norms = squared_norms(z).unsqueeze(1)
+        if moved is not None:
+            s, s_norms = (part[columns] for part in moved)
+        else:
+            part = vectors[columns]
+            s = torch.sub(part, center, out=room.resize_(part.shape))
+            s_norms = squared_norms(s)
+        yield Tile(rows, columns, z, z_norms, s, s_norms)
 
 
 def kernel_values(tile: Tile, rate: Tensor, room: Tensor) -> Tensor:

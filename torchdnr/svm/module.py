@@ -231,7 +231,7 @@ class RBFSVM(FittedState):
             self.support_vectors,
             self.dual_coef,
             self.center,
-            centred=self._centred,
+            keep_centred=True,
         )
         return sums + self.intercept
 

@@ -8,7 +8,6 @@ import torch
 from gpytorch.kernels import Kernel
 from torch import Tensor, nn
 
-from torchdnr.centred import CentredVectors
 from torchdnr.files import CheckpointError, load_tensors, save_tensors
 from torchdnr.kernels import kernel_matrix
 
@@ -34,7 +33,6 @@ class FittedState(nn.Module):
         for name, shape in zip(self._FITTED, [(0, 0), (0,), (0, 0), (0,), (0,)], strict=True):
             dtype = torch.int64 if name == "support" else None
             self.register_buffer(name, torch.zeros(shape, dtype=dtype))
-        self._centred = CentredVectors()
 
     @abstractmethod
     def settings(self) -> dict[str, Any]:
