@@ -521,6 +521,32 @@ def test_on_average_the_committed_classifiers_of_mnist_are_good_enough(path):
             assert all(0.07 <= run[name]["rejection_rate"] <= 0.13 for run in found["clean"])
 
 
+def test_the_command_for_two_cores_took_fifteen_minutes_and_found_good_classifiers():
+    found = read_json(BENCHMARKS / "results/mnist-quick-one-run.json")
+    assert [environment["threads"] for environment in found["environments"]] == [2]
+    seconds = sum(
+        call["seconds"]
+        for classifiers in found["cost"].values()
+        for stages in classifiers.values()
+        for stage, calls in stages.items()
+        if not stage.startswith("attack: ")  # parts of "attack"
+        for call in calls
+    )
+    assert seconds <= 20 * 60
+    accuracies = []
+    for variant in found["variants"].values():
+        assert variant["runs"] == [0]
+        assert variant["network"]["test_accuracy"] >= 0.988
+        accuracies.append(variant["network"]["test_accuracy"])
+        for name in ("NR", "DNR"):
+            assert variant["clean"][0][name]["accuracy"] >= 0.88
+            assert 0.07 <= variant["clean"][0][name]["rejection_rate"] <= 0.13
+    told = " ".join((BENCHMARKS.parent / "README.md").read_text().split())
+    networks = " and ".join(f"{100 * accuracy:.2f}" for accuracy in accuracies)
+    assert f"{round(seconds / 60)} minutes on 2 cores" in told
+    assert f"(networks {networks} % right)" in told
+
+
 def test_a_section_of_the_readme_is_replaced_or_added_after_the_last():
     text = "a\n<!-- paper x: written by benchmarks/paper.py -->\nold\n<!-- end of paper x -->\nb\n"
     assert paper_report.with_section(text, "x", "new") == text.replace("old", "new")
