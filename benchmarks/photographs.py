@@ -1,10 +1,7 @@
-r"""Record a run of attack.py on photographs: results and figures here, its numbers in README.md.
+"""Record a run of attack.py on photographs: results and figures here, its numbers in README.md.
 
-The run comes first, which takes an hour and more on one core; it goes on where it was stopped:
-
-    python attack.py --dataset folder:DIR --backbone squeezenet1_1 --weights FILE \
-        --outputs 0 217 482 491 497 566 569 571 574 701 --samples 10 --eps 0 0.5 1 2 \
-        --run runs/imagenette
+The run comes first, which takes an hour and more on one core; it goes on where it was stopped. Its
+command is in README.md.
 
 `python benchmarks/photographs.py --run runs/imagenette` then rewrites
 `benchmarks/results/imagenette*` and the part of README.md between the markers.
@@ -43,6 +40,8 @@ def readme_section(curves: dict[str, SecurityCurve], settings: dict[str, Any]) -
     run, environment = settings["run"], settings["environment"]
     samples = len(next(iter(curves.values())).labels)
     low, high = wilson_interval(0.5, samples)
+    minutes = sum(curve.seconds for curve in curves.values()) / 60  # also before a run was stopped
+    medians = ", ".join(f"{name} {curve.median_evasion_norm:.2f}" for name, curve in curves.items())
     channels, *size = run["image_shape"]
     clean = "; ".join(
         f"{name} {100 * found['test_accuracy']:.1f} % right"
@@ -60,11 +59,14 @@ def readme_section(curves: dict[str, SecurityCurve], settings: dict[str, Any]) -
             f"{', '.join(run['layers'])}, fitted to {run['svm_samples']:,} images, theta on "
             f"{run['threshold_samples']:,} others. On {run['test_samples']:,} clean test images: "
             f"{clean}. Attacked: {samples} of these, with the whole default line-up; "
-            f"{environment['threads']} thread of a CPU, torch {environment['torch']}. Accuracy in "
-            f"percent, rejected share in brackets; 95 % interval at 50: {100 * low:.0f} to "
-            f"{100 * high:.0f}.",
+            f"{minutes:.0f} minutes on {environment['threads']} thread of an "
+            f"{environment['processor']}, other programs beside it, torch {environment['torch']}. "
+            "Accuracy in percent, rejected share in brackets; 95 % interval at 50: "
+            f"{100 * low:.0f} to {100 * high:.0f}.",
             "",
             *_table(curves),
+            "",
+            f"Median norm at which an image evades: {medians}.",
         ]
     )
 

@@ -43,6 +43,9 @@ def test_the_section_holds_the_numbers_of_the_run(script, recorded, tmp_path):
     dnr = settings["classifiers"]["DNR"]
     assert f"DNR {100 * dnr['test_accuracy']:.1f} % right" in text
     assert "DNN 96.7 % right;" in text  # it rejects nothing
+    median = curves["DNR"].median_evasion_norm
+    assert text.endswith(f"DNR {median:.2f}.") and 1 < median < 3
+    assert "line-up; 6 minutes on 2 thread" in text
     rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
     assert [row[0] for row in rows[1:]] == [f"{eps:g}" for eps in curves["DNR"].eps]
     for index, row in enumerate(rows[1:]):
@@ -64,3 +67,15 @@ def test_paths_of_one_machine_are_not_recorded(
     assert script.main() == 2
     assert "/home/me" in capsys.readouterr().err
     assert not (tmp_path / "imagenette.json").exists()
+
+
+def test_the_readme_has_the_committed_numbers(script):
+    curves, settings = load_results(ROOT / "benchmarks/results/imagenette.json")
+    assert settings["run"]["image_shape"] == [3, 224, 224]
+    assert set(curves) == {"DNN", "NR", "DNR"}
+    text = (ROOT / "README.md").read_text()
+    part = text.split(script.MARKERS[0])[1].split(script.MARKERS[1])[0]
+    assert part.strip() == script.readme_section(curves, settings)
+    for name in ("curve", "examples"):
+        assert f"(benchmarks/results/imagenette-{name}.png)" in text
+        assert (ROOT / f"benchmarks/results/imagenette-{name}.png").stat().st_size < 2_000_000
