@@ -44,7 +44,10 @@ def test_the_section_holds_the_numbers_of_the_run(script, recorded, tmp_path):
     assert f"DNR {100 * dnr['test_accuracy']:.1f} % right" in text
     assert "DNN 96.7 % right;" in text  # it rejects nothing
     median = curves["DNR"].median_evasion_norm
-    assert text.endswith(f"DNR {median:.2f}.") and 1 < median < 3
+    assert f"DNR {median:.2f}. Between" in text and 1 < median < 3
+    norms = curves["NR"].evasion_norm
+    left = ", ".join(f"{100 * (norms > eps).float().mean():.0f}" for eps in script.FINER)
+    assert f"; NR {left}; DNR" in text and 90 < 100 * (norms > 0.4).float().mean() < 100
     assert "line-up; 6 minutes on 2 thread" in text
     rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
     assert [row[0] for row in rows[1:]] == [f"{eps:g}" for eps in curves["DNR"].eps]
@@ -76,6 +79,7 @@ def test_the_readme_has_the_committed_numbers(script):
     text = (ROOT / "README.md").read_text()
     part = text.split(script.MARKERS[0])[1].split(script.MARKERS[1])[0]
     assert part.strip() == script.readme_section(curves, settings)
-    for name in ("curve", "examples"):
-        assert f"(benchmarks/results/imagenette-{name}.png)" in text
-        assert (ROOT / f"benchmarks/results/imagenette-{name}.png").stat().st_size < 2_000_000
+    for name in ("curve.png", "examples.jpg"):
+        path = f"benchmarks/results/imagenette-{name}"
+        assert f"({path})" in text
+        assert (ROOT / path).stat().st_size < 2_000_000

@@ -69,7 +69,7 @@ def test_no_recorded_attack_of_another_library_evades_where_ours_does_not():
 
 def test_the_files_it_links_to_exist():
     links = re.findall(r"\]\((?!http)([^)]+)\)", README)
-    assert len(links) == 23
+    assert len(links) == 31
     assert all((ROOT / link).exists() for link in links)
 
 
