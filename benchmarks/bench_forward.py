@@ -10,7 +10,8 @@ support vectors in every SVM and measures for batches of 1 and 32:
 
 Processor time on one thread, all of them in turn, medians over the repeats. Scores and
 gradients are compared with a plain formula in float64, and compiled ones with those. Numbers go to
-benchmarks/results/forward-cpu.json after every case; MINUTES.
+benchmarks/results/forward-cpu.json after every case; some fifteen minutes of the processor, most of
+them the compiler's.
 """
 
 import argparse

@@ -39,7 +39,9 @@ def test_the_committed_numbers_are_of_a_clean_commit_and_right(results):
         assert case["errors"]["scores"] < 1e-4 and case["errors"]["gradient"] < 1e-3
         assert set(case["batches"]) == {"1", "32"}
         for entry in case["batches"].values():
-            assert max(entry["compiled_difference"].values()) < 1e-3
+            assert entry["compiled_difference"]["scores"] < 1e-5
+            # Of the whole network: one ReLU or max-pooling that rounding turns over shows in it.
+            assert entry["compiled_difference"]["gradient"] < 0.1
 
 
 def test_a_missed_target_is_told(script, results):

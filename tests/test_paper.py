@@ -497,7 +497,7 @@ MNIST_RESULTS = sorted((BENCHMARKS / "results/paper").glob("mnist*.json"))
 
 
 @pytest.mark.xfail(
-    reason="two of the four runs leave DNR 87.7 %, one of the later variant 87.6 %, and the later "
+    reason="two of the five runs leave DNR 87.7 %, one of the later variant 87.6 %, and the later "
     "network is at 98.75 %",
     strict=True,
 )
