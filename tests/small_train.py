@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from unittest import mock
 
-from torchdnr import svm_rejection
+from torchdnr import svm_options
 from torchdnr.svm import grid_search
 
 _SPEC = importlib.util.spec_from_file_location("train", Path(__file__).parents[1] / "train.py")
@@ -22,7 +22,7 @@ def one_point(features, labels, **options):
 
 def main(argv):
     """Run the command line of train.py."""
-    with mock.patch.object(svm_rejection, "grid_search", one_point):
+    with mock.patch.object(svm_options, "grid_search", one_point):
         return train.main(argv)
 
 
