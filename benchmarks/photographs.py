@@ -18,6 +18,7 @@ from readme_part import rewrite
 
 from torchdnr.evaluation import BOUNDARY_WALK, LINE_SEARCH_PGD, SecurityCurve, load_results
 from torchdnr.evaluation.metrics import wilson_interval
+from torchdnr.files import atomic_path
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results"
@@ -116,10 +117,14 @@ def main() -> int:
             file=sys.stderr,
         )
         return 2
-    shutil.copyfile(folder / "results.json", RESULTS / f"{NAME}.json")
-    shutil.copyfile(folder / "curve.png", RESULTS / f"{NAME}-curve.png")
-    with Image.open(folder / "examples.png") as picture:  # photographs: a fifth of the bytes
-        picture.convert("RGB").save(RESULTS / f"{NAME}-examples.jpg", quality=90)
+    for name, made in ((f"{NAME}.json", "results.json"), (f"{NAME}-curve.png", "curve.png")):
+        with atomic_path(RESULTS / name) as path:
+            shutil.copyfile(folder / made, path)
+    with (
+        Image.open(folder / "examples.png") as picture,
+        atomic_path(RESULTS / f"{NAME}-examples.jpg") as path,
+    ):
+        picture.convert("RGB").save(path, "JPEG", quality=90)  # a fifth of the bytes
     return rewrite(MARKERS, readme_section(curves, settings))
 
 

@@ -160,6 +160,14 @@ def test_missing_threshold_is_told_by_the_compiled_model_too(model, images):
     assert (torch.compile(model, backend="aot_eager")(images)[:, -1] == 0.5).all()
 
 
+def test_a_change_between_forward_and_backward_is_refused(model, images):
+    compiled = torch.compile(model, backend="aot_eager")
+    scores = compiled(images[:8].clone().requires_grad_())
+    model.base_svms[0].support_vectors.mul_(1.1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        scores.sum().backward()
+
+
 @pytest.mark.parametrize("kernel", [None, "matern"])
 def test_svm_alone(kernel):
     features = torch.randn(20, 4)
