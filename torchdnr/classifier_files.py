@@ -11,13 +11,13 @@ from torchdnr.files import CheckpointError, digest, load_tensors, save_tensors
 from torchdnr.reduction_metadata import reductions_of_file
 
 if TYPE_CHECKING:
-    from torchdnr.svm_rejection import SVMRejection
+    from torchdnr.layer_svms import LayerSVMs
 
-Classifier = TypeVar("Classifier", bound="SVMRejection")
+Classifier = TypeVar("Classifier", bound="LayerSVMs")
 
 
-def save_classifier(model: "SVMRejection", path: str | Path) -> None:
-    """Save what ``SVMRejection.save`` describes."""
+def save_classifier(model: "LayerSVMs", path: str | Path) -> None:
+    """Save what ``LayerSVMs.save`` describes."""
     tensors = {k: v for k, v in model.state_dict().items() if not k.startswith("features.net.")}
     metadata = {**model.settings(), "network_digest": digest(model.net.state_dict())}
     save_tensors(path, tensors, metadata, kind=type(model).__name__)
@@ -31,7 +31,7 @@ def load_classifier(
     strict: bool,
     layers: Mapping[str, nn.Module],
 ) -> Classifier:
-    """Load what ``SVMRejection.load`` describes; the arguments are its own."""
+    """Load what ``LayerSVMs.load`` describes; the arguments are its own."""
     tensors, metadata = load_tensors(path, kind=kind.__name__)
     if strict and metadata["network_digest"] != digest(net.state_dict()):
         raise CheckpointError(
