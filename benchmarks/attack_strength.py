@@ -10,15 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchdnr.attacks import (
-    apgd,
-    boundary_walk,
-    ddn,
-    evades,
-    fmn,
-    line_search_pgd,
-    pgd,
-)
+from torchdnr.attacks import apgd, boundary_walk, ddn, evades, fmn, line_search_pgd, pgd
 from torchdnr.evaluation.judging import CountedModel
 
 FIXED_EPS = (1.0, 1.5, 2.0)

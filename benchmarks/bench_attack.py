@@ -27,12 +27,12 @@ from svm_record import busy_cores, commit
 from torch import Tensor, nn
 
 from torchdnr.attacks import pgd
-from torchdnr.cli import Console
-from torchdnr.cli_options import attack_parser
-from torchdnr.cli_settings import prepare
+from torchdnr.cli.classifiers import make_classifiers
+from torchdnr.cli.console import Console
+from torchdnr.cli.options import attack_parser
+from torchdnr.cli.run_folder import prepare
 from torchdnr.evaluation.environment import describe_environment
 from torchdnr.files import atomic_write_bytes
-from torchdnr.pipeline import make_classifiers
 
 RESULTS = Path(__file__).parent / "results"
 EPS = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0)

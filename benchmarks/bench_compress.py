@@ -30,9 +30,10 @@ from svm_record import busy_cores, commit
 from torch import Tensor
 
 from torchdnr import DNR, NR
-from torchdnr.cli import Console
-from torchdnr.cli_options import attack_parser
-from torchdnr.cli_settings import Job, prepare
+from torchdnr.cli.classifiers import make_classifiers
+from torchdnr.cli.console import Console
+from torchdnr.cli.options import attack_parser
+from torchdnr.cli.run_folder import Job, prepare
 from torchdnr.compression import CompressionWarning, compression_losses
 from torchdnr.evaluation import SecurityCurve, security_evaluation
 from torchdnr.evaluation.curve import plain_json
@@ -40,9 +41,8 @@ from torchdnr.evaluation.environment import describe_environment
 from torchdnr.evaluation.line_up import build_line_up
 from torchdnr.evaluation.metrics import accuracy_under_attack, evaded, rejection_rate
 from torchdnr.files import atomic_write_bytes
-from torchdnr.pipeline import make_classifiers
 from torchdnr.svm.compression import SMOOTHNESS, STEPS
-from torchdnr.svm.joint_compression import stack_scores
+from torchdnr.svm.stack import stack_scores
 
 RESULTS = Path(__file__).parent / "results"
 EPS = (0.0, 1.0, 1.5, 2.0)

@@ -27,13 +27,13 @@ from ood_images import corrupted_sets, noise_images, other_sets
 from ood_measures import TPR, measure_all
 from svm_record import busy_cores, commit
 
-from torchdnr.cli import Console
-from torchdnr.cli_options import attack_parser
-from torchdnr.cli_settings import prepare
+from torchdnr.cli.classifiers import make_classifiers
+from torchdnr.cli.console import Console
+from torchdnr.cli.options import attack_parser
+from torchdnr.cli.run_folder import prepare
 from torchdnr.evaluation.curve import plain_json
 from torchdnr.evaluation.environment import describe_environment
 from torchdnr.files import atomic_write_bytes
-from torchdnr.pipeline import make_classifiers
 
 RESULTS = Path(__file__).parent / "results"
 DIGITS = "mnist-5k", "mnist"

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from torchdnr import DNR, RBFSVM
-from torchdnr.backbones import NETWORK, build_backbone
+from torchdnr.features.reductions import ReductionLike
 from torchdnr.kernels import make_rbf_kernel, rbf_gamma, scale_gamma
 from torchdnr.models import CIFAR10_LAYERS, MNIST_LAYERS, CIFAR10Net, MNISTNet
-from torchdnr.reductions import ReductionLike
+from torchdnr.models.backbones import NETWORK, build_backbone
 
 SEED_IMAGES = 32
 SUPPORT_VECTORS = (

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from ood_images import CORRUPTED
 
-from torchdnr.evaluation.plots import COLOURS, MARKERS, _save, _style
+from torchdnr.evaluation.figures import COLOURS, MARKERS, _save, _style
 
 COLUMNS = 4
 

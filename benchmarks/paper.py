@@ -20,12 +20,12 @@ from paper_run import attack, finish, make_classifiers, make_network, network_ac
 from paper_settings import PROTOCOLS, QUICK_TRAININGS, Protocol, quick
 from paper_study import Study
 
-from torchdnr.cli import Console, run_command
-from torchdnr.cli_settings import find_device
+from torchdnr.cli.console import Console, run_command
+from torchdnr.cli.run_folder import find_device
 from torchdnr.data import load_dataset
 from torchdnr.evaluation.known_attacks import ATTACKS, DEFAULT, FULL, choose_attacks
 from torchdnr.files import atomic_write_bytes
-from torchdnr.training import TrainingSettings
+from torchdnr.models.training import TrainingSettings
 
 ROOT = Path(__file__).parents[1]
 STAGES = "network", "fit", "attack", "report"

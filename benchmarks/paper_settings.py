@@ -14,7 +14,7 @@ from torchdnr.models import (
     MNISTNet,
     ZooMNISTNet,
 )
-from torchdnr.training import CIFAR10_TRAINING, MNIST_TRAINING, TrainingSettings
+from torchdnr.models.training import CIFAR10_TRAINING, MNIST_TRAINING, TrainingSettings
 
 PAPER, LATER = "paper", "later"
 

@@ -330,7 +330,7 @@ def test_a_missing_package_is_named(name, package, monkeypatch):
 
 def test_importing_the_adapters_imports_no_other_library():
     code = (
-        "import sys, torchdnr.adapters, torchdnr.detectors; "
+        "import sys, torchdnr.adapters, torchdnr.with_reject; "
         "print(sorted({'foolbox', 'art', 'pytorch_ood', 'eagerpy'} & set(sys.modules)))"
     )
     command = [sys.executable, "-W", "ignore", "-c", code]

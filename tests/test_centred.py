@@ -10,7 +10,7 @@ import torch
 
 from torchdnr.centred import centred
 from torchdnr.kernels import rbf_gamma
-from torchdnr.rbf import rbf_scores
+from torchdnr.kernels.rbf import rbf_scores
 from torchdnr.rbf_tiles import cut_tiles
 from torchdnr.svm import RBFSVM
 
@@ -127,7 +127,7 @@ def test_gradients_by_the_vectors_are_those_of_the_plain_formula(svm, few):
 
 def test_many_rows_keep_nothing(svm, few, monkeypatch):
     asked = []
-    monkeypatch.setattr("torchdnr.rbf.centred", lambda *given: asked.append(given))
+    monkeypatch.setattr("torchdnr.kernels.rbf.centred", lambda *given: asked.append(given))
     svm(torch.randn(600, 5).double())
     assert not asked
     svm(few)

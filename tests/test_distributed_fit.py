@@ -15,9 +15,9 @@ import torch
 from distributed_fits import FITS, make
 from sklearn.datasets import load_digits
 
+from torchdnr.distributed.processes import ALONE, Processes
+from torchdnr.distributed.sharing import SharedFeatures, Shares
 from torchdnr.files import load_tensors
-from torchdnr.processes import ALONE, Processes
-from torchdnr.shared_features import SharedFeatures, Shares
 
 ROOT = Path(__file__).parents[1]
 TORCHRUN = [

@@ -12,7 +12,7 @@ from sklearn.svm import SVC
 from torchdnr.kernels import scale_gamma, squared_distances
 from torchdnr.svm import RBFSVM, ConvergenceWarning, grid_search, out_of_fold_scores, solve_dual
 from torchdnr.svm.model_selection import stratified_folds
-from torchdnr.svm.module import one_vs_rest
+from torchdnr.svm.multiclass import one_vs_rest
 
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 

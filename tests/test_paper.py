@@ -11,7 +11,7 @@ import torch
 
 from torchdnr.data import Dataset, load_dataset
 from torchdnr.evaluation.curve import read_json
-from torchdnr.training import TrainingSettings
+from torchdnr.models.training import TrainingSettings
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))

@@ -7,13 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from torchdnr.attacks.projections import (
-    NORMS,
-    project,
-    project_box,
-    project_l1,
-    project_linf,
-)
+from torchdnr.attacks.projections import NORMS, project, project_box, project_l1, project_linf
 
 BOUNDS = (0.0, 1.0)
 

@@ -3,9 +3,9 @@ import torch
 from torch import nn
 
 from torchdnr.channels import find_channels
-from torchdnr.features import LayerFeatures
+from torchdnr.features.layers import LayerFeatures
+from torchdnr.features.reductions import build_reduction
 from torchdnr.preparation import ProjectionWarning, distortions, peek, prepare_features
-from torchdnr.reductions import build_reduction
 
 
 class Maps(nn.Module):

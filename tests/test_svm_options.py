@@ -14,7 +14,7 @@ from torch.autograd import gradcheck
 
 from torchdnr.kernels import scale_gamma
 from torchdnr.svm import RBFSVM
-from torchdnr.svm.strategies import class_pairs, classes_of_pairs, votes_and_confidence
+from torchdnr.svm.multiclass import class_pairs, classes_of_pairs, votes_and_confidence
 from torchdnr.svm.weights import balanced_weights
 
 TOL = 1e-6

@@ -5,10 +5,10 @@ import torch
 from torch import nn
 
 from torchdnr.augmentation import SHIFT, shift_and_mirror
-from torchdnr.features import LayerFeatures
+from torchdnr.features.layers import LayerFeatures
 from torchdnr.learning_rate import relative_learning_rate
 from torchdnr.models import ZOO_MNIST_LAYERS, ZooMNISTNet
-from torchdnr.training import TrainingSettings, train_network
+from torchdnr.models.training import TrainingSettings, train_network
 
 
 def test_constant_rises_over_the_warm_up_and_stays():

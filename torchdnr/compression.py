@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from torchdnr.costs import stage
-from torchdnr.extraction import extract
+from torchdnr.features.extraction import extract
 from torchdnr.rejection import checked_batches
-from torchdnr.svm import RBFSVM
 from torchdnr.svm.compression import compress_svm, score_bound
-from torchdnr.svm.joint_compression import stack_scores, tune_together
+from torchdnr.svm.rbf_svm import RBFSVM
+from torchdnr.svm.stack import stack_scores, tune_together
 
 if TYPE_CHECKING:
     from torchdnr.svm_rejection import SVMRejection

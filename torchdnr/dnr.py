@@ -6,9 +6,9 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from torchdnr.reductions import ReductionLike
-from torchdnr.shared_features import SharedFeatures
-from torchdnr.svm import RBFSVM
+from torchdnr.distributed.sharing import SharedFeatures
+from torchdnr.features.reductions import ReductionLike
+from torchdnr.svm.rbf_svm import RBFSVM
 from torchdnr.svm_rejection import SVMRejection
 
 COMBINER = "combiner"

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from torchdnr.growing_file import DTYPES, GrowingFile, map_rows
+from torchdnr.features.row_file import DTYPES, GrowingFile, map_rows
 
 Layout = dict[str, tuple[torch.dtype, int]]
 """Layer name -> dtype and number d of its features."""

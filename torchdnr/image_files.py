@@ -8,7 +8,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from torchdnr.readers import UNREADABLE, square_crop
+from torchdnr.data.readers import UNREADABLE, square_crop
 
 _MODES = {1: "L", 3: "RGB"}
 """Pillow's name for images of so many channels."""

@@ -8,12 +8,13 @@ from typing import Any, Self
 from torch import nn
 
 from torchdnr.classifier_files import load_classifier, save_classifier
-from torchdnr.features import LayerFeatures
+from torchdnr.features.layers import LayerFeatures
+from torchdnr.features.reductions import ReductionLike
 from torchdnr.reduction_metadata import reduction_metadata
-from torchdnr.reductions import ReductionLike
 from torchdnr.rejection import RejectingClassifier
-from torchdnr.svm import RBFSVM, NotFittedError
 from torchdnr.svm.model_selection import C_GRID, GAMMA_GRID
+from torchdnr.svm.rbf_svm import RBFSVM
+from torchdnr.svm.state import NotFittedError
 from torchdnr.svm_options import SVMOptions
 
 

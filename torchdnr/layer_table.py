@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchdnr.features import evaluation_mode
-from torchdnr.reductions import ReductionLike, build_reduction
+from torchdnr.features.layers import evaluation_mode
+from torchdnr.features.reductions import ReductionLike, build_reduction
 
 
 @dataclass(frozen=True)

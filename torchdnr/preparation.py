@@ -7,8 +7,8 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from torchdnr.features import LayerFeatures
-from torchdnr.reductions import PAIRED, Project
+from torchdnr.features.layers import LayerFeatures
+from torchdnr.features.reductions import PAIRED, Project
 
 # Root mean square of the relative errors of distances above which a projection is warned of: one
 # to 512 features makes 0.03, one to 50 features 0.1.

@@ -9,7 +9,13 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from torchdnr.rbf import BLOCK_ELEMENTS, full_precision, gradients, moved_vectors, sum_kernels
+from torchdnr.kernels.rbf import (
+    BLOCK_ELEMENTS,
+    full_precision,
+    gradients,
+    moved_vectors,
+    sum_kernels,
+)
 from torchdnr.rbf_tiles import cut_tiles, tile_slices
 
 Context = torch.autograd.function.FunctionCtx

@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import nn
 
+from torchdnr.features.reductions import Reduction, ReductionLike
 from torchdnr.files import CheckpointError
-from torchdnr.reductions import Reduction, ReductionLike
 
 
 def reduction_metadata(reduction: nn.Module) -> Any:  # noqa: ANN401 - any JSON value

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from torchdnr.costs import stage
+from torchdnr.distributed.processes import Processes, default_processes
 from torchdnr.inputs import check_images
-from torchdnr.processes import Processes, default_processes
 from torchdnr.shared_data import check_same
-from torchdnr.svm import NotFittedError
+from torchdnr.svm.state import NotFittedError
 
 REJECT = -1
 """Label of a rejected input."""

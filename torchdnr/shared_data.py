@@ -5,9 +5,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from torchdnr.distributed.processes import Processes
+from torchdnr.distributed.sharing import Shares
 from torchdnr.files import digest
-from torchdnr.processes import Processes
-from torchdnr.shared_features import Shares
 
 Batch = tuple[Tensor, Tensor | None]
 

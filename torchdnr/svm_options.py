@@ -8,8 +8,9 @@ from typing import Any, NamedTuple, Self
 from torch import Tensor
 
 from torchdnr.costs import stage
-from torchdnr.shared_features import SharedFeatures
-from torchdnr.svm import RBFSVM, grid_search, out_of_fold_scores
+from torchdnr.distributed.sharing import SharedFeatures
+from torchdnr.svm.model_selection import grid_search, out_of_fold_scores
+from torchdnr.svm.rbf_svm import RBFSVM
 
 
 class FittedSVM(NamedTuple):

@@ -9,15 +9,15 @@ from torch import Tensor
 
 from torchdnr.compression import compress_classifier
 from torchdnr.costs import stage
-from torchdnr.default_layers import default_layers
-from torchdnr.features import LayerFeatures
-from torchdnr.kernels import full_precision
+from torchdnr.distributed.processes import Processes, default_processes
+from torchdnr.distributed.sharing import SharedFeatures
+from torchdnr.features.choice import default_layers
+from torchdnr.features.layers import LayerFeatures
+from torchdnr.kernels.rbf import full_precision
 from torchdnr.layer_svms import LayerSVMs
 from torchdnr.preparation import distortions, prepare_features
-from torchdnr.processes import Processes, default_processes
-from torchdnr.shared_features import SharedFeatures
-from torchdnr.svm import RBFSVM
 from torchdnr.svm.compression import SMOOTHNESS, STEPS
+from torchdnr.svm.rbf_svm import RBFSVM
 from torchdnr.training_features import training_features
 
 

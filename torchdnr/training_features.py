@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchdnr.extraction import extract
-from torchdnr.features import LayerFeatures
+from torchdnr.distributed.processes import Processes
+from torchdnr.distributed.sharing import SharedFeatures
+from torchdnr.features.extraction import extract
+from torchdnr.features.layers import LayerFeatures
 from torchdnr.preparation import peek
-from torchdnr.processes import Processes
 from torchdnr.rejection import checked_batches
 from torchdnr.shared_data import check_same, own_batches, own_images
-from torchdnr.shared_features import SharedFeatures
 from torchdnr.svm.checks import check_labels
 from torchdnr.svm.memory_plan import MEMORY_LIMIT
 

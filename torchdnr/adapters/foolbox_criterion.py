@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from torchdnr.adapters.packages import require
-from torchdnr.attacks import evades
+from torchdnr.attacks.objectives import evades
 
 criteria = require("foolbox.criteria", "foolbox")
 eagerpy = require("eagerpy", "foolbox")

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from torchdnr.adapters.packages import require
 from torchdnr.adapters.suspicion import suspicion
-from torchdnr.svm import RBFSVM
+from torchdnr.svm.rbf_svm import RBFSVM
 
 api = require("pytorch_ood.api", "pytorch-ood")
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from torchdnr import __version__
-from torchdnr.attacks import split_scores
+from torchdnr.attacks.objectives import split_scores
 from torchdnr.attacks.target import left_as_found
 
 if TYPE_CHECKING:

@@ -12,9 +12,9 @@ returns a fresh tensor, into which a library may write. NaN is left to whoever j
 import torch
 from torch import Tensor, nn
 
-from torchdnr.attacks import split_scores
+from torchdnr.attacks.objectives import split_scores
 from torchdnr.attacks.target import has_reject_column
-from torchdnr.detectors import spacing
+from torchdnr.with_reject import spacing
 
 
 class _View(nn.Module):

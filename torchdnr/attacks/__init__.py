@@ -12,13 +12,7 @@ from torchdnr.attacks.noise import noise
 from torchdnr.attacks.objectives import OBJECTIVES, evades, split_scores, succeeds
 from torchdnr.attacks.orthogonal import orthogonal_pgd
 from torchdnr.attacks.pgd import pgd
-from torchdnr.attacks.projections import (
-    project,
-    project_box,
-    project_l1,
-    project_l2,
-    project_linf,
-)
+from torchdnr.attacks.projections import project, project_box, project_l1, project_l2, project_linf
 from torchdnr.attacks.smoothing import smoothed_pgd
 from torchdnr.attacks.square import square
 from torchdnr.attacks.transfer import transfer

@@ -6,12 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from torchdnr.attacks.checks import (
-    check_count,
-    check_eps,
-    check_inputs,
-    check_targets,
-)
+from torchdnr.attacks.checks import check_count, check_eps, check_inputs, check_targets
 from torchdnr.attacks.objectives import decision_objective
 from torchdnr.attacks.points import Points, Region, evaluated
 from torchdnr.attacks.projections import project

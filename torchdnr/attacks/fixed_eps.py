@@ -12,22 +12,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from torchdnr.attacks.checks import (
-    check_count,
-    check_eps,
-    check_inputs,
-    check_like,
-    check_targets,
-)
+from torchdnr.attacks.checks import check_count, check_eps, check_inputs, check_like, check_targets
 from torchdnr.attacks.objectives import find_objective
-from torchdnr.attacks.points import (
-    Points,
-    Region,
-    best_column,
-    better,
-    evaluated,
-    put,
-)
+from torchdnr.attacks.points import Points, Region, best_column, better, evaluated, put
 from torchdnr.attacks.projections import project
 from torchdnr.attacks.starts import assigned_classes, check_pool, nearest_other_class
 from torchdnr.attacks.steps import random_points

@@ -14,7 +14,7 @@ from torchdnr.attacks.objectives import (
     split_scores,
     succeeds,
 )
-from torchdnr.features import evaluation_mode
+from torchdnr.features.layers import evaluation_mode
 
 
 class Target(NamedTuple):

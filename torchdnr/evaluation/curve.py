@@ -209,7 +209,7 @@ class SecurityCurve(Predictions):
 
     def plot(self, path: str | Path) -> None:
         """Draw the curve to an image file (see ``plots.plot_curves``)."""
-        from torchdnr.evaluation.plots import plot_curves  # it imports this file
+        from torchdnr.evaluation.figures import plot_curves  # it imports this file
 
         plot_curves({self.name or "classifier": self}, path)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from torchdnr.evaluation.curve import Predictions, SecurityCurve
-from torchdnr.evaluation.report import WORST_CASE
+from torchdnr.evaluation.report.table import WORST_CASE
 from torchdnr.files import atomic_write_bytes
 
 COSTS = "seconds", "forwards", "backwards"

@@ -9,12 +9,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from torchdnr import __version__
+from torchdnr.distributed.processes import Processes
 from torchdnr.evaluation.checkpoint import Checkpoint
 from torchdnr.evaluation.judging import Judged, Task, outputs
 from torchdnr.evaluation.known_attacks import Attack
 from torchdnr.evaluation.running import AttackRun, run_attack, step_names
 from torchdnr.files import digest
-from torchdnr.processes import Processes
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from torchdnr.svm.checks import check_features
-from torchdnr.svm.module import RBFSVM
+from torchdnr.svm.rbf_svm import RBFSVM
 from torchdnr.svm.reduced_set import KernelSum, ReducedSet, greedy_choice
 
 SMOOTHNESS = 1e-3

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from torchdnr.svm.active_set import multiply, newton_blocks
 from torchdnr.svm.dealing import dealt
 from torchdnr.svm.dual import intercepts, snap_to_bounds, to_double, violation_bounds
 from torchdnr.svm.gram import KernelRows
+from torchdnr.svm.newton import multiply, newton_blocks
 from torchdnr.svm.working_set import (
     first_sets,
     largest_violators,

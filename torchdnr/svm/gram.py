@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from torchdnr.processes import Processes
-from torchdnr.rbf import full_precision
-from torchdnr.shared_features import Shares
+from torchdnr.distributed.processes import Processes
+from torchdnr.distributed.sharing import Shares
+from torchdnr.kernels.rbf import full_precision
 from torchdnr.svm.memory_plan import EVALUATE_ELEMENTS, EXACT_ELEMENTS, LARGEST_SET, MemoryPlan
 
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from torchdnr.svm.strategies import class_pairs, classes_of_pairs
+from torchdnr.svm.multiclass import class_pairs, classes_of_pairs
 
 
 class LibsvmLayout(NamedTuple):

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from torchdnr.kernels import scale_gamma
-from torchdnr.shared_features import SharedFeatures
+from torchdnr.distributed.sharing import SharedFeatures
+from torchdnr.kernels.any_kernel import scale_gamma
 from torchdnr.svm.checks import check_features, check_labels
 from torchdnr.svm.gram import KernelRows
 from torchdnr.svm.memory_plan import MEMORY_LIMIT, least_memory, plan_memory
-from torchdnr.svm.module import RBFSVM
 from torchdnr.svm.rbf_rows import all_distances, distance_rows, plan_features, rbf_rows
+from torchdnr.svm.rbf_svm import RBFSVM
 from torchdnr.svm.warm_start import FoldedFits
 
 C_GRID = (0.01, 0.1, 1.0, 10.0, 100.0)

@@ -11,10 +11,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from torchdnr.kernels import squared_distances
-from torchdnr.rbf import full_precision
+from torchdnr.distributed.sharing import SharedFeatures, Shares
+from torchdnr.kernels.rbf import full_precision, squared_distances
 from torchdnr.row_blocks import row_blocks
-from torchdnr.shared_features import SharedFeatures, Shares
 from torchdnr.svm.gram import KernelRows
 from torchdnr.svm.memory_plan import MEMORY_LIMIT, USABLE, MemoryPlan, least_memory
 

@@ -9,10 +9,11 @@ import torch
 from gpytorch.kernels import Kernel
 from torch import Tensor
 
-from torchdnr.kernels import BLOCK_ELEMENTS, kernel_matrix, kernel_scores
+from torchdnr.kernels.any_kernel import kernel_matrix, kernel_scores
+from torchdnr.kernels.rbf import BLOCK_ELEMENTS
 
 if TYPE_CHECKING:
-    from torchdnr.svm.module import RBFSVM
+    from torchdnr.svm.rbf_svm import RBFSVM
 
 _RIDGE = 1e-10  # of the mean diagonal: two prototypes may come to lie on one another
 _NO_RESIDUAL = 1e-10  # of k(s, s): such a vector lies in the span of those chosen

@@ -9,7 +9,7 @@ from gpytorch.kernels import Kernel
 from torch import Tensor, nn
 
 from torchdnr.files import CheckpointError, load_tensors, save_tensors
-from torchdnr.kernels import kernel_matrix
+from torchdnr.kernels.any_kernel import kernel_matrix
 
 _KIND = "RBFSVM"
 _PROBE = "kernel_probe"

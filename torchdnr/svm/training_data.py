@@ -6,8 +6,8 @@ import torch
 from gpytorch.kernels import Kernel
 from torch import Tensor
 
-from torchdnr.kernels import kernel_matrix, rbf_gamma, scale_gamma
-from torchdnr.shared_features import SharedFeatures
+from torchdnr.distributed.sharing import SharedFeatures
+from torchdnr.kernels.any_kernel import kernel_matrix, rbf_gamma, scale_gamma
 from torchdnr.svm.checks import check_gram, check_sample_weight
 from torchdnr.svm.dual import DualSolution
 from torchdnr.svm.gram import KernelRows

@@ -5,8 +5,8 @@ from torch import Tensor
 
 from torchdnr.svm.dual import DualSolution, dual_bounds
 from torchdnr.svm.gram import KernelRows
+from torchdnr.svm.multiclass import one_vs_rest
 from torchdnr.svm.solver import solve_dual
-from torchdnr.svm.strategies import one_vs_rest
 from torchdnr.svm.working_set import settle
 
 

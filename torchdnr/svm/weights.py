@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from torchdnr.svm.strategies import ONE_VS_REST, one_vs_one
+from torchdnr.svm.multiclass import ONE_VS_REST, one_vs_one
 
 PerClass = float | Sequence[float] | Tensor
 ClassWeight = str | Sequence[float] | Mapping[int, float] | Tensor

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from torchdnr.attacks.objectives import OBJECTIVES
 from torchdnr.cli_values import NORMS, in_words, number_from, read_norm, whole_number
-from torchdnr.data import SOURCES
+from torchdnr.data.sources import SOURCES
 from torchdnr.evaluation.known_attacks import ATTACKS, DEFAULT, DEFAULT_ATTACKS, FULL
 
 DEFAULT_DATASET = "mnist-5k"

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from torchdnr.features import evaluation_mode
+from torchdnr.features.layers import evaluation_mode
 from torchdnr.files import atomic_path
-from torchdnr.kernels import rbf_gamma
+from torchdnr.kernels.any_kernel import rbf_gamma
 from torchdnr.rejection import REJECT, predict_with_rejection
-from torchdnr.svm import RBFSVM
+from torchdnr.svm.rbf_svm import RBFSVM
 
 if TYPE_CHECKING:
     from onnx_ir import Model

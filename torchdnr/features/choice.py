@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torchdnr.features.reductions import ReductionLike
 from torchdnr.layer_table import observe, reduced_size
-from torchdnr.reductions import ReductionLike
 
 # Most features that a layer keeps flat or averaged, and the number it is projected to beyond.
 LARGEST = 4096

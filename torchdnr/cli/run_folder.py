@@ -10,16 +10,16 @@ import torch
 from torch import nn
 
 from torchdnr import DNR, __version__
-from torchdnr.cli import Console
+from torchdnr.cli.console import Console
+from torchdnr.cli.network import Preset, choose_network, layers_for, parse_layers, split_sizes
+from torchdnr.cli.options import BACKBONE_IMAGE_SIZE, DEFAULT_DATASET, FOLDER_IMAGE_SIZE
 from torchdnr.cli_folder import SAMPLE_OPTIONS, check_agreement, check_data, remembered_settings
-from torchdnr.cli_network import Preset, choose_network, layers_for, parse_layers, split_sizes
-from torchdnr.cli_options import BACKBONE_IMAGE_SIZE, DEFAULT_DATASET, FOLDER_IMAGE_SIZE
-from torchdnr.data import Dataset, Splits, load_dataset, split
+from torchdnr.data.sources import Dataset, Splits, load_dataset, split
+from torchdnr.distributed.processes import ALONE, Processes, local_device
 from torchdnr.evaluation.curve import write_json
+from torchdnr.features.reductions import ReductionLike
 from torchdnr.files import digest
-from torchdnr.processes import ALONE, Processes, local_device
-from torchdnr.reductions import ReductionLike
-from torchdnr.training import TrainingSettings
+from torchdnr.models.training import TrainingSettings
 
 # Images for the network, the SVMs and theta.
 SPLIT_SIZES = {

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torchvision import models
 
-from torchdnr.models import Normalise
+from torchdnr.models.paper import Normalise
 
 NETWORK = "network"
 """Name of the torchvision model inside a backbone: its layers are called ``network.NAME``."""

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from torchdnr.svm.compression import with_prototypes
-from torchdnr.svm.module import RBFSVM
+from torchdnr.svm.rbf_svm import RBFSVM
 from torchdnr.svm.reduced_set import KernelSum, minimise
 
 ANCHOR = 0.1

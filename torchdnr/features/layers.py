@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchdnr.reductions import (
+from torchdnr.features.reductions import (
     Reduction,
     ReductionLike,
     build_reduction,

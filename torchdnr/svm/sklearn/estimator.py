@@ -8,9 +8,9 @@ import torch
 
 from torchdnr.svm.dual import ConvergenceWarning
 from torchdnr.svm.libsvm_layout import to_libsvm
-from torchdnr.svm.module import RBFSVM
-from torchdnr.svm.sklearn_bridge import MISSING
-from torchdnr.svm.strategies import ONE_VS_ONE, class_pairs, votes_and_confidence
+from torchdnr.svm.multiclass import ONE_VS_ONE, class_pairs, votes_and_confidence
+from torchdnr.svm.rbf_svm import RBFSVM
+from torchdnr.svm.sklearn.convert import MISSING
 
 try:
     import numpy as np

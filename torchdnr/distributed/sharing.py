@@ -6,7 +6,7 @@ from itertools import accumulate, pairwise
 import torch
 from torch import Tensor
 
-from torchdnr.processes import ALONE, Processes
+from torchdnr.distributed.processes import ALONE, Processes
 from torchdnr.row_blocks import all_finite, column_means, entry_moments, joint_moments
 
 

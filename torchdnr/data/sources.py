@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torchvision import datasets
 
-from torchdnr.readers import read_folder, read_npz, to_nchw
+from torchdnr.data.readers import read_folder, read_npz, to_nchw
 
 SOURCES = ("mnist-5k", "mnist", "cifar10", "npz:FILE", "folder:DIR")
 

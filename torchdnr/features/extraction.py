@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from torchdnr.feature_rows import RowsInMemory, temporary_files
-from torchdnr.feature_store import FeatureStore
-from torchdnr.features import LayerFeatures, evaluation_mode
+from torchdnr.features.layers import LayerFeatures, evaluation_mode
+from torchdnr.features.storage import FeatureStore
 from torchdnr.files import digest
 
 _HALF = (torch.bfloat16, torch.float16)

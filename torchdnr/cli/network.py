@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from torchdnr.backbones import NETWORK, build_backbone
-from torchdnr.data import Dataset
-from torchdnr.default_layers import default_layers
-from torchdnr.models import CIFAR10_LAYERS, MNIST_LAYERS, CIFAR10Net, MNISTNet
-from torchdnr.reductions import ReductionLike
-from torchdnr.training import CIFAR10_TRAINING, MNIST_TRAINING, TrainingSettings
+from torchdnr.data.sources import Dataset
+from torchdnr.features.choice import default_layers
+from torchdnr.features.reductions import ReductionLike
+from torchdnr.models.backbones import NETWORK, build_backbone
+from torchdnr.models.paper import CIFAR10_LAYERS, MNIST_LAYERS, CIFAR10Net, MNISTNet
+from torchdnr.models.training import CIFAR10_TRAINING, MNIST_TRAINING, TrainingSettings
 
 REDUCTION = re.compile(
     r"(?P<layer>[^:]+)(:(?P<kind>flatten|avg|(grid|project)(?P<number>[1-9]\d*)))?"

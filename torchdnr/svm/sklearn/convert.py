@@ -10,17 +10,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from torchdnr.kernels import make_rbf_kernel, rbf_gamma
+from torchdnr.kernels.any_kernel import make_rbf_kernel, rbf_gamma
 from torchdnr.svm.libsvm_layout import from_libsvm, to_libsvm
+from torchdnr.svm.multiclass import ONE_VS_ONE, ONE_VS_REST
 from torchdnr.svm.state import NotFittedError
-from torchdnr.svm.strategies import ONE_VS_ONE, ONE_VS_REST
 
 if TYPE_CHECKING:
     from numpy import ndarray
     from sklearn.base import ClassifierMixin
     from sklearn.svm import SVC
 
-    from torchdnr.svm.module import RBFSVM
+    from torchdnr.svm.rbf_svm import RBFSVM
 
 MISSING = "scikit-learn 1.6 or newer is needed for this: pip install torchdnr[sklearn]"
 

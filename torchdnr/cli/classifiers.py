@@ -9,9 +9,9 @@ from torch import nn
 
 from torchdnr import DNR, NR
 from torchdnr.attacks.target import has_reject_column
-from torchdnr.backbones import load_weights
-from torchdnr.cli import Console
-from torchdnr.cli_settings import Job
+from torchdnr.cli.console import Console
+from torchdnr.cli.run_folder import Job
+from torchdnr.distributed.processes import ALONE, Processes
 from torchdnr.evaluation.judging import outputs
 from torchdnr.evaluation.metrics import (
     accuracy_under_attack,
@@ -20,9 +20,9 @@ from torchdnr.evaluation.metrics import (
     wilson_interval,
 )
 from torchdnr.files import CheckpointError
-from torchdnr.models import load_network, save_network
-from torchdnr.processes import ALONE, Processes
-from torchdnr.training import train_network
+from torchdnr.models.backbones import load_weights
+from torchdnr.models.paper import load_network, save_network
+from torchdnr.models.training import train_network
 
 BATCH_SIZE = 256
 

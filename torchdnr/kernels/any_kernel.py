@@ -6,10 +6,10 @@ import torch
 from gpytorch.kernels import Kernel, RBFKernel
 from torch import Tensor
 
-from torchdnr.rbf import BLOCK_ELEMENTS, full_precision, rbf_scores, squared_distances
+from torchdnr.distributed.sharing import SharedFeatures
+from torchdnr.kernels.rbf import BLOCK_ELEMENTS, full_precision, rbf_scores, squared_distances
 from torchdnr.rbf_operator import compiled_rbf_scores
 from torchdnr.rbf_traced import traced_rbf_scores
-from torchdnr.shared_features import SharedFeatures
 
 __all__ = [
     "BLOCK_ELEMENTS",

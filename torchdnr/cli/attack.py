@@ -10,22 +10,22 @@ import torch
 from torch import nn
 
 from torchdnr import __version__
-from torchdnr.attacks import line_search_pgd
+from torchdnr.attacks.line_search import line_search_pgd
 from torchdnr.attacks.target import has_reject_column
-from torchdnr.cli import Console
-from torchdnr.cli_options import EPS, EXAMPLE_EPS
-from torchdnr.cli_settings import Job
-from torchdnr.evaluation.checks import run_checks
+from torchdnr.cli.console import Console
+from torchdnr.cli.options import EPS, EXAMPLE_EPS
+from torchdnr.cli.run_folder import Job
+from torchdnr.distributed.processes import Processes
+from torchdnr.evaluation.checks.run import run_checks
 from torchdnr.evaluation.curve import SecurityCurve, plain_json, read_json, write_json
 from torchdnr.evaluation.judging import outputs
 from torchdnr.evaluation.known_attacks import ATTACKS, Attack, choose_attacks
 from torchdnr.evaluation.line_up import build_line_up
 from torchdnr.evaluation.measures import Measures, measure
 from torchdnr.evaluation.metrics import predict_labels
-from torchdnr.evaluation.report_html import broken_off
+from torchdnr.evaluation.report.html import broken_off
 from torchdnr.evaluation.security import security_evaluations
 from torchdnr.files import digest
-from torchdnr.processes import Processes
 
 DEFAULT_SAMPLES = 50
 

@@ -16,6 +16,7 @@ from typing import Any, Self
 from torch import Tensor
 
 from torchdnr.feature_rows import LayerFiles, Layout, map_files
+from torchdnr.features.row_file import DTYPES
 from torchdnr.files import (
     CheckpointError,
     DamagedFileError,
@@ -23,7 +24,6 @@ from torchdnr.files import (
     digest,
     save_tensors,
 )
-from torchdnr.growing_file import DTYPES
 
 RECORD = "features.json"
 LABELS = "labels.safetensors"

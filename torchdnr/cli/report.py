@@ -6,18 +6,18 @@ from pathlib import Path
 from textwrap import wrap
 from typing import Any
 
-from torchdnr.cli import Console, peak_memory_mib
-from torchdnr.cli_evaluation import Evaluation
-from torchdnr.cli_settings import NETWORK_OPTIONS
+from torchdnr.cli.attack import Evaluation
+from torchdnr.cli.console import Console, peak_memory_mib
+from torchdnr.cli.run_folder import NETWORK_OPTIONS
 from torchdnr.evaluation.curve import SecurityCurve, read_json
 from torchdnr.evaluation.environment import describe_environment
+from torchdnr.evaluation.figures import plot_curves, plot_examples
 from torchdnr.evaluation.measures import Measures, most_telling_eps
-from torchdnr.evaluation.plots import plot_curves, plot_examples
-from torchdnr.evaluation.plots_rejection import plot_roc
 from torchdnr.evaluation.rates import attack_costs, attack_rates
-from torchdnr.evaluation.report import format_table, load_results, save_results
+from torchdnr.evaluation.report.html import ORDER, broken_off, save_html
+from torchdnr.evaluation.report.rejection_figures import plot_roc
+from torchdnr.evaluation.report.table import format_table, load_results, save_results
 from torchdnr.evaluation.report_csv import save_csv
-from torchdnr.evaluation.report_html import ORDER, broken_off, save_html
 
 RESULTS = "results.json"  # written last: it tells that all is done
 FILES = "report.html", RESULTS, "results.csv", "curve.png", "examples.png", "roc.png"

@@ -8,13 +8,12 @@ import torch
 from gpytorch.kernels import Kernel, RBFKernel
 from torch import Tensor
 
-from torchdnr.kernels import full_precision, kernel_scores, make_rbf_kernel
-from torchdnr.shared_features import SharedFeatures
+from torchdnr.distributed.sharing import SharedFeatures
+from torchdnr.kernels.any_kernel import kernel_scores, make_rbf_kernel
+from torchdnr.kernels.rbf import full_precision
 from torchdnr.svm.checks import check_features, check_labels
 from torchdnr.svm.dual import DualSolution
-from torchdnr.svm.solver import solve_dual
-from torchdnr.svm.state import FittedState, NotFittedError
-from torchdnr.svm.strategies import (
+from torchdnr.svm.multiclass import (
     ONE_VS_ONE,
     ONE_VS_REST,
     STRATEGIES,
@@ -23,6 +22,8 @@ from torchdnr.svm.strategies import (
     one_vs_rest,
     votes_and_confidence,
 )
+from torchdnr.svm.solver import solve_dual
+from torchdnr.svm.state import FittedState, NotFittedError
 from torchdnr.svm.training_data import checked_gamma, select_training_data
 from torchdnr.svm.weights import (
     ClassWeight,
@@ -284,12 +285,12 @@ class RBFSVM(FittedState):
     @classmethod
     def from_sklearn(cls, classifier: "ClassifierMixin") -> "RBFSVM":
         """Convert a fitted classifier of scikit-learn; see ``sklearn_bridge.from_sklearn``."""
-        from torchdnr.svm.sklearn_bridge import from_sklearn
+        from torchdnr.svm.sklearn.convert import from_sklearn
 
         return from_sklearn(cls, classifier)
 
     def to_sklearn(self) -> "ClassifierMixin":
         """Convert to a fitted classifier of scikit-learn; see ``sklearn_bridge.to_sklearn``."""
-        from torchdnr.svm.sklearn_bridge import to_sklearn
+        from torchdnr.svm.sklearn.convert import to_sklearn
 
         return to_sklearn(self)

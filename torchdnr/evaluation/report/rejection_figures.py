@@ -8,8 +8,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from torchdnr.evaluation.detection import Detection
+from torchdnr.evaluation.figures import COLOURS, MARKERS, _norm_name, _save, _style
 from torchdnr.evaluation.intervals import Estimate
-from torchdnr.evaluation.plots import COLOURS, MARKERS, _norm_name, _save, _style
 from torchdnr.evaluation.stratified import StratifiedCurve
 from torchdnr.evaluation.threshold_sweep import ThresholdSweep
 

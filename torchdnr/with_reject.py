@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from torchdnr.features import evaluation_mode
+from torchdnr.features.layers import evaluation_mode
 from torchdnr.inputs import check_images
 from torchdnr.rejection import predict_with_rejection
 
