@@ -34,15 +34,15 @@ from torchdnr.cli.classifiers import make_classifiers
 from torchdnr.cli.console import Console
 from torchdnr.cli.options import attack_parser
 from torchdnr.cli.run_folder import Job, prepare
-from torchdnr.compression import CompressionWarning, compression_losses
+from torchdnr.decisions import evaded
+from torchdnr.dnr import compression_losses
 from torchdnr.evaluation import SecurityCurve, security_evaluation
-from torchdnr.evaluation.curve import plain_json
 from torchdnr.evaluation.environment import describe_environment
 from torchdnr.evaluation.line_up import build_line_up
-from torchdnr.evaluation.metrics import accuracy_under_attack, evaded, rejection_rate
-from torchdnr.files import atomic_write_bytes
+from torchdnr.evaluation.metrics import accuracy_under_attack, rejection_rate
+from torchdnr.files import atomic_write_bytes, plain_json
 from torchdnr.svm.compression import SMOOTHNESS, STEPS
-from torchdnr.svm.stack import stack_scores
+from torchdnr.svm.stack import CompressionWarning, stack_scores
 
 RESULTS = Path(__file__).parent / "results"
 EPS = (0.0, 1.0, 1.5, 2.0)

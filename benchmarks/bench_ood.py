@@ -31,9 +31,8 @@ from torchdnr.cli.classifiers import make_classifiers
 from torchdnr.cli.console import Console
 from torchdnr.cli.options import attack_parser
 from torchdnr.cli.run_folder import prepare
-from torchdnr.evaluation.curve import plain_json
 from torchdnr.evaluation.environment import describe_environment
-from torchdnr.files import atomic_write_bytes
+from torchdnr.files import atomic_write_bytes, plain_json
 
 RESULTS = Path(__file__).parent / "results"
 DIGITS = "mnist-5k", "mnist"

@@ -27,17 +27,15 @@ from torch import Tensor, nn
 from torchdnr.adapters import attack_per_label
 from torchdnr.attacks import evades, project
 from torchdnr.attacks.starts import nearest_other_class
-from torchdnr.attacks.target import has_reject_column
 from torchdnr.cli.classifiers import make_classifiers
 from torchdnr.cli.console import Console
 from torchdnr.cli.options import attack_parser
 from torchdnr.cli.run_folder import prepare
+from torchdnr.decisions import evaded, has_reject_column
 from torchdnr.evaluation import SecurityCurve, load_results, predict_labels
-from torchdnr.evaluation.curve import read_json, write_json
 from torchdnr.evaluation.environment import describe_environment
 from torchdnr.evaluation.judging import outputs
-from torchdnr.evaluation.metrics import evaded
-from torchdnr.files import digest
+from torchdnr.files import digest, read_json, write_json
 
 ROOT = Path(__file__).parents[1]
 BATCH_SIZE = 256

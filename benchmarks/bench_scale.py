@@ -25,8 +25,8 @@ import torch
 from scale_estimate import estimate, matrix_product_rate
 from svm_record import busy_cores, commit, load_results
 
-from torchdnr.evaluation.curve import write_json
 from torchdnr.evaluation.environment import describe_environment
+from torchdnr.files import write_json
 
 ROOT = Path(__file__).parents[1]
 SIZES = (1_000, 2_000, 4_000, 8_000, 16_000, 32_000, 64_000)

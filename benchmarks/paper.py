@@ -23,7 +23,7 @@ from paper_study import Study
 from torchdnr.cli.console import Console, run_command
 from torchdnr.cli.run_folder import find_device
 from torchdnr.data import load_dataset
-from torchdnr.evaluation.known_attacks import ATTACKS, DEFAULT, FULL, choose_attacks
+from torchdnr.evaluation.line_up import ATTACKS, DEFAULT, FULL, choose_attacks
 from torchdnr.files import atomic_write_bytes
 from torchdnr.models.training import TrainingSettings
 

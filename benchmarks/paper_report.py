@@ -13,12 +13,11 @@ from paper_study import Study, code_versions, run_folder
 from paper_tables import ALONE, WORST, as_text, example_figure, readme_section
 
 from torchdnr.evaluation import LINE_SEARCH_PGD, SecurityCurve
-from torchdnr.evaluation.curve import plain_json, read_json, write_json
 from torchdnr.evaluation.figures import plot_curves, plot_examples
 from torchdnr.evaluation.report.rejection_figures import plot_threshold_sweep
 from torchdnr.evaluation.report.table import load_results
 from torchdnr.evaluation.sweep_average import average_sweeps
-from torchdnr.files import atomic_write_bytes, load_tensors
+from torchdnr.files import atomic_write_bytes, load_tensors, plain_json, read_json, write_json
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results/paper"

@@ -17,9 +17,8 @@ import torchdnr
 from torchdnr import __version__
 from torchdnr.costs import Cost, record_costs
 from torchdnr.data import Dataset, Splits, split
-from torchdnr.evaluation.curve import plain_json, read_json, write_json
-from torchdnr.evaluation.known_attacks import ATTACKS
-from torchdnr.files import digest
+from torchdnr.evaluation.line_up import ATTACKS
+from torchdnr.files import digest, plain_json, read_json, write_json
 
 # Of the protocol, what only concerns attacks and figures: classifiers do not depend on it.
 ATTACK_KEYS = {"runs", "attacked", "eps", "sweep_eps", "attacks"}

@@ -7,7 +7,7 @@ from typing import Any
 
 from tabulate import tabulate
 
-from torchdnr.evaluation.known_attacks import ATTACKS
+from torchdnr.evaluation.line_up import ATTACKS
 
 WORST, ALONE = "our line-up", "the paper's attack"
 

@@ -13,11 +13,11 @@ from torchdnr import DNR, NR
 from torchdnr.distributed.processes import default_processes, joined
 from torchdnr.distributed.sharing import SharedFeatures, Shares
 from torchdnr.files import save_tensors
-from torchdnr.svm import RBFSVM, descent, grid_search, out_of_fold_scores, solve_dual
-from torchdnr.svm.gram import KernelRows
-from torchdnr.svm.memory_plan import MemoryPlan
+from torchdnr.svm import RBFSVM, grid_search, out_of_fold_scores, solve_dual
+from torchdnr.svm import solver as descent
+from torchdnr.svm.gram import KernelRows, rbf_rows
+from torchdnr.svm.memory_plan import FeaturePlan, MemoryPlan
 from torchdnr.svm.multiclass import one_vs_rest
-from torchdnr.svm.rbf_rows import FeaturePlan, rbf_rows
 
 GIVEN = {"conv": (3.0, 0.05), "logits": (10.0, 0.5), "combiner": (1.0, 0.2)}
 FINE = 1e-6

@@ -18,7 +18,7 @@ from torchdnr.adapters import (
     with_reject,
 )
 from torchdnr.attacks import evades
-from torchdnr.rejection import REJECT, predict_with_rejection
+from torchdnr.decisions import REJECT, predict_with_rejection
 
 CLASSES = 5
 ROWS = 500_000
@@ -330,7 +330,7 @@ def test_a_missing_package_is_named(name, package, monkeypatch):
 
 def test_importing_the_adapters_imports_no_other_library():
     code = (
-        "import sys, torchdnr.adapters, torchdnr.with_reject; "
+        "import sys, torchdnr.adapters, torchdnr.rejection; "
         "print(sorted({'foolbox', 'art', 'pytorch_ood', 'eagerpy'} & set(sys.modules)))"
     )
     command = [sys.executable, "-W", "ignore", "-c", code]

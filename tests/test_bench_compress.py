@@ -7,7 +7,7 @@ import pytest
 import torch
 from test_compression import digits, fitted  # noqa: F401 - a fixture
 
-from torchdnr.evaluation.curve import plain_json
+from torchdnr.files import plain_json
 
 ROOT = Path(__file__).parents[1]
 
@@ -29,7 +29,7 @@ def job():
     return SimpleNamespace(images=parts.__getitem__, settings=settings)
 
 
-@pytest.mark.filterwarnings("ignore::torchdnr.compression.CompressionWarning")
+@pytest.mark.filterwarnings("ignore::torchdnr.svm.stack.CompressionWarning")
 def test_the_benchmark_measures_what_the_models_do(scripts, job, fitted):  # noqa: F811
     bench, readme = scripts
     models, found = bench.compressed_models(fitted, job)

@@ -8,10 +8,8 @@ import weakref
 import pytest
 import torch
 
-from torchdnr.centred import centred
 from torchdnr.kernels import rbf_gamma
-from torchdnr.kernels.rbf import rbf_scores
-from torchdnr.rbf_tiles import cut_tiles
+from torchdnr.kernels.rbf import centred, cut_tiles, rbf_scores
 from torchdnr.svm import RBFSVM
 
 

@@ -13,13 +13,16 @@ from torchvision import models
 
 from torchdnr import DNR, NR
 from torchdnr.attacks import line_search_pgd
-from torchdnr.centred import centred
+from torchdnr.decisions import NotFittedError
 from torchdnr.features.layers import LayerFeatures
-from torchdnr.kernels.rbf import rbf_scores
-from torchdnr.rbf_operator import compiled_rbf_scores, scores_and_kernel
-from torchdnr.rbf_traced import traced_rbf_scores
+from torchdnr.kernels.rbf import (
+    centred,
+    compiled_rbf_scores,
+    rbf_scores,
+    scores_and_kernel,
+    traced_rbf_scores,
+)
 from torchdnr.svm import RBFSVM
-from torchdnr.svm.state import NotFittedError
 
 INDUCTOR = pytest.param(
     "inductor",

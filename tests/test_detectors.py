@@ -8,8 +8,8 @@ from torch import nn
 
 from torchdnr.attacks import evades, line_search_pgd
 from torchdnr.attacks.objectives import decision_objective
-from torchdnr.rejection import REJECT
-from torchdnr.with_reject import WithReject, spacing
+from torchdnr.decisions import REJECT
+from torchdnr.rejection import WithReject, spacing
 
 
 class Columns(nn.Module):

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from torchdnr.decisions import REJECT
 from torchdnr.evaluation import (
     AttackCurve,
     SecurityCurve,
@@ -17,7 +18,6 @@ from torchdnr.evaluation import (
     rejection_rate,
     wilson_interval,
 )
-from torchdnr.rejection import REJECT
 
 LABELS = torch.tensor([0, 1, 2, 0])
 CLEAN = torch.tensor([0, REJECT, 1, 0])

@@ -140,7 +140,8 @@ def test_features_with_a_gradient_leave_no_graph_behind():
 
 @pytest.mark.filterwarnings("ignore::torchdnr.svm.ConvergenceWarning")  # those of other fits
 def test_missed_tolerances_are_counted_and_warned_of(monkeypatch):
-    from torchdnr.svm import solver, warm_start
+    from torchdnr.svm import model_selection as warm_start
+    from torchdnr.svm import solver
 
     def hasty(*args, **options):
         return solver.solve_dual(*args, **options, max_steps=1)

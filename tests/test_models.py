@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-import torchdnr.training_checkpoint as training_checkpoint
+import torchdnr.models.training as training_checkpoint
 from torchdnr.features.layers import LayerFeatures
 from torchdnr.files import CheckpointError, DamagedFileError, load_tensors, save_tensors
 from torchdnr.models import (

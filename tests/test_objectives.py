@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from torchdnr.attacks import OBJECTIVES, evades, objectives, split_scores
-from torchdnr.attacks.objectives import NEGATIVE_IF_SUCCESSFUL, find_objective, succeeds
+from torchdnr.attacks.objectives import NEGATIVE_IF_SUCCESSFUL, find_objective
+from torchdnr.decisions import succeeds
 
 LABELS = torch.tensor([0, 0, 0, 0, 0])
 SCORES = torch.tensor(

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from torchdnr.data import Dataset, load_dataset
-from torchdnr.evaluation.curve import read_json
+from torchdnr.files import read_json
 from torchdnr.models.training import TrainingSettings
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"

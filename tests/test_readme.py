@@ -9,8 +9,8 @@ import torch
 from torchvision.models import resnet18
 
 import torchdnr
+from torchdnr.decisions import evaded
 from torchdnr.evaluation import load_results
-from torchdnr.evaluation.metrics import evaded
 from torchdnr.models import MNISTNet, save_network
 
 ROOT = Path(__file__).parents[1]
@@ -132,4 +132,4 @@ def run_detector_example(code):
 
 def test_versions_agree():
     assert f"## {torchdnr.__version__}\n" in (ROOT / "CHANGELOG.md").read_text()
-    assert f'__version__ = "{torchdnr.__version__}"' in (ROOT / "torchdnr/__init__.py").read_text()
+    assert f'version="{torchdnr.__version__}"' in (ROOT / "setup.py").read_text()

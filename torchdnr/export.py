@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from torchdnr.features.layers import evaluation_mode
+from torchdnr.decisions import REJECT, evaluation_mode, predict_with_rejection
 from torchdnr.files import atomic_path
 from torchdnr.kernels.any_kernel import rbf_gamma
-from torchdnr.rejection import REJECT, predict_with_rejection
 from torchdnr.svm.rbf_svm import RBFSVM
 
 if TYPE_CHECKING:

@@ -8,13 +8,8 @@ from torch import Tensor, nn
 from torchdnr.adapters.views import for_label, for_target
 from torchdnr.attacks.checks import check_inputs
 from torchdnr.attacks.objectives import decision_objective
-from torchdnr.attacks.target import (
-    Target,
-    check_classes,
-    evaluate,
-    has_reject_column,
-    left_as_found,
-)
+from torchdnr.attacks.target import Target, check_classes, evaluate
+from torchdnr.decisions import has_reject_column, left_as_found
 
 ForeignAttack = Callable[[nn.Module, Tensor, Tensor], Tensor]
 """``attack(view, inputs, classes) -> points``: the view returns logits, all classes are equal."""

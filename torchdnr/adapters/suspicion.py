@@ -1,13 +1,12 @@
 """A rejecting classifier as a detector: one score per input, higher for a more suspicious one."""
 
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from torchdnr import __version__
-from torchdnr.attacks.objectives import split_scores
-from torchdnr.attacks.target import left_as_found
+from torchdnr.decisions import left_as_found, split_scores
 
 if TYPE_CHECKING:
     import numpy as np
@@ -61,7 +60,7 @@ class SuspicionDetector:
             "detector_type": "adversarial",
             "online": False,
             "data_type": "image",
-            "version": __version__,
+            "version": version("torchdnr"),
         }
 
     def score(self, x: "np.ndarray") -> "np.ndarray":

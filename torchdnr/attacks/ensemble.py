@@ -6,10 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from torchdnr.attacks.candidates import Judge, call_attack, make_judge, unsolved
 from torchdnr.attacks.checks import check_like
-from torchdnr.attacks.points import Points, better, put
-from torchdnr.attacks.target import left_as_found
+from torchdnr.attacks.points import Judge, Points, better, call_attack, make_judge, put, unsolved
+from torchdnr.decisions import left_as_found
 
 NO_MEMBER = -1
 """Winner of a row whose input, or start, no member improved."""

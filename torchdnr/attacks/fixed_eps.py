@@ -14,11 +14,11 @@ from tqdm import tqdm
 
 from torchdnr.attacks.checks import check_count, check_eps, check_inputs, check_like, check_targets
 from torchdnr.attacks.objectives import find_objective
-from torchdnr.attacks.points import Points, Region, best_column, better, evaluated, put
-from torchdnr.attacks.projections import project
+from torchdnr.attacks.points import Points, best_column, better, evaluated, put
+from torchdnr.attacks.projections import Region, project, random_points
 from torchdnr.attacks.starts import assigned_classes, check_pool, nearest_other_class
-from torchdnr.attacks.steps import random_points
-from torchdnr.attacks.target import Target, check_classes, has_reject_column, left_as_found
+from torchdnr.attacks.target import Target, check_classes
+from torchdnr.decisions import has_reject_column, left_as_found
 
 _CANDIDATES = 10  # pool samples tried per input as its second start
 

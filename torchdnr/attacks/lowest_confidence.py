@@ -13,7 +13,8 @@ from tqdm import tqdm
 
 from torchdnr.attacks.checks import check_count, check_eps, check_inputs, check_like
 from torchdnr.attacks.projections import project
-from torchdnr.attacks.target import Target, evaluate, has_reject_column, left_as_found, slope_at
+from torchdnr.attacks.target import Target, evaluate, slope_at
+from torchdnr.decisions import has_reject_column, left_as_found
 
 _FLOOR = 0.01  # the last step relative to the first
 

@@ -14,7 +14,7 @@ from torchdnr.attacks.fixed_eps import FixedEps, Run
 from torchdnr.attacks.objectives import paper_objective
 from torchdnr.attacks.pgd import descend_steadily
 from torchdnr.attacks.points import Points, evaluated, keep_better
-from torchdnr.attacks.target import left_as_found
+from torchdnr.decisions import left_as_found
 
 FACTORS = tuple(4.0**-k for k in (6, 5, 4, 3, 2, 1, 0))
 """What gamma is multiplied by, one after the other."""

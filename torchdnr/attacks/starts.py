@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from torchdnr.attacks.checks import check_like
-from torchdnr.attacks.objectives import split_scores
 from torchdnr.attacks.target import Target, evaluate
-from torchdnr.inputs import check_images
+from torchdnr.decisions import check_images, split_scores
 
 _DISTANCES = 1 << 22  # entries of the distance matrix held at once
 LINE_HALVINGS = 6

@@ -5,10 +5,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from torchdnr.attacks.candidates import call_attack, make_judge
 from torchdnr.attacks.checks import check_count, check_like
-from torchdnr.attacks.points import keep_better
-from torchdnr.attacks.target import left_as_found
+from torchdnr.attacks.points import call_attack, keep_better, make_judge
+from torchdnr.decisions import left_as_found
 
 
 def transfer(

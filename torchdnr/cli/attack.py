@@ -4,28 +4,26 @@ import argparse
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any
 
 import torch
 from torch import nn
 
-from torchdnr import __version__
 from torchdnr.attacks.line_search import line_search_pgd
-from torchdnr.attacks.target import has_reject_column
 from torchdnr.cli.console import Console
 from torchdnr.cli.options import EPS, EXAMPLE_EPS
 from torchdnr.cli.run_folder import Job
+from torchdnr.decisions import has_reject_column, predict_labels
 from torchdnr.distributed.processes import Processes
+from torchdnr.evaluation.checks.result import broken_off
 from torchdnr.evaluation.checks.run import run_checks
-from torchdnr.evaluation.curve import SecurityCurve, plain_json, read_json, write_json
+from torchdnr.evaluation.curve import SecurityCurve
 from torchdnr.evaluation.judging import outputs
-from torchdnr.evaluation.known_attacks import ATTACKS, Attack, choose_attacks
-from torchdnr.evaluation.line_up import build_line_up
+from torchdnr.evaluation.line_up import ATTACKS, Attack, build_line_up, choose_attacks
 from torchdnr.evaluation.measures import Measures, measure
-from torchdnr.evaluation.metrics import predict_labels
-from torchdnr.evaluation.report.html import broken_off
 from torchdnr.evaluation.security import security_evaluations
-from torchdnr.files import digest
+from torchdnr.files import digest, plain_json, read_json, write_json
 
 DEFAULT_SAMPLES = 50
 
@@ -59,7 +57,7 @@ class Evaluation:
     def identity(self) -> dict[str, Any]:
         """All that the numbers depend on, and what is known before the attacks; JSON values."""
         found = {
-            "torchdnr": __version__,
+            "torchdnr": version("torchdnr"),
             "run": self.job.settings,
             "attack": self.settings,
             "device": self.job.device.type,

@@ -7,18 +7,13 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from torchdnr import DNR, NR
-from torchdnr.attacks.target import has_reject_column
 from torchdnr.cli.console import Console
 from torchdnr.cli.run_folder import Job
+from torchdnr.decisions import has_reject_column, predict_labels
 from torchdnr.distributed.processes import ALONE, Processes
+from torchdnr.dnr import DNR, NR
 from torchdnr.evaluation.judging import outputs
-from torchdnr.evaluation.metrics import (
-    accuracy_under_attack,
-    predict_labels,
-    rejection_rate,
-    wilson_interval,
-)
+from torchdnr.evaluation.metrics import accuracy_under_attack, rejection_rate, wilson_interval
 from torchdnr.files import CheckpointError
 from torchdnr.models.backbones import load_weights
 from torchdnr.models.paper import load_network, save_network

@@ -12,16 +12,14 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from torchdnr import DNR, NR, REJECT
 from torchdnr.cli.console import Console, run_command
 from torchdnr.cli.network import choose_network
-from torchdnr.cli.options import add_channels_last
-from torchdnr.cli.run_folder import NETWORK_OPTIONS, find_device
-from torchdnr.cli_folder import read_settings
-from torchdnr.cli_values import whole_number
-from torchdnr.evaluation.metrics import predict_labels
+from torchdnr.cli.options import add_channels_last, whole_number
+from torchdnr.cli.run_folder import NETWORK_OPTIONS, find_device, read_settings
+from torchdnr.data.readers import find_images, read_batches
+from torchdnr.decisions import REJECT, predict_labels
+from torchdnr.dnr import DNR, NR
 from torchdnr.files import atomic_path
-from torchdnr.image_files import find_images, read_batches
 from torchdnr.models.paper import load_network
 
 _DESCRIPTION = """\

@@ -9,15 +9,22 @@ from typing import Any
 from torchdnr.cli.attack import Evaluation
 from torchdnr.cli.console import Console, peak_memory_mib
 from torchdnr.cli.run_folder import NETWORK_OPTIONS
-from torchdnr.evaluation.curve import SecurityCurve, read_json
+from torchdnr.evaluation.checks.result import ORDER, broken_off
+from torchdnr.evaluation.curve import SecurityCurve
 from torchdnr.evaluation.environment import describe_environment
 from torchdnr.evaluation.figures import plot_curves, plot_examples
 from torchdnr.evaluation.measures import Measures, most_telling_eps
-from torchdnr.evaluation.rates import attack_costs, attack_rates
-from torchdnr.evaluation.report.html import ORDER, broken_off, save_html
+from torchdnr.evaluation.report.html import save_html
 from torchdnr.evaluation.report.rejection_figures import plot_roc
-from torchdnr.evaluation.report.table import format_table, load_results, save_results
-from torchdnr.evaluation.report_csv import save_csv
+from torchdnr.evaluation.report.table import (
+    attack_costs,
+    attack_rates,
+    format_table,
+    load_results,
+    save_csv,
+    save_results,
+)
+from torchdnr.files import read_json
 
 RESULTS = "results.json"  # written last: it tells that all is done
 FILES = "report.html", RESULTS, "results.csv", "curve.png", "examples.png", "roc.png"

@@ -10,10 +10,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from torchdnr.decisions import REJECT
 from torchdnr.evaluation.curve import Predictions, SecurityCurve
-from torchdnr.evaluation.known_attacks import LINE_SEARCH_PGD
+from torchdnr.evaluation.line_up import LINE_SEARCH_PGD
 from torchdnr.files import atomic_path
-from torchdnr.rejection import REJECT
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart; markers for print in grey
 COLOURS = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from torchdnr.attacks.objectives import decision_objective, split_scores
+from torchdnr.attacks.objectives import decision_objective
 from torchdnr.attacks.projections import project
-from torchdnr.evaluation.metrics import evaded, predict_labels
+from torchdnr.decisions import evaded, predict_labels, split_scores
 
 TOLERANCE = 1e-5  # of float32 arithmetic, relative to the larger of eps and 1
 

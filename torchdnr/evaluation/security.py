@@ -12,17 +12,22 @@ from torch import Tensor
 
 from torchdnr.attacks.checks import check_inputs, check_like
 from torchdnr.attacks.objectives import decision_objective
-from torchdnr.attacks.target import Target, check_classes, has_reject_column, left_as_found
+from torchdnr.attacks.target import Target, check_classes
+from torchdnr.decisions import check_images, has_reject_column, left_as_found
 from torchdnr.distributed.processes import ALONE, Processes
 from torchdnr.evaluation.checkpoint import Checkpoint, attack_paths
 from torchdnr.evaluation.curve import SecurityCurve
 from torchdnr.evaluation.environment import describe_environment
 from torchdnr.evaluation.judging import CountedModel, Judged, Task, judge, worse
-from torchdnr.evaluation.known_attacks import Attack
-from torchdnr.evaluation.line_up import default_line_up
-from torchdnr.evaluation.running import AttackRun, what_happened
-from torchdnr.evaluation.units import Unit, behaviour, fingerprint, run_units
-from torchdnr.inputs import check_images
+from torchdnr.evaluation.line_up import Attack, default_line_up
+from torchdnr.evaluation.running import (
+    AttackRun,
+    Unit,
+    behaviour,
+    fingerprint,
+    run_units,
+    what_happened,
+)
 
 
 def security_evaluation(

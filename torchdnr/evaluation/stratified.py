@@ -13,12 +13,10 @@ from tqdm import tqdm
 
 from torchdnr.attacks.checks import check_inputs
 from torchdnr.attacks.lowest_confidence import lowest_confidence
-from torchdnr.attacks.target import has_reject_column, left_as_found
-from torchdnr.evaluation.decisions import stacked
-from torchdnr.evaluation.intervals import Estimate, share
+from torchdnr.decisions import REJECT, evaded, has_reject_column, left_as_found
+from torchdnr.evaluation.detection import stacked
 from torchdnr.evaluation.judging import Task, judge, keep_inside
-from torchdnr.evaluation.metrics import evaded
-from torchdnr.rejection import REJECT
+from torchdnr.evaluation.metrics import Estimate, share
 
 ALPHAS = 0.0, 0.01, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.5, 1.0
 

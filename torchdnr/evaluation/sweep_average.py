@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from torchdnr.evaluation.intervals import Estimate
+from torchdnr.evaluation.metrics import Estimate
 from torchdnr.evaluation.threshold_sweep import ThresholdSweep
 
 _PER_THETA = "clean_accuracy", "false_rejection_rate"

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torchdnr.decisions import evaluation_mode
 from torchdnr.features.reductions import (
     Reduction,
     ReductionLike,
@@ -145,26 +146,6 @@ class LayerFeatures(nn.Module):
                 "layers, or pass the network before torch.compile"
             )
         return {name: _check_rows(name, captured[name], inputs.shape[0]) for name in self.layers}
-
-
-@contextmanager
-def evaluation_mode(net: nn.Module) -> Iterator[None]:
-    """Put the modules of ``net`` that are training into evaluation mode, and exactly those back.
-
-    Args:
-        net: Any module; one that is in evaluation mode throughout is not touched.
-
-    Yields:
-        Nothing.
-    """
-    training = [module for module in net.modules() if module.training]
-    try:
-        for module in training:
-            module.training = False  # not .eval(): it would recurse, and networks override .train()
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _check_layers(net: nn.Module, layers: Sequence[str]) -> tuple[str, ...]:

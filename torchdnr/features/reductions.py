@@ -1,15 +1,161 @@
 """Reductions: what makes ``(n, d)`` features of a layer's output, whatever its size."""
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from torchdnr.channels import channels_first, check_channels, find_channels
-from torchdnr.projection import projection_distortion, random_rows, sparse_projection
+from torchdnr.files import CheckpointError
+
+CHANNELS_FIRST, CHANNELS_LAST = "channels_first", "channels_last"
+
+
+def find_channels(shape: Sequence[int], square: bool) -> str:
+    """Tell from the shape of an output without the samples where its channels are.
+
+    Tokens ``(t, c)`` have them last. Of a map with three sides the two that are equal are its
+    height and width, so that ``(c, h, w)`` is told from ``(h, w, c)`` of a Swin transformer: of
+    square images, and of maps of one position. Any other map is refused, not guessed. Outputs of
+    five dimensions and more have them first.
+
+    Args:
+        shape: Sides of the output.
+        square: Whether the images are square.
+
+    Returns:
+        ``"channels_first"`` or ``"channels_last"``.
+
+    Raises:
+        ValueError: If the shape does not tell.
+    """
+    if len(shape) != 3:
+        return CHANNELS_LAST if len(shape) == 2 else CHANNELS_FIRST
+    first, last = shape[1] == shape[2], shape[0] == shape[1]
+    known = square or shape[1] == 1
+    if known and first != last:
+        return CHANNELS_FIRST if first else CHANNELS_LAST
+    if math.prod(shape) == 1:
+        return CHANNELS_FIRST
+    why = "two sides must be equal and one must differ" if square else "the images are not square"
+    raise ValueError(
+        f"cannot tell where the channels of maps {tuple(shape)} are: {why}"
+        f'; say so, as in ("avg", "{CHANNELS_FIRST}") or ("grid", 2, "{CHANNELS_LAST}")'
+    )
+
+
+def channels_first(output: Tensor, channels: str) -> Tensor:
+    """Move the channels of an output ``(n, ...)`` behind the samples, if they are elsewhere.
+
+    Args:
+        output: Of a layer, with positions.
+        channels: Where its channels are.
+
+    Returns:
+        ``(n, c, ...)``, a view.
+    """
+    return output if channels == CHANNELS_FIRST else output.movedim(-1, 1)
+
+
+def check_channels(channels: str | None) -> str | None:
+    """Return ``channels`` if it is one of the two words or None.
+
+    Args:
+        channels: What a user gave.
+
+    Returns:
+        The same.
+
+    Raises:
+        ValueError: If it is anything else.
+    """
+    if channels not in (None, CHANNELS_FIRST, CHANNELS_LAST):
+        raise ValueError(
+            f'channels must be "{CHANNELS_FIRST}" or "{CHANNELS_LAST}", got {channels!r}'
+        )
+    return channels
+
+
+# Rows that each value is added to. More keep the distances of sparse outputs more surely (an
+# output of few values that differ) and cost more; from 4 on the gain is small.
+BLOCKS = 4
+
+
+def random_rows(inputs: int, size: int, seed: int) -> Tensor:
+    """Draw a sparse Johnson-Lindenstrauss projection.
+
+    The ``size`` rows are split into ``BLOCKS`` blocks of one length (2 or 1 where ``size`` is not a
+    multiple of 4). In each block every value goes to one random row with a random sign.
+
+    Args:
+        inputs: Number of values p that are projected, >= 1.
+        size: Number of rows d, >= 1.
+        seed: Same seed, same projection.
+
+    Returns:
+        Row of each value in each block, ``(blocks, p)`` int64 on the CPU: 0..d-1 to be added,
+        d..2d-1 to be subtracted from row - d.
+
+    Source: Kane, Nelson, "Sparser Johnson-Lindenstrauss transforms", J. ACM 61 (2014), Sec. 1,
+    block construction.
+    """
+    blocks = math.gcd(size, BLOCKS)
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randint(size // blocks, (blocks, inputs), generator=generator)
+    rows += torch.arange(blocks).unsqueeze(1) * (size // blocks)
+    return rows + size * torch.randint(2, rows.shape, generator=generator)
+
+
+def sparse_projection(inputs: Tensor, rows: Tensor, size: int) -> Tensor:
+    """Apply a projection from ``random_rows``.
+
+    The expectation of squared distances, over the draw, is the squared distance of the inputs;
+    their relative standard deviation is at most ``sqrt(2 / size)``. Cost: one addition per value
+    and block, and ``8 * blocks`` bytes per value. On a GPU the order of the additions may vary from
+    call to call, unless ``torch.use_deterministic_algorithms`` is on.
+
+    Args:
+        inputs: ``(n, p)``; half precision is summed in float32.
+        rows: ``(blocks, p)`` int64.
+        size: Number of rows d.
+
+    Returns:
+        ``(n, d)``; differentiable in the inputs.
+    """
+    inputs = inputs.to(torch.promote_types(inputs.dtype, torch.float32))
+    # Signs as two sets of sums: the large inputs are then read as they are, without a product.
+    sums = inputs.new_zeros(inputs.shape[0], 2 * size)
+    for block in rows:
+        sums = sums.index_add(1, block, inputs)
+    return (sums[:, :size] - sums[:, size:]) / math.sqrt(rows.shape[0])
+
+
+def projection_distortion(inputs: Tensor, projected: Tensor) -> dict[str, float] | None:
+    """Compare the distances between all pairs before and after a projection.
+
+    Args:
+        inputs: ``(n, p)``.
+        projected: ``(n, d)``, in the same order.
+
+    Returns:
+        ``pairs``, the number of pairs at a distance above 0, and of their relative errors
+        ``projected distance / distance - 1`` the root mean square ``rms`` and the largest absolute
+        value ``max``; None where there is no such pair.
+    """
+    wide = torch.promote_types(inputs.dtype, torch.float32)
+    before = torch.nn.functional.pdist(inputs.to(wide))
+    after = torch.nn.functional.pdist(projected.to(wide))
+    apart = before > 0
+    errors = after[apart] / before[apart] - 1
+    if not errors.numel():
+        return None
+    rms, largest = errors.square().mean().sqrt(), errors.abs().max()
+    return {"pairs": errors.numel(), "rms": rms.item(), "max": largest.item()}
+
 
 ReductionLike = str | Sequence[Any] | nn.Module
 """``"flatten"``, ``"avg"``, ``("grid", k)``, ``("project", d)``, or any module to ``(n, d)``."""
@@ -253,3 +399,52 @@ def _check_size(name: str, size: int) -> int:
     if not isinstance(size, int) or isinstance(size, bool) or size < 1:
         raise ValueError(f'("{name}", size) needs a whole number >= 1, got {size!r}')
     return size
+
+
+def reduction_metadata(reduction: nn.Module) -> Any:  # noqa: ANN401 - any JSON value
+    """Return what a file says of a reduction; of a user's module only how it prints."""
+    return reduction.spec() if isinstance(reduction, Reduction) else {"module": repr(reduction)}
+
+
+def reductions_of_file(
+    path: str | Path, metadata: Mapping[str, Any], given: Mapping[str, nn.Module]
+) -> dict[str, ReductionLike]:
+    """Collect the reductions of the layers that a file names.
+
+    Args:
+        path: Of the file, for messages.
+        metadata: Its ``layers`` and ``reductions``; files of version 0.1 have no reductions, and
+            all their layers are flat.
+        given: The user's own modules, by layer.
+
+    Returns:
+        Layer name -> reduction.
+
+    Raises:
+        CheckpointError: If a module is missing, not wanted, or prints in another way than the one
+            that was saved.
+    """
+    found = {name: "flatten" for name in metadata["layers"]} | metadata.get("reductions", {})
+    own = {name: r["module"] for name, r in found.items() if isinstance(r, Mapping)}
+    if missing := sorted(set(own) - set(given)):
+        name = missing[0]
+        raise CheckpointError(
+            f"{path}: the reduction of layer {name!r} is a module that the file does not hold, "
+            f"{_one_line(own[name])}; pass one like it, as in layers={{{name!r}: module}}"
+        )
+    if unknown := sorted(set(given) - set(own)):
+        raise CheckpointError(
+            f"{path}: expected modules for the layers {sorted(own)} alone, got some for {unknown}; "
+            "leave them out: built-in reductions come from the file"
+        )
+    for name, text in own.items():
+        if repr(given[name]) != text:
+            raise CheckpointError(
+                f"{path}: expected {_one_line(text)} as the reduction of layer {name!r}, got "
+                f"{_one_line(repr(given[name]))}; build it as the saved one was"
+            )
+    return found | dict(given)
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())

@@ -7,9 +7,14 @@ from gpytorch.kernels import Kernel, RBFKernel
 from torch import Tensor
 
 from torchdnr.distributed.sharing import SharedFeatures
-from torchdnr.kernels.rbf import BLOCK_ELEMENTS, full_precision, rbf_scores, squared_distances
-from torchdnr.rbf_operator import compiled_rbf_scores
-from torchdnr.rbf_traced import traced_rbf_scores
+from torchdnr.kernels.rbf import (
+    BLOCK_ELEMENTS,
+    compiled_rbf_scores,
+    full_precision,
+    rbf_scores,
+    squared_distances,
+    traced_rbf_scores,
+)
 
 __all__ = [
     "BLOCK_ELEMENTS",

@@ -1,13 +1,148 @@
 """Sums of RBF kernels: distances, scores and their exact gradients, tile by tile."""
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
-from torchdnr.centred import Moved, centred
-from torchdnr.rbf_tiles import Tile, cut_tiles, kernel_values, squared_norms
+
+class Moved(NamedTuple):
+    """What distances to vectors need of them.
+
+    Attributes:
+        vectors: Less the centre, ``(m, d)``.
+        norms: Their squared norms, ``(m,)``.
+    """
+
+    vectors: Tensor
+    norms: Tensor
+
+
+class _Kept(NamedTuple):
+    center: Tensor
+    versions: tuple[int, int]
+    moved: Moved
+
+
+_KEPT: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # for as long as the vectors live
+
+
+def centred(vectors: Tensor, center: Tensor) -> Moved | None:
+    """Return vectors less their centre, and their squared norms, made once while both are the same.
+
+    To make them costs two passes over all vectors, which for few inputs is as much as the distances
+    themselves. A copy of the vectors is held as long as they live. Another centre, or a change in
+    place that autograd knows of, has them made again.
+
+    Args:
+        vectors: ``(m, d)``.
+        center: ``(d,)``.
+
+    Returns:
+        Tensors without gradient; None where changes could not be seen, or derivatives by one of
+        the two are wanted.
+    """
+    if any(t.requires_grad or t.is_inference() for t in (vectors, center)):
+        return None
+    versions = (vectors._version, center._version)
+    kept = _KEPT.get(vectors)
+    if kept is None or kept.center is not center or kept.versions != versions:
+        _KEPT.pop(vectors, None)  # frees it before there is another
+        with torch.inference_mode(False), torch.no_grad():
+            moved = vectors - center
+            norms = torch.linalg.vector_norm(moved, dim=1).square_()
+        _KEPT[vectors] = kept = _Kept(center, versions, Moved(moved, norms))
+    return kept.moved
+
+
+_CPU_TILE = (1024, 512)
+"""Most rows and columns of a tile on a CPU: it stays in cache from the exponents to the sum."""
+_CPU_TILE_ELEMENTS = 2**15
+"""Kernel values up to which a tile may have more columns, where centred vectors are at hand."""
+
+
+def squared_norms(rows: Tensor) -> Tensor:
+    """Compute the squared norms of rows ``(n, d)``; ``(n,)``."""
+    if rows.requires_grad:
+        return rows.square().sum(dim=1)  # the norm has no second derivative at 0
+    return torch.linalg.vector_norm(rows, dim=1).square_()
+
+
+class Tile(NamedTuple):
+    """A part of the kernel matrix: where it is, and what its distances are made of."""
+
+    rows: slice
+    columns: slice
+    inputs: Tensor  # centred, as the vectors
+    input_norms: Tensor  # squared, as those of the vectors
+    vectors: Tensor
+    vector_norms: Tensor
+
+    def unclamped_distances(self, room: Tensor) -> Tensor:
+        """Compute squared distances, which rounding may make negative, in a piece of memory."""
+        out = room.resize_(len(self.inputs), len(self.vectors))
+        torch.addmm(self.vector_norms, self.inputs, self.vectors.T, alpha=-2.0, out=out)
+        return out.add_(self.input_norms)
+
+
+def tile_slices(
+    inputs: Tensor, vectors: Tensor, block_elements: int, is_moved: bool
+) -> Iterator[tuple[slice, slice]]:
+    """Say where the kernel matrix is cut; the arguments are those of ``cut_tiles``.
+
+    Yields:
+        Rows and columns of each tile, left to right, then top to bottom.
+    """
+    n, m = len(inputs), len(vectors)
+    most_rows, most_columns = _CPU_TILE if inputs.device.type == "cpu" else (n, m)
+    if is_moved:  # nothing but kernel values has to stay in cache
+        most_columns = max(most_columns, _CPU_TILE_ELEMENTS // max(1, n))
+    width = max(1, min(m, most_columns, block_elements))
+    blocks = math.ceil(n / max(1, min(most_rows, block_elements // width)))
+    height = math.ceil(n / max(1, blocks))  # a last block of a few rows would be slow
+    for top in range(0, n, max(1, height)):
+        for left in range(0, m, width):
+            yield slice(top, min(top + height, n)), slice(left, min(left + width, m))
+
+
+def cut_tiles(
+    inputs: Tensor, vectors: Tensor, center: Tensor, block_elements: int, moved: Moved | None
+) -> Iterator[Tile]:
+    """Cut the kernel matrix.
+
+    Args:
+        inputs: Features, ``(n, d)``.
+        vectors: Support vectors, ``(m, d)``.
+        center: What both are measured from, ``(d,)``.
+        block_elements: Largest number of kernel values in a tile.
+        moved: The centred vectors, if they are at hand.
+
+    Yields:
+        Tiles, left to right, then top to bottom. Centred vectors that were not at hand share one
+        piece of memory: they last until the next tile is asked for.
+    """
+    room, above = vectors.new_empty(0), None
+    for rows, columns in tile_slices(inputs, vectors, block_elements, moved is not None):
+        if rows != above:
+            z, above = inputs[rows] - center, rows
+            z_norms = squared_norms(z).unsqueeze(1)
+        if moved is not None:
+            s, s_norms = (part[columns] for part in moved)
+        else:
+            part = vectors[columns]
+            s = torch.sub(part, center, out=room.resize_(part.shape))
+            s_norms = squared_norms(s)
+        yield Tile(rows, columns, z, z_norms, s, s_norms)
+
+
+def kernel_values(tile: Tile, rate: Tensor, room: Tensor) -> Tensor:
+    """Compute ``exp(rate * distances)`` of a tile, in a piece of memory; the rate is -gamma."""
+    return tile.unclamped_distances(room).clamp_min_(0.0).mul_(rate).exp_()
+
 
 BLOCK_ELEMENTS = 2**24
 """Largest number of kernel values held at once while scoring (64 MiB in float32)."""
@@ -262,3 +397,166 @@ def _differentiable_gradients(
     chosen = [t for t, need in zip(tensors, needed, strict=True) if need]
     found = iter(torch.autograd.grad(scores, chosen, grad, create_graph=True) if chosen else ())
     return tuple(next(found) if need else None for need in needed)
+
+
+Context = torch.autograd.function.FunctionCtx
+
+
+def compiled_rbf_scores(
+    inputs: Tensor, vectors: Tensor, coefficients: Tensor, gamma: Tensor, center: Tensor
+) -> Tensor:
+    """Compute what ``rbf_scores`` computes, in a program that is being compiled.
+
+    Args:
+        inputs: Features, ``(n, d)``.
+        vectors: Support vectors, ``(m, d)``.
+        coefficients: One column of dual coefficients per class, ``(m, c)``.
+        gamma: Kernel width, a scalar tensor > 0.
+        center: Mean of the training features, ``(d,)``.
+
+    Returns:
+        Sums without intercept, ``(n, c)``, with derivatives of first order. Where they are wanted
+        the kernel is kept for them, whatever its size.
+    """
+    tensors = (inputs, vectors, coefficients, gamma, center)
+    wanted = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    return scores_and_kernel(*tensors, wanted)[0]
+
+
+@torch.library.custom_op("torchdnr::rbf_scores", mutates_args=())
+def scores_and_kernel(
+    inputs: Tensor,
+    vectors: Tensor,
+    coefficients: Tensor,
+    gamma: Tensor,
+    center: Tensor,
+    keep_kernel: bool,
+) -> tuple[Tensor, Tensor]:
+    """Sum kernels times coefficients; the arguments are those of ``compiled_rbf_scores``.
+
+    Returns:
+        Sums, ``(n, c)``, and all kernel values, tile after tile, ``(n * m,)``; ``(0,)`` if they
+        are not to be kept.
+    """
+    with full_precision(inputs.device):
+        moved = moved_vectors(inputs, vectors, center)
+        tiles = cut_tiles(inputs, vectors, center, BLOCK_ELEMENTS, moved)
+        scores, kept = sum_kernels(inputs, coefficients, -gamma, tiles, keep_kernel)
+    flat = [kernel.flatten() for kernel in kept]
+    return scores, torch.cat(flat) if flat else inputs.new_empty(0)
+
+
+@scores_and_kernel.register_fake
+def _(
+    inputs: Tensor,
+    vectors: Tensor,
+    coefficients: Tensor,
+    gamma: Tensor,
+    center: Tensor,
+    keep_kernel: bool,
+) -> tuple[Tensor, Tensor]:
+    n, m = inputs.shape[0], vectors.shape[0]
+    scores = coefficients.new_empty(n, coefficients.shape[1])
+    return scores, inputs.new_empty(n * m if keep_kernel else 0)
+
+
+@torch.library.custom_op("torchdnr::rbf_gradients", mutates_args=())
+def rbf_gradients(
+    grad: Tensor,
+    inputs: Tensor,
+    vectors: Tensor,
+    coefficients: Tensor,
+    gamma: Tensor,
+    center: Tensor,
+    scores: Tensor,
+    kernel: Tensor,
+    needed: Sequence[bool],
+) -> list[Tensor]:
+    """Compute the gradients of the sums from their own gradient.
+
+    Args:
+        grad: Of the sums, ``(n, c)``.
+        inputs: As the next four, those of ``compiled_rbf_scores``.
+        vectors: See there.
+        coefficients: See there.
+        gamma: See there.
+        center: See there.
+        scores: The sums.
+        kernel: Their kernel values, or ``(0,)`` where they were not kept.
+        needed: Which of inputs, vectors, coefficients and gamma have gradients.
+
+    Returns:
+        Four gradients; ``(0,)`` in the place of those not needed.
+    """
+    moved = moved_vectors(inputs, vectors, center)
+    kept = _kept_tiles(kernel, tile_slices(inputs, vectors, BLOCK_ELEMENTS, moved is not None))
+    with full_precision(inputs.device):
+        tiles = cut_tiles(inputs, vectors, center, BLOCK_ELEMENTS, moved)
+        tensors = (inputs, vectors, coefficients, gamma, center)
+        found = gradients(grad, *tensors, scores, kept, tiles, tuple(needed))
+    return [inputs.new_empty(0) if part is None else part for part in found]
+
+
+def _kept_tiles(kernel: Tensor, slices: Iterable[tuple[slice, slice]]) -> list[Tensor]:
+    if not kernel.numel():
+        return []
+    shapes = [(rows.stop - rows.start, columns.stop - columns.start) for rows, columns in slices]
+    parts = kernel.split([height * width for height, width in shapes])
+    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+
+
+@rbf_gradients.register_fake
+def _(
+    grad: Tensor,
+    inputs: Tensor,
+    vectors: Tensor,
+    coefficients: Tensor,
+    gamma: Tensor,
+    center: Tensor,
+    scores: Tensor,
+    kernel: Tensor,
+    needed: Sequence[bool],
+) -> list[Tensor]:
+    tensors = (inputs, vectors, coefficients, gamma)
+    return [
+        torch.empty_like(t, memory_format=torch.preserve_format) if need else inputs.new_empty(0)
+        for t, need in zip(tensors, needed, strict=True)
+    ]
+
+
+def _keep(ctx: Context, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    *tensors, _ = inputs
+    ctx.save_for_backward(*tensors, *output)
+
+
+def _backward(ctx: Context, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    needed = ctx.needs_input_grad[:4]
+    found = rbf_gradients(grad, *ctx.saved_tensors, needed)
+    return *(part if need else None for part, need in zip(found, needed, strict=True)), None, None
+
+
+scores_and_kernel.register_autograd(_backward, setup_context=_keep)
+
+
+def traced_rbf_scores(
+    inputs: Tensor, vectors: Tensor, coefficients: Tensor, gamma: Tensor, center: Tensor
+) -> Tensor:
+    """Compute what ``rbf_scores`` computes, in operations of PyTorch's own.
+
+    An exported program has to run without this package. The kernel is taken whole, ``(n, m)``: a
+    number of rows that is only known when the program runs cannot be cut into tiles.
+
+    Args:
+        inputs: Features, ``(n, d)``.
+        vectors: Support vectors, ``(m, d)``.
+        coefficients: One column of dual coefficients per class, ``(m, c)``.
+        gamma: Kernel width, a scalar tensor > 0.
+        center: Mean of the training features, ``(d,)``.
+
+    Returns:
+        Sums without intercept, ``(n, c)``.
+    """
+    z, s = inputs - center, vectors - center
+    norms = z.square().sum(dim=1, keepdim=True) + s.square().sum(dim=1)
+    distances = (norms - 2.0 * z @ s.T).clamp_min(0.0)
+    return (-gamma * distances).exp() @ coefficients

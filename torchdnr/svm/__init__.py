@@ -1,10 +1,10 @@
 """RBF support vector machines: the dual problem, its solver, the module, model selection."""
 
+from torchdnr.decisions import NotFittedError
 from torchdnr.svm.dual import ConvergenceWarning, DualSolution
 from torchdnr.svm.model_selection import GridSearch, grid_search, out_of_fold_scores
 from torchdnr.svm.rbf_svm import RBFSVM
 from torchdnr.svm.solver import solve_dual
-from torchdnr.svm.state import NotFittedError
 
 __all__ = [
     "RBFSVM",

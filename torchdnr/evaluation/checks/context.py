@@ -10,11 +10,11 @@ from torch import Tensor
 from torchdnr.attacks.objectives import find_objective
 from torchdnr.attacks.projections import project
 from torchdnr.attacks.target import Target
+from torchdnr.decisions import evaded, predict_labels
 from torchdnr.evaluation.checks.result import CannotRun, Check, Status
 from torchdnr.evaluation.curve import SecurityCurve
 from torchdnr.evaluation.judging import CountedModel, outputs
-from torchdnr.evaluation.known_attacks import Attack
-from torchdnr.evaluation.metrics import evaded, predict_labels
+from torchdnr.evaluation.line_up import Attack
 
 Model = Callable[[Tensor], Tensor]
 

@@ -6,10 +6,10 @@ import torch
 
 from torchdnr.attacks.pgd import pgd
 from torchdnr.attacks.projections import project_box
+from torchdnr.decisions import evaded, predict_labels
 from torchdnr.evaluation.checks.context import Context
 from torchdnr.evaluation.checks.result import Check
 from torchdnr.evaluation.judging import outputs
-from torchdnr.evaluation.metrics import evaded, predict_labels
 
 UNBOUNDED = "unbounded attack"
 CHANCE = "chance at large eps"

@@ -6,10 +6,11 @@ from collections.abc import Mapping
 import torch
 
 from torchdnr.attacks.pgd import pgd
+from torchdnr.decisions import evaded
 from torchdnr.evaluation.checks.context import Context
 from torchdnr.evaluation.checks.result import CannotRun, Check
 from torchdnr.evaluation.curve import SecurityCurve
-from torchdnr.evaluation.metrics import evaded, wilson_interval
+from torchdnr.evaluation.metrics import wilson_interval
 
 HALF_EPS = "plausible at eps / 2"
 

@@ -3,12 +3,12 @@
 import torch
 from torch import Tensor
 
-from torchdnr.attacks.objectives import decision_objective, split_scores
+from torchdnr.attacks.objectives import decision_objective
+from torchdnr.decisions import evaded, predict_labels, split_scores
 from torchdnr.evaluation.checks.context import Context
 from torchdnr.evaluation.checks.result import CannotRun, Check
 from torchdnr.evaluation.curve import Predictions
 from torchdnr.evaluation.judging import TOLERANCE, Task, in_box, norms, outputs
-from torchdnr.evaluation.metrics import evaded, predict_labels
 
 MONOTONE = "monotone curve"
 STORED_POINTS = "stored points"

@@ -9,7 +9,7 @@ from matplotlib.lines import Line2D
 
 from torchdnr.evaluation.detection import Detection
 from torchdnr.evaluation.figures import COLOURS, MARKERS, _norm_name, _save, _style
-from torchdnr.evaluation.intervals import Estimate
+from torchdnr.evaluation.metrics import Estimate
 from torchdnr.evaluation.stratified import StratifiedCurve
 from torchdnr.evaluation.threshold_sweep import ThresholdSweep
 

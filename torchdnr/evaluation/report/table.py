@@ -1,11 +1,73 @@
 """The results of several classifiers side by side: a table to read, a JSON file to keep."""
 
+import csv
+import io
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from torchdnr.evaluation.curve import Predictions, SecurityCurve, read_json, write_json
+from torchdnr.evaluation.curve import Predictions, SecurityCurve
+from torchdnr.evaluation.metrics import decision_rates
+from torchdnr.files import atomic_write_bytes, read_json, write_json
+
+
+def attack_rates(
+    curves: Mapping[str, SecurityCurve], *, confidence: float = 0.95
+) -> list[dict[str, Any]]:
+    """Tabulate every rate, per classifier, attack and eps.
+
+    Args:
+        curves: Classifier name to its curve.
+        confidence: Coverage of the intervals, in (0, 1).
+
+    Returns:
+        Rows with the classifier, the attack (None: the worst case over all), eps, and a dictionary
+        with value, low, high and n for each of ``DecisionRates``.
+    """
+    rows = []
+    for name, curve in curves.items():
+        several: dict[str | None, Predictions] = {**curve.attacks, None: curve}
+        for attack, alone in several.items():
+            for eps, predictions in zip(alone.eps, alone.predictions, strict=True):
+                rates = decision_rates(predictions, alone.labels, eps, confidence=confidence)
+                row = {key: rate.to_dict() for key, rate in rates._asdict().items()}
+                rows.append({"classifier": name, "attack": attack, "eps": eps, **row})
+    return rows
+
+
+def attack_costs(curves: Mapping[str, SecurityCurve]) -> list[dict[str, Any]]:
+    """Tabulate what each attack cost over all eps, and what it reached alone.
+
+    Args:
+        curves: Classifier name to its curve.
+
+    Returns:
+        Rows with the classifier, the attack, its number of samples and of positive eps, seconds,
+        forwards and backwards in total and per sample, points that left their constraints, and
+        ``evasion``: the share accepted and wrong at the largest eps, with its interval.
+    """
+    rows = []
+    for name, curve in curves.items():
+        for attack, alone in curve.attacks.items():
+            samples = len(alone.labels)
+            spent = {key: sum(getattr(alone, key)) for key in ("seconds", "forwards", "backwards")}
+            largest = decision_rates(alone.predictions[-1], alone.labels, alone.eps[-1])
+            rows.append(
+                {
+                    "classifier": name,
+                    "attack": attack,
+                    "samples": samples,
+                    "positive_eps": sum(eps > 0 for eps in alone.eps),
+                    **spent,
+                    **{f"{key}_per_sample": value / samples for key, value in spent.items()},
+                    "violations": sum(alone.violations),
+                    "largest_eps": alone.eps[-1],
+                    "evasion": largest.evasion.to_dict(),
+                }
+            )
+    return rows
+
 
 WORST_CASE = "worst case"
 EXPLANATION = """\
@@ -127,3 +189,58 @@ def _remarks(curves: Mapping[str, SecurityCurve]) -> list[str]:
                     "these points were projected back."
                 )
     return lines
+
+
+COSTS = "seconds", "forwards", "backwards"
+COLUMNS = (
+    *("classifier", "attack", "norm", "eps", "samples"),
+    *("accuracy", "accuracy_low", "accuracy_high"),
+    *("rejection_rate", "rejection_low", "rejection_high"),
+    *("evasion_rate", "evasion_low", "evasion_high"),
+    *("mean_norm", *COSTS),
+)
+
+
+def save_csv(path: str | Path, curves: Mapping[str, SecurityCurve]) -> None:
+    """Write a row per classifier, attack and eps, and for the worst case over the attacks.
+
+    Rates are shares in [0, 1], low and high the ends of their 95 % confidence intervals. The cost
+    of a minimum-norm attack is in the row of its first positive eps; the worst case has the sum.
+
+    Args:
+        path: File to write, atomically.
+        curves: Classifier name to its curve.
+
+    Raises:
+        OSError: If the file cannot be written.
+    """
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    for name, curve in curves.items():
+        for attack, alone in {**curve.attacks, WORST_CASE: curve}.items():
+            writer.writerows(_rows(name, attack, alone, curve))
+    atomic_write_bytes(path, text.getvalue().encode())
+
+
+def _rows(
+    name: str, attack: str, alone: Predictions, curve: SecurityCurve
+) -> Iterator[dict[str, Any]]:
+    several = curve.attacks.values() if alone is curve else [alone]
+    for index, eps in enumerate(alone.eps):
+        row = {
+            "classifier": name,
+            "attack": attack,
+            "norm": f"{curve.norm:g}",
+            "eps": eps,
+            "samples": len(alone.labels),
+            "mean_norm": alone.mean_norm[index],
+        }
+        for key, rate in (("accuracy", "accuracy"), ("rejection", "rejection_rate")):
+            row[rate] = getattr(alone, rate)[index]
+            row[f"{key}_low"], row[f"{key}_high"] = getattr(alone, f"{key}_interval")[index]
+        row["evasion_rate"] = alone.evasion_rate[index]
+        row["evasion_low"], row["evasion_high"] = alone.evasion_interval[index]
+        for cost in COSTS:
+            row[cost] = sum(getattr(one, cost)[index] for one in several)
+        yield row

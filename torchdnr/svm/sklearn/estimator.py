@@ -7,10 +7,9 @@ from typing import Self
 import torch
 
 from torchdnr.svm.dual import ConvergenceWarning
-from torchdnr.svm.libsvm_layout import to_libsvm
 from torchdnr.svm.multiclass import ONE_VS_ONE, class_pairs, votes_and_confidence
 from torchdnr.svm.rbf_svm import RBFSVM
-from torchdnr.svm.sklearn.convert import MISSING
+from torchdnr.svm.sklearn.convert import MISSING, to_libsvm
 
 try:
     import numpy as np
