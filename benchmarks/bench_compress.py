@@ -34,7 +34,7 @@ from torchdnr.cli.classifiers import make_classifiers
 from torchdnr.cli.console import Console
 from torchdnr.cli.options import attack_parser
 from torchdnr.cli.run_folder import Job, prepare
-from torchdnr.decisions import evaded
+from torchdnr.decisions import is_evasion
 from torchdnr.dnr import compression_losses
 from torchdnr.evaluation import SecurityCurve, security_evaluation
 from torchdnr.evaluation.environment import describe_environment
@@ -106,7 +106,7 @@ def clean(model: DNR | NR, job: Job) -> dict[str, Any]:
         "test_samples": len(labels),
         "test_accuracy": accuracy_under_attack(predicted, labels, eps=0),
         "test_rejection_rate": rejection_rate(predicted),
-        "test_evasion_rate": evaded(predicted, labels).double().mean().item(),
+        "test_evasion_rate": is_evasion(predicted, labels).double().mean().item(),
         "calibration_rejection_rate": rejection_rate(model.predict(job.images("threshold")[0])),
     }
 
@@ -215,10 +215,10 @@ def against_original(
     counts: dict[str, list[int]] = {"newly_evaded": [], "no_longer_evaded": [], "transferred": []}
     labels = labels.cpu()
     for index in range(len(curve.eps)):
-        own = evaded(curve.predictions[index], labels)
-        before = evaded(original.predictions[index], labels)
+        own = is_evasion(curve.predictions[index], labels)
+        before = is_evasion(original.predictions[index], labels)
         # A model that is only harder to attack, not stronger, still falls to these points.
-        moved = evaded(model.predict(original.adversarial[index]).cpu(), labels)
+        moved = is_evasion(model.predict(original.adversarial[index]).cpu(), labels)
         counts["newly_evaded"].append((own & ~before).sum().item())
         counts["no_longer_evaded"].append((before & ~own).sum().item())
         counts["transferred"].append((moved & ~own).sum().item())

@@ -31,7 +31,7 @@ from torchdnr.cli.classifiers import make_classifiers
 from torchdnr.cli.console import Console
 from torchdnr.cli.options import attack_parser
 from torchdnr.cli.run_folder import prepare
-from torchdnr.decisions import evaded, has_reject_column
+from torchdnr.decisions import has_reject_column, is_evasion
 from torchdnr.evaluation import SecurityCurve, load_results, predict_labels
 from torchdnr.evaluation.environment import describe_environment
 from torchdnr.evaluation.judging import outputs
@@ -115,7 +115,8 @@ def ours_evading(curve: SecurityCurve, eps: Sequence[float], count: int) -> dict
     """Read from a curve where our line-up evades, by eps, for the first samples."""
     rows = {value: curve.eps.index(value) for value in eps}
     return {
-        value: evaded(curve.predictions[row], curve.labels)[:count] for value, row in rows.items()
+        value: is_evasion(curve.predictions[row], curve.labels)[:count]
+        for value, row in rows.items()
     }
 
 

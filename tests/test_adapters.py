@@ -72,7 +72,7 @@ def random_rows(dtype, reject=True):
 
 @DTYPES
 @pytest.mark.parametrize("reject", [True, False])
-def test_argmax_for_a_label_differs_from_it_iff_accepted_and_wrong(dtype, reject):
+def test_argmax_for_a_label_differs_from_it_iff_is_evasion(dtype, reject):
     rows, labels = random_rows(dtype, reject)
     model = Given(reject)
     expected = evades(rows, labels, reject)
@@ -90,7 +90,7 @@ def test_argmax_for_a_label_differs_from_it_iff_accepted_and_wrong(dtype, reject
 
 @DTYPES
 @pytest.mark.parametrize("reject", [True, False])
-def test_some_target_is_reached_iff_accepted_and_wrong(dtype, reject):
+def test_some_target_is_reached_iff_is_evasion(dtype, reject):
     rows, labels = random_rows(dtype, reject)
     reached = torch.zeros(ROWS, dtype=torch.bool)
     ties = torch.zeros(ROWS, dtype=torch.bool)

@@ -9,7 +9,7 @@ import torch
 from torchvision.models import resnet18
 
 import torchdnr
-from torchdnr.decisions import evaded
+from torchdnr.decisions import is_evasion
 from torchdnr.evaluation import load_results
 from torchdnr.models import MNISTNet, save_network
 
@@ -55,8 +55,8 @@ def test_in_the_recorded_run_the_worst_case_holds_every_attack(recorded_run):
                 curve.eps, curve.predictions, attack.predictions, strict=True
             ):
                 if eps > 0:
-                    harmful = evaded(torch.as_tensor(alone), curve.labels)
-                    assert evaded(torch.as_tensor(worst), curve.labels)[harmful].all()
+                    harmful = is_evasion(torch.as_tensor(alone), curve.labels)
+                    assert is_evasion(torch.as_tensor(worst), curve.labels)[harmful].all()
 
 
 def test_no_recorded_attack_of_another_library_evades_where_ours_does_not():

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from torchdnr.decisions import left_as_found, split_scores
+from torchdnr.decisions import evaluation_mode, split_scores
 
 if TYPE_CHECKING:
     import numpy as np
@@ -39,7 +39,7 @@ def suspicion_of_array(model: nn.Module, x: "np.ndarray | Tensor", batch_size: i
         ``(n,)``, on the CPU.
     """
     like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
-    with left_as_found(model):
+    with evaluation_mode(model):
         parts = [suspicion(model, part.to(like)) for part in torch.as_tensor(x).split(batch_size)]
     return torch.cat(parts).cpu()
 

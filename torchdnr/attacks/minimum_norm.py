@@ -25,7 +25,7 @@ from torchdnr.attacks.starts import (
     keep_nearest,
 )
 from torchdnr.attacks.target import Target, check_classes, evaluate
-from torchdnr.decisions import has_reject_column, left_as_found
+from torchdnr.decisions import evaluation_mode, has_reject_column
 
 _SLACK = 512  # roundings of the spread of the scores by which an evading point must evade
 _FLOOR = 4  # roundings of the largest score, the least that can be told apart
@@ -113,7 +113,7 @@ class MinimumNorm:
         classes = self.labels if self.targets is None else self.targets
         generator = torch.Generator(device=self.inputs.device).manual_seed(self.seed)
         nearest, lost = self.inputs.clone(), 0
-        with left_as_found(self.model), torch.no_grad():
+        with evaluation_mode(self.model), torch.no_grad():
             check_classes(target, self.inputs, classes)
             pool = None
             if self.init_inputs is not None:

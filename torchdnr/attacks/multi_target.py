@@ -17,7 +17,7 @@ from torchdnr.attacks.points import (
     unsolved,
 )
 from torchdnr.attacks.target import Target
-from torchdnr.decisions import left_as_found, split_scores
+from torchdnr.decisions import evaluation_mode, split_scores
 
 
 def multi_target(
@@ -72,7 +72,7 @@ def multi_target(
     shared = {"norm": norm, "bounds": bounds, "batch_size": batch_size}
     if classes is not None:
         check_count("classes", classes, 1)
-    with left_as_found(model), torch.no_grad():
+    with evaluation_mode(model), torch.no_grad():
         judge = make_judge(model, inputs, labels, eps, targets=None, reject=reject, **shared)
         best = judge.points(inputs)
         if start is not None:

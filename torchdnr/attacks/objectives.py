@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from torchdnr.decisions import _sides
+from torchdnr.decisions import accepted, opposing_scores
 
 TEMPERATURE = 0.1
 """Of the log-sum-exp objective, as a share of the spread of the scores."""
@@ -38,7 +38,7 @@ def paper_objective(
 
     Source: Sotgiu et al., "Deep neural rejection against adversarial examples", Eq. (2).
     """
-    against, toward = _sides(scores, classes, targeted)
+    against, toward = opposing_scores(scores, classes, targeted)
     return against - toward
 
 
@@ -49,7 +49,7 @@ def decision_objective(
 
     Without a threshold it equals Eq. (2). Targeted it is negative iff accepted as the target.
     """
-    against, toward = _sides(scores, classes, targeted)
+    against, toward = opposing_scores(scores, classes, targeted)
     return (against if threshold is None else torch.maximum(against, threshold)) - toward
 
 
@@ -63,11 +63,12 @@ def secml_objective(
 
     Source: the objective that the authors' library ``secml`` minimises.
     """
-    against, toward = _sides(scores, classes, targeted)
+    against, toward = opposing_scores(scores, classes, targeted)
     if threshold is None:
         return against - toward
-    rejected = torch.maximum(against, toward) <= threshold
-    return torch.where(rejected, threshold, against) - toward
+    best = torch.maximum(against, toward)
+    answered = accepted(best, threshold) | best.isnan()  # a NaN must show
+    return torch.where(answered, against, threshold) - toward
 
 
 def cross_entropy_objective(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from torchdnr.attacks.objectives import decision_objective
-from torchdnr.decisions import REJECT, evaded
+from torchdnr.decisions import REJECT, accepted, is_evasion
 from torchdnr.evaluation.metrics import Estimate, share
 from torchdnr.evaluation.roc import ROC, auroc, fpr_at_tpr, needed_rank, roc_curve
 
@@ -54,7 +54,7 @@ def decide(output: Tensor, reject: bool, threshold: float | Tensor | None = None
     confidence, classes = scores.max(dim=-1)
     if threshold is None:
         threshold = output[..., -1] if reject else -torch.inf
-    return Decisions(confidence, classes, confidence > threshold)
+    return Decisions(confidence, classes, accepted(confidence, threshold))
 
 
 def worst_predictions(
@@ -86,7 +86,7 @@ def worst_predictions(
         decisions.confidence
     )
     predictions = torch.where(decisions.accepted, decisions.classes, REJECT)
-    evading = evaded(predictions, labels)
+    evading = is_evasion(predictions, labels)
     ranked = torch.where(evading == evading.any(dim=0), margin, torch.inf)
     return predictions.gather(0, ranked.argmin(dim=0, keepdim=True))[0]
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from torchdnr.decisions import left_as_found
+from torchdnr.decisions import evaluation_mode
 from torchdnr.evaluation.curve import SecurityCurve
 from torchdnr.evaluation.detection import (
     Detection,
@@ -101,7 +101,7 @@ def measure(
     labels = curve.labels.to(inputs.device)
     detection: dict[float, Detection | None] = {}
     errors: dict[float, dict[str, Estimate]] = {}
-    with left_as_found(model):
+    with evaluation_mode(model):
         clean = outputs(model, inputs, batch_size)
         right = decide(clean, curve.rejects).classes == labels
         known = None

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from torchdnr.decisions import REJECT, evaded
+from torchdnr.decisions import REJECT, is_evasion
 
 
 def accuracy_under_attack(predictions: Tensor, labels: Tensor, eps: float) -> float:
@@ -53,7 +53,7 @@ def evasion_rate(predictions: Tensor, labels: Tensor) -> float:
     Returns:
         Share in [0, 1]. For ``eps > 0`` it is one minus the accuracy under attack.
     """
-    return _share(evaded(_same_length(predictions, labels), labels))
+    return _share(is_evasion(_same_length(predictions, labels), labels))
 
 
 def wilson_interval(rate: float, n: int, confidence: float = 0.95) -> tuple[float, float]:
@@ -287,7 +287,7 @@ def decision_rates(
     if not eps >= 0:
         raise ValueError(f"eps must be >= 0, got {eps}")
     right, rejected = predictions == labels, predictions == REJECT
-    wrong = evaded(predictions, labels)
+    wrong = is_evasion(predictions, labels)
     options = {"confidence": confidence}
     return DecisionRates(
         accuracy=share(right | rejected if eps > 0 else right, **options),

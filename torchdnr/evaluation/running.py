@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from torchdnr.attacks.projections import project
-from torchdnr.decisions import evaded
+from torchdnr.decisions import is_evasion
 from torchdnr.distributed.processes import Processes
 from torchdnr.evaluation.checkpoint import Checkpoint
 from torchdnr.evaluation.curve import AttackCurve
@@ -95,7 +95,7 @@ def _run_step(
             points = _checked(attack.run(task.model, task.inputs, task.labels), task.inputs, name)
         else:
             points = before.points.to(task.inputs.device)
-            rows = (~evaded(before.predictions, task.labels)).nonzero()[:, 0]
+            rows = (~is_evasion(before.predictions, task.labels)).nonzero()[:, 0]
             inputs, labels, start = (t[rows] for t in (task.inputs, task.labels, points))
             if len(rows):
                 found = attack.run(task.model, inputs, labels, eps, start)
@@ -143,7 +143,7 @@ def what_happened(task: Task, eps: list[float], judged: list[Judged]) -> dict[st
 
 def _evasion_norm(task: Task, judged: Judged) -> Tensor:
     """Return the norm of each perturbation that evades, infinite elsewhere."""
-    return judged.size.masked_fill(~evaded(judged.predictions, task.labels), math.inf)
+    return judged.size.masked_fill(~is_evasion(judged.predictions, task.labels), math.inf)
 
 
 def _now(device: torch.device) -> float:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torchdnr.attacks.checks import check_inputs, check_like
 from torchdnr.attacks.objectives import decision_objective
 from torchdnr.attacks.target import Target, check_classes
-from torchdnr.decisions import check_images, has_reject_column, left_as_found
+from torchdnr.decisions import check_images, evaluation_mode, has_reject_column
 from torchdnr.distributed.processes import ALONE, Processes
 from torchdnr.evaluation.checkpoint import Checkpoint, attack_paths
 from torchdnr.evaluation.curve import SecurityCurve
@@ -156,7 +156,7 @@ def security_evaluations(
             if not line_up:
                 raise ValueError(f"attacks is empty for {name}: give one, or None for the default")
             task = Task(CountedModel(model), inputs, labels, **options)
-            stack.enter_context(left_as_found(model))
+            stack.enter_context(evaluation_mode(model))
             target = Target(task.model, decision_objective, task.reject, batch_size)
             check_classes(target, inputs, labels)
             clean[name] = task, judge(task, inputs)

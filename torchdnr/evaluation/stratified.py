@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from torchdnr.attacks.checks import check_inputs
 from torchdnr.attacks.lowest_confidence import lowest_confidence
-from torchdnr.decisions import REJECT, evaded, has_reject_column, left_as_found
+from torchdnr.decisions import REJECT, evaluation_mode, has_reject_column, is_evasion
 from torchdnr.evaluation.detection import stacked
 from torchdnr.evaluation.judging import Task, judge, keep_inside
 from torchdnr.evaluation.metrics import Estimate, share
@@ -142,11 +142,11 @@ def stratified_curve(
             return reject_attack(model, inputs[rows], labels[rows], radius)
         return lowest_confidence(model, inputs[rows], radius, start=start, **options, **own)
 
-    with left_as_found(model):
-        evading = evaded(judge(task, inputs).predictions, labels)
+    with evaluation_mode(model):
+        evading = is_evasion(judge(task, inputs).predictions, labels)
         for points in stacked(adversarial, inputs):
             points, _ = keep_inside(task, points.to(inputs), eps, "adversarial")
-            evading = evading | evaded(judge(task, points).predictions, labels)
+            evading = evading | is_evasion(judge(task, points).predictions, labels)
         bar = tqdm(alphas, desc=name, unit="alpha", disable=not progress)
         rejected = _reject_within(task, (alpha * eps for alpha in bar), attack)
     return StratifiedCurve(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from torchdnr.attacks.checks import check_inputs
-from torchdnr.decisions import evaded, has_reject_column, left_as_found, split_scores
+from torchdnr.decisions import evaluation_mode, has_reject_column, is_evasion, split_scores
 from torchdnr.evaluation.detection import stacked, worst_predictions
 from torchdnr.evaluation.judging import Task, keep_inside, outputs
 from torchdnr.evaluation.metrics import DecisionRates, Estimate, decision_rates
@@ -167,7 +167,7 @@ def threshold_sweep(
         predictions = worst_predictions(pool, labels, reject, theta)
         return decision_rates(predictions, labels, value, confidence=confidence)
 
-    with left_as_found(model):
+    with evaluation_mode(model):
         clean = outputs(model, inputs, batch_size)[None]
         without = [rates_at(clean, theta, 0.0) for theta in thetas]
         pools, pool = [], clean
@@ -235,7 +235,7 @@ def _attack_again(
     eps: float,
 ) -> Tensor | None:
     """Attack the samples not evaded at this theta; outputs ``(1, n, columns)``, or None."""
-    evading = evaded(worst_predictions(pool, task.labels, task.reject, theta), task.labels)
+    evading = is_evasion(worst_predictions(pool, task.labels, task.reject, theta), task.labels)
     rows = (~evading).nonzero()[:, 0]
     if len(rows) == 0:
         return None

@@ -14,9 +14,9 @@ from torchdnr.attacks.starts import assigned_classes
 from torchdnr.attacks.target import Target, check_classes
 from torchdnr.decisions import (
     check_images,
-    evaded,
+    evaluation_mode,
     has_reject_column,
-    left_as_found,
+    is_evasion,
     predict_labels,
 )
 from torchdnr.evaluation.checks import (
@@ -185,7 +185,7 @@ def run_checks(
     chosen = _named(only)
     began = time.perf_counter()
     counted = CountedModel(model)
-    with left_as_found(counted), left_as_found(surrogate):
+    with evaluation_mode(counted), evaluation_mode(surrogate):
         context = _context(
             counted,
             inputs,
@@ -261,7 +261,7 @@ def _context(
     if attacks is None:
         attacks = _default_attacks(pool, pool_labels, fields)
     attacks = {key: attack for key, attack in attacks.items() if attack.fits(fields["original"])}
-    evading = evaded(curve.predictions[index], curve.labels)
+    evading = is_evasion(curve.predictions[index], curve.labels)
     rows = (~evading).nonzero()[:, 0][: options["samples"]].to(inputs.device)
     points = inputs if curve.adversarial is None else curve.adversarial[index].to(inputs)
     return Context(
