@@ -18,8 +18,7 @@ from torchdnr.attacks import line_search_pgd
 from torchdnr.costs import stage
 from torchdnr.decisions import has_reject_column
 from torchdnr.evaluation import SecurityCurve, build_line_up, predict_labels
-from torchdnr.evaluation.detection import worst_predictions
-from torchdnr.evaluation.judging import outputs
+from torchdnr.evaluation.judging import outputs, worst_predictions
 from torchdnr.evaluation.metrics import accuracy_under_attack, decision_rates, rejection_rate
 from torchdnr.evaluation.report.table import load_results, save_results
 from torchdnr.evaluation.security import security_evaluations

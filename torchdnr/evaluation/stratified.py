@@ -14,8 +14,7 @@ from tqdm import tqdm
 from torchdnr.attacks.checks import check_inputs
 from torchdnr.attacks.lowest_confidence import lowest_confidence
 from torchdnr.decisions import REJECT, evaluation_mode, has_reject_column, is_evasion
-from torchdnr.evaluation.detection import stacked
-from torchdnr.evaluation.judging import Task, judge, keep_inside
+from torchdnr.evaluation.judging import Task, judge, keep_inside, stacked
 from torchdnr.evaluation.metrics import Estimate, share
 
 ALPHAS = 0.0, 0.01, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.5, 1.0

@@ -12,8 +12,7 @@ from tqdm import tqdm
 
 from torchdnr.attacks.checks import check_inputs
 from torchdnr.decisions import evaluation_mode, has_reject_column, is_evasion, split_scores
-from torchdnr.evaluation.detection import stacked, worst_predictions
-from torchdnr.evaluation.judging import Task, keep_inside, outputs
+from torchdnr.evaluation.judging import Task, keep_inside, outputs, stacked, worst_predictions
 from torchdnr.evaluation.metrics import DecisionRates, Estimate, decision_rates
 from torchdnr.rejection import rejection_threshold
 

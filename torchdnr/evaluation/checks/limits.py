@@ -1,5 +1,6 @@
 """Every defence has to fail when the perturbation is not bounded."""
 
+import math
 import warnings
 
 import torch
@@ -38,10 +39,8 @@ def _unbounded(context: Context) -> tuple[int, int, int]:
             some, wanted = inputs[left], labels[left]
             with warnings.catch_warnings():  # samples without a start are counted below
                 warnings.simplefilter("ignore")
-                if attack.minimum_norm:
-                    points = attack.run(context.model, some, wanted)
-                else:
-                    points = attack.run(context.model, some, wanted, context.diameter, some)
+                eps = math.inf if attack.minimum_norm else context.diameter
+                points = attack.run(context.model, some, wanted, eps, some)
             found = found | evading(inputs.index_copy(0, left, points.detach().to(inputs)))
         steps = context.options["steps"]
         alone = context.attack(pgd, rows, eps=context.diameter, steps=steps)

@@ -90,10 +90,8 @@ def record(context: Context, attack: Attack, row: int) -> Recorded:
     """Attack one sample alone, from the clean input, and look at all it showed to the model."""
     model = Recorder(context, row)
     inputs, labels = context.inputs[row : row + 1], context.labels[row : row + 1]
-    if attack.minimum_norm:
-        points = attack.run(model, inputs, labels)
-    else:
-        points = attack.run(model, inputs, labels, context.eps, inputs)
+    eps = math.inf if attack.minimum_norm else context.eps
+    points = attack.run(model, inputs, labels, eps, inputs)
     margin, norm, success = model.seen()
     with torch.no_grad():
         model(points)
