@@ -111,9 +111,7 @@ def project_l2(
         return torch.where(per_row(inside, points), boxed, shorter)
     rows = (~inside[:, 0]).nonzero()[:, 0]
     if len(rows) > 0:
-        shorter = _shorten(
-            points.flatten(1)[rows], origin[rows], limit[rows], radius[rows], bounds
-        )
+        shorter = _shorten(points.flatten(1)[rows], origin[rows], limit[rows], radius[rows], bounds)
         boxed[rows] = shorter.view(-1, *points.shape[1:])
     return boxed
 

@@ -9,9 +9,9 @@ from math import ceil
 
 import torch
 
+from torchdnr.attacks.directions import steepest
 from torchdnr.attacks.noise import noise
 from torchdnr.attacks.pgd import pgd
-from torchdnr.attacks.projections import steepest
 from torchdnr.attacks.square import square
 from torchdnr.attacks.target import slope_at
 from torchdnr.attacks.transfer import transfer
