@@ -27,6 +27,7 @@ from torchdnr.evaluation.judging import (
     CountedModel,
     Judged,
     Task,
+    checked_points,
     judge,
     keep_inside,
     worse,
@@ -131,7 +132,7 @@ def security_evaluations(
         ``SecurityCurve`` by name: worst case and each attack alone.
 
     Raises:
-        ValueError: If an argument is not as described, or a model or an attack returns NaN.
+        ValueError: If an argument is not as settings_of, or a model or an attack returns NaN.
         OSError: If a checkpoint cannot be written.
         PeerError: If another of the processes has ended.
 
@@ -145,7 +146,7 @@ def security_evaluations(
     if batch_size < 1:
         raise ValueError(f"batch_size must be >= 1, got {batch_size}")
     jobs: list[_Job] = []
-    described: dict[str, dict[str, Any]] = {}
+    settings_of: dict[str, dict[str, Any]] = {}
     with ExitStack() as stack:
         for name, model in models.items():
             stack.enter_context(evaluation_mode(model))
@@ -166,7 +167,7 @@ def security_evaluations(
             line_up = {key: attack for key, attack in line_up.items() if attack.fits(model)}
             if not line_up:
                 raise ValueError(f"attacks is empty for {name}: give one, or None for the default")
-            described[name] = {
+            settings_of[name] = {
                 "norm": norm,
                 "bounds": list(bounds),
                 "batch_size": batch_size,
@@ -203,7 +204,7 @@ def security_evaluations(
             [(job, results[i]) for i, job in enumerate(jobs) if job.classifier == name],
             content,
         )
-        for name, content in described.items()
+        for name, content in settings_of.items()
     }
 
 
@@ -302,12 +303,7 @@ def _step(job: _Job, eps: float, last: Judged) -> tuple[Tensor, dict[str, float]
         if len(rows):
             inputs, labels = job.task.inputs[rows], job.task.labels[rows]
             new = job.attack.run(job.task.model, inputs, labels, eps, points[rows])
-            if new.shape != inputs.shape or not new.isfinite().all():
-                raise ValueError(
-                    f"{job.name} must return finite points like inputs, {tuple(inputs.shape)}, "
-                    f"got {tuple(new.shape)} or NaN"
-                )
-            points = points.index_copy(0, rows, new.detach().to(inputs.dtype))
+            points = points.index_copy(0, rows, checked_points(new, inputs, job.name))
         cost = {
             "seconds": _now(device) - began,
             "forwards": job.count.forwards - forwards,
