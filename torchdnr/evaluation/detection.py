@@ -275,12 +275,14 @@ def robust_errors(
     Raises:
         ValueError: If an argument is not as described.
     """
-    thresholds = {value: threshold_at_tpr(*calibration, reject, value) for value in tpr}
+    arguments = clean, adversarial, labels, reject
     return {
         value: robust_error(
-            clean, adversarial, labels, reject, threshold=theta, confidence=confidence
+            *arguments,
+            threshold=threshold_at_tpr(*calibration, reject, value),
+            confidence=confidence,
         )
-        for value, theta in thresholds.items()
+        for value in tpr
     }
 
 

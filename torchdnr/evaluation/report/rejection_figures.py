@@ -59,13 +59,14 @@ def plot_threshold_sweep(
     figure = Figure(figsize=(1.0 + 4.6 * len(sweeps), 4.9), layout="constrained")
     grid = figure.subplots(1, len(sweeps), squeeze=False, sharex=not over_threshold, sharey=True)
     for axes, (name, sweep) in zip(grid[0], sweeps.items(), strict=True):
-        x = sweep.thresholds
-        axes.set_xlabel(r"rejection threshold $\theta$", fontsize=11)
+        x, label = sweep.thresholds, r"rejection threshold $\theta$"
         if not over_threshold:
             x = [rate.value for rate in sweep.false_rejection_rate]
-            axes.set_xlim(0, None)
-            axes.set_xlabel("false rejection rate (clean inputs)", fontsize=11)
+            label = "false rejection rate (clean inputs)"
         _draw_sweep(axes, x, sweep, sizes)
+        if not over_threshold:
+            axes.set_xlim(0, None)
+        axes.set_xlabel(label, fontsize=11)
         _style(axes)
         if marked is not None:
             axes.axvline(marked, color="0.3", linestyle="-.", linewidth=1.2, zorder=2.5)
