@@ -1,4 +1,4 @@
-"""Finished steps of one attack on disk, and how a later run recognises them as its own."""
+"""Finished steps of one attack on disk, and how a later run recognises them."""
 
 import json
 import os
@@ -115,7 +115,7 @@ class Checkpoint:
 def attack_paths(path: str | Path | None, attacks: Iterable[str]) -> dict[str, Path | None]:
     """Name a checkpoint for each attack: ``dnr.safetensors`` becomes ``dnr-boundary-walk...``.
 
-    A file each: attacks can be added to the line-up, and run in several processes, without any of
+    A file each: attacks can be added to the line-up, and run in different processes, without any of
     them touching what another has finished.
 
     Raises:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torchdnr.decisions import evaluation_mode
 from torchdnr.evaluation.curve import SecurityCurve, median_evasion_norm
 from torchdnr.evaluation.judging import check_labels, decide, outputs, stacked
-from torchdnr.evaluation.metrics import Estimate, share
+from torchdnr.evaluation.metrics import Estimate, share, to_plain
 from torchdnr.evaluation.roc import ROC, auroc, fpr_at_tpr, needed_rank, roc_curve
 
 CLEAN_TPR = 0.99, 0.98, 0.95
@@ -28,39 +28,28 @@ class Detection:
     Attributes:
         adversarials: Which adversarial inputs are counted: "successful" or "all".
         cleans: Which clean inputs are counted: "correct" or "all".
-        roc: Curve of the rejection score; adversarial inputs are positive.
-        auroc: Area under it.
+        auroc: Area under the ROC curve.
         fpr_at_tpr: Share of clean inputs rejected where 95 % of the adversarial ones are.
         accepted_at_tpr: Share of adversarial inputs accepted where a given share (the key) of the
             clean ones is; here, as in CCAT, accepted clean inputs are the true positives.
-        detected: Share of adversarial inputs rejected at the classifier's own theta; None if it
-            has none.
+        detected: Share of adversarial inputs rejected at the classifier's theta; None if it has
+            none.
         false_rejection: Share of clean inputs rejected at that theta; None if it has none.
+        roc: ROC curve of the rejection score; adversarial inputs are positive.
     """
 
     adversarials: str
     cleans: str
-    roc: ROC
     auroc: Estimate
     fpr_at_tpr: Estimate
     accepted_at_tpr: dict[float, Estimate]
     detected: Estimate | None
     false_rejection: Estimate | None
+    roc: ROC
 
     def to_dict(self) -> dict[str, Any]:
         """Convert to numbers, lists and dictionaries."""
-        return {
-            "adversarials": self.adversarials,
-            "cleans": self.cleans,
-            "auroc": self.auroc.to_dict(),
-            "fpr_at_tpr": self.fpr_at_tpr.to_dict(),
-            "accepted_at_tpr": {
-                f"{tpr:g}": rate.to_dict() for tpr, rate in self.accepted_at_tpr.items()
-            },
-            "detected": self.detected and self.detected.to_dict(),
-            "false_rejection": self.false_rejection and self.false_rejection.to_dict(),
-            "roc": {name: values.tolist() for name, values in self.roc._asdict().items()},
-        }
+        return to_plain(self)
 
 
 def rejection_scores(output: Tensor, reject: bool) -> Tensor:
@@ -147,7 +136,7 @@ def measure_detection(
     clean_tpr: Sequence[float] = CLEAN_TPR,
     confidence: float = 0.95,
 ) -> Detection:
-    """Measure how well the rejection score tells adversarial from clean inputs.
+    """Measure how well the rejection score separates adversarial from clean inputs.
 
     Args:
         clean: Output for the clean inputs, ``(n, c)``, or with ``reject`` ``(n, c + 1)``.
@@ -172,7 +161,6 @@ def measure_detection(
     return Detection(
         adversarials=adversarials,
         cleans=cleans,
-        roc=roc_curve(negatives, positives),
         auroc=auroc(negatives, positives, confidence=confidence),
         fpr_at_tpr=fpr_at_tpr(negatives, positives, tpr, confidence=confidence),
         accepted_at_tpr={
@@ -181,6 +169,7 @@ def measure_detection(
         },
         detected=share(positives >= 0, confidence=confidence) if reject else None,
         false_rejection=share(negatives >= 0, confidence=confidence) if reject else None,
+        roc=roc_curve(negatives, positives),
     )
 
 
@@ -276,7 +265,7 @@ def robust_errors(
         adversarial: Output for the perturbed ones, like ``clean`` or ``(k, ...)`` of k attacks.
         labels: True labels, ``(n,)``.
         reject: Whether the last column is theta; it is replaced.
-        calibration: Output and labels of further clean inputs, on which the thresholds are found.
+        calibration: Output and labels of further clean inputs that set the thresholds.
         tpr: Shares of them to accept.
         confidence: Coverage of the intervals, in (0, 1).
 
@@ -286,12 +275,14 @@ def robust_errors(
     Raises:
         ValueError: If an argument is not as described.
     """
-    thresholds = {value: threshold_at_tpr(*calibration, reject, value) for value in tpr}
+    arguments = clean, adversarial, labels, reject
     return {
         value: robust_error(
-            clean, adversarial, labels, reject, threshold=theta, confidence=confidence
+            *arguments,
+            threshold=threshold_at_tpr(*calibration, reject, value),
+            confidence=confidence,
         )
-        for value, theta in thresholds.items()
+        for value in tpr
     }
 
 
@@ -301,8 +292,8 @@ class Measures:
 
     Attributes:
         median_evasion_norm: Norm at which half of the samples are evaded.
-        detection: Per positive eps how well rejection tells adversarial from clean inputs; None
-            where no adversarial input was given a wrong class, or no clean one its own.
+        detection: Per positive eps how well rejection separates adversarial from clean inputs; None
+            where no clean input that is right becomes one that is wrong.
         robust_error: Per positive eps, by the threshold at which it is read ("own", or the share
             of right calibration inputs that it accepts), the error among the accepted.
         error_if_accepted: Per eps the share of the accepted that is wrong.
@@ -315,17 +306,7 @@ class Measures:
 
     def to_dict(self) -> dict[str, Any]:
         """Convert to numbers, lists and dictionaries."""
-        return {
-            "median_evasion_norm": self.median_evasion_norm.to_dict(),
-            "detection": {f"{eps:g}": one and one.to_dict() for eps, one in self.detection.items()},
-            "robust_error": {
-                f"{eps:g}": {key: rate.to_dict() for key, rate in rates.items()}
-                for eps, rates in self.robust_error.items()
-            },
-            "error_if_accepted": {
-                f"{eps:g}": rate.to_dict() for eps, rate in self.error_if_accepted.items()
-            },
-        }
+        return to_plain(self)
 
 
 def measure(
@@ -343,7 +324,7 @@ def measure(
         inputs: The clean inputs that were attacked, ``(n, ...)``.
         curve: Its security evaluation, with ``adversarial``.
         calibration: Further clean inputs and labels, on which thresholds are set that accept given
-            shares of them; None: only the classifier's own threshold counts.
+            shares of them; None: only the threshold of the classifier counts.
         batch_size: Inputs per batch.
 
     Returns:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -31,7 +32,7 @@ class Line(Protocol):
 
 
 class Curve(Line, Protocol):
-    """What ``SecurityCurve`` has beside its own line."""
+    """What is drawn of a ``SecurityCurve``."""
 
     norm: float
     rejects: bool
@@ -51,10 +52,10 @@ def plot_curves(
 
     Left the worst case over the line-up, right one attack alone; below the accuracy the rejection
     rate of the classifiers that reject. The band is the 95 % confidence interval of one run, or,
-    of several runs over the same eps, mean and standard deviation.
+    for repeated runs over the same eps, mean and standard deviation.
 
     Args:
-        curves: Classifier name to its curve, or to the curves of several runs.
+        curves: Classifier name to its curve, or to the curves of repeated runs.
         path: Image file, of a type that its suffix names; replaced atomically.
         attack: Attack of the right column, left out if no classifier has it.
 
@@ -99,14 +100,13 @@ def plot_curves(
     _scale_eps(grid[0, 0], {eps for group in runs.values() for run in group for eps in run.eps})
     for axes, label in zip(grid[:, 0], rows.values(), strict=True):
         axes.set_ylabel(label, fontsize=11)
-    handles, names = grid[0, 0].get_legend_handles_labels()
-    place = {"loc": "outside upper center", "ncols": min(len(names), 5)}
-    figure.legend(handles, names, **place, fontsize=11, frameon=False)
+    handles = grid[0, 0].get_legend_handles_labels()[0]
+    _legend(figure, handles, min(len(handles), 5))
     note = r"$\epsilon = 0$: a reject counts as an error; $\epsilon > 0$: as correct. Band: "
     counts = {len(group) for group in runs.values()}
     bands = ["95 % confidence interval"] * (1 in counts)
     bands += ["standard deviation over the runs"] * (max(counts) > 1)
-    figure.supxlabel(note + " or ".join(bands) + ".", fontsize=9, color="0.35")
+    _footnote(figure, note + " or ".join(bands) + ".")
     _save(figure, path)
 
 
@@ -121,7 +121,7 @@ def plot_examples(
     *,
     norm: float = 2,
 ) -> None:
-    """Draw source images, and per classifier the magnified perturbation and what it makes of them.
+    """Draw images, and per classifier the magnified perturbation, the result and its decision.
 
     A perturbation is stretched so that its largest entry, which is printed, has full contrast; on
     grey images purple means brighter and orange darker.
@@ -191,20 +191,59 @@ def _draw_line(axes: Axes, runs: Sequence[Line], rate: str, index: int, name: st
     else:
         deviation = values.std(dim=0)
         low, high = (middle - deviation).clamp(0, 1), (middle + deviation).clamp(0, 1)
-    colour, eps = COLOURS[index % len(COLOURS)], runs[0].eps
-    axes.fill_between(eps, low.tolist(), high.tolist(), color=colour, alpha=0.15, linewidth=0)
+    draw_line(axes, runs[0].eps, middle.tolist(), (low.tolist(), high.tolist()), index, name)
+
+
+def draw_line(
+    axes: Axes,
+    x: Sequence[float],
+    y: Sequence[float],
+    band: tuple[Sequence[float], Sequence[float]] | None,
+    index: int | None,
+    label: str = "",
+    *,
+    linestyle: str = "-",
+    hollow: bool = False,
+) -> None:
+    """Draw a line with markers, and its band if there is one.
+
+    Args:
+        axes: Where to draw.
+        x: Positions.
+        y: Values.
+        band: Lower and upper ends of the intervals.
+        index: Number of its colour and marker; None: black, without markers.
+        label: Its name in the legend.
+        linestyle: As in matplotlib.
+        hollow: Whether the markers are hollow.
+    """
+    colour = "black" if index is None else COLOURS[index % len(COLOURS)]
+    if band is not None:
+        axes.fill_between(x, *band, color=colour, alpha=0.15, linewidth=0)
     axes.plot(
-        eps,
-        middle.tolist(),
+        x,
+        y,
         color=colour,
-        marker=MARKERS[index % len(MARKERS)],
+        linestyle=linestyle,
+        marker="" if index is None else MARKERS[index % len(MARKERS)],
         markersize=6,
-        markeredgecolor="white",
+        markeredgecolor=colour if hollow else "white",
+        markerfacecolor="white" if hollow else colour,
         linewidth=1.8,
-        label=name,
+        label=label,
         clip_on=False,  # a marker at 0 or 1 stays whole
         zorder=3,
     )
+
+
+def _legend(figure: Figure, handles: Sequence[Artist], columns: int = 1) -> None:
+    figure.legend(
+        handles=handles, loc="outside upper center", ncols=columns, fontsize=11, frameon=False
+    )
+
+
+def _footnote(figure: Figure, text: str) -> None:
+    figure.supxlabel(text, fontsize=9, color="0.35")
 
 
 def _style(axes: Axes) -> None:

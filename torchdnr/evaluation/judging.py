@@ -53,7 +53,7 @@ class Decisions(NamedTuple):
 
 
 def decide(output: Tensor, reject: bool, threshold: float | Tensor | None = None) -> Decisions:
-    """Read the decisions from an output, at its own threshold or at another.
+    """Read the decisions from an output, at its threshold or at another.
 
     Args:
         output: Scores ``(..., n, c)``, or with ``reject`` ``(..., n, c + 1)`` with theta last.
@@ -172,7 +172,7 @@ class Task:
 
 
 class Judged(NamedTuple):
-    """Points with what the model says of them, one entry per sample.
+    """Points and the decisions of the model on them, one entry per sample.
 
     Attributes:
         points: Perturbed inputs, on the CPU, ``(n, ...)``.
@@ -221,6 +221,25 @@ def worse(task: Task, first: Judged, second: Judged) -> Judged:
     )
 
 
+def checked_points(points: Tensor, inputs: Tensor, name: str) -> Tensor:
+    """Detach the points that an attack returned, in the dtype of its inputs.
+
+    Raises:
+        ValueError: If they are not finite, or not shaped like the inputs.
+    """
+    if points.shape != inputs.shape or not points.isfinite().all():
+        raise ValueError(
+            f"{name} must return finite points like inputs, {tuple(inputs.shape)}, "
+            f"got {tuple(points.shape)} or NaN"
+        )
+    return points.detach().to(inputs)
+
+
+def in_ball(task: Task, points: Tensor, eps: float) -> Tensor:
+    """Tell which points lie within ``eps`` of their inputs, up to rounding, bool ``(n,)``."""
+    return norms(task, points) <= eps + TOLERANCE * max(1.0, eps)  # false for NaN
+
+
 def in_box(task: Task, points: Tensor) -> Tensor:
     """Tell which points respect the bounds of an input, bool ``(n,)``."""
     low, high = task.bounds
@@ -239,8 +258,7 @@ def keep_inside(task: Task, points: Tensor, eps: float, name: str) -> tuple[Tens
     Returns:
         Points inside, and how many were outside. If any was, there is a warning.
     """
-    outside = norms(task, points) > eps + TOLERANCE * max(1.0, eps)
-    outside = outside | ~in_box(task, points)
+    outside = ~(in_ball(task, points, eps) & in_box(task, points))
     count = int(outside.sum())
     if count:
         warnings.warn(
@@ -309,10 +327,10 @@ class CountedModel(nn.Module):
             submodules = self.__dict__.get("_modules", {})  # none yet while it is being copied
             if "model" not in submodules and "model" not in self.__dict__:
                 raise
-            found = getattr(self.model, name)
+            value = getattr(self.model, name)
         if name == "smoothed":
-            return lambda *args, **options: CountedModel(found(*args, **options), self.count)
-        return found
+            return lambda *args, **options: CountedModel(value(*args, **options), self.count)
+        return value
 
     def _count_backwards(self, rows: int, _: Tensor) -> None:
         self.count.backwards += rows

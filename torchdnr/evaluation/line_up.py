@@ -163,7 +163,7 @@ def choose_attacks(names: Iterable[str], norm: float = 2, surrogate: bool = True
 
     Args:
         names: Keys of ``ATTACKS``, "default" or "full".
-        norm: Norm of the perturbation: "full" are those attacks that know it.
+        norm: Norm of the perturbation: "full" are those attacks that can use it.
         surrogate: Whether there is a surrogate, for those that need one.
 
     Returns:

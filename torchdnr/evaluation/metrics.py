@@ -1,9 +1,10 @@
 """What is counted when a classifier may reject: each rate, and its confidence interval, once."""
 
 import math
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, is_dataclass
 from statistics import NormalDist
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,14 +30,30 @@ class Estimate:
 
     def to_dict(self) -> dict[str, float | int]:
         """Convert to a dictionary of numbers."""
-        return asdict(self)
+        return to_plain(self)
+
+
+def to_plain(value: Any) -> Any:  # noqa: ANN401 - results of any kind, as JSON would hold them
+    """Convert results to numbers, lists and dictionaries; a number that is a key becomes text."""
+    if isinstance(value, Tensor):
+        return value.tolist()
+    if is_dataclass(value):
+        value = vars(value)
+    elif hasattr(value, "_asdict"):  # a named tuple
+        value = value._asdict()
+    if isinstance(value, Mapping):
+        return {
+            key if isinstance(key, str) else f"{key:g}": to_plain(item)
+            for key, item in value.items()
+        }
+    return [to_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def share(which: Tensor, among: Tensor | None = None, *, confidence: float = 0.95) -> Estimate:
     """Measure the share of samples for which something holds, among all or among some of them.
 
-    The interval is Wilson's. Among some of the samples it is conditional: it tells what holds for
-    further samples of that part, and ``n`` is the size of the part.
+    The interval is Wilson's. Among some of the samples it is conditional: it holds for further
+    samples of that part, and ``n`` is the size of the part.
 
     Args:
         which: For which samples it holds, bool ``(n,)``.

@@ -20,13 +20,14 @@ from torchdnr.attacks.target import Target, check_classes
 from torchdnr.decisions import check_images, evaluation_mode, has_reject_column, is_evasion
 from torchdnr.distributed.processes import ALONE, Processes
 from torchdnr.evaluation.checkpoint import Checkpoint, attack_paths, behaviour, fingerprint
-from torchdnr.evaluation.curve import AttackCurve, SecurityCurve
+from torchdnr.evaluation.curve import PER_EPS, AttackCurve, SecurityCurve
 from torchdnr.evaluation.environment import describe_environment
 from torchdnr.evaluation.judging import (
     Count,
     CountedModel,
     Judged,
     Task,
+    checked_points,
     judge,
     keep_inside,
     worse,
@@ -131,7 +132,7 @@ def security_evaluations(
         ``SecurityCurve`` by name: worst case and each attack alone.
 
     Raises:
-        ValueError: If an argument is not as described, or a model or an attack returns NaN.
+        ValueError: If an argument is not as settings_of, or a model or an attack returns NaN.
         OSError: If a checkpoint cannot be written.
         PeerError: If another of the processes has ended.
 
@@ -145,7 +146,7 @@ def security_evaluations(
     if batch_size < 1:
         raise ValueError(f"batch_size must be >= 1, got {batch_size}")
     jobs: list[_Job] = []
-    described: dict[str, dict[str, Any]] = {}
+    settings_of: dict[str, dict[str, Any]] = {}
     with ExitStack() as stack:
         for name, model in models.items():
             stack.enter_context(evaluation_mode(model))
@@ -166,7 +167,7 @@ def security_evaluations(
             line_up = {key: attack for key, attack in line_up.items() if attack.fits(model)}
             if not line_up:
                 raise ValueError(f"attacks is empty for {name}: give one, or None for the default")
-            described[name] = {
+            settings_of[name] = {
                 "norm": norm,
                 "bounds": list(bounds),
                 "batch_size": batch_size,
@@ -203,7 +204,7 @@ def security_evaluations(
             [(job, results[i]) for i, job in enumerate(jobs) if job.classifier == name],
             content,
         )
-        for name, content in described.items()
+        for name, content in settings_of.items()
     }
 
 
@@ -255,66 +256,49 @@ def _attack_at_every_eps(job: _Job, eps: list[float], bar: tqdm) -> _Result:
     A point that evades stays inside every larger ball: at the next eps only samples that do not
     evade yet are attacked. Neither accuracy nor rejection rate depends on that; the time does.
     """
-    task, attack, last = job.task, job.attack, job.clean
+    task, attack, steps = job.task, job.attack, job.steps
+    device = task.inputs.device
     bar.set_description(job.classifier)
-    judged, costs, violations = [], [], []
-    evasion_norm = _evasion_norm(task, job.clean)
-    nearest: Tensor | None = None  # points of a minimum-norm attack
+    judged: list[Judged] = []
+    costs: list[dict[str, Any]] = []
+    norms = [_evasion_norm(task, job.clean)]
+    last, nearest = job.clean, None  # nearest: points of a minimum-norm attack
     for value in eps:
         bar.set_postfix_str(f"{job.name}, eps {value:g}")
-        costs.append({"seconds": 0.0, "forwards": 0, "backwards": 0})
-        violations.append(0)
-        if value > 0:
-            if nearest is None:
-                size = math.inf if attack.minimum_norm else value
-                points, costs[-1] = _step(job, size, last)
-                points, violations[-1] = keep_inside(task, points, size, job.name)
+        costs.append({"seconds": 0.0, "forwards": 0, "backwards": 0, "violations": 0})
+        if value > 0 and nearest is None:
+            size = math.inf if attack.minimum_norm else value
+            step, points = f"eps {size}", last.points.to(device)
+            if step not in steps.points:
+                before = _spent(job)
+                wanted = ~is_evasion(last.predictions, task.labels) | attack.minimum_norm
+                rows = wanted.nonzero()[:, 0]
+                if len(rows):
+                    inputs, labels = task.inputs[rows], task.labels[rows]
+                    new = attack.run(task.model, inputs, labels, size, points[rows])
+                    points = points.index_copy(0, rows, checked_points(new, inputs, job.name))
+                after = _spent(job)
+                steps.add(step, points, {key: after[key] - before[key] for key in before})
+            points, violations = keep_inside(task, steps.points[step].to(device), size, job.name)
+            costs[-1] |= {**steps.costs[step], "violations": violations}
             if attack.minimum_norm:
-                if nearest is None:
-                    nearest = points
-                    norm = _evasion_norm(task, judge(task, nearest))
-                    evasion_norm = evasion_norm.minimum(norm)
+                nearest = points
+                norms.append(_evasion_norm(task, judge(task, nearest)))
+        if value > 0:
+            if nearest is not None:
                 points = project(nearest, task.inputs, value, task.norm, task.bounds)
             last = judge(task, points)
         judged.append(last)
-        evasion_norm = evasion_norm.minimum(_evasion_norm(task, last))
+        norms.append(_evasion_norm(task, last))
         bar.update()
+    per_eps: dict[str, Any] = {key: [cost[key] for cost in costs] for key in PER_EPS}
     curve = AttackCurve(
         **_predictions(task, eps, judged),
         minimum_norm=attack.minimum_norm,
-        seconds=[cost["seconds"] for cost in costs],
-        forwards=[int(cost["forwards"]) for cost in costs],
-        backwards=[int(cost["backwards"]) for cost in costs],
-        violations=violations,
+        **per_eps,
         settings=dict(attack.settings),
     )
-    return _Result(curve, judged, evasion_norm)
-
-
-def _step(job: _Job, eps: float, last: Judged) -> tuple[Tensor, dict[str, float]]:
-    """Run an attack once, on the samples that do not evade yet, or read the checkpoint."""
-    step, device = f"eps {eps}", job.task.inputs.device
-    if step not in job.steps.points:
-        forwards, backwards, began = job.count.forwards, job.count.backwards, _now(device)
-        points = last.points.to(device)
-        wanted = ~is_evasion(last.predictions, job.task.labels) | job.attack.minimum_norm
-        rows = wanted.nonzero()[:, 0]
-        if len(rows):
-            inputs, labels = job.task.inputs[rows], job.task.labels[rows]
-            new = job.attack.run(job.task.model, inputs, labels, eps, points[rows])
-            if new.shape != inputs.shape or not new.isfinite().all():
-                raise ValueError(
-                    f"{job.name} must return finite points like inputs, {tuple(inputs.shape)}, "
-                    f"got {tuple(new.shape)} or NaN"
-                )
-            points = points.index_copy(0, rows, new.detach().to(inputs.dtype))
-        cost = {
-            "seconds": _now(device) - began,
-            "forwards": job.count.forwards - forwards,
-            "backwards": job.count.backwards - backwards,
-        }
-        job.steps.add(step, points, cost)
-    return job.steps.points[step].to(device), job.steps.costs[step]
+    return _Result(curve, judged, torch.stack(norms).amin(dim=0))
 
 
 def _steps(attack: Attack, eps: list[float]) -> list[str]:
@@ -325,10 +309,12 @@ def _steps(attack: Attack, eps: list[float]) -> list[str]:
     ]
 
 
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)  # kernels run on after the call that started them
-    return time.perf_counter()
+def _spent(job: _Job) -> dict[str, float]:
+    """Return the time, and the input rows that the model has seen so far."""
+    if job.task.inputs.device.type == "cuda":
+        torch.cuda.synchronize(job.task.inputs.device)  # kernels run on after their call
+    rows = {"forwards": job.count.forwards, "backwards": job.count.backwards}
+    return {"seconds": time.perf_counter(), **rows}
 
 
 def _evasion_norm(task: Task, judged: Judged) -> Tensor:
