@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from torchdnr.costs import stage
 from torchdnr.decisions import NotFittedError
-from torchdnr.distributed.processes import Processes, default_processes
-from torchdnr.distributed.sharing import SharedFeatures, checked_batches
+from torchdnr.distributed import current
+from torchdnr.distributed.sharing import ShardedFeatures, checked_batches
 from torchdnr.features.choice import default_layers
 from torchdnr.features.extraction import distortions, extract, prepare_features, training_features
 from torchdnr.features.layers import LayerFeatures
@@ -245,7 +245,7 @@ class SVMRejection(LayerSVMs):
 
     @abstractmethod
     def _fit_features(
-        self, features: dict[str, SharedFeatures], labels: Tensor, progress: bool
+        self, features: dict[str, ShardedFeatures], labels: Tensor, progress: bool
     ) -> None:
         """Fit all SVMs on the features of the layers; may empty the mapping as it goes."""
 
@@ -256,17 +256,19 @@ class SVMRejection(LayerSVMs):
         *,
         progress: bool = False,
         features_folder: str | Path | None = None,
-        processes: Processes | None = None,
     ) -> Self:
         """Fit the SVMs on clean images; the network itself is not trained.
 
         Features of all layers that together take more than ``memory_limit`` bytes (4 GiB if it was
         not set; on a GPU only if it was) go to files and are fitted on from there, on the CPU.
 
-        Several processes share the work where ``torch.distributed`` is set up: all call this with
-        the same network and the same data. Each extracts the features of its share, keeps those
-        rows and evaluates the kernels with them, and solves its share of the dual problems; all get
-        the same classifier, which is that of one process up to rounding.
+        Several processes share the work where ``torch.distributed`` is set up, unless this is
+        called ``with torchdnr.distributed.alone():``. All call it with the same network and the
+        same data. Each extracts the features of its share, keeps those rows and evaluates the
+        kernels with them, and solves its share of the dual problems. All get the same classifier.
+        Its scores, objectives and certificates are those of one process; its dual coefficients
+        may differ by a few ``tol`` = 1e-3, since both stop as soon as no KKT condition is violated
+        by more.
 
         Args:
             inputs: Images ``(n, ...)`` in [0, 1], or a loader that yields ``(images, labels)``.
@@ -275,8 +277,6 @@ class SVMRejection(LayerSVMs):
             features_folder: Where features go in any case, and are kept: a call that was stopped
                 goes on from there when it is repeated, with a loader that does not shuffle.
                 Default: a temporary folder, if any. As many processes find theirs again.
-            processes: Those that share the work; default: torch.distributed's default group, if
-                there is one. ``processes.ALONE``: this one fits by itself.
 
         Returns:
             The classifier itself. A threshold that was set is dropped: it belonged to other scores.
@@ -292,8 +292,7 @@ class SVMRejection(LayerSVMs):
             ProjectionWarning: If a random projection changes distances by much.
             UserWarning: If features go to a temporary folder, or were damaged on disk.
         """
-        processes = default_processes() if processes is None else processes
-        progress = progress and processes.first
+        progress = progress and current().first
         with stage("features"):
             ready, features, labels = training_features(
                 inputs,
@@ -304,7 +303,6 @@ class SVMRejection(LayerSVMs):
                 memory_limit=self.svm_options.memory_limit,
                 folder=features_folder,
                 progress=progress,
-                processes=processes,
             )
         self.features = ready  # only now: a fit that fails before leaves the earlier one to use
         self._start_afresh()
@@ -326,7 +324,7 @@ class SVMRejection(LayerSVMs):
         return prepare_features(features, sample)
 
     def _fit_svm(
-        self, name: str, features: SharedFeatures, labels: Tensor, stack: bool, progress: bool
+        self, name: str, features: ShardedFeatures, labels: Tensor, stack: bool, progress: bool
     ) -> tuple[RBFSVM, Tensor | None]:
         """Fit one SVM, remember its selection, and return it with what a combiner needs."""
         found = self.svm_options.fit(name, features, labels, stack=stack, progress=progress)
@@ -456,15 +454,15 @@ class DNR(SVMRejection):
         return self.combiner(torch.cat(base, dim=1))
 
     def _fit_features(
-        self, features: dict[str, SharedFeatures], labels: Tensor, progress: bool
+        self, features: dict[str, ShardedFeatures], labels: Tensor, progress: bool
     ) -> None:
         """Fit the base SVMs, then the combiner on their out-of-fold scores."""
-        held_out, shares = [], next(iter(features.values())).shares
+        held_out, partition = [], next(iter(features.values())).partition
         for index, name in enumerate(self.layers):
             fitted = self._fit_svm(name, features.pop(name), labels, True, progress)
             self.base_svms[index] = fitted[0]
             held_out.append(fitted[1])
-        stacked = SharedFeatures(torch.cat(held_out, dim=1)[shares.own], shares)
+        stacked = ShardedFeatures(torch.cat(held_out, dim=1)[partition.local], partition)
         self.combiner, _ = self._fit_svm(COMBINER, stacked, labels, False, progress)
 
 
@@ -508,7 +506,7 @@ class NR(SVMRejection):
         return self.base_svms[0](self.features(inputs)[self.layers[0]])
 
     def _fit_features(
-        self, features: dict[str, SharedFeatures], labels: Tensor, progress: bool
+        self, features: dict[str, ShardedFeatures], labels: Tensor, progress: bool
     ) -> None:
         layer = self.layers[0]
         self.base_svms[0], _ = self._fit_svm(layer, features[layer], labels, False, progress)

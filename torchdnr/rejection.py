@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from torchdnr.costs import stage
 from torchdnr.decisions import NotFittedError, check_images, evaluation_mode, predict_with_rejection
-from torchdnr.distributed.processes import Processes, default_processes
+from torchdnr.distributed import current
 from torchdnr.distributed.sharing import check_same, checked_batches
 
 
@@ -132,8 +132,6 @@ class RejectingClassifier(nn.Module, ABC):
         self,
         inputs: Tensor | Iterable[Any],
         rejection_rate: float = 0.10,
-        *,
-        processes: Processes | None = None,
     ) -> "RejectingClassifier":
         """Set the threshold so that a given share of clean images is rejected.
 
@@ -144,8 +142,6 @@ class RejectingClassifier(nn.Module, ABC):
             inputs: Images ``(n, ...)`` in [0, 1], or a loader of batches (labels are ignored),
                 used for nothing else: neither fitted on nor tested on.
             rejection_rate: Share to reject, in [0, 1).
-            processes: Those that share the work; default: torch.distributed's default group, if
-                there is one. ``processes.ALONE``: this one calibrates by itself.
 
         Returns:
             The classifier itself.
@@ -155,19 +151,17 @@ class RejectingClassifier(nn.Module, ABC):
             NotFittedError: If the classifier is not fitted.
             PeerError: If another of the processes has ended.
         """
-        processes = default_processes() if processes is None else processes
         batch_size = self.batch_size
         if isinstance(inputs, Tensor):  # a batch for each process at least
-            batch_size = max(1, min(batch_size, math.ceil(len(inputs) / processes.count)))
+            batch_size = max(1, min(batch_size, math.ceil(len(inputs) / current().count)))
         with stage("threshold"):
-            scores = self._shared_scores(checked_batches(inputs, batch_size), processes)
+            scores = self._all_scores(checked_batches(inputs, batch_size))
             self.set_threshold(rejection_threshold(scores, rejection_rate))
         return self
 
-    def _shared_scores(
-        self, batches: Iterator[tuple[Tensor, Tensor | None]], processes: Processes
-    ) -> Tensor:
-        """Score all batches, which are dealt to the processes; in any order, ``(n, c)``."""
+    def _all_scores(self, batches: Iterator[tuple[Tensor, Tensor | None]]) -> Tensor:
+        """Score all batches, which the processes take in turn; in any order, ``(n, c)``."""
+        processes = current()
         labels: list[Tensor | None] = []
         own: list[Tensor] = []
         first = torch.empty(0)  # there is a batch at least

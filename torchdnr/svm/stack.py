@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from torchdnr.costs import stage
-from torchdnr.distributed.sharing import SharedFeatures
+from torchdnr.distributed.sharing import ShardedFeatures
 from torchdnr.svm.compression import KernelSum, compress_svm, minimise, score_bound, with_prototypes
 from torchdnr.svm.model_selection import grid_search, out_of_fold_scores
 from torchdnr.svm.rbf_svm import RBFSVM
@@ -382,7 +382,7 @@ class SVMOptions:
     def fit(
         self,
         name: str,
-        features: SharedFeatures,
+        features: ShardedFeatures,
         labels: Tensor,
         *,
         stack: bool,
