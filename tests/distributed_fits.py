@@ -132,9 +132,9 @@ def two_variable_updates(folder):
         return _machine(RBFSVM(1.0, 0.1, tol=FINE).fit(shared(x), y))
 
 
-def _unsolved(kernels, gradient, dual_coef, *_):
-    count = torch.zeros(len(dual_coef), dtype=torch.int64)
-    return dual_coef.clone(), count.bool(), count + 1
+def _unsolved(kernels, points, *_):
+    count = torch.zeros(len(kernels), dtype=torch.int64)
+    return points.dual_coef.clone(), count.bool(), count + 1
 
 
 def another_kernel_and_weights(folder):

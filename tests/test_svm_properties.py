@@ -355,8 +355,8 @@ def test_projections_are_the_nearest_feasible_points(seed, n, size):
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
 
 
-def unsolved(_kernels, _gradient, dual_coef, *_):
-    count = len(dual_coef)
+def unsolved(_kernels, points, *_):
+    dual_coef, count = points.dual_coef, len(points.dual_coef)
     flags = torch.zeros(count, dtype=torch.bool, device=dual_coef.device)
     return dual_coef.clone(), flags, torch.ones(count, dtype=torch.int64, device=dual_coef.device)
 

@@ -66,11 +66,6 @@ class Points(NamedTuple):
     lower: Tensor
     upper: Tensor
 
-    @property
-    def by_column(self) -> "Points":
-        """The same, a column for each problem."""
-        return Points(*(t.T for t in self))
-
     def of(self, problems: Tensor) -> "Points":
         """Select problems, ``(p,)``."""
         return Points(*(t[problems] for t in self))
@@ -131,16 +126,11 @@ def to_double(values: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
     return torch.where(values <= lower.to(values.dtype), lower, result)
 
 
-def violation_bounds(
-    gradient: Tensor, dual_coef: Tensor, lower: Tensor, upper: Tensor
-) -> tuple[Tensor, Tensor]:
+def violation_bounds(points: Points) -> tuple[Tensor, Tensor]:
     """Compute m and M of LIBSVM's stopping rule m - M <= tol, problem by problem.
 
     Args:
-        gradient: F = K b - y, ``(n, P)``.
-        dual_coef: b, ``(n, P)``.
-        lower: Lower bounds of b, ``(n, P)``.
-        upper: Upper bounds of b, ``(n, P)``.
+        points: Of P problems.
 
     Returns:
         m, the largest -F among samples whose b can grow, and M, the smallest among those whose b
@@ -148,27 +138,19 @@ def violation_bounds(
 
     Source: Fan, Chen and Lin, JMLR 6 (2005), Sec. 2.
     """
-    steepest_up = (-gradient).masked_fill(dual_coef >= upper, -torch.inf).amax(dim=0)
-    steepest_down = (-gradient).masked_fill(dual_coef <= lower, torch.inf).amin(dim=0)
+    gradient, dual_coef, lower, upper = points
+    steepest_up = (-gradient).masked_fill(dual_coef >= upper, -torch.inf).amax(dim=1)
+    steepest_down = (-gradient).masked_fill(dual_coef <= lower, torch.inf).amin(dim=1)
     return steepest_up, steepest_down
 
 
-def intercepts(gradient: Tensor, dual_coef: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
-    """Compute intercepts as LIBSVM does: mean of -F over free samples, else (m + M) / 2.
-
-    Args:
-        gradient: F = K b - y, ``(n, P)``.
-        dual_coef: b, ``(n, P)``.
-        lower: Lower bounds of b, ``(n, P)``.
-        upper: Upper bounds of b, ``(n, P)``.
-
-    Returns:
-        Intercepts, ``(P,)``.
-    """
+def intercepts(points: Points) -> Tensor:
+    """Compute LIBSVM's intercepts: the mean of -F over free samples, else (m + M) / 2; ``(P,)``."""
+    gradient, dual_coef, lower, upper = points
     free = (dual_coef > lower) & (dual_coef < upper)
-    count = free.sum(dim=0)
-    mean = -(gradient * free).sum(dim=0) / count.clamp_min(1)
-    steepest_up, steepest_down = violation_bounds(gradient, dual_coef, lower, upper)
+    count = free.sum(dim=1)
+    mean = -(gradient * free).sum(dim=1) / count.clamp_min(1)
+    steepest_up, steepest_down = violation_bounds(points)
     middle = (steepest_up + steepest_down) / 2
     return torch.where(count > 0, mean, middle)
 
@@ -199,10 +181,10 @@ def certify(
     """
     targets = targets.double()
     product = kernel.product(dual_coef.T.contiguous()).T
-    gradient = product - targets
-    steepest_up, steepest_down = violation_bounds(gradient, dual_coef, lower, upper)
+    points = Points((product - targets).T, dual_coef.T, lower.T, upper.T)
+    steepest_up, steepest_down = violation_bounds(points)
     violation = (steepest_up - steepest_down).clamp_min(0.0)
-    intercept = kernel.replicate(intercepts(gradient, dual_coef, lower, upper))
+    intercept = kernel.replicate(intercepts(points))
     quadratic = (dual_coef * product).sum(dim=0)
     linear = (targets * dual_coef).sum(dim=0)
     hinge = (1.0 - targets * (product + intercept)).clamp_min(0.0)

@@ -10,7 +10,7 @@ SIAM J. Optim. 10 (2000); here with the exact line search that a quadratic allow
 import torch
 from torch import Tensor
 
-from torchdnr.svm.dual import to_double, violation_bounds
+from torchdnr.svm.dual import Points, to_double, violation_bounds
 from torchdnr.svm.kernel_rows import KernelRows
 from torchdnr.svm.working_set import common_sample
 
@@ -53,9 +53,11 @@ def bounded_start(
     if rows.n < SMALLEST or rows.capacity < rows.n:
         return None
     start, sample = uniform_start(lower, upper), common_sample(rows.n, lower.device)
-    part = rows.product_at(sample, start) - targets[:, sample]
-    steepest = violation_bounds(part.T, start[:, sample].T, lower[:, sample].T, upper[:, sample].T)
-    close = (steepest[0] - steepest[1] < CLOSE).nonzero().squeeze(1)  # each by its own samples
+    gradient = rows.product_at(sample, start) - targets[:, sample]
+    steepest_up, steepest_down = violation_bounds(
+        Points(gradient, *(t[:, sample] for t in (start, lower, upper)))
+    )
+    close = (steepest_up - steepest_down < CLOSE).nonzero().squeeze(1)  # each by its own samples
     if len(close) == 0:
         return None
     rows.slots(torch.arange(rows.n, device=lower.device))
