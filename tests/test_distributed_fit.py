@@ -15,7 +15,6 @@ import torch
 from distributed_fits import FITS, make
 from sklearn.datasets import load_digits
 
-from torchdnr import distributed
 from torchdnr.distributed import ALONE, Processes
 from torchdnr.distributed.sharing import Partition, ShardedFeatures
 from torchdnr.files import load_tensors
@@ -103,6 +102,7 @@ def test_images_that_differ_between_processes_are_refused_by_all(by_two):
         for case in ("shuffled", "sampled by process"):
             assert "the same images and labels in the same order" in said[case]
         assert "the same network, got others" in said["another network"]
+        assert said["alone"] == "1 process instead of 2"
         assert "must tell its number of batches" in said["no length"]
         assert "2 processes need as many batches at least, got 1" in said["one batch"]
 
@@ -118,20 +118,6 @@ def test_parts_follow_each_other_and_differ_by_one_at_most():
     positions, is_local = parts[1].locate(torch.tensor([9, 5, 4, 0]))
     assert is_local.tolist() == [False, True, True, False]
     assert positions[is_local].tolist() == [1, 0]
-
-
-def test_the_current_processes_are_those_of_the_innermost_block():
-    two = Processes(1, 2)
-    assert distributed.current() == ALONE  # no group is initialised here
-    with distributed.using(two) as processes:
-        assert processes is two and distributed.current() is two
-        with distributed.alone():
-            assert distributed.current() is ALONE
-        assert distributed.current() is two
-        with pytest.raises(ValueError, match="inside"), distributed.alone():
-            raise ValueError("inside")
-        assert distributed.current() is two
-    assert distributed.current() is ALONE
 
 
 def test_one_process_shares_with_itself():

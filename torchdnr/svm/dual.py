@@ -76,15 +76,7 @@ class Points(NamedTuple):
 
 
 def dual_bounds(targets: Tensor, C: float | Tensor) -> tuple[Tensor, Tensor]:
-    """Compute the bounds of b = y * alpha.
-
-    Args:
-        targets: Labels in {-1, +1}, ``(n, P)``.
-        C: Upper bound of alpha: a number, or a tensor that broadcasts to ``(n, P)``.
-
-    Returns:
-        Lower and upper bounds, float64 ``(n, P)``.
-    """
+    """Compute the lower and upper bounds of b, float64 ``(n, P)``, from labels and C."""
     limits = targets.double() * C
     return limits.clamp_max(0.0), limits.clamp_min(0.0)
 
@@ -114,27 +106,17 @@ def snap_to_bounds(
 def to_double(values: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
     """Widen values to float64, and put those at a rounded bound on the bound itself.
 
-    Args:
-        values: b or entries of it, ``(P, k)``, of any dtype.
-        lower: Their lower bounds, float64.
-        upper: Their upper bounds, float64.
-
-    Returns:
-        float64: a C that float32 rounds down would leave every sample at it just short of it.
+    A C that float32 rounds down would leave every sample at it just short of it.
     """
     result = torch.where(values >= upper.to(values.dtype), upper, values.double())
     return torch.where(values <= lower.to(values.dtype), lower, result)
 
 
 def violation_bounds(points: Points) -> tuple[Tensor, Tensor]:
-    """Compute m and M of LIBSVM's stopping rule m - M <= tol, problem by problem.
+    """Compute m and M of LIBSVM's stopping rule m - M <= tol, ``(P,)`` each.
 
-    Args:
-        points: Of P problems.
-
-    Returns:
-        m, the largest -F among samples whose b can grow, and M, the smallest among those whose b
-        can shrink, ``(P,)`` each.
+    m is the largest -F among samples whose b can grow, M the smallest among those whose b can
+    shrink.
 
     Source: Fan, Chen and Lin, JMLR 6 (2005), Sec. 2.
     """
@@ -203,14 +185,7 @@ def certify(
 
 
 def join_solutions(parts: Sequence[DualSolution]) -> DualSolution:
-    """Put the solutions of groups of problems on one kernel side by side.
-
-    Args:
-        parts: One per group, in the order in which they were solved.
-
-    Returns:
-        The solutions of all problems.
-    """
+    """Put the solutions of groups of problems on one kernel side by side, in their order."""
     if len(parts) == 1:
         return parts[0]
     values = {
@@ -222,13 +197,7 @@ def join_solutions(parts: Sequence[DualSolution]) -> DualSolution:
 
 
 def warn_if_not_converged(solution: DualSolution, tol: float, stacklevel: int = 3) -> None:
-    """Warn once about all problems that did not meet the tolerance.
-
-    Args:
-        solution: What the solver returned.
-        tol: The tolerance that it was given.
-        stacklevel: As in ``warnings.warn``.
-    """
+    """Warn once about all problems that did not meet the tolerance."""
     failed = (~solution.converged).nonzero().squeeze(1).tolist()
     if not failed:
         return

@@ -90,15 +90,7 @@ def newton_blocks(
 
 
 def multiply(kernels: Tensor, vectors: Tensor) -> Tensor:
-    """Multiply each symmetric matrix by its vector, from the left: on CPUs that is faster.
-
-    Args:
-        kernels: Symmetric matrices, ``(p, k, k)``.
-        vectors: ``(p, k)``.
-
-    Returns:
-        Products, ``(p, k)``.
-    """
+    """Multiply symmetric matrices by vectors ``(p, k)``, from the left: on CPUs that is faster."""
     return torch.bmm(vectors.unsqueeze(1), kernels).squeeze(1)
 
 

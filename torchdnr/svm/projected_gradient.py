@@ -86,15 +86,7 @@ def _coarse_start(
 
 
 def uniform_start(lower: Tensor, upper: Tensor) -> Tensor:
-    """Put the smaller class at its bounds, and the larger one evenly between.
-
-    Args:
-        lower: Lower bounds of b, ``(P, n)``.
-        upper: Upper bounds of b, ``(P, n)``.
-
-    Returns:
-        b, ``(P, n)``, whose rows sum to 0.
-    """
+    """Put the smaller class at its bounds, and the larger one evenly between: rows sum to 0."""
     positive, negative = upper.sum(dim=1, keepdim=True), -lower.sum(dim=1, keepdim=True)
     level = torch.minimum(positive, negative)
     tiny = torch.finfo(lower.dtype).tiny  # a coarse problem may have one class only

@@ -88,16 +88,7 @@ def largest_violators(points: Points, intercept: Tensor, largest: int) -> tuple[
 
 
 def common_sample(n: int, device: torch.device, size: int = FIRST_SAMPLES) -> Tensor:
-    """Draw the samples that problems without a solution have in common at first.
-
-    Args:
-        n: Samples.
-        device: Where to put them.
-        size: How many to draw.
-
-    Returns:
-        At most ``size`` indices, ascending; always the same for the same n.
-    """
+    """Draw the samples of n that problems start with: ascending, always the same for the same n."""
     order = torch.randperm(n, generator=torch.Generator().manual_seed(0))
     return order[:size].sort().values.to(device)
 
