@@ -19,9 +19,9 @@ from torchdnr.distributed.processes import Processes
 from torchdnr.evaluation.checks.result import broken_off
 from torchdnr.evaluation.checks.run import run_checks
 from torchdnr.evaluation.curve import SecurityCurve
+from torchdnr.evaluation.detection import Measures, measure
 from torchdnr.evaluation.judging import outputs
 from torchdnr.evaluation.line_up import ATTACKS, Attack, build_line_up, choose_attacks
-from torchdnr.evaluation.measures import Measures, measure
 from torchdnr.evaluation.security import security_evaluations
 from torchdnr.files import digest, plain_json, read_json, write_json
 

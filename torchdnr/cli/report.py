@@ -10,10 +10,10 @@ from torchdnr.cli.attack import Evaluation
 from torchdnr.cli.console import Console, peak_memory_mib
 from torchdnr.cli.run_folder import NETWORK_OPTIONS
 from torchdnr.evaluation.checks.result import ORDER, broken_off
-from torchdnr.evaluation.curve import SecurityCurve
+from torchdnr.evaluation.curve import SecurityCurve, most_telling_eps
+from torchdnr.evaluation.detection import Measures
 from torchdnr.evaluation.environment import describe_environment
 from torchdnr.evaluation.figures import plot_curves, plot_examples
-from torchdnr.evaluation.measures import Measures, most_telling_eps
 from torchdnr.evaluation.report.html import save_html
 from torchdnr.evaluation.report.rejection_figures import plot_roc
 from torchdnr.evaluation.report.table import (

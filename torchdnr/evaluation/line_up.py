@@ -41,9 +41,8 @@ class Attack:
         run: ``run(model, inputs, labels, eps, start) -> points``, each within ``eps`` of its
             input. It is called with the samples that do not evade at a smaller eps; ``start``
             holds their points there, at first the inputs themselves.
-            With ``minimum_norm``: ``run(model, inputs, labels) -> points``, the nearest evading
-            points, whatever their norm; run once, it serves every eps.
-        minimum_norm: Which of the two signatures ``run`` has.
+        minimum_norm: Whether the points are the nearest evading ones, whatever their norm: ``run``
+            is called once, with an infinite ``eps``, and serves every eps.
         settings: Every option that changes the points, seed included: stored with the results,
             and a checkpoint is only resumed if they are the same.
         needs: Name of a method without which a model cannot be attacked like this: it is left out.
@@ -162,7 +161,7 @@ def choose_attacks(names: Iterable[str], norm: float = 2, surrogate: bool = True
 
     Args:
         names: Keys of ``ATTACKS``, "default" or "full".
-        norm: Norm of the perturbation: "full" are those attacks that know it.
+        norm: Norm of the perturbation: "full" are those attacks that can use it.
         surrogate: Whether there is a surrogate, for those that need one.
 
     Returns:
@@ -266,28 +265,16 @@ def build_line_up(
         extra = {key: value for key, value in given.items() if key in entry.accepts}
         if entry.inner is not None:
             extra["attack"] = entry.inner
-        run = _nearest(entry.attack, settings, extra)
-        if not entry.minimum_norm:
-            run = _at_eps(entry.attack, settings, extra, "start" in entry.accepts)
+        run = _runner(entry, {**settings, **extra})
         line_up[entry.label] = Attack(run, entry.minimum_norm, settings, entry.needs, fingerprint)
     return line_up
 
 
-def _nearest(
-    attack: Callable[..., Tensor], settings: Mapping[str, Any], given: Mapping[str, Any]
-) -> Callable[..., Tensor]:
-    def run(model: Callable[[Tensor], Tensor], inputs: Tensor, labels: Tensor) -> Tensor:
-        return attack(model=model, inputs=inputs, labels=labels, **settings, **given)
+def _runner(entry: Entry, options: Mapping[str, Any]) -> Callable[..., Tensor]:
+    """Give an attack with its options the signature of ``Attack.run``."""
+    # A minimum-norm attack has no radius, and starts where it sees fit.
+    names = () if entry.minimum_norm else ("eps", "start") if "start" in entry.accepts else ("eps",)
 
-    return run
-
-
-def _at_eps(
-    attack: Callable[..., Tensor],
-    settings: Mapping[str, Any],
-    given: Mapping[str, Any],
-    goes_on: bool,
-) -> Callable[..., Tensor]:
     def run(
         model: Callable[[Tensor], Tensor],
         inputs: Tensor,
@@ -295,8 +282,8 @@ def _at_eps(
         eps: float,
         start: Tensor,
     ) -> Tensor:
-        own = {"start": start} if goes_on else {}
-        points = {"model": model, "inputs": inputs, "labels": labels, "eps": eps}
-        return attack(**points, **own, **settings, **given)
+        given = {"eps": eps, "start": start}
+        points = {"model": model, "inputs": inputs, "labels": labels}
+        return entry.attack(**points, **{key: given[key] for key in names}, **options)
 
     return run

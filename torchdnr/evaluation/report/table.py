@@ -1,4 +1,4 @@
-"""The results of several classifiers side by side: a table to read, a JSON file to keep."""
+"""The results of classifiers side by side: as rows, as a table to read, as JSON and CSV files."""
 
 import csv
 import io
@@ -8,8 +8,25 @@ from pathlib import Path
 from typing import Any
 
 from torchdnr.evaluation.curve import Predictions, SecurityCurve
-from torchdnr.evaluation.metrics import decision_rates
+from torchdnr.evaluation.metrics import to_plain
 from torchdnr.files import atomic_write_bytes, read_json, write_json
+
+WORST_CASE = "worst case"
+COSTS = "seconds", "forwards", "backwards"
+EXPLANATION = """\
+accuracy: eps = 0 (no attack): share given its true class, to reject is an error.
+          eps > 0 (attacked): share given its true class or rejected; the rest evades.
+reject:   share rejected. To evade is to be accepted and wrong. "worst case": per sample, the most
+          harmful of all attacks at this and the smaller eps."""
+
+
+COLUMNS = (
+    *("classifier", "attack", "norm", "eps", "samples"),
+    *("accuracy", "accuracy_low", "accuracy_high"),
+    *("rejection_rate", "rejection_low", "rejection_high"),
+    *("evasion_rate", "evasion_low", "evasion_high"),
+    *("mean_norm", *COSTS),
+)
 
 
 def attack_rates(
@@ -25,14 +42,13 @@ def attack_rates(
         Rows with the classifier, the attack (None: the worst case over all), eps, and a dictionary
         with value, low, high and n for each of ``DecisionRates``.
     """
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name, curve in curves.items():
-        several: dict[str | None, Predictions] = {**curve.attacks, None: curve}
-        for attack, alone in several.items():
-            for eps, predictions in zip(alone.eps, alone.predictions, strict=True):
-                rates = decision_rates(predictions, alone.labels, eps, confidence=confidence)
-                row = {key: rate.to_dict() for key, rate in rates._asdict().items()}
-                rows.append({"classifier": name, "attack": attack, "eps": eps, **row})
+        lines: list[tuple[str | None, Predictions]] = [*curve.attacks.items(), (None, curve)]
+        for attack, alone in lines:
+            for eps, rates in zip(alone.eps, alone.estimates(confidence), strict=True):
+                row = {"classifier": name, "attack": attack, "eps": eps}
+                rows.append(row | to_plain(rates))
     return rows
 
 
@@ -51,8 +67,7 @@ def attack_costs(curves: Mapping[str, SecurityCurve]) -> list[dict[str, Any]]:
     for name, curve in curves.items():
         for attack, alone in curve.attacks.items():
             samples = len(alone.labels)
-            spent = {key: sum(getattr(alone, key)) for key in ("seconds", "forwards", "backwards")}
-            largest = decision_rates(alone.predictions[-1], alone.labels, alone.eps[-1])
+            spent = {key: sum(getattr(alone, key)) for key in COSTS}
             rows.append(
                 {
                     "classifier": name,
@@ -63,18 +78,10 @@ def attack_costs(curves: Mapping[str, SecurityCurve]) -> list[dict[str, Any]]:
                     **{f"{key}_per_sample": value / samples for key, value in spent.items()},
                     "violations": sum(alone.violations),
                     "largest_eps": alone.eps[-1],
-                    "evasion": largest.evasion.to_dict(),
+                    "evasion": alone.estimates()[-1].evasion.to_dict(),
                 }
             )
     return rows
-
-
-WORST_CASE = "worst case"
-EXPLANATION = """\
-accuracy: eps = 0 (no attack): share given its true class, to reject is an error.
-          eps > 0 (attacked): share given its true class or rejected; the rest evades.
-reject:   share rejected. To evade is to be accepted and wrong. "worst case": per sample, the most
-          harmful of all attacks at this and the smaller eps."""
 
 
 def format_table(curves: Mapping[str, SecurityCurve]) -> str:
@@ -191,16 +198,6 @@ def _remarks(curves: Mapping[str, SecurityCurve]) -> list[str]:
     return lines
 
 
-COSTS = "seconds", "forwards", "backwards"
-COLUMNS = (
-    *("classifier", "attack", "norm", "eps", "samples"),
-    *("accuracy", "accuracy_low", "accuracy_high"),
-    *("rejection_rate", "rejection_low", "rejection_high"),
-    *("evasion_rate", "evasion_low", "evasion_high"),
-    *("mean_norm", *COSTS),
-)
-
-
 def save_csv(path: str | Path, curves: Mapping[str, SecurityCurve]) -> None:
     """Write a row per classifier, attack and eps, and for the worst case over the attacks.
 
@@ -226,21 +223,15 @@ def save_csv(path: str | Path, curves: Mapping[str, SecurityCurve]) -> None:
 def _rows(
     name: str, attack: str, alone: Predictions, curve: SecurityCurve
 ) -> Iterator[dict[str, Any]]:
-    several = curve.attacks.values() if alone is curve else [alone]
-    for index, eps in enumerate(alone.eps):
-        row = {
-            "classifier": name,
-            "attack": attack,
-            "norm": f"{curve.norm:g}",
-            "eps": eps,
-            "samples": len(alone.labels),
-            "mean_norm": alone.mean_norm[index],
+    attacks = curve.attacks.values() if alone is curve else [curve.attacks[attack]]
+    for index, (eps, rates) in enumerate(zip(alone.eps, alone.estimates(), strict=True)):
+        row = {"classifier": name, "attack": attack, "norm": f"{curve.norm:g}", "eps": eps}
+        row |= {"samples": len(alone.labels), "mean_norm": alone.mean_norm[index]}
+        columns = {
+            ("accuracy", "accuracy"): rates.accuracy,
+            ("rejection_rate", "rejection"): rates.rejection,
+            ("evasion_rate", "evasion"): rates.evasion,
         }
-        for key, rate in (("accuracy", "accuracy"), ("rejection", "rejection_rate")):
-            row[rate] = getattr(alone, rate)[index]
-            row[f"{key}_low"], row[f"{key}_high"] = getattr(alone, f"{key}_interval")[index]
-        row["evasion_rate"] = alone.evasion_rate[index]
-        row["evasion_low"], row["evasion_high"] = alone.evasion_interval[index]
-        for cost in COSTS:
-            row[cost] = sum(getattr(one, cost)[index] for one in several)
-        yield row
+        for (column, ends), rate in columns.items():
+            row |= {column: rate.value, f"{ends}_low": rate.low, f"{ends}_high": rate.high}
+        yield row | {cost: sum(getattr(one, cost)[index] for one in attacks) for cost in COSTS}
