@@ -29,7 +29,7 @@ def job():
     return SimpleNamespace(images=parts.__getitem__, settings=settings)
 
 
-@pytest.mark.filterwarnings("ignore::torchdnr.svm.stack.CompressionWarning")
+@pytest.mark.filterwarnings("ignore::torchdnr.svm.compression.CompressionWarning")
 def test_the_benchmark_measures_what_the_models_do(scripts, job, fitted):  # noqa: F811
     bench, readme = scripts
     models, found = bench.compressed_models(fitted, job)

@@ -193,7 +193,7 @@ def test_a_lost_process_ends_the_other_and_the_same_command_goes_on(
             for folder in (made_by_one, run)
         )
         assert one.keys() == two.keys()
-        assert torch.equal(one["base_svms.0.support"], two["base_svms.0.support"])
+        assert torch.equal(one["svms.base_svms.0.support"], two["svms.base_svms.0.support"])
         for key in one:
             torch.testing.assert_close(two[key], one[key], rtol=1e-3, atol=1e-3, msg=key)
 

@@ -118,10 +118,8 @@ def _rejecting(
     layers = ", ".join(model.layers)
     sizes = f"{len(job.splits.svm):,} images, theta on {len(job.splits.threshold):,} others"
     with console.stage(name, f"SVMs on {layers}, {sizes}"):
-        model.fit(*job.images("svm"), progress=console.progress, processes=processes)
-        model.calibrate(
-            job.images("threshold")[0], job.settings["rejection_rate"], processes=processes
-        )
+        model.fit(*job.images("svm"), progress=console.progress)
+        model.calibrate(job.images("threshold")[0], job.settings["rejection_rate"])
         if processes.first:
             model.save(path)
     return model
