@@ -10,12 +10,13 @@ from gpytorch.kernels import MaternKernel
 from torch.utils.data import DataLoader, TensorDataset
 
 from torchdnr import DNR, NR
-from torchdnr.distributed.processes import default_processes, joined
-from torchdnr.distributed.sharing import SharedFeatures, Shares
+from torchdnr.distributed import current, joined
+from torchdnr.distributed.sharing import Partition, ShardedFeatures
 from torchdnr.files import save_tensors
 from torchdnr.svm import RBFSVM, grid_search, out_of_fold_scores, solve_dual
 from torchdnr.svm import solver as descent
-from torchdnr.svm.gram import KernelRows, rbf_rows
+from torchdnr.svm.gram import rbf_rows
+from torchdnr.svm.kernel_rows import KernelRows
 from torchdnr.svm.memory_plan import FeaturePlan, MemoryPlan
 from torchdnr.svm.multiclass import one_vs_rest
 
@@ -53,8 +54,8 @@ def points(n, classes, d=6, spread=0.8):
 
 
 def shared(features):
-    shares = Shares.even(len(features), default_processes())
-    return SharedFeatures(features[shares.own].clone(), shares)
+    partition = Partition.even(len(features), current())
+    return ShardedFeatures(features[partition.local].clone(), partition)
 
 
 def state(model):

@@ -216,7 +216,7 @@ def test_damaged_files_are_made_again_with_a_warning(tmp_path, damage, stopped):
     else:
         file.write_bytes(b"\0" * 8 + file.read_bytes()[8:])
     net = Counted()
-    with pytest.warns(UserWarning, match="taken again from the start"):
+    with pytest.warns(UserWarning, match="extracted again from the start"):
         found = extract(features_of(net), loader(), folder=tmp_path)[0]
     assert net.calls == 4
     assert_same(found, extract(features_of(Counted()), loader())[0])

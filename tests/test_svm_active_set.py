@@ -12,8 +12,8 @@ from torchdnr.svm.working_set import (
     common_sample,
     first_sets,
     largest_violators,
+    make_feasible,
     select_working_sets,
-    settle,
     solve_blocks,
 )
 
@@ -173,7 +173,7 @@ def test_settled_values_are_feasible_and_stay_on_their_bounds(seed, size, spread
     feasible = lower + (1.5 * draw() - 0.25).clamp(0, 1) * (upper - lower)
     total = feasible.sum(dim=1)
     values = feasible + wildness * limit * (draw() - 0.5)
-    settled = settle(values, draw() - 0.5, lower, upper, total)
+    settled = make_feasible(values, draw() - 0.5, lower, upper, total)
     assert ((settled >= lower) & (settled <= upper)).all()
     # What the sum of the bounds rounds to, and twice a slack of 1e-9 that cannot be undone.
     assert (settled.sum(dim=1) - total).abs().max() <= 1e-12 * limit.sum(dim=1).max()
@@ -186,9 +186,11 @@ def test_settled_values_are_feasible_and_stay_on_their_bounds(seed, size, spread
 def test_a_missing_sum_is_taken_from_the_samples_that_win_most():
     lower, upper = torch.zeros(1, 4).double(), torch.ones(1, 4).double()
     cost = torch.tensor([[3.0, -2.0, 1.0, -1.0]]).double()
-    settled = settle(torch.zeros(1, 4).double(), cost, lower, upper, torch.tensor([1.5]).double())
+    settled = make_feasible(
+        torch.zeros(1, 4).double(), cost, lower, upper, torch.tensor([1.5]).double()
+    )
     assert settled.tolist() == [[0.0, 1.0, 0.0, 0.5]]
-    settled = settle(upper, cost, lower, upper, torch.tensor([2.5]).double())
+    settled = make_feasible(upper, cost, lower, upper, torch.tensor([2.5]).double())
     assert settled.tolist() == [[0.0, 1.0, 0.5, 1.0]]
 
 

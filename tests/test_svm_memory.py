@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from torchdnr.svm import RBFSVM, ConvergenceWarning, grid_search, solve_dual
-from torchdnr.svm.gram import KernelRows
+from torchdnr.svm.kernel_rows import KernelRows
 from torchdnr.svm.memory_plan import MemoryPlan, column_groups, plan_memory
 from torchdnr.svm.multiclass import one_vs_rest
 

@@ -15,7 +15,7 @@ from svm_oracles import check_solution, gram, held, libsvm, noisy
 from torchdnr.svm import ConvergenceWarning, solve_dual
 from torchdnr.svm import solver as descent
 from torchdnr.svm.dual import dual_bounds
-from torchdnr.svm.gram import KernelRows
+from torchdnr.svm.kernel_rows import KernelRows
 from torchdnr.svm.projected_gradient import (
     SMALLEST,
     bounded_start,

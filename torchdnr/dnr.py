@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from torchdnr.costs import stage
 from torchdnr.decisions import NotFittedError
-from torchdnr.distributed.processes import default_processes as current
+from torchdnr.distributed import current
 from torchdnr.distributed.sharing import check_same, checked_batches
 from torchdnr.features.choice import default_layers
 from torchdnr.features.extraction import distortions, extract, prepare_features, training_features
@@ -166,10 +166,13 @@ class DNR(nn.Module):
         Features of all layers that together take more than ``memory_limit`` bytes (4 GiB if it was
         not set; on a GPU only if it was) go to files and are fitted on from there, on the CPU.
 
-        Several processes share the work where ``torch.distributed`` is set up: all call this with
-        the same network and the same data. Each extracts the features of its share, keeps those
-        rows and evaluates the kernels with them, and solves its share of the dual problems; all get
-        the same classifier, which is that of one process up to rounding.
+        Several processes share the work where ``torch.distributed`` is set up, unless this is
+        called ``with torchdnr.distributed.alone():``. All call it with the same network and the
+        same data. Each extracts the features of its share, keeps those rows and evaluates the
+        kernels with them, and solves its share of the dual problems. All get the same classifier.
+        Its scores, objectives and certificates are those of one process; its dual coefficients
+        may differ by a few ``tol`` = 1e-3, since both stop as soon as no KKT condition is violated
+        by more.
 
         Args:
             inputs: Images ``(n, ...)`` in [0, 1], or a loader that yields ``(images, labels)``.
@@ -193,8 +196,7 @@ class DNR(nn.Module):
             ProjectionWarning: If a random projection changes distances by much.
             UserWarning: If features go to a temporary folder, or were damaged on disk.
         """
-        processes = current()
-        progress = progress and processes.first
+        progress = progress and current().first
         with stage("features"):
             features, by_layer, labels = training_features(
                 inputs,
@@ -205,7 +207,6 @@ class DNR(nn.Module):
                 memory_limit=self.svm_options.memory_limit,
                 folder=features_folder,
                 progress=progress,
-                processes=processes,
             )
         # Only now: a fit that fails before leaves the earlier one to use, and one that fails from
         # here on no mixture of old and new.

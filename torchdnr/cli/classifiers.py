@@ -111,7 +111,7 @@ def _rejecting(
 ) -> DNR | NR:
     name = kind.__name__
     path = job.folder / f"{name.lower()}.safetensors"
-    if processes.share_text(str(path.exists()), 0) == "True":  # all load it, or none does
+    if processes.broadcast_text(str(path.exists())) == "True":  # all load it, or none does
         with console.stage(name, f"from {path}"):
             return _load(path, lambda: kind.load(path, net))
     model = build().to(job.device)

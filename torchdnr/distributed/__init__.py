@@ -1,1 +1,23 @@
 """Work shared by the processes of torch.distributed."""
+
+from torchdnr.distributed.processes import (
+    ALONE,
+    PeerError,
+    Processes,
+    alone,
+    current,
+    joined,
+    local_device,
+    using,
+)
+
+__all__ = [
+    "ALONE",
+    "PeerError",
+    "Processes",
+    "alone",
+    "current",
+    "joined",
+    "local_device",
+    "using",
+]

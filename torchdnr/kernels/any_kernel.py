@@ -6,13 +6,13 @@ import torch
 from gpytorch.kernels import Kernel, RBFKernel
 from torch import Tensor
 
-from torchdnr.distributed.sharing import SharedFeatures
 from torchdnr.kernels.rbf import (
     BLOCK_ELEMENTS,
     full_precision,
     rbf_scores,
     squared_distances,
 )
+from torchdnr.kernels.row_blocks import entry_moments
 
 __all__ = [
     "BLOCK_ELEMENTS",
@@ -27,17 +27,21 @@ __all__ = [
 ]
 
 
-def scale_gamma(features: Tensor | SharedFeatures) -> float:
+def scale_gamma(features: Tensor) -> float:
     """Compute scikit-learn's ``gamma="scale"``: 1 / (d * variance of all entries).
 
     Args:
-        features: Training features, ``(n, d)``, perhaps shared by several processes.
+        features: Training features, ``(n, d)``.
 
     Returns:
         The kernel width; 1.0 for constant features, as scikit-learn has it.
     """
-    variance = SharedFeatures.of(features).variance()
-    return 1.0 / (features.shape[1] * variance) if variance > 0.0 else 1.0
+    return gamma_for_variance(entry_moments(features)[0].item(), features.shape[1])
+
+
+def gamma_for_variance(variance: float, d: int) -> float:
+    """Compute ``gamma="scale"`` for d features whose entries have this variance."""
+    return 1.0 / (d * variance) if variance > 0.0 else 1.0
 
 
 def make_rbf_kernel(gamma: float, like: Tensor) -> RBFKernel:

@@ -10,11 +10,12 @@ Labels, C, weights and held-out samples (C = 0) change only y and the bounds.
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from torchdnr.svm.gram import KernelRows
+from torchdnr.svm.kernel_rows import KernelRows
 
 
 class ConvergenceWarning(UserWarning):
@@ -50,6 +51,35 @@ class DualSolution:
     kernel_rows: int
 
 
+class Points(NamedTuple):
+    """Where P problems stand, on all samples or on some; a row each.
+
+    Attributes:
+        gradient: F = K b - y, ``(P, n)``.
+        dual_coef: b, ``(P, n)``.
+        lower: Lower bounds of b, ``(P, n)``.
+        upper: Upper bounds of b, ``(P, n)``.
+    """
+
+    gradient: Tensor
+    dual_coef: Tensor
+    lower: Tensor
+    upper: Tensor
+
+    @property
+    def by_column(self) -> "Points":
+        """The same, a column for each problem."""
+        return Points(*(t.T for t in self))
+
+    def of(self, problems: Tensor) -> "Points":
+        """Select problems, ``(p,)``."""
+        return Points(*(t[problems] for t in self))
+
+    def at(self, index: Tensor) -> "Points":
+        """Select samples of each problem, ``(P, k)``."""
+        return Points(*(t.gather(1, index) for t in self))
+
+
 def dual_bounds(targets: Tensor, C: float | Tensor) -> tuple[Tensor, Tensor]:
     """Compute the bounds of b = y * alpha.
 
@@ -73,8 +103,8 @@ def snap_to_bounds(
         values: b or entries of it, ``(P, k)``.
         lower: Their lower bounds.
         upper: Their upper bounds.
-        share: How near counts as at the bound: a share of the room between the bounds, or of the
-            largest value of the problem where C is far beyond all of them.
+        share: How near counts as at the bound: a share of the distance between the bounds, or of
+            the largest value of the problem where C is far beyond all of them.
         scale: Largest value of each problem, ``(P, 1)``; default: that of ``values``.
 
     Returns:
@@ -172,7 +202,7 @@ def certify(
     gradient = product - targets
     steepest_up, steepest_down = violation_bounds(gradient, dual_coef, lower, upper)
     violation = (steepest_up - steepest_down).clamp_min(0.0)
-    intercept = kernel.processes.agree(intercepts(gradient, dual_coef, lower, upper))
+    intercept = kernel.replicate(intercepts(gradient, dual_coef, lower, upper))
     quadratic = (dual_coef * product).sum(dim=0)
     linear = (targets * dual_coef).sum(dim=0)
     hinge = (1.0 - targets * (product + intercept)).clamp_min(0.0)

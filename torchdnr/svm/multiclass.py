@@ -1,4 +1,4 @@
-"""How c classes become binary problems, and the values of those become class scores again."""
+"""How c classes become binary problems, with the bounds of these, and their values class scores."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -7,6 +7,11 @@ import torch
 from torch import Tensor
 
 ONE_VS_REST, ONE_VS_ONE = STRATEGIES = ("one-vs-rest", "one-vs-one")
+
+PerClass = float | Sequence[float] | Tensor
+ClassWeight = str | Sequence[float] | Mapping[int, float] | Tensor
+CheckedWeight = str | tuple[float, ...] | dict[int, float] | None
+"""None, ``"balanced"``, one factor per class, or factors by class (1 for the others)."""
 
 
 def class_pairs(num_classes: int, device: torch.device | str = "cpu") -> Tensor:
@@ -108,10 +113,6 @@ def votes_and_confidence(values: Tensor) -> Tensor:
     return votes + sums / (3.0 * (sums.abs() + 1.0))
 
 
-PerClass = float | Sequence[float] | Tensor
-ClassWeight = str | Sequence[float] | Mapping[int, float] | Tensor
-
-
 def checked_C(C: PerClass) -> float | tuple[float, ...]:
     """Bring C to a number or one number per class.
 
@@ -131,9 +132,7 @@ def checked_C(C: PerClass) -> float | tuple[float, ...]:
     return values[0] if scalar else values
 
 
-def checked_class_weight(
-    class_weight: ClassWeight | None,
-) -> str | tuple[float, ...] | dict[int, float] | None:
+def checked_class_weight(class_weight: ClassWeight | None) -> CheckedWeight:
     """Bring class weights to Python values.
 
     Args:
@@ -152,17 +151,18 @@ def checked_class_weight(
             'class_weight must be None, "balanced", one factor per class or a dict, '
             f"got {class_weight!r}"
         )
-    mapping = isinstance(class_weight, Mapping)
-    factors = list(class_weight.values()) if mapping else class_weight
-    values = _numbers(factors, "class_weight")
+    if isinstance(class_weight, Mapping):
+        values = _numbers(list(class_weight.values()), "class_weight")
+    else:
+        values = _numbers(class_weight, "class_weight")
     if not all(0.0 < value < float("inf") for value in values):
         raise ValueError(
             f"class_weight must hold finite factors > 0, got {class_weight}: to leave samples out, "
             "remove them or give them sample_weight 0"
         )
-    if not mapping:
-        return values
-    return {int(k): value for k, value in zip(class_weight, values, strict=True)}
+    if isinstance(class_weight, Mapping):
+        return {int(k): value for k, value in zip(class_weight, values, strict=True)}
+    return values
 
 
 def upper_bounds(
@@ -170,14 +170,14 @@ def upper_bounds(
     num_classes: int,
     strategy: str,
     C: float | tuple[float, ...],
-    class_weight: str | tuple[float, ...] | dict[int, float] | None,
+    class_weight: CheckedWeight,
     sample_weight: Tensor | None,
 ) -> float | Tensor:
     """Compute the bound of each sample's alpha in each binary problem.
 
-    The factors are multiplied: C, the weight of the sample's class, its own weight. Class weights
-    are those of the sample's own class under both strategies, except that ``"balanced"`` balances
-    each problem of one-vs-rest by itself, its class against all others.
+    The factors are multiplied: C, the weight of the sample's class, and that of the sample. Class
+    weights go by the sample's class under both strategies, except that ``"balanced"`` balances each
+    problem of one-vs-rest by itself, its class against all others.
 
     Args:
         labels: ``(n,)`` in 0..c-1.
@@ -225,20 +225,20 @@ def _class_factors(
     labels: Tensor,
     num_classes: int,
     strategy: str,
-    class_weight: str | tuple[float, ...] | dict[int, float] | None,
+    class_weight: CheckedWeight,
     sample_weight: Tensor | None,
 ) -> Tensor | None:
-    """Look up class weights: None, ``(n, 1)``, or ``(n, c)`` where each problem has its own."""
+    """Look up class weights: None, ``(n, 1)``, or ``(n, c)`` where they differ by problem."""
     if class_weight is None:
         return None
-    if class_weight != "balanced":
+    if not isinstance(class_weight, str):
         weights = _explicit(class_weight, num_classes, labels.device)
     else:
         weights = balanced_weights(labels, num_classes, sample_weight)
         if strategy == ONE_VS_REST:
             share = 1.0 / (num_classes * weights)  # of the class in all the weight
-            own = labels.unsqueeze(1) == torch.arange(num_classes, device=labels.device)
-            return 0.5 / torch.where(own, share, 1.0 - share)
+            is_class = labels.unsqueeze(1) == torch.arange(num_classes, device=labels.device)
+            return 0.5 / torch.where(is_class, share, 1.0 - share)
     return weights[labels].unsqueeze(1)
 
 

@@ -57,7 +57,16 @@ def newton_blocks(
     waited = torch.zeros_like(steps)
     rows = torch.arange(len(best), device=best.device)
     point, slope = dual_coef, gradient
-    state = (kernels, gradient, dual_coef, lower, upper, damping, tol, max_steps)
+    state: tuple[Tensor, ...] = (
+        kernels,
+        gradient,
+        dual_coef,
+        lower,
+        upper,
+        damping,
+        tol,
+        max_steps,
+    )
     for _ in range(MAX_STEPS):
         kernels, gradient, dual_coef, lower, upper, damping, tol, max_steps = state
         up, low = _guess_sets(point, slope, intercept, lower, upper)
@@ -98,7 +107,7 @@ def multiply(kernels: Tensor, vectors: Tensor) -> Tensor:
 def _guess_sets(
     point: Tensor, slope: Tensor, intercept: Tensor, lower: Tensor, upper: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Predict who sits at the upper and who at the lower bound; never all of them."""
+    """Predict which samples sit at the upper and which at the lower bound; never all of them."""
     target = point - slope / JUMP
     shift = intercept.unsqueeze(1) / JUMP
     up = target - shift >= upper
@@ -159,12 +168,12 @@ def _newton_step(
 
 
 def _gather_square(kernels: Tensor, index: Tensor) -> Tensor:
-    """Take the same rows and columns of each matrix; whole rows first is three times faster."""
+    """Select the same rows and columns of each matrix; whole rows first is three times faster."""
     count, size, width = len(kernels), kernels.shape[1], index.shape[1]
     offset = size * torch.arange(count, device=kernels.device).unsqueeze(1)
-    taken = kernels.reshape(count * size, size).index_select(0, (index + offset).flatten())
+    rows = kernels.reshape(count * size, size).index_select(0, (index + offset).flatten())
     columns = index.unsqueeze(1).expand(count, width, width)
-    return taken.view(count, width, size).gather(2, columns)
+    return rows.view(count, width, size).gather(2, columns)
 
 
 def _count_violations(

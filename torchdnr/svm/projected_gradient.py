@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from torchdnr.svm.dual import to_double, violation_bounds
-from torchdnr.svm.gram import KernelRows
+from torchdnr.svm.kernel_rows import KernelRows
 from torchdnr.svm.working_set import common_sample
 
 SMALLEST = 2048
@@ -37,7 +37,7 @@ PROJECTION_STEPS = 30
 def bounded_start(
     rows: KernelRows, targets: Tensor, lower: Tensor, upper: Tensor, goal: float
 ) -> Tensor | None:
-    """Find a start for those problems whose support vectors will mostly be at their bounds.
+    """Compute a start for those problems whose support vectors will mostly be at their bounds.
 
     Args:
         rows: The kernel; all of it gets evaluated if there is such a problem.
@@ -47,7 +47,8 @@ def bounded_start(
         goal: Violation at which a problem is done.
 
     Returns:
-        b, ``(P, n)``, 0 for the other problems; None if there is none, or no room for the kernel.
+        b, ``(P, n)``, 0 for the other problems; None if there is none, or the kernel is not held
+        whole.
     """
     if rows.n < SMALLEST or rows.capacity < rows.n:
         return None
@@ -58,10 +59,10 @@ def bounded_start(
     if len(close) == 0:
         return None
     rows.slots(torch.arange(rows.n, device=lower.device))
-    chosen = [t[close] for t in (targets, lower, upper)]
     result = torch.zeros_like(start)
-    coarse = _coarse_start(rows, *chosen, goal)
-    result[close] = projected_gradient(rows, chosen[0], coarse, *chosen[1:], goal, FINE_STEPS)
+    targets, lower, upper = targets[close], lower[close], upper[close]
+    coarse = _coarse_start(rows, targets, lower, upper, goal)
+    result[close] = projected_gradient(rows, targets, coarse, lower, upper, goal, FINE_STEPS)
     return result
 
 
@@ -108,7 +109,7 @@ def project(values: Tensor, lower: Tensor, upper: Tensor, shift: Tensor) -> tupl
         shift: First guess of what has to be taken off before clipping, ``(P,)``.
 
     Returns:
-        Projections, and the shifts found.
+        Projections, and the shifts that were needed.
     """
     least, most = (values - upper).amin(dim=1), (values - lower).amax(dim=1)
     shift = torch.minimum(torch.maximum(shift, least), most)
@@ -173,7 +174,7 @@ def projected_gradient(
             free = ((point > lower) & (point < upper)).sum(dim=1).to(dtype)
             settled = (free > SETTLED * last) & (free < FEW_FREE * rows.n)
             settled |= (slope.abs() <= goal * change.abs().amax(dim=1)) | (step == max_steps - 1)
-            settled = rows.processes.agree(settled)
+            settled = rows.replicate(settled)
             exact = to_double(point, bounds[0][running], bounds[1][running])
             result[running] = torch.where(settled.unsqueeze(1), exact, result[running])
             keep = (~settled).nonzero().squeeze(1)

@@ -11,7 +11,7 @@ from gpytorch.kernels import Kernel, RBFKernel
 from torch import Tensor, nn
 
 from torchdnr.decisions import NotFittedError
-from torchdnr.distributed.sharing import SharedFeatures
+from torchdnr.distributed.sharing import ShardedFeatures
 from torchdnr.files import CheckpointError, load_tensors, save_tensors
 from torchdnr.kernels.any_kernel import kernel_matrix, kernel_scores, make_rbf_kernel, rbf_gamma
 from torchdnr.kernels.rbf import full_precision, rbf_scores, squared_norms
@@ -134,7 +134,7 @@ class RBFSVM(nn.Module):
 
     def fit(
         self,
-        features: Tensor | SharedFeatures,
+        features: Tensor | ShardedFeatures,
         labels: Tensor,
         *,
         sample_weight: Tensor | None = None,
@@ -148,7 +148,7 @@ class RBFSVM(nn.Module):
         Args:
             features: Training features, ``(n, d)``, float32 or float64: the module takes their
                 dtype and device. With a precomputed kernel its symmetric matrix, ``(n, n)``. Or
-                ``SharedFeatures``, of which each of several processes has some rows: all call this
+                ``ShardedFeatures``, of which each of several processes has some rows: all call this
                 together, with the labels of all rows, and get the same machine.
             labels: Labels 0..c-1, ``(n,)`` int64, every class present.
             sample_weight: Factor >= 0 of C per sample, ``(n,)``. A sample of weight 0 is as good as
@@ -172,14 +172,14 @@ class RBFSVM(nn.Module):
             ConvergenceWarning: Naming the problems that missed ``tol``.
         """
         check_features(features)
-        c, features = check_labels(labels, len(features), num_classes), SharedFeatures.of(features)
-        features = replace(features, own=features.own.detach())
+        c, features = check_labels(labels, len(features), num_classes), ShardedFeatures.of(features)
+        features = replace(features, local=features.local.detach())
         data = select_training_data(
             features, labels.long(), c, sample_weight, distances, self.is_precomputed
         )
-        kernel = self.kernel.to(features.own) if self.has_own_kernel else None
+        kernel = self.kernel.to(features.local) if self.has_own_kernel else None
         if not self.has_own_kernel and not self.is_precomputed:
-            kernel = make_rbf_kernel(data.gamma(self.gamma), like=features.own)
+            kernel = make_rbf_kernel(data.gamma(self.gamma), like=features.local)
         limits = upper_bounds(data.labels, c, self.strategy, self.C, self.class_weight, data.weight)
         targets = binary_targets(data.labels, c, self.strategy)
         solution = solve_dual(
@@ -192,8 +192,8 @@ class RBFSVM(nn.Module):
         )
         chosen = solution.dual_coef.ne(0).any(dim=1)
         self.support_vectors, self.support = data.support_vectors(chosen), data.kept[chosen]
-        self.dual_coef = solution.dual_coef[chosen].to(features.own)
-        self.intercept = solution.intercept.to(features.own)
+        self.dual_coef = solution.dual_coef[chosen].to(features.local)
+        self.intercept = solution.intercept.to(features.local)
         self.center, self.kernel = data.center, kernel
         self.solution = data.of_all_samples(solution)
         return self

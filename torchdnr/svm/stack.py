@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from torchdnr.costs import stage
-from torchdnr.distributed.sharing import SharedFeatures
+from torchdnr.distributed.sharing import ShardedFeatures
 from torchdnr.svm.compression import compress_stack, stack_losses, warn_of_losses
 from torchdnr.svm.model_selection import grid_search, out_of_fold_scores
 from torchdnr.svm.rbf_svm import RBFSVM
@@ -127,7 +127,7 @@ class SVMStack(nn.Module):
         return scores[0] if self.combiner is None else self.combiner(torch.cat(scores, dim=1))
 
     def fit(
-        self, features: dict[str, SharedFeatures], labels: Tensor, *, progress: bool = False
+        self, features: dict[str, ShardedFeatures], labels: Tensor, *, progress: bool = False
     ) -> Self:
         """Fit the base SVMs, then the combiner on their out-of-fold scores.
 
@@ -145,14 +145,14 @@ class SVMStack(nn.Module):
         Warns:
             ConvergenceWarning: If a dual problem missed its tolerance.
         """
-        options, shares = self.options, next(iter(features.values())).shares
+        options, partition = self.options, next(iter(features.values())).partition
         common = {"tol": options.tol, "memory_limit": options.memory_limit}
         held_out: list[Tensor] = []
         for name in self.named():
             if name in self.layers:
                 inputs = features.pop(name)
             else:
-                inputs = SharedFeatures(torch.cat(held_out, dim=1)[shares.own], shares)
+                inputs = ShardedFeatures(torch.cat(held_out, dim=1)[partition.local], partition)
             if name in options.hyperparameters:
                 C, gamma = options.hyperparameters[name]
                 svm = RBFSVM(C, gamma, tol=options.tol)

@@ -1,9 +1,8 @@
-"""Solver of many dual problems on one kernel: batched working sets, two variables at a time.
+"""Working sets of many dual problems: their choice, and their solution by two-variable updates.
 
-Two levels, after ThunderSVM and its relatives: an outer step gives every problem a working set of
-its worst violators, and two-variable updates solve all these small problems at once; their changes
-then update the gradients of all samples by one product with the kernel. Each problem selects,
-updates and stops by its own state only, so its answer does not depend on its neighbours.
+After ThunderSVM and its relatives: an outer step gives every problem a working set of its worst
+violators, and all these small problems are solved at once. Each problem selects, updates and stops
+by its own state only, so its answer does not depend on its neighbours.
 
 Source: Fan, Chen and Lin, "Working set selection using second order information", JMLR 6 (2005);
 Wen et al., "ThunderSVM", JMLR 19 (2018).
@@ -18,6 +17,14 @@ TAU = 1e-12
 """Floor of the curvature along a pair, for duplicate samples (as in LIBSVM)."""
 CHECK_EVERY = 32
 """Two-variable updates between two looks at whether all problems are done (a device sync)."""
+FIRST_SAMPLES = 256
+"""Samples of the first working set."""
+NEW_SAMPLES = 96
+"""Samples at a bound that enter a working set at least, if so many want to leave their bound."""
+NEW_SHARE = 0.5
+"""The same as a share of the free samples."""
+NEW_NONZERO = 0.25
+"""The same as a share of all that are not 0."""
 
 
 def select_working_sets(
@@ -47,16 +54,6 @@ def select_working_sets(
     return torch.cat([top, shrinking.topk(size // 2, dim=1).indices], dim=1)
 
 
-FIRST_SAMPLES = 256
-"""Samples of the first working set."""
-NEW_SAMPLES = 96
-"""Samples at a bound that enter a working set at least, if so many want to leave their bound."""
-NEW_SHARE = 0.5
-"""The same as a share of the free samples."""
-NEW_NONZERO = 0.25
-"""The same as a share of all that are not 0."""
-
-
 def largest_violators(
     gradient: Tensor,
     dual_coef: Tensor,
@@ -78,7 +75,7 @@ def largest_violators(
     Returns:
         Indices, ``(P, k)``, and whether they belong to the set, bool ``(P, k)``. Those that do
         belong do not repeat. The pair that violates most is among them, unless the free samples are
-        more than the set has room for.
+        more than fit in the set.
     """
     multiplier = gradient + intercept.unsqueeze(1)
     free = (dual_coef > lower) & (dual_coef < upper)
@@ -95,11 +92,11 @@ def largest_violators(
     shrinking = multiplier.masked_fill((dual_coef <= lower) | free, -torch.inf).topk(half, dim=1)
     within = rank < ((new + 1) // 2).unsqueeze(1)
     n = gradient.shape[1]
-    room = n if n <= largest else max(1, largest - 2 * half)
+    most_free = n if n <= largest else max(1, largest - 2 * half)
     worst = multiplier.abs().masked_fill(~free, -1.0)
-    held = worst.topk(min(room, int(count.max())), dim=1)
-    index = torch.cat([held.indices, growing.indices, shrinking.indices], dim=1)
-    valid = [held.values >= 0, (growing.values > 0) & within, (shrinking.values > 0) & within]
+    inner = worst.topk(min(most_free, int(count.max())), dim=1)
+    index = torch.cat([inner.indices, growing.indices, shrinking.indices], dim=1)
+    valid = [inner.values >= 0, (growing.values > 0) & within, (shrinking.values > 0) & within]
     return index, torch.cat(valid, dim=1)
 
 
@@ -144,10 +141,12 @@ def first_sets(
     padded[0, :, : len(common)], flags[0, :, : len(common)] = common, True
     padded[1, :, : index.shape[1]], flags[1, :, : index.shape[1]] = index, valid
     choice = (both & fresh).unsqueeze(1)
-    return torch.where(choice, *padded), torch.where(choice, *flags)
+    return torch.where(choice, padded[0], padded[1]), torch.where(choice, flags[0], flags[1])
 
 
-def settle(values: Tensor, gradient: Tensor, lower: Tensor, upper: Tensor, total: Tensor) -> Tensor:
+def make_feasible(
+    values: Tensor, gradient: Tensor, lower: Tensor, upper: Tensor, total: Tensor
+) -> Tensor:
     """Bring values within their bounds and to their sum, leaving on a bound what is there.
 
     Args:
@@ -166,22 +165,22 @@ def settle(values: Tensor, gradient: Tensor, lower: Tensor, upper: Tensor, total
         values = torch.minimum(torch.maximum(values, lower), upper)
         values = snap_to_bounds(values, lower, upper, 1e-9)
         missing = (total - values.sum(dim=1)).unsqueeze(1)
-        room = torch.where(missing > 0, upper - values, values - lower)
-        inner = room * ((values > lower) & (values < upper))
+        slack = torch.where(missing > 0, upper - values, values - lower)
+        inner = slack * ((values > lower) & (values < upper))
         whole = inner.sum(dim=1, keepdim=True)
         share = inner * (missing / whole.clamp_min(tiny))
-        fill = _fill(room, torch.where(missing > 0, gradient, -gradient), missing.abs())
+        fill = _fill(slack, torch.where(missing > 0, gradient, -gradient), missing.abs())
         values = values + torch.where(whole > 2 * missing.abs(), share, fill * missing.sign())
     return torch.minimum(torch.maximum(values, lower), upper)
 
 
-def _fill(room: Tensor, cost: Tensor, amount: Tensor) -> Tensor:
-    """Use up the room of the cheapest entries, one after the other."""
+def _fill(slack: Tensor, cost: Tensor, amount: Tensor) -> Tensor:
+    """Use up the slack of the cheapest entries, one after the other."""
     order = cost.argsort(dim=1, stable=True)
-    ordered = room.gather(1, order)
+    ordered = slack.gather(1, order)
     before = ordered.cumsum(dim=1) - ordered
-    taken = torch.minimum((amount - before).clamp_min(0.0), ordered)
-    return torch.zeros_like(room).scatter(1, order, taken)
+    used = torch.minimum((amount - before).clamp_min(0.0), ordered)
+    return torch.zeros_like(slack).scatter(1, order, used)
 
 
 def solve_blocks(
@@ -228,10 +227,10 @@ def solve_blocks(
         slope = (steepest_up - down).clamp_min_(0.0)
         curvature = torch.add(diagonal + diagonal.gather(1, i), row_i, alpha=-2.0).clamp_min_(TAU)
         j = (slope.square() / curvature).argmax(dim=1, keepdim=True)
-        room = torch.minimum(
+        slack = torch.minimum(
             upper.gather(1, i) - dual_coef.gather(1, i), dual_coef.gather(1, j) - lower.gather(1, j)
         )
-        change = torch.minimum(slope.gather(1, j) / curvature.gather(1, j), room) * running
+        change = torch.minimum(slope.gather(1, j) / curvature.gather(1, j), slack) * running
         negative.addcmul_(change, rows[offset + j.squeeze(1)] - row_i)
         pair, signed = torch.cat([i, j], dim=1), torch.cat([change, -change], dim=1)
         low, high = lower.gather(1, pair), upper.gather(1, pair)
