@@ -1,6 +1,6 @@
 """`RBFSVM`: a kernel SVM for many classes as a torch module."""
 
-from abc import abstractmethod
+from collections.abc import Callable
 from copy import copy, deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torchdnr.decisions import NotFittedError
 from torchdnr.distributed.sharing import ShardedFeatures
 from torchdnr.files import CheckpointError, load_tensors, save_tensors
-from torchdnr.kernels.any_kernel import kernel_matrix, kernel_scores, make_rbf_kernel
-from torchdnr.kernels.rbf import full_precision
+from torchdnr.kernels.any_kernel import kernel_matrix, kernel_scores, make_rbf_kernel, rbf_gamma
+from torchdnr.kernels.rbf import full_precision, rbf_scores, squared_norms
 from torchdnr.svm.checks import check_features, check_labels
 from torchdnr.svm.dual import DualSolution
 from torchdnr.svm.multiclass import (
@@ -27,7 +27,6 @@ from torchdnr.svm.multiclass import (
     checked_C,
     checked_class_weight,
     classes_of_pairs,
-    one_vs_rest,
     upper_bounds,
     votes_and_confidence,
 )
@@ -41,129 +40,19 @@ _KIND = "RBFSVM"
 _PROBE = "kernel_probe"
 
 
-class FittedState(nn.Module):
-    """What fitting an ``RBFSVM`` leaves, and how it is saved and loaded.
-
-    ``state_dict``, ``to`` and ``deepcopy`` work for any number of support vectors, also when loaded
-    into an unfitted module. The subclass sets ``kernel`` and ``solution``.
-    """
-
-    _FITTED = ("support_vectors", "support", "dual_coef", "intercept", "center")
-
-    def __init__(self) -> None:
-        super().__init__()
-        for name, shape in zip(self._FITTED, [(0, 0), (0,), (0, 0), (0,), (0,)], strict=True):
-            dtype = torch.int64 if name == "support" else None
-            self.register_buffer(name, torch.zeros(shape, dtype=dtype))
-
-    @abstractmethod
-    def settings(self) -> dict[str, Any]:
-        """Return what the constructor needs, as JSON values."""
-
-    @property
-    def is_fitted(self) -> bool:
-        """Whether there is anything to score with."""
-        return self.intercept.numel() > 0
-
-    def _require_fit(self) -> None:
-        if not self.is_fitted:
-            raise NotFittedError("this RBFSVM is not fitted: call fit(features, labels) or load()")
-
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, *args: object, **kwargs: object
-    ) -> None:
-        """Make room for fitted buffers of any size before torch copies into them.
-
-        An unfitted module takes the stored dtype, its kernel too; a fitted one keeps its own.
-        """
-        was_fitted = self.is_fitted
-        if prefix + "support" not in state_dict and prefix + "dual_coef" in state_dict:
-            rows = len(state_dict[prefix + "dual_coef"])  # of version 0.1, which kept no indices
-            state_dict[prefix + "support"] = torch.full((rows,), -1)
-        for name in self._FITTED:
-            stored, current = state_dict.get(prefix + name), getattr(self, name)
-            if stored is not None and stored.shape != current.shape:
-                dtype = current.dtype if was_fitted else stored.dtype
-                setattr(self, name, torch.empty_like(stored, dtype=dtype, device=current.device))
-        if not was_fitted and self.kernel is not None:
-            self.kernel.to(self.support_vectors.dtype)
-        self.solution = None  # it certified what was there before
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-
-    def save(self, path: str | Path) -> None:
-        """Save the fitted module to one safetensors file, whole or not at all.
-
-        Args:
-            path: File to write.
-
-        Raises:
-            NotFittedError: If there is nothing to save.
-            OSError: If the file cannot be written; an earlier one stays as it was.
-        """
-        self._require_fit()
-        tensors = {**self.state_dict(), _PROBE: self._probe()}
-        save_tensors(path, tensors, self.settings(), kind=_KIND)
-
-    @torch.no_grad()
-    def _probe(self) -> Tensor:
-        """Evaluate the kernel on a few support vectors: it tells kernels of one type apart."""
-        few = self.support_vectors[:8]
-        if self.kernel is None:
-            return few.new_zeros(0)
-        return kernel_matrix(self.kernel, few, few, self.center)
-
-    @classmethod
-    def load(cls, path: str | Path, *, kernel: Kernel | None = None) -> Self:
-        """Load a module that ``save`` wrote.
-
-        Args:
-            path: File to read.
-            kernel: A kernel of the type that was fitted, where it was one of gpytorch.
-
-        Returns:
-            The fitted module, on the CPU.
-
-        Raises:
-            CheckpointError: If the file is damaged, foreign, or was fitted with another kernel.
-        """
-        tensors, settings = load_tensors(path, kind=_KIND)
-        given = type(kernel).__name__ if kernel is not None else None
-        fitted = settings.pop("kernel")
-        if fitted == "precomputed" and kernel is None:
-            kernel = given = fitted
-        if fitted != given:
-            raise CheckpointError(
-                f"{path}: expected kernel={fitted}, as it was fitted, got {given}; pass a kernel "
-                "of that type (None for the default RBF and for a precomputed one)"
-            )
-        if isinstance(weights := settings.get("class_weight"), dict):  # JSON made its keys strings
-            settings["class_weight"] = {int(k): weight for k, weight in weights.items()}
-        module, probe = cls(**settings, kernel=kernel), tensors.pop(_PROBE, None)
-        try:
-            module.load_state_dict(tensors)
-        except RuntimeError as error:
-            raise CheckpointError(
-                f"{path}: expected the tensors of an RBFSVM with kernel={fitted}, got others "
-                f"({error}); pass a kernel built as the fitted one was"
-            ) from error
-        if probe is None or not torch.allclose(module._probe(), probe, rtol=1e-4, atol=1e-5):
-            raise CheckpointError(
-                f"{path}: expected a kernel with the values it was fitted with, got other values; "
-                "pass a kernel built as the fitted one was"
-            )
-        return module
+_FITTED = {"support_vectors": 2, "support": 1, "dual_coef": 2, "intercept": 1, "center": 1}
+"""Buffers that fitting fills, and their numbers of dimensions."""
 
 
-__all__ = ["RBFSVM", "NotFittedError", "one_vs_rest"]
-
-
-class RBFSVM(FittedState):
+class RBFSVM(nn.Module):
     """C-SVC with intercept for c >= 2 classes whose decision values are differentiable in torch.
 
     It solves P binary problems, P = c for one-vs-rest and c (c - 1) / 2 for one-vs-one. The support
     vectors are the union over them, so that the kernel is computed once for all. Fitted state lives
     in buffers: ``state_dict``, ``to`` and ``deepcopy`` work for any number of support vectors, also
-    when loaded into an unfitted module.
+    when loaded into an unfitted module. Beside them the module holds the support vectors less the
+    center, which scoring takes; a change of either, in place or not, has them made again. (A
+    compiled program sees a change in place only after a call that is not compiled.)
 
     Args:
         C: Upper bound of the dual variables, > 0: a number, or one per class. One-vs-rest applies
@@ -206,6 +95,12 @@ class RBFSVM(FittedState):
         max_steps: int = 1_000_000,
     ) -> None:
         super().__init__()
+        for name, dimensions in _FITTED.items():
+            dtype = torch.int64 if name == "support" else None
+            self.register_buffer(name, torch.zeros((0,) * dimensions, dtype=dtype))
+        self.register_buffer("_centred_vectors", torch.zeros(0, 0), persistent=False)
+        self.register_buffer("_squared_norms", torch.zeros(0), persistent=False)
+        self._centred_from: tuple[Tensor, Tensor, int, int] | None = None
         if isinstance(kernel, str) and kernel != "precomputed":
             raise ValueError(f'kernel must be None, a kernel or "precomputed", got {kernel!r}')
         if strategy not in STRATEGIES:
@@ -217,10 +112,19 @@ class RBFSVM(FittedState):
         self.tol, self.max_steps = tol, max_steps
         self.is_precomputed = isinstance(kernel, str)
         self.has_own_kernel = isinstance(kernel, Kernel)
-        self.kernel = None if self.is_precomputed else kernel
+        self.kernel: Kernel | None = kernel if isinstance(kernel, Kernel) else None
         if kernel is None:
             self.kernel = RBFKernel().requires_grad_(False)
         self.solution: DualSolution | None = None
+
+    @property
+    def is_fitted(self) -> bool:
+        """Whether there is anything to score with."""
+        return self.intercept.numel() > 0
+
+    def _require_fit(self) -> None:
+        if not self.is_fitted:
+            raise NotFittedError("this RBFSVM is not fitted: call fit(features, labels) or load()")
 
     @property
     def num_classes(self) -> int:
@@ -294,13 +198,14 @@ class RBFSVM(FittedState):
         self.solution = data.of_all_samples(solution)
         return self
 
-    def forward(self, features: Tensor) -> Tensor:
+    def forward(self, features: Tensor, *, vote: bool = True) -> Tensor:
         """Compute class scores.
 
         Args:
             features: ``(n, d)``; brought to the dtype of the support vectors. With a precomputed
                 kernel its values with all training samples, of which those with the support
                 vectors count.
+            vote: Whether the pairs of one-vs-one vote, rather than give their decision values.
 
         Returns:
             Scores, ``(n, c)``: larger is more that class. One-vs-rest: the decision values, which
@@ -312,8 +217,26 @@ class RBFSVM(FittedState):
             NotFittedError: If the module is not fitted.
             ValueError: If the number of features is not that of the training samples.
         """
-        values = self._decision_values(features)
-        return values if self.strategy == ONE_VS_REST else votes_and_confidence(values)
+        self._require_fit()
+        if features.ndim != 2 or features.shape[1] != self.center.numel():
+            raise ValueError(
+                f"features must be (n, {self.center.numel()}) as in fit, "
+                f"got {tuple(features.shape)}"
+            )
+        features = features.to(self.dual_coef.dtype)
+        if self.kernel is None:
+            with full_precision(features.device):
+                sums = features[:, self.support] @ self.dual_coef
+        elif (gamma := rbf_gamma(self.kernel)) is not None:
+            vectors, norms = self._centred()
+            inputs = features - self.center
+            sums = rbf_scores(inputs, vectors, self.dual_coef, gamma, norms=norms)
+        else:
+            vectors, coefficients, center = self.support_vectors, self.dual_coef, self.center
+            sums = kernel_scores(self.kernel, features, vectors, coefficients, center)
+        values = sums + self.intercept
+        pairs = vote and self.strategy == ONE_VS_ONE
+        return votes_and_confidence(values) if pairs else values
 
     def pairwise_scores(self, features: Tensor) -> Tensor:
         """Compute the decision values of the pairs of classes, without voting.
@@ -330,28 +253,71 @@ class RBFSVM(FittedState):
         """
         if self.strategy != ONE_VS_ONE:
             raise ValueError(f'pairs need strategy="one-vs-one", this RBFSVM is {self.strategy}')
-        return self._decision_values(features)
+        return self.forward(features, vote=False)
 
-    def _decision_values(self, features: Tensor) -> Tensor:
-        self._require_fit()
-        if features.ndim != 2 or features.shape[1] != self.center.numel():
-            raise ValueError(
-                f"features must be (n, {self.center.numel()}) as in fit, "
-                f"got {tuple(features.shape)}"
-            )
-        features = features.to(self.dual_coef.dtype)
-        if self.is_precomputed:
-            with full_precision(features.device):
-                return features[:, self.support] @ self.dual_coef + self.intercept
-        sums = kernel_scores(
-            self.kernel,
-            features,
-            self.support_vectors,
-            self.dual_coef,
-            self.center,
-            keep_centred=True,
-        )
-        return sums + self.intercept
+    def _centred(self) -> tuple[Tensor, Tensor | None]:
+        """Return the support vectors less the center and their squared norms, if they are kept."""
+        vectors, center = self.support_vectors, self.center
+        if vectors.requires_grad or center.requires_grad or torch.compiler.is_exporting():
+            return vectors - center, None
+        if not torch.compiler.is_compiling():
+            if vectors.is_inference() or center.is_inference():  # of which no change can be seen
+                return vectors - center, None
+            kept = self._centred_from
+            if kept is None or kept[0] is not vectors or kept[1] is not center:
+                self._center_vectors()
+            elif kept[2:] != (vectors._version, center._version):
+                self._center_vectors()
+        return self._centred_vectors, self._squared_norms
+
+    def _center_vectors(self) -> None:
+        """Measure the support vectors from the center.
+
+        To do so in each call would take as long as the scores of a few inputs themselves.
+        """
+        vectors, center = self.support_vectors, self.center
+        if vectors.shape[1:] != center.shape:  # a precomputed kernel, or one of the two is to come
+            return
+        with torch.inference_mode(False), torch.no_grad():
+            self._centred_vectors = vectors.detach() - center.detach()
+            self._squared_norms = squared_norms(self._centred_vectors)
+        if not (vectors.is_inference() or center.is_inference()):
+            self._centred_from = vectors, center, vectors._version, center._version
+
+    def __setattr__(self, name: str, value: Any) -> None:  # noqa: ANN401 - any attribute
+        """Set an attribute; a compiled program must find the centred vectors as they are now."""
+        super().__setattr__(name, value)
+        if name in ("support_vectors", "center"):
+            self._center_vectors()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move or convert all tensors, as ``to`` does."""
+        super()._apply(fn, recurse)
+        self._center_vectors()
+        return self
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: object, **kwargs: object
+    ) -> None:
+        """Make buffers of the stored sizes before torch copies into them.
+
+        An unfitted module takes the stored dtype, its kernel too; a fitted one keeps its own.
+        """
+        was_fitted = self.is_fitted
+        if prefix + "support" not in state_dict and prefix + "dual_coef" in state_dict:
+            rows = len(state_dict[prefix + "dual_coef"])  # of version 0.1, which kept no indices
+            state_dict[prefix + "support"] = torch.full((rows,), -1)
+        for name in _FITTED:
+            stored, current = state_dict.get(prefix + name), getattr(self, name)
+            if stored is not None and stored.shape != current.shape:
+                dtype = current.dtype if was_fitted else stored.dtype
+                device = current.device
+                self._buffers[name] = torch.empty_like(stored, dtype=dtype, device=device)
+        if not was_fitted and self.kernel is not None:
+            self.kernel.to(self.support_vectors.dtype)
+        self.solution = None  # it certified what was there before
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        self._center_vectors()
 
     @torch.no_grad()
     def smoothed(self, factor: float) -> Self:
@@ -411,3 +377,66 @@ class RBFSVM(FittedState):
         from torchdnr.svm.sklearn.convert import to_sklearn
 
         return to_sklearn(self)
+
+    def save(self, path: str | Path) -> None:
+        """Save the fitted module to one safetensors file, whole or not at all.
+
+        Args:
+            path: File to write.
+
+        Raises:
+            NotFittedError: If there is nothing to save.
+            OSError: If the file cannot be written; an earlier one stays as it was.
+        """
+        self._require_fit()
+        tensors = {**self.state_dict(), _PROBE: self._probe()}
+        save_tensors(path, tensors, self.settings(), kind=_KIND)
+
+    @torch.no_grad()
+    def _probe(self) -> Tensor:
+        """Evaluate the kernel on a few support vectors: it tells kernels of one type apart."""
+        few = self.support_vectors[:8]
+        if self.kernel is None:
+            return few.new_zeros(0)
+        return kernel_matrix(self.kernel, few, few, self.center)
+
+    @classmethod
+    def load(cls, path: str | Path, *, kernel: Kernel | None = None) -> Self:
+        """Load a module that ``save`` wrote.
+
+        Args:
+            path: File to read.
+            kernel: A kernel of the type that was fitted, where it was one of gpytorch.
+
+        Returns:
+            The fitted module, on the CPU.
+
+        Raises:
+            CheckpointError: If the file is damaged, foreign, or was fitted with another kernel.
+        """
+        tensors, settings = load_tensors(path, kind=_KIND)
+        given = type(kernel).__name__ if kernel is not None else None
+        fitted = settings.pop("kernel")
+        if fitted == "precomputed" and kernel is None:
+            kernel = given = fitted
+        if fitted != given:
+            raise CheckpointError(
+                f"{path}: expected kernel={fitted}, as it was fitted, got {given}; pass a kernel "
+                "of that type (None for the default RBF and for a precomputed one)"
+            )
+        if isinstance(weights := settings.get("class_weight"), dict):  # JSON made its keys strings
+            settings["class_weight"] = {int(k): weight for k, weight in weights.items()}
+        module, probe = cls(**settings, kernel=kernel), tensors.pop(_PROBE, None)
+        try:
+            module.load_state_dict(tensors)
+        except RuntimeError as error:
+            raise CheckpointError(
+                f"{path}: expected the tensors of an RBFSVM with kernel={fitted}, got others "
+                f"({error}); pass a kernel built as the fitted one was"
+            ) from error
+        if probe is None or not torch.allclose(module._probe(), probe, rtol=1e-4, atol=1e-5):
+            raise CheckpointError(
+                f"{path}: expected a kernel with the values it was fitted with, got other values; "
+                "pass a kernel built as the fitted one was"
+            )
+        return module
