@@ -27,9 +27,13 @@ from torchdnr.svm import RBFSVM
 
 INDUCTOR = pytest.param(
     "inductor",
-    marks=pytest.mark.skipif(
-        not any(map(shutil.which, ("g++", "clang++", "cl"))), reason="inductor needs a C++ compiler"
-    ),
+    marks=[
+        pytest.mark.slow,
+        pytest.mark.skipif(
+            not any(map(shutil.which, ("g++", "clang++", "cl"))),
+            reason="inductor needs a C++ compiler",
+        ),
+    ],
 )
 
 
@@ -40,14 +44,21 @@ def _afresh():
     torch.compiler.reset()
 
 
-@pytest.fixture
-def images():
-    return make_images(30)
+@pytest.fixture(scope="module")
+def fitted_once():
+    torch.manual_seed(0)
+    images = make_images(30)
+    return images, small_dnr(images)
 
 
 @pytest.fixture
-def model(images):
-    return small_dnr(images)
+def images(fitted_once):
+    return fitted_once[0].clone()
+
+
+@pytest.fixture
+def model(fitted_once):
+    return copy.deepcopy(fitted_once[1])
 
 
 def scores_and_gradient(model, images):
@@ -74,6 +85,7 @@ def test_compiled_scores_and_gradients_are_the_eager_ones(model, images, backend
         assert_same([compiled(images[:8])], expected[:1])
 
 
+@pytest.mark.slow
 def test_recompiled_once_for_the_smaller_last_batch_and_never_again(model, images):
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, backend=counter)
@@ -123,6 +135,7 @@ def test_layer_under_two_names_and_deep_copy():
     assert_same(compiled(inputs).values(), copy.deepcopy(features)(inputs).values())
 
 
+@pytest.mark.slow
 def test_torchvision_network():
     layers = ["features.10", "classifier"]
     net = models.squeezenet1_1(weights=None, num_classes=3).eval()
@@ -135,6 +148,7 @@ def test_torchvision_network():
     assert_same(scores_and_gradient(model, channels_last), expected)
 
 
+@pytest.mark.slow
 def test_nr_compiled_in_place_serves_predict_and_attacks(images):
     model = fitted(NR(small_network(), "logits", **options("logits", gamma=1.0)), images)
     labels = model.predict(images)
@@ -156,6 +170,7 @@ def test_model_from_a_file_is_compiled_whole(model, images, tmp_path):
     assert_same([compiled(images)], [model(images)])
 
 
+@pytest.mark.slow
 def test_missing_threshold_is_told_by_the_compiled_model_too(model, images):
     model.reset_threshold()
     with pytest.raises(NotFittedError, match="threshold is not set"):
@@ -180,6 +195,7 @@ def test_a_change_between_forward_and_backward_leaves_the_gradient_of_the_forwar
         output.sum().backward()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kernel", [None, "matern"])
 def test_svm_alone(kernel):
     features = torch.randn(20, 4)
@@ -234,6 +250,7 @@ def test_operator_is_sound(keep_kernel):
     torch.library.opcheck(scores_and_kernel, (*leaves, norms, keep_kernel))
 
 
+@pytest.mark.slow
 def test_no_kernel_is_kept_where_no_gradient_is_wanted(model, images):
     sizes = []
     keep = lambda graph, _: sizes.append(kernel_sizes(graph)) or graph.forward  # noqa: E731
@@ -306,6 +323,7 @@ def test_neither_the_global_switch_nor_autocast_reaches_compiled_scores():
         assert g.dtype == torch.float32 and torch.equal(g, e)
 
 
+@pytest.mark.slow
 def test_autocast_is_for_the_network_alone(images):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         model = small_dnr(images)

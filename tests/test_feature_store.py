@@ -241,8 +241,8 @@ def test_a_disk_without_room_is_seen_at_the_first_batch(tmp_path, monkeypatch):
 FULL = """
 import resource, sys, torch
 from torch import nn
-from torchdnr.extraction import extract
-from torchdnr.features import LayerFeatures
+from torchdnr.features.extraction import extract
+from torchdnr.features.layers import LayerFeatures
 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
 net = nn.Sequential(nn.Linear(6, 100, bias=False))
 nn.init.ones_(net[0].weight)

@@ -169,10 +169,9 @@ class DNR(nn.Module):
         Several processes share the work where ``torch.distributed`` is set up, unless this is
         called ``with torchdnr.distributed.alone():``. All call it with the same network and the
         same data. Each extracts the features of its share, keeps those rows and evaluates the
-        kernels with them, and solves its share of the dual problems. All get the same classifier.
-        Its scores, objectives and certificates are those of one process; its dual coefficients
-        may differ by a few ``tol`` = 1e-3, since both stop as soon as no KKT condition is violated
-        by more.
+        kernels with them, and solves its share of the dual problems; all get the same classifier.
+        It is that of one process as nearly as ``tol`` decides a classifier: scores agree to a few
+        ``tol``, dual coefficients may differ by more.
 
         Args:
             inputs: Images ``(n, ...)`` in [0, 1], or a loader that yields ``(images, labels)``.

@@ -8,7 +8,6 @@ from torchdnr.distributed.processes import (
     current,
     joined,
     local_device,
-    using,
 )
 
 __all__ = [
@@ -19,5 +18,4 @@ __all__ = [
     "current",
     "joined",
     "local_device",
-    "using",
 ]

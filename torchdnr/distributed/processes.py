@@ -5,7 +5,7 @@ What is exchanged are plain tensors: gloo carries those on the CPU, NCCL those o
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import timedelta
@@ -161,22 +161,20 @@ class Processes:
 
 
 ALONE = Processes()
-_GROUP: ContextVar[Processes | None] = ContextVar("processes", default=None)
+_IS_ALONE: ContextVar[bool] = ContextVar("is_alone", default=False)
 
 
 def current() -> Processes:
-    """Return the processes that share the work here.
+    """Return the processes that share the work: those of torch.distributed's default group.
 
     Returns:
-        Those of the enclosing ``using`` or ``alone``; otherwise those of torch.distributed's
-        default group, if it is initialised; otherwise this process alone.
+        The group, which ``joined`` or the user's program has initialised; without one, and inside
+        ``alone``, this process alone.
 
     Raises:
         ValueError: If the group cannot carry tensors on the CPU.
     """
-    if (chosen := _GROUP.get()) is not None:
-        return chosen
-    if not (dist.is_available() and dist.is_initialized()):
+    if _IS_ALONE.get() or not (dist.is_available() and dist.is_initialized()):
         return ALONE
     if "cpu:" not in (backends := dist.get_backend_config()):
         raise ValueError(
@@ -187,25 +185,13 @@ def current() -> Processes:
 
 
 @contextmanager
-def using(processes: Processes) -> Iterator[Processes]:
-    """Share the work of the block among these processes.
-
-    Args:
-        processes: Those of torch.distributed's default group, or ``ALONE``.
-
-    Yields:
-        The processes.
-    """
-    token = _GROUP.set(processes)
+def alone() -> Iterator[None]:
+    """Let this process do all the work of the block by itself, whatever group there is."""
+    token = _IS_ALONE.set(True)
     try:
-        yield processes
+        yield
     finally:
-        _GROUP.reset(token)
-
-
-def alone() -> AbstractContextManager[Processes]:
-    """Share the work of the block with no other process: each does all of it by itself."""
-    return using(ALONE)
+        _IS_ALONE.reset(token)
 
 
 def local_device(device: torch.device) -> torch.device:
@@ -255,7 +241,7 @@ def joined(device: torch.device) -> Iterator[Processes]:
         backend = "cpu:gloo,cuda:nccl"
     dist.init_process_group(backend, timeout=TIMEOUT)
     try:
-        processes = Processes(dist.get_rank(), dist.get_world_size())
+        processes = current()
         processes.wait()
         if device.type == "cuda":  # what does not work is to fail now, not after the attacks
             processes.broadcast(torch.zeros(1, device=device))

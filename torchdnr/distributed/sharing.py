@@ -175,14 +175,7 @@ Batch = tuple[Tensor, Tensor | None]
 
 
 def local_images(images: Tensor, processes: Processes) -> Tensor:
-    """Return this process's contiguous part of the images.
-
-    Args:
-        images: All of them, ``(n, ...)``, the same in every process.
-        processes: Those that share them.
-
-    Returns:
-        Some images, ``(k, ...)``, a view.
+    """Return this process's contiguous part of the images ``(n, ...)``, a view.
 
     Raises:
         ValueError: If there are fewer images than processes.

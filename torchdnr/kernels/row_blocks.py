@@ -12,15 +12,7 @@ COPIED_BYTES = 2**22
 
 
 def row_blocks(features: Tensor, block_bytes: int) -> tuple[Tensor, ...]:
-    """Split features into blocks of rows, as views.
-
-    Args:
-        features: ``(n, d)``, n >= 1.
-        block_bytes: Bytes of a block at the most, but one row at the least.
-
-    Returns:
-        The blocks in order.
-    """
+    """Split features ``(n, d)`` into blocks of rows, as views: one row each at the least."""
     row = features.element_size() * features.shape[1]
     return features.split(max(1, block_bytes // max(1, row)))
 
@@ -32,15 +24,7 @@ def all_finite(features: Tensor, *, block_bytes: int = COPIED_BYTES) -> bool:
 
 
 def column_means(features: Tensor, *, block_bytes: int = READ_BYTES) -> Tensor:
-    """Compute the mean of the rows.
-
-    Args:
-        features: ``(n, d)``.
-        block_bytes: Bytes of a block.
-
-    Returns:
-        The mean, ``(d,)``.
-    """
+    """Compute the mean ``(d,)`` of the rows of features ``(n, d)``."""
     blocks = row_blocks(features, block_bytes)
     if len(blocks) == 1:
         return features.mean(dim=0)
@@ -51,15 +35,7 @@ def column_means(features: Tensor, *, block_bytes: int = READ_BYTES) -> Tensor:
 
 
 def entry_moments(features: Tensor, *, block_bytes: int = COPIED_BYTES) -> Tensor:
-    """Compute variance and mean of all entries together.
-
-    Args:
-        features: ``(n, d)``.
-        block_bytes: Bytes of a block.
-
-    Returns:
-        Mean of the squared deviations from the mean, and the mean, float64 ``(2,)``.
-    """
+    """Compute the (biased) variance and the mean of all entries together, float64 ``(2,)``."""
     blocks = row_blocks(features, block_bytes)
     parts = [torch.stack(torch.var_mean(block.double(), correction=0)) for block in blocks]
     return joint_moments(torch.stack(parts), [len(block) for block in blocks])

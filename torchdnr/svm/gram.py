@@ -21,18 +21,7 @@ def rows_on_demand(
     plan: MemoryPlan | None = None,
     batch: int | None = None,
 ) -> KernelRows:
-    """Build a Gram matrix from what evaluates its rows.
-
-    Args:
-        evaluate: Maps sample indices ``(m,)`` to their kernels with this process's samples.
-        partition: Which samples belong to which process.
-        like: Tensor whose dtype and device the rows have.
-        plan: How many rows are held at the most. Default: all.
-        batch: Rows evaluated at once. Default: as many as stay in a CPU's cache.
-
-    Returns:
-        Rows that are sharded if there is more than one process.
-    """
+    """Build a Gram matrix, sharded if there is more than one process; as ``ShardedRows``."""
     if partition.processes.count > 1:
         return ShardedRows(evaluate, partition, like, plan, batch)
     return KernelRows(evaluate, partition.n, like, plan, batch)

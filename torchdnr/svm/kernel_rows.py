@@ -188,7 +188,7 @@ class KernelRows:
         return results
 
     def replicate(self, tensor: Tensor) -> Tensor:
-        """Return what decides on the way that the work takes, the same for all who hold a part."""
+        """Return a value that decides how the work goes on; shards of one kernel agree on it."""
         return tensor
 
     def _slots_of_sets(self, index: Tensor) -> Tensor:

@@ -151,15 +151,7 @@ def _state_bytes(n: int, problems: int, together: int, itemsize: int) -> int:
 
 
 def column_groups(problems: int, together: int | None) -> list[slice]:
-    """Divide problems into groups of nearly one size.
-
-    Args:
-        problems: P.
-        together: Problems in a group at the most; None for all.
-
-    Returns:
-        Columns of each group.
-    """
+    """Divide problems into groups of nearly one size, ``together`` at the most; None for all."""
     groups = math.ceil(problems / (together or problems))
     bounds = [problems * part // groups for part in range(groups + 1)]
     return [slice(*pair) for pair in itertools.pairwise(bounds)]

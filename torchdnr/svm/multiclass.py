@@ -15,50 +15,23 @@ CheckedWeight = str | tuple[float, ...] | dict[int, float] | None
 
 
 def class_pairs(num_classes: int, device: torch.device | str = "cpu") -> Tensor:
-    """List the pairs of classes in scikit-learn's order: 0v1, 0v2, ..., 1v2, ...
-
-    Args:
-        num_classes: c.
-        device: Where to put the list.
-
-    Returns:
-        Pairs (i, j) with i < j, int64 ``(c (c - 1) / 2, 2)``.
-    """
+    """List the pairs of classes, ``(c (c - 1) / 2, 2)``, in scikit-learn's order: 0v1, 0v2, ..."""
     return torch.combinations(torch.arange(num_classes, device=device))
 
 
 def classes_of_pairs(count: int) -> int:
-    """Compute the number of classes that have ``count`` pairs.
-
-    Args:
-        count: c (c - 1) / 2; 0 for a machine that is not fitted.
-
-    Returns:
-        c; 0 for no pairs.
-    """
+    """Compute the number of classes that have ``count`` pairs; 0 for none."""
     return (1 + math.isqrt(1 + 8 * count)) // 2 if count else 0
 
 
 def one_vs_rest(labels: Tensor, num_classes: int) -> Tensor:
-    """Turn labels into one column of -1 and +1 per class.
-
-    Args:
-        labels: ``(n,)`` in 0..c-1.
-        num_classes: c.
-
-    Returns:
-        Targets, float64 ``(n, c)``.
-    """
+    """Turn labels ``(n,)`` into one column of -1 and +1 per class, float64 ``(n, c)``."""
     classes = torch.arange(num_classes, device=labels.device)
     return torch.where(labels.unsqueeze(1) == classes, 1.0, -1.0).double()
 
 
 def one_vs_one(labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
-    """Turn labels into one column of -1 and +1 per pair of classes.
-
-    Args:
-        labels: ``(n,)`` in 0..c-1.
-        num_classes: c.
+    """Turn labels ``(n,)`` into one column of -1 and +1 per pair of classes.
 
     Returns:
         Targets, float64 ``(n, c (c - 1) / 2)``, +1 for the first class of the pair; and whether the
@@ -70,16 +43,7 @@ def one_vs_one(labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
 
 
 def binary_targets(labels: Tensor, num_classes: int, strategy: str) -> Tensor:
-    """Turn labels into the targets of all binary problems.
-
-    Args:
-        labels: ``(n,)`` in 0..c-1.
-        num_classes: c.
-        strategy: ``"one-vs-rest"`` or ``"one-vs-one"``.
-
-    Returns:
-        Targets, float64 ``(n, P)``; of any sign where a sample takes no part.
-    """
+    """Turn labels into targets, float64 ``(n, P)``; of any sign where a sample takes no part."""
     if strategy == ONE_VS_REST:
         return one_vs_rest(labels, num_classes)
     return one_vs_one(labels, num_classes)[0]
@@ -114,13 +78,7 @@ def votes_and_confidence(values: Tensor) -> Tensor:
 
 
 def checked_C(C: PerClass) -> float | tuple[float, ...]:
-    """Bring C to a number or one number per class.
-
-    Args:
-        C: A number, or one per class.
-
-    Returns:
-        C as Python numbers.
+    """Return C as a Python number, or as one per class.
 
     Raises:
         ValueError: If a value is not a number > 0.
@@ -133,16 +91,10 @@ def checked_C(C: PerClass) -> float | tuple[float, ...]:
 
 
 def checked_class_weight(class_weight: ClassWeight | None) -> CheckedWeight:
-    """Bring class weights to Python values.
-
-    Args:
-        class_weight: None, ``"balanced"``, one factor per class, or a mapping class -> factor.
-
-    Returns:
-        The same, as None, ``"balanced"``, a tuple or a dict.
+    """Return class weights as Python values.
 
     Raises:
-        ValueError: If it is none of these, or a factor is not a finite number > 0.
+        ValueError: If they are none of ``CheckedWeight``, or a factor is not a finite number > 0.
     """
     if class_weight is None or (isinstance(class_weight, str) and class_weight == "balanced"):
         return class_weight

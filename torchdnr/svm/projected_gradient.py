@@ -10,7 +10,7 @@ SIAM J. Optim. 10 (2000); here with the exact line search that a quadratic allow
 import torch
 from torch import Tensor
 
-from torchdnr.svm.dual import to_double, violation_bounds
+from torchdnr.svm.dual import Points, to_double, violation_bounds
 from torchdnr.svm.kernel_rows import KernelRows
 from torchdnr.svm.working_set import common_sample
 
@@ -53,9 +53,11 @@ def bounded_start(
     if rows.n < SMALLEST or rows.capacity < rows.n:
         return None
     start, sample = uniform_start(lower, upper), common_sample(rows.n, lower.device)
-    part = rows.product_at(sample, start) - targets[:, sample]
-    steepest = violation_bounds(part.T, start[:, sample].T, lower[:, sample].T, upper[:, sample].T)
-    close = (steepest[0] - steepest[1] < CLOSE).nonzero().squeeze(1)  # each by its own samples
+    gradient = rows.product_at(sample, start) - targets[:, sample]
+    steepest_up, steepest_down = violation_bounds(
+        Points(gradient, *(t[:, sample] for t in (start, lower, upper)))
+    )
+    close = (steepest_up - steepest_down < CLOSE).nonzero().squeeze(1)  # each by its own samples
     if len(close) == 0:
         return None
     rows.slots(torch.arange(rows.n, device=lower.device))
@@ -84,15 +86,7 @@ def _coarse_start(
 
 
 def uniform_start(lower: Tensor, upper: Tensor) -> Tensor:
-    """Put the smaller class at its bounds, and the larger one evenly between.
-
-    Args:
-        lower: Lower bounds of b, ``(P, n)``.
-        upper: Upper bounds of b, ``(P, n)``.
-
-    Returns:
-        b, ``(P, n)``, whose rows sum to 0.
-    """
+    """Put the smaller class at its bounds, and the larger one evenly between: rows sum to 0."""
     positive, negative = upper.sum(dim=1, keepdim=True), -lower.sum(dim=1, keepdim=True)
     level = torch.minimum(positive, negative)
     tiny = torch.finfo(lower.dtype).tiny  # a coarse problem may have one class only

@@ -74,10 +74,10 @@ def solve_dual(
     """Solve P independent C-SVC duals that share one kernel matrix.
 
     Column k minimises ``1/2 b'Kb - y'b`` with b = y * alpha, ``1'b = 0`` and alpha in [0, C].
-    Columns advance together but stop alone: a problem gets the same answer, up to rounding,
-    whichever problems it is batched with. Where C is 0 a sample is held out, so that folds are
-    columns too. ``KernelRows`` may limit how many columns advance together; the others come after
-    them, on the rows that are held already.
+    Columns advance together but stop alone: a problem gets the same answer, to within ``tol``,
+    whichever problems it is batched with; rounding may decide at which step it stops. Where C is 0
+    a sample is held out, so that folds are columns too. ``KernelRows`` may limit how many columns
+    advance together; the others come after them, on the rows that are held already.
 
     Args:
         kernel: Symmetric positive semidefinite Gram matrix, ``(n, n)``, float32 or float64; or
@@ -182,10 +182,9 @@ class SolverState:
         state = cls(
             -targets, torch.zeros_like(lower), lower, upper, counts, damping, counts.clone()
         )
-        if initial is None:
-            start = bounded_start(rows, targets, lower, upper, goal)
-        else:
-            start = initial.T
+        start = (
+            initial.T if initial is not None else bounded_start(rows, targets, lower, upper, goal)
+        )
         if start is not None:
             balance = torch.zeros(len(start), dtype=torch.float64, device=start.device)
             start = make_feasible(start.double(), -targets, lower, upper, balance)
@@ -218,7 +217,7 @@ def descend(rows: KernelRows, state: SolverState, goal: float, max_steps: int) -
     fresh = ~state.dual_coef.any(dim=1)
     polish = rows.n <= SMALL_SET
     while True:
-        steepest_up, steepest_down = violation_bounds(*state.points().by_column)
+        steepest_up, steepest_down = violation_bounds(state.points())
         violation = steepest_up - steepest_down
         # Finished problems leave the batch; that needs their number: one sync per outer step.
         running = ((violation > goal) & (state.steps < max_steps)).nonzero().squeeze(1)
@@ -255,7 +254,7 @@ def _newton_update(
         dtype, damping = kernels.dtype, state.damping[problems]
         solution, solved, steps = newton_blocks(
             kernels,
-            *Points(*(t.to(dtype) for t in local)),
+            Points(*(t.to(dtype) for t in local)),
             intercept[batch].to(dtype),
             damping.to(dtype),
             tol.to(dtype),
@@ -289,8 +288,8 @@ def _choose_blocks(
 ) -> tuple[Tensor, list[Block], Tensor]:
     """Return intercepts, working sets in batches, and which problems take float64."""
     largest = min(rows.largest_set, rows.capacity)
-    intercept = intercepts(*points.by_column)
-    index, valid = largest_violators(*points, intercept, largest)
+    intercept = intercepts(points)
+    index, valid = largest_violators(points, intercept, largest)
     if fresh.any():
         index, valid = first_sets(points.lower, points.upper, index, valid, fresh[running], largest)
     intercept, index, valid = (rows.replicate(t) for t in (intercept, index, valid))
@@ -373,7 +372,7 @@ def _two_variable_update(
 ) -> None:
     """Improve by two-variable updates, which lower every objective that can be lowered."""
     points = state.points(problems)
-    index = select_working_sets(*points, min(FALLBACK_SET, rows.n, rows.capacity))
+    index = select_working_sets(points, min(FALLBACK_SET, rows.n, rows.capacity))
     index = rows.replicate(index)
     together = max(1, min(FALLBACK_SET, rows.capacity // index.shape[1]))
     batches = torch.arange(len(problems), device=problems.device).split(together)
@@ -384,7 +383,7 @@ def _two_variable_update(
         local = points.of(batch).at(samples)
         tol = (UPDATE_ACCURACY * violation[batch]).clamp_min(0.9 * goal)
         allowed = (max_steps - state.steps[problems[batch]]).clamp_max(FALLBACK_STEPS)
-        solution, steps = solve_blocks(kernels.double(), *local, tol, allowed)
+        solution, steps = solve_blocks(kernels.double(), local, tol, allowed)
         del kernels
         change = solution - local.dual_coef
         results.append(torch.cat([change, steps.double().unsqueeze(1)], dim=1))

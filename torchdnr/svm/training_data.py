@@ -42,13 +42,7 @@ class TrainingData:
     is_precomputed: bool
 
     def gamma(self, given: float | str) -> float:
-        """Compute the kernel width.
-
-        Args:
-            given: As ``checked_gamma`` returns it.
-
-        Returns:
-            Gamma.
+        """Compute the kernel width from what ``checked_gamma`` returned.
 
         Raises:
             ValueError: If the variance of the features is not finite.
@@ -103,14 +97,7 @@ class TrainingData:
         )
 
     def support_vectors(self, chosen: Tensor) -> Tensor:
-        """Copy the rows of support vectors.
-
-        Args:
-            chosen: Which samples are, bool ``(k,)``.
-
-        Returns:
-            Features, ``(m, d)``; ``(m, 0)`` with a precomputed kernel.
-        """
+        """Copy the chosen rows, bool ``(k,)``: ``(m, d)``; ``(m, 0)`` with a precomputed kernel."""
         if self.is_precomputed:
             return self.features.local[chosen, :0]
         return self.features.rows(chosen.nonzero().squeeze(1))
@@ -184,16 +171,10 @@ def select_training_data(
 
 
 def checked_gamma(gamma: float | str) -> float | str:
-    """Check a kernel width.
-
-    Args:
-        gamma: A number > 0, ``"scale"`` or ``"auto"``.
-
-    Returns:
-        The same, a number as float.
+    """Return a kernel width, a number as float.
 
     Raises:
-        ValueError: If it is anything else.
+        ValueError: If it is neither a number > 0 nor ``"scale"`` or ``"auto"``.
     """
     if isinstance(gamma, str):
         if gamma in ("scale", "auto"):

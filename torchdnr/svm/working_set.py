@@ -11,7 +11,7 @@ Wen et al., "ThunderSVM", JMLR 19 (2018).
 import torch
 from torch import Tensor
 
-from torchdnr.svm.dual import snap_to_bounds
+from torchdnr.svm.dual import Points, snap_to_bounds
 
 TAU = 1e-12
 """Floor of the curvature along a pair, for duplicate samples (as in LIBSVM)."""
@@ -27,21 +27,17 @@ NEW_NONZERO = 0.25
 """The same as a share of all that are not 0."""
 
 
-def select_working_sets(
-    gradient: Tensor, dual_coef: Tensor, lower: Tensor, upper: Tensor, size: int
-) -> Tensor:
+def select_working_sets(points: Points, size: int) -> Tensor:
     """Choose each problem's working set: half may grow b, half may shrink it, worst first.
 
     Args:
-        gradient: F = K b - y, ``(P, n)``.
-        dual_coef: b, ``(P, n)``.
-        lower: Lower bounds of b, ``(P, n)``.
-        upper: Upper bounds of b, ``(P, n)``.
+        points: Of P problems.
         size: Samples in a working set, at most n.
 
     Returns:
         Indices without repetition, ``(P, size)``.
     """
+    gradient, dual_coef, lower, upper = points
     n = gradient.shape[1]
     if size >= n:
         return torch.arange(n, device=gradient.device).expand(len(gradient), n)
@@ -54,21 +50,11 @@ def select_working_sets(
     return torch.cat([top, shrinking.topk(size // 2, dim=1).indices], dim=1)
 
 
-def largest_violators(
-    gradient: Tensor,
-    dual_coef: Tensor,
-    lower: Tensor,
-    upper: Tensor,
-    intercept: Tensor,
-    largest: int,
-) -> tuple[Tensor, Tensor]:
+def largest_violators(points: Points, intercept: Tensor, largest: int) -> tuple[Tensor, Tensor]:
     """Choose each problem's working set: its free samples, and the worst of those at a bound.
 
     Args:
-        gradient: F = K b - y, ``(P, n)``.
-        dual_coef: b, ``(P, n)``.
-        lower: Lower bounds of b, ``(P, n)``.
-        upper: Upper bounds of b, ``(P, n)``.
+        points: Of P problems.
         intercept: Intercepts, ``(P,)``: a multiplier is F + intercept.
         largest: Samples in a set at the most.
 
@@ -77,6 +63,7 @@ def largest_violators(
         belong do not repeat. The pair that violates most is among them, unless the free samples are
         more than fit in the set.
     """
+    gradient, dual_coef, lower, upper = points
     multiplier = gradient + intercept.unsqueeze(1)
     free = (dual_coef > lower) & (dual_coef < upper)
     count = free.sum(dim=1)
@@ -101,16 +88,7 @@ def largest_violators(
 
 
 def common_sample(n: int, device: torch.device, size: int = FIRST_SAMPLES) -> Tensor:
-    """Draw the samples that problems without a solution have in common at first.
-
-    Args:
-        n: Samples.
-        device: Where to put them.
-        size: How many to draw.
-
-    Returns:
-        At most ``size`` indices, ascending; always the same for the same n.
-    """
+    """Draw the samples of n that problems start with: ascending, always the same for the same n."""
     order = torch.randperm(n, generator=torch.Generator().manual_seed(0))
     return order[:size].sort().values.to(device)
 
@@ -184,28 +162,20 @@ def _fill(slack: Tensor, cost: Tensor, amount: Tensor) -> Tensor:
 
 
 def solve_blocks(
-    kernels: Tensor,
-    gradient: Tensor,
-    dual_coef: Tensor,
-    lower: Tensor,
-    upper: Tensor,
-    tol: Tensor,
-    max_steps: Tensor,
+    kernels: Tensor, points: Points, tol: Tensor, max_steps: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Solve P small dual problems by two-variable updates, second-order selection.
 
     Args:
         kernels: Gram matrices of the working sets, ``(P, q, q)``.
-        gradient: F of the working sets, ``(P, q)``.
-        dual_coef: b of the working sets, ``(P, q)``.
-        lower: Lower bounds of b, ``(P, q)``.
-        upper: Upper bounds of b, ``(P, q)``.
+        points: The problems on their working sets.
         tol: Violation at which each problem stops, ``(P,)``.
         max_steps: Updates of each problem at the most, ``(P,)``.
 
     Returns:
         New b, ``(P, q)``, and updates spent, ``(P,)``.
     """
+    gradient, dual_coef, lower, upper = points
     count, size = gradient.shape
     problem = torch.arange(count, device=gradient.device)
     diagonal = kernels.diagonal(dim1=1, dim2=2)
