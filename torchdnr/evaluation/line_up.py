@@ -15,6 +15,7 @@ from torchdnr.attacks.fmn import fmn
 from torchdnr.attacks.line_search import line_search_pgd
 from torchdnr.attacks.multi_target import multi_target
 from torchdnr.attacks.noise import noise
+from torchdnr.attacks.options import options_of
 from torchdnr.attacks.orthogonal import orthogonal_pgd
 from torchdnr.attacks.pgd import pgd
 from torchdnr.attacks.smoothing import smoothed_pgd
@@ -71,7 +72,7 @@ class Entry(NamedTuple):
         minimum_norm: Whether it finds the nearest evading points.
         options: Its options where they are not the defaults.
         inner: Attack that it runs within itself, whose options it has as well.
-        without: Options of the inner attack that it does not have.
+        without: Options, of the inner attack or shared, that it cannot be given.
         needs: See ``Attack``.
     """
 
@@ -88,21 +89,16 @@ class Entry(NamedTuple):
     def defaults(self) -> dict[str, Any]:
         """Its options, as far as they change its points, with the values they have if not given."""
         names = self.accepts - _GIVEN
-        both = [self.attack] if self.inner is None else [self.inner, self.attack]
-        found: dict[str, Any] = {}
-        for function in both:
-            found |= {
-                name: parameter.default
-                for name, parameter in signature(function).parameters.items()
-                if name in names and parameter.default is not parameter.empty
-            }
-        return found | dict(self.options)
+        options = {} if self.inner is None else options_of(self.inner)
+        options |= options_of(self.attack)
+        return {key: value for key, value in options.items() if key in names} | dict(self.options)
 
     @property
     def accepts(self) -> set[str]:
         """Names of everything that it can be given."""
-        inner = set() if self.inner is None else set(signature(self.inner).parameters)
-        return (inner | set(signature(self.attack).parameters)) - self.without
+        both = [self.attack] if self.inner is None else [self.inner, self.attack]
+        names = (signature(one).parameters.keys() | options_of(one).keys() for one in both)
+        return set().union(*names) - self.without
 
 
 ATTACKS = {
@@ -126,7 +122,13 @@ ATTACKS = {
     ),
     "pgd": Entry("PGD", pgd, "plain projected descent"),
     "fmn": Entry("FMN", fmn, "nearest evasion: a radius that adapts", minimum_norm=True),
-    "ddn": Entry("DDN", ddn, "nearest evasion: direction, then norm; l2 only", minimum_norm=True),
+    "ddn": Entry(
+        "DDN",
+        ddn,
+        "nearest evasion: direction, then norm; l2 only",
+        minimum_norm=True,
+        without=frozenset({"norm"}),
+    ),
     "selective-pgd": Entry(
         "selective PGD",
         orthogonal_pgd,

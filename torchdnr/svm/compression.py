@@ -8,11 +8,18 @@ intercept, prototypes p_i with coefficients beta_i minimise, over all classes,
 g the sum over the prototypes. The second term holds the scores away from the features, where
 attacks go: it bounds their difference everywhere (`score_bound`). Intercepts, center and kernel
 stay as they are, and so do the scores far from all data and what a margin of 1 means.
+
+The SVMs of a stack are compressed one after the other; then the prototypes of all move together,
+on the scores of the last one.
 """
 
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
+from numbers import Real
+from typing import Any, Protocol
 
 import torch
 from gpytorch.kernels import Kernel
@@ -23,6 +30,14 @@ from torchdnr.kernels.rbf import BLOCK_ELEMENTS
 from torchdnr.svm.checks import check_features
 from torchdnr.svm.rbf_svm import RBFSVM
 
+SMOOTHNESS = 1e-3
+"""Weight of the difference in the space of the kernel, against that at the features."""
+STEPS = 100
+"""Iterations of L-BFGS on the positions of the prototypes."""
+ANCHOR = 0.1
+"""Weight of what each SVM of a stack loses by itself, against what the final scores lose."""
+WARN_BELOW = 0.99
+"""Least R^2 of the final scores, and least share of labels kept, without a warning."""
 _RIDGE = 1e-10  # of the mean diagonal: two prototypes may come to lie on one another
 _NO_RESIDUAL = 1e-10  # of k(s, s): such a vector lies in the span of those chosen
 
@@ -62,8 +77,8 @@ class KernelSum:
 
     def distance(self, vectors: Tensor, coefficients: Tensor) -> Tensor:
         """Compute half of ||g - f||^2 but for its constant part, g the sum over ``vectors``."""
-        own = self.scores(vectors, vectors, coefficients)
-        return (coefficients * (own / 2 - self(vectors))).sum()
+        scores = self.scores(vectors, vectors, coefficients)
+        return (coefficients * (scores / 2 - self(vectors))).sum()
 
 
 def greedy_choice(target: KernelSum, count: int) -> Tensor:
@@ -142,8 +157,8 @@ class ReducedSet:
         part.backward()
         total, n = part.detach(), len(self.features)
         for features, values in self._blocks():
-            found = self.target.scores(features.double(), prototypes, coefficients)
-            part = (found - values).square().sum() / (n * self.scale)
+            scores = self.target.scores(features.double(), prototypes, coefficients)
+            part = (scores - values).square().sum() / (n * self.scale)
             part.backward()
             total = total + part.detach()
         return total
@@ -206,13 +221,6 @@ def _check_start(value: Tensor, tensors: Sequence[Tensor]) -> None:
         )
 
 
-SMOOTHNESS = 1e-3
-"""Weight of the difference in the space of the kernel, against that at the features."""
-
-STEPS = 100
-"""Iterations of L-BFGS on the positions of the prototypes."""
-
-
 @torch.no_grad()
 def compress_svm(
     svm: RBFSVM,
@@ -257,11 +265,11 @@ def compress_svm(
     target = KernelSum.of(svm)
     if targets is None:
         blocks = features.split(target.block_rows)
-        targets = torch.cat([svm._decision_values(block) for block in blocks])
+        targets = torch.cat([svm(block, vote=False) for block in blocks])
     problem = ReducedSet(target, features, targets - svm.intercept, smoothness)
     start = target.vectors[greedy_choice(target, prototypes)]
-    found = problem.descend(start, steps)
-    return with_prototypes(svm, found, problem.coefficients(found))
+    vectors = problem.descend(start, steps)
+    return with_prototypes(svm, vectors, problem.coefficients(vectors))
 
 
 def _check(
@@ -350,3 +358,296 @@ def score_bound(svm: RBFSVM, compressed: RBFSVM) -> Tensor:
     squares = (coefficients * one.scores(vectors, vectors, coefficients)).sum(dim=0)
     largest = one.kernel(probe[:1], probe[:1], diag=True)
     return shift + (squares.clamp_min(0.0) * largest).sqrt()
+
+
+def stack_scores(
+    svms: Mapping[str, Callable[[Tensor], Tensor]], features: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Score features by every SVM of a stack.
+
+    Args:
+        svms: By layer, and under another name the combiner, if there is one.
+        features: By layer, ``(n, d)``.
+
+    Returns:
+        Scores by SVM, ``(n, c)``, the final ones last.
+    """
+    scores = {name: svms[name](values) for name, values in features.items()}
+    for name in svms:
+        if name not in features:
+            scores[name] = svms[name](torch.cat(list(scores.values()), dim=1))
+    return scores
+
+
+class JointProblem:
+    """Least squares on the final scores, each SVM anchored at what it was to return by itself.
+
+    Args:
+        svms: The stack to replace.
+        compressed: The stack to begin with.
+        features: By layer, ``(n, d)``.
+        wanted: Scores of ``svms`` by name.
+        names: The SVMs whose prototypes move.
+        smoothness: Weight of the difference in the space of the kernel.
+    """
+
+    def __init__(
+        self,
+        svms: Mapping[str, RBFSVM],
+        compressed: Mapping[str, RBFSVM],
+        features: Mapping[str, Tensor],
+        wanted: Mapping[str, Tensor],
+        names: Sequence[str],
+        smoothness: float,
+    ) -> None:
+        self.targets = {name: KernelSum.of(svm) for name, svm in svms.items()}
+        self.start = {name: KernelSum.of(svm) for name, svm in compressed.items()}
+        self.intercepts = {name: svm.intercept.double() for name, svm in svms.items()}
+        self.features, self.wanted, self.names = features, wanted, list(names)
+        self.smoothness = smoothness
+        self.final = list(svms)[-1]
+        spreads = {n: w.double().var(dim=0, correction=0).sum() for n, w in wanted.items()}
+        self.scale = {n: torch.where(spread > 0.0, spread, 1.0) for n, spread in spreads.items()}
+
+    def pairs(self, tensors: Sequence[Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+        """Return prototypes and coefficients of the SVMs that move, by name."""
+        return dict(zip(self.names, zip(tensors[::2], tensors[1::2], strict=True), strict=True))
+
+    def loss(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Evaluate the objective, and add its gradient to ``.grad`` of the tensors."""
+        moved, total = self.pairs(tensors), torch.zeros_like(self.scale[self.final])
+        for name, pair in moved.items():
+            part = 2 * self.smoothness * self.targets[name].distance(*pair) / self.scale[name]
+            (ANCHOR * part).backward()
+            total = total + ANCHOR * part.detach()
+        scorers = {
+            name: partial(self._score, name, moved.get(name, (fixed.vectors, fixed.coefficients)))
+            for name, fixed in self.start.items()
+        }
+        count = len(self.wanted[self.final])
+        rows = min(target.block_rows for target in self.targets.values())
+        for top in range(0, count, rows):
+            block = slice(top, top + rows)
+            inputs = {name: z[block].double() for name, z in self.features.items()}
+            part = torch.zeros_like(total)
+            for name, scores in stack_scores(scorers, inputs).items():
+                error = (scores - self.wanted[name][block]).square().sum() / self.scale[name]
+                part = part + (1.0 if name == self.final else ANCHOR) * error / count
+            part.backward()
+            total = total + part.detach()
+        return total
+
+    def _score(self, name: str, pair: tuple[Tensor, Tensor], inputs: Tensor) -> Tensor:
+        return self.targets[name].scores(inputs, *pair) + self.intercepts[name]
+
+
+def tune_together(
+    svms: Mapping[str, RBFSVM],
+    compressed: Mapping[str, RBFSVM],
+    features: Mapping[str, Tensor],
+    wanted: Mapping[str, Tensor],
+    names: Sequence[str],
+    *,
+    steps: int,
+    smoothness: float,
+) -> dict[str, RBFSVM]:
+    """Descend on the difference of the final scores by all prototypes and coefficients at once.
+
+    Args:
+        svms: The original SVMs: by layer, then the combiner.
+        compressed: Those in their place, left as they are.
+        features: By layer, ``(n, d)``.
+        wanted: Scores of the original SVMs, by name.
+        names: The SVMs whose prototypes move.
+        steps: Iterations of L-BFGS; the best point is kept.
+        smoothness: Weight of the difference in the space of the kernel.
+
+    Returns:
+        SVMs by name, the ones that do not move as they were.
+    """
+    problem = JointProblem(svms, compressed, features, wanted, names, smoothness)
+    start = [
+        t for n in problem.names for t in (problem.start[n].vectors, problem.start[n].coefficients)
+    ]
+    best = problem.pairs(minimise(start, problem.loss, steps))
+    return {
+        name: with_prototypes(svm, *best[name]) if name in best else svm
+        for name, svm in compressed.items()
+    }
+
+
+class CompressionWarning(UserWarning):
+    """A compressed classifier scores visibly unlike the one it stands for."""
+
+
+def chosen_sizes(
+    svms: Mapping[str, RBFSVM],
+    prototypes: int | Mapping[str, int] | None,
+    factor: float | None,
+) -> dict[str, int]:
+    """Decide how many prototypes each SVM gets.
+
+    Args:
+        svms: The fitted SVMs by name.
+        prototypes: A number for each SVM, or numbers by name; SVMs without one stay as they are.
+        factor: How many times fewer vectors each SVM gets, >= 1, in the place of ``prototypes``.
+
+    Returns:
+        Prototypes by name.
+
+    Raises:
+        ValueError: If not exactly one of the two is given, or it is not as said above.
+    """
+    if (prototypes is None) == (factor is None):
+        raise ValueError(
+            "compress takes either prototypes, a number or numbers by SVM, or factor, how many "
+            f"times fewer; got prototypes={prototypes!r} and factor={factor!r}"
+        )
+    counts = {name: len(svm.support_vectors) for name, svm in svms.items()}
+    if factor is not None:
+        if not isinstance(factor, Real) or not 1.0 <= factor < float("inf"):
+            raise ValueError(f"factor must be a number >= 1, got {factor!r}")
+        return {name: max(1, round(m / factor)) for name, m in counts.items()}
+    sizes = dict(prototypes) if isinstance(prototypes, Mapping) else dict.fromkeys(svms, prototypes)
+    unknown = sorted(set(sizes) - set(svms))
+    if unknown or not sizes:
+        raise ValueError(f"prototypes must be named after {list(svms)}, got {unknown or 'none'}")
+    for name, size in sizes.items():
+        if isinstance(size, bool) or not isinstance(size, int) or not 1 <= size <= counts[name]:
+            raise ValueError(
+                f"prototypes of {name!r} must be an integer in 1..{counts[name]}, its number of "
+                f"support vectors, got {size!r}; numbers by SVM, or factor, suit several sizes"
+            )
+    return sizes
+
+
+@torch.no_grad()
+def compress_stack(
+    svms: Mapping[str, RBFSVM],
+    features: Mapping[str, Tensor],
+    sizes: Mapping[str, int],
+    *,
+    steps: int,
+    joint_steps: int,
+    smoothness: float,
+) -> dict[str, RBFSVM]:
+    """Compress the SVMs of a stack one after the other, then fine-tune them on the final scores.
+
+    The combiner learns to give the original scores on what the compressed SVMs return.
+
+    Args:
+        svms: By layer, and the combiner if there is one.
+        features: By layer, ``(n, d)``.
+        sizes: Prototypes by SVM; an SVM without stays as it is.
+        steps: Iterations of L-BFGS for each SVM.
+        joint_steps: Iterations of L-BFGS for all of them together.
+        smoothness: Weight of the difference in the space of the kernel.
+
+    Returns:
+        SVMs by the same names.
+    """
+    wanted = stack_scores(svms, features)
+    compressed: dict[str, RBFSVM] = {}
+    options = {"steps": steps, "smoothness": smoothness}
+    for name, svm in svms.items():
+        inputs = features.get(name)
+        if inputs is None:
+            inputs = torch.cat([compressed[layer](z) for layer, z in features.items()], dim=1)
+        compressed[name] = svm if name in sizes else deepcopy(svm)
+        if name in sizes:
+            compressed[name] = compress_svm(
+                svm, inputs, sizes[name], targets=wanted[name], **options
+            )
+    if len(svms) == len(features):
+        return compressed
+    parts = (svms, compressed, features, wanted, list(sizes))
+    return tune_together(*parts, steps=joint_steps, smoothness=smoothness)
+
+
+@torch.no_grad()
+def stack_losses(
+    svms: Mapping[str, RBFSVM],
+    compressed: Mapping[str, RBFSVM],
+    features: Mapping[str, Tensor],
+) -> dict[str, dict[str, Any]]:
+    """Measure what a compressed stack has lost, SVM by SVM.
+
+    Each SVM is measured in its stack: the combiner on what the SVMs before it return, so that the
+    last entry is about the final scores.
+
+    Args:
+        svms: The original ones.
+        compressed: Those in their place.
+        features: By layer, ``(n, d)``.
+
+    Returns:
+        By SVM, as JSON values: ``support_vectors`` and ``prototypes`` in their place; ``r2`` of the
+        scores and their ``largest_difference``; ``label_agreement``, the share of inputs whose
+        largest score is that of the same class; ``score_bound``: no features whatever, given to
+        both of this SVM alone, let their scores differ more.
+    """
+    before, after = stack_scores(svms, features), stack_scores(compressed, features)
+    losses = {}
+    for name, scores in before.items():
+        wanted, given = scores.double(), after[name].double()
+        spread = (wanted - wanted.mean(dim=0)).square().sum().clamp_min(1e-300)
+        losses[name] = {
+            "support_vectors": len(svms[name].support_vectors),
+            "prototypes": len(compressed[name].support_vectors),
+            "r2": (1 - (given - wanted).square().sum() / spread).item(),
+            "largest_difference": (given - wanted).abs().max().item(),
+            "label_agreement": (wanted.argmax(1) == given.argmax(1)).double().mean().item(),
+            "score_bound": score_bound(svms[name], compressed[name]).max().item(),
+        }
+    return losses
+
+
+def warn_of_losses(losses: Mapping[str, Mapping[str, Any]]) -> None:
+    """Warn if the final scores lost more than a little.
+
+    Args:
+        losses: From ``stack_losses``.
+    """
+    name, final = list(losses.items())[-1]
+    if min(final["r2"], final["label_agreement"]) < WARN_BELOW:
+        warnings.warn(
+            f"the compressed scores of {name!r} keep {final['label_agreement']:.1%} of the labels "
+            f"and R^2 {final['r2']:.3f}: use more prototypes, or attack it before you trust it",
+            CompressionWarning,
+            stacklevel=4,
+        )
+
+
+class _Compressed(Protocol):
+    """A classifier whose ``selection`` has an entry ``compression`` for each of its SVMs."""
+
+    @property
+    def selection(self) -> dict[str, dict[str, Any]]: ...
+
+
+def compression_report(model: _Compressed) -> str:
+    """Format what a compressed classifier has lost on the images it was compressed with.
+
+    Args:
+        model: What ``compress`` returned, also after ``load``.
+
+    Returns:
+        A table with a row per SVM, each measured in its stack; the last row is the final scores.
+
+    Raises:
+        ValueError: If the classifier is not a compressed one.
+    """
+    entries = {name: chosen.get("compression") for name, chosen in model.selection.items()}
+    if not entries or None in entries.values():
+        raise ValueError("this classifier is not compressed: call compress(images, ...) first")
+    lines = [
+        f"{'SVM':<16} {'vectors':>15} {'R^2':>8} {'largest difference':>19} "
+        f"{'anywhere at most':>17} {'same label':>11}"
+    ]
+    for name, entry in entries.items():
+        vectors = f"{entry['support_vectors']} -> {entry['prototypes']}"
+        lines.append(
+            f"{name:<16} {vectors:>15} {entry['r2']:>8.4f} {entry['largest_difference']:>19.3g} "
+            f"{entry['score_bound']:>17.3g} {entry['label_agreement']:>11.1%}"
+        )
+    return "\n".join(lines)
