@@ -1,4 +1,4 @@
-"""The results of classifiers side by side: as rows, as a table to read, as JSON and CSV files."""
+"""The results of classifiers side by side: rows, a table to read, JSON and CSV files."""
 
 import csv
 import io
