@@ -58,7 +58,7 @@ class WithThreshold(nn.Module):
 
 
 Rates = list[list[Estimate]]
-Attack = Callable[[nn.Module, Tensor, Tensor, float], Tensor]
+AttackAtEps = Callable[[nn.Module, Tensor, Tensor, float], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,7 +120,7 @@ def threshold_sweep(
     adversarial: Mapping[float, Tensor],
     thresholds: Sequence[float],
     *,
-    attack: Attack | None = None,
+    attack: AttackAtEps | None = None,
     norm: float = 2,
     bounds: tuple[float, float] = (0.0, 1.0),
     batch_size: int = 256,
@@ -207,7 +207,7 @@ def threshold_sweep(
 
 def _attack_again(
     task: Task,
-    attack: Attack,
+    attack: AttackAtEps,
     pools: list[Tensor],
     eps: Sequence[float],
     thetas: Sequence[float],
