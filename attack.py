@@ -28,7 +28,7 @@ def attack(options: argparse.Namespace, processes: Processes, console: Console) 
     console.say(clean.text)
     evaluation = Evaluation(job, settings, classifiers, clean.classifiers, processes, console)
     report = find_report(evaluation) if processes.first else None
-    if processes.share_text("done" if report else "", 0):
+    if processes.broadcast_text("done" if report else ""):
         console.say(f"the attacks are done already: this is {job.folder}/results.json")
     else:
         report = evaluate(evaluation, console)

@@ -15,20 +15,25 @@ from torchdnr import DNR, NR
 from torchdnr.attacks import line_search_pgd
 from torchdnr.decisions import NotFittedError
 from torchdnr.features.layers import LayerFeatures
+from torchdnr.kernels import rbf
 from torchdnr.kernels.rbf import (
-    centred,
     compiled_rbf_scores,
     rbf_scores,
     scores_and_kernel,
+    squared_norms,
     traced_rbf_scores,
 )
 from torchdnr.svm import RBFSVM
 
 INDUCTOR = pytest.param(
     "inductor",
-    marks=pytest.mark.skipif(
-        not any(map(shutil.which, ("g++", "clang++", "cl"))), reason="inductor needs a C++ compiler"
-    ),
+    marks=[
+        pytest.mark.slow,
+        pytest.mark.skipif(
+            not any(map(shutil.which, ("g++", "clang++", "cl"))),
+            reason="inductor needs a C++ compiler",
+        ),
+    ],
 )
 
 
@@ -39,14 +44,21 @@ def _afresh():
     torch.compiler.reset()
 
 
-@pytest.fixture
-def images():
-    return make_images(30)
+@pytest.fixture(scope="module")
+def fitted_once():
+    torch.manual_seed(0)
+    images = make_images(30)
+    return images, small_dnr(images)
 
 
 @pytest.fixture
-def model(images):
-    return small_dnr(images)
+def images(fitted_once):
+    return fitted_once[0].clone()
+
+
+@pytest.fixture
+def model(fitted_once):
+    return copy.deepcopy(fitted_once[1])
 
 
 def scores_and_gradient(model, images):
@@ -73,6 +85,7 @@ def test_compiled_scores_and_gradients_are_the_eager_ones(model, images, backend
         assert_same([compiled(images[:8])], expected[:1])
 
 
+@pytest.mark.slow
 def test_recompiled_once_for_the_smaller_last_batch_and_never_again(model, images):
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, backend=counter)
@@ -122,6 +135,7 @@ def test_layer_under_two_names_and_deep_copy():
     assert_same(compiled(inputs).values(), copy.deepcopy(features)(inputs).values())
 
 
+@pytest.mark.slow
 def test_torchvision_network():
     layers = ["features.10", "classifier"]
     net = models.squeezenet1_1(weights=None, num_classes=3).eval()
@@ -134,6 +148,7 @@ def test_torchvision_network():
     assert_same(scores_and_gradient(model, channels_last), expected)
 
 
+@pytest.mark.slow
 def test_nr_compiled_in_place_serves_predict_and_attacks(images):
     model = fitted(NR(small_network(), "logits", **options("logits", gamma=1.0)), images)
     labels = model.predict(images)
@@ -155,6 +170,7 @@ def test_model_from_a_file_is_compiled_whole(model, images, tmp_path):
     assert_same([compiled(images)], [model(images)])
 
 
+@pytest.mark.slow
 def test_missing_threshold_is_told_by_the_compiled_model_too(model, images):
     model.reset_threshold()
     with pytest.raises(NotFittedError, match="threshold is not set"):
@@ -163,14 +179,23 @@ def test_missing_threshold_is_told_by_the_compiled_model_too(model, images):
     assert (torch.compile(model, backend="aot_eager")(images)[:, -1] == 0.5).all()
 
 
-def test_a_change_between_forward_and_backward_is_refused(model, images):
+def test_a_change_between_forward_and_backward_leaves_the_gradient_of_the_forward(model, images):
     compiled = torch.compile(model, backend="aot_eager")
-    scores = compiled(images[:8].clone().requires_grad_())
+    _, expected = scores_and_gradient(model, images[:8])
+    leaf = images[:8].clone().requires_grad_()
+    output = compiled(leaf)
     model.base_svms[0].support_vectors.mul_(1.1)
+    model(images[:8])
+    (output[:, :-1] * torch.linspace(1, 2, 3)).sum().backward()
+    assert_same([leaf.grad], [expected])
+    model.base_svms[0].dual_coef.mul_(1.1)
+    output = compiled(images[:8].clone().requires_grad_())
+    model.base_svms[0].dual_coef.mul_(1.1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        scores.sum().backward()
+        output.sum().backward()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kernel", [None, "matern"])
 def test_svm_alone(kernel):
     features = torch.randn(20, 4)
@@ -185,14 +210,25 @@ def problem(dtype=torch.float64, n=7, m=5, d=4, c=3):
     return [t.requires_grad_() for t in (*tensors, torch.tensor(0.3, dtype=dtype))]
 
 
+def less(center, tensors):
+    """Measure inputs and vectors from the center."""
+    inputs, vectors, *others = tensors
+    return inputs - center, vectors - center, *others
+
+
+def compiled(inputs, vectors, coefficients, gamma):
+    norms = squared_norms(vectors.detach())
+    return compiled_rbf_scores(inputs, vectors, coefficients, gamma, norms)
+
+
 def test_traced_formula_has_the_scores_and_gradients_of_the_fused_one():
     leaves, center = problem(), torch.randn(4, dtype=torch.float64)
-    ours, fused = (f(*leaves, center) for f in (traced_rbf_scores, rbf_scores))
+    ours, fused = traced_rbf_scores(*less(center, leaves)), rbf_scores(*leaves, center)
     torch.testing.assert_close(ours, fused)
     gradients = (torch.autograd.grad(s.square().sum(), leaves) for s in (ours, fused))
     for got, expected in zip(*gradients, strict=True):
         torch.testing.assert_close(got, expected)
-    assert torch.autograd.gradcheck(lambda *t: traced_rbf_scores(*t, center), leaves)
+    assert torch.autograd.gradcheck(lambda *t: traced_rbf_scores(*less(center, t)), leaves)
 
 
 @pytest.mark.parametrize("chosen", [(0,), (0, 1), (1, 2, 3), (0, 1, 2, 3)])
@@ -201,18 +237,20 @@ def test_operator_has_the_gradients_of_the_fused_function(chosen):
     for number, leaf in enumerate(leaves):
         leaf.requires_grad_(number in chosen)
     wanted, found = [leaves[number] for number in chosen], []
-    for function in (compiled_rbf_scores, rbf_scores):
-        scores = function(*leaves, center)
+    for function in (compiled, lambda *tensors: rbf_scores(*tensors, center)):
+        scores = function(*(leaves if function is not compiled else less(center, leaves)))
         found.append([scores, *torch.autograd.grad(scores.square().sum(), wanted)])
     torch.testing.assert_close(*found)
 
 
 @pytest.mark.parametrize("keep_kernel", [False, True])
 def test_operator_is_sound(keep_kernel):
-    leaves, center = problem(torch.float32), torch.randn(4)
-    torch.library.opcheck(scores_and_kernel, (*leaves, center, keep_kernel))
+    leaves = problem(torch.float32)
+    norms = squared_norms(leaves[1].detach())
+    torch.library.opcheck(scores_and_kernel, (*leaves, norms, keep_kernel))
 
 
+@pytest.mark.slow
 def test_no_kernel_is_kept_where_no_gradient_is_wanted(model, images):
     sizes = []
     keep = lambda graph, _: sizes.append(kernel_sizes(graph)) or graph.forward  # noqa: E731
@@ -233,32 +271,40 @@ def kernel_sizes(graph):
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", INDUCTOR])
-def test_centred_vectors_are_made_once_for_all_compiled_calls(model, images, monkeypatch, backend):
-    kept = [centred(svm.support_vectors, svm.center) for svm in model.base_svms]
+def test_compiled_calls_take_the_centred_vectors_that_are_kept(model, images, monkeypatch, backend):
     compiled = torch.compile(model, backend=backend)
-    seen = []
-    monkeypatch.setattr(
-        "torchdnr.kernels.rbf.centred", lambda *given: seen.append(given) or centred(*given)
-    )
+    taken = []
+    original = rbf.sum_kernels
+    monkeypatch.setattr(rbf, "sum_kernels", lambda *a: taken.append(a[2]) or original(*a))
     scores_and_gradient(compiled, images[:8])
-    assert len(seen) == 6  # three SVMs, forward and backward
-    for svm, moved in zip(model.base_svms, kept, strict=True):
-        assert centred(svm.support_vectors, svm.center) is moved
-        assert any(given[0] is svm.support_vectors and given[1] is svm.center for given in seen)
+    assert len(taken) == 3
+    for svm in model.svms.named().values():
+        assert any(vectors is svm._centred_vectors for vectors in taken)
 
 
-def test_compiled_scores_follow_a_change_of_the_vectors(model, images):
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda svm: setattr(svm, "support_vectors", 1.1 * svm.support_vectors),
+        lambda svm: svm.load_state_dict(svm.state_dict() | {"center": svm.center + 1}),
+        lambda svm: (svm.support_vectors.mul_(1.1), svm(svm.support_vectors[:1])),
+    ],
+)
+def test_compiled_scores_follow_a_change_of_the_vectors(model, images, change):
     compiled = torch.compile(model, backend="aot_eager")
     before = scores_and_gradient(compiled, images[:8])
-    model.base_svms[0].support_vectors.mul_(1.1)
+    expected = [copy.deepcopy(svm.support_vectors) for svm in model.base_svms]
+    change(model.base_svms[0])
     after = scores_and_gradient(compiled, images[:8])
     assert_same(after, scores_and_gradient(model, images[:8]))
-    assert (after[0] - before[0]).abs().max() > 1e-3
+    if not torch.equal(model.base_svms[0].support_vectors, expected[0]):
+        assert (after[0] - before[0]).abs().max() > 1e-3
 
 
 def test_neither_the_global_switch_nor_autocast_reaches_compiled_scores():
     *tensors, gamma = problem(torch.float32, n=64, m=200, d=128)
-    leaves = [*tensors[:2], 100 * tensors[2].detach(), gamma.detach() / 30, torch.zeros(128)]
+    leaves = [*tensors[:2], 100 * tensors[2].detach(), gamma.detach() / 30]
+    leaves.append(squared_norms(leaves[1].detach()))
     compiled = torch.compile(compiled_rbf_scores, backend="aot_eager", fullgraph=True)
 
     def evaluate():
@@ -277,6 +323,7 @@ def test_neither_the_global_switch_nor_autocast_reaches_compiled_scores():
         assert g.dtype == torch.float32 and torch.equal(g, e)
 
 
+@pytest.mark.slow
 def test_autocast_is_for_the_network_alone(images):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         model = small_dnr(images)

@@ -117,7 +117,9 @@ class Evaluation:
         self.processes.wait()
         return {
             name: json.loads(
-                self.processes.share_text(json.dumps(done.get(name)), self.processes.owner(number))
+                self.processes.broadcast_text(
+                    json.dumps(done.get(name)), self.processes.owner(number)
+                )
             )
             for number, name in enumerate(self.classifiers)
         }

@@ -111,17 +111,15 @@ def _rejecting(
 ) -> DNR | NR:
     name = kind.__name__
     path = job.folder / f"{name.lower()}.safetensors"
-    if processes.share_text(str(path.exists()), 0) == "True":  # all load it, or none does
+    if processes.broadcast_text(str(path.exists())) == "True":  # all load it, or none does
         with console.stage(name, f"from {path}"):
             return _load(path, lambda: kind.load(path, net))
     model = build().to(job.device)
     layers = ", ".join(model.layers)
     sizes = f"{len(job.splits.svm):,} images, theta on {len(job.splits.threshold):,} others"
     with console.stage(name, f"SVMs on {layers}, {sizes}"):
-        model.fit(*job.images("svm"), progress=console.progress, processes=processes)
-        model.calibrate(
-            job.images("threshold")[0], job.settings["rejection_rate"], processes=processes
-        )
+        model.fit(*job.images("svm"), progress=console.progress)
+        model.calibrate(job.images("threshold")[0], job.settings["rejection_rate"])
         if processes.first:
             model.save(path)
     return model

@@ -1,19 +1,18 @@
 """Read images and labels from an npz file or a folder of image files, and check them."""
 
-from PIL import Image
-from collections.abc import Callable
-from collections.abc import Iterator
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
 from torch import Tensor
 from torchvision import datasets
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
 from tqdm import tqdm
-from typing import Any
-import numpy as np
-import torch
-import warnings
 
 MAX_CHANNELS = 4  # tells NCHW from NHWC
 
@@ -182,6 +181,7 @@ def _read_images(
 def to_nchw(images: Tensor) -> Tensor:
     """Reorder images ``(n, H, W)`` or ``(n, H, W, C)`` to ``(n, C, H, W)``."""
     return images.unsqueeze(1) if images.dim() == 3 else images.permute(0, 3, 1, 2).contiguous()
+
 
 _MODES = {1: "L", 3: "RGB"}
 """Pillow's name for images of so many channels."""

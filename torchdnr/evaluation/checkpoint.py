@@ -76,10 +76,10 @@ class Checkpoint:
         for step in steps:
             points = self.points[step].to(like.device) if here else torch.empty_like(like)
             spent = [self.costs[step][key] if here else 0.0 for key in COSTS]
-            points = processes.share(points, owner)
+            points = processes.broadcast(points, owner)
             # float64 holds counts exactly up to 2^53
             cost = torch.tensor(spent, dtype=torch.float64, device=like.device)
-            seconds, *counts = processes.share(cost, owner).tolist()
+            seconds, *counts = processes.broadcast(cost, owner).tolist()
             if not here:
                 self.points[step] = points.cpu()
                 self.costs[step] = dict(zip(COSTS, [seconds, *map(int, counts)], strict=True))

@@ -18,7 +18,7 @@ TOLERANCE = 1e-5  # of float32 arithmetic, relative to the larger of eps and 1
 
 
 def outputs(model: Callable[[Tensor], Tensor], points: Tensor, batch_size: int) -> Tensor:
-    """Run the model without gradients in batches of a fixed size: rounding depends on it.
+    """Run the model without gradients, in batches of a fixed size, as rounding depends on it.
 
     Raises:
         ValueError: If an output is NaN: no decision can be read from it.
@@ -35,7 +35,7 @@ def outputs(model: Callable[[Tensor], Tensor], points: Tensor, batch_size: int) 
 
 
 class Decisions(NamedTuple):
-    """What the classifier says of each point; the last dimension runs over the samples.
+    """Decisions of a classifier on points; the last dimension runs over the samples.
 
     Attributes:
         confidence: Best score, ``(..., n)``.
@@ -189,7 +189,7 @@ class Judged(NamedTuple):
 
 
 def judge(task: Task, points: Tensor) -> Judged:
-    """Evaluate the model on points, whatever an attack said of them."""
+    """Evaluate the model on points, whatever an attack has reported of them."""
     output = outputs(task.model, points, task.batch_size)
     margin = decision_objective(*split_scores(output, task.reject), task.labels)
     predictions = predict_labels(output, task.reject)
