@@ -4,11 +4,11 @@ from torchdnr.data.readers import read_folder, read_npz
 from torchdnr.data.sources import SOURCES, Dataset, Splits, load_dataset, split
 
 __all__ = [
-    "read_folder",
-    "read_npz",
     "SOURCES",
     "Dataset",
     "Splits",
     "load_dataset",
+    "read_folder",
+    "read_npz",
     "split",
 ]
