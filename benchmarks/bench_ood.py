@@ -58,9 +58,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = ["--run", options.run, "--quiet", "--data-root", str(options.data_root)]
     arguments += ["--device", options.device] if options.device else []
     job = prepare(attack_parser().parse_args(arguments), Console(quiet=True))
-    if job.settings["dataset"] not in DIGITS:
+    if job.settings.dataset not in DIGITS:
         raise SystemExit(
-            f"{options.run} is of {job.settings['dataset']}: what is unknown here is unknown to a "
+            f"{options.run} is of {job.settings.dataset}: what is unknown here is unknown to a "
             f"classifier of digits; give a run of {' or '.join(DIGITS)}"
         )
     classifiers = make_classifiers(job, Console(quiet=True))
@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     net, nr, dnr = (classifiers[name].eval() for name in ("DNN", "NR", "DNR"))
     detectors = fit_detectors(net, dnr, nr, fit_images, fit_labels, neighbours)
     images, labels = job.images("test")
-    half, seed = len(images) // 2, job.settings["seed"]
+    half, seed = len(images) // 2, job.settings.seed
     others, missing = other_sets(images, options.data_root, options.cifar10, seed)
     for name, reason in missing.items():
         print(f"left out: {name} ({reason})")
@@ -83,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "versions": {name: version(name) for name in ("pytorch-ood", "scikit-learn")},
         "commit": commit(),
         "busy_cores_before": busy_cores(),
-        "run": job.settings,
+        "run": job.settings.to_json(),
         "settings": {
             "seed": seed,
             "fit_images": len(fit_images),

@@ -20,7 +20,7 @@ from paper_run import attack, finish, make_classifiers, make_network, network_ac
 from paper_settings import PROTOCOLS, QUICK_TRAININGS, Protocol, quick
 from paper_study import Study
 
-from torchdnr.cli.console import Console, run_command
+from torchdnr.cli.console import Console, command
 from torchdnr.cli.run_folder import find_device
 from torchdnr.data import load_dataset
 from torchdnr.evaluation.line_up import ATTACKS, DEFAULT, FULL, choose_attacks
@@ -82,11 +82,9 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line."""
     options = make_parser().parse_args(argv)
-    return run_command(
-        options,
-        lambda console: repeat(options, console),
-        packages=("torchdnr", "paper", "__main__"),
-    )
+    with command(options.quiet, packages=("torchdnr", "paper", "__main__")) as console:
+        repeat(options, console)
+    return console.status
 
 
 def repeat(options: argparse.Namespace, console: Console) -> None:

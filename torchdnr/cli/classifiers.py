@@ -59,8 +59,8 @@ def make_classifiers(
     """
     with processes.first_alone():  # it trains the network, which the others then load
         net = _network(job, console)
-    layers, options = job.layers(net), {"seed": job.settings.seed}
-    dnr = _rejecting(job, console, processes, net, DNR, lambda: DNR(net, layers, **options))
+    layers, seed = job.layers(net), job.settings.seed
+    dnr = _rejecting(job, console, processes, net, DNR, lambda: DNR(net, layers, seed=seed))
 
     def build_nr() -> NR:
         # NR is the same SVM as DNR's on that layer, on the same images and folds: its search
@@ -68,7 +68,7 @@ def make_classifiers(
         last, reduction = list(layers.items())[-1]
         chosen = dnr.selection[last]
         known = {last: (chosen["C"], chosen["gamma"])}
-        return NR(net, last, reduction=reduction, hyperparameters=known, **options)
+        return NR(net, last, reduction=reduction, hyperparameters=known, seed=seed)
 
     nr = _rejecting(job, console, processes, net, NR, build_nr)
     return {"DNN": net, "NR": nr, "DNR": dnr}
@@ -89,7 +89,7 @@ def _network(job: Job, console: Console) -> nn.Module:
     if count:
         parts.append(f"{count:,} images, {settings.epochs} epochs")
     with console.stage("network", ", ".join(parts)):
-        if settings.weights:
+        if settings.weights and settings.backbone:
             load_weights(net, settings.backbone, settings.weights)
         if count:
             train_network(

@@ -198,7 +198,7 @@ class Evaluation:
         for number, (name, curve) in enumerate(curves.items()):
             if self.processes.mine(number):
                 path = self.job.folder / f"{kind}-{name.lower()}.json"
-                points = {"predictions": curve.predictions, "adversarial": curve.adversarial}
+                points = {"predictions": curve.predictions, "adversarial": _points(curve)}
                 alone = replace(self.settings, stratified=False, sweep=False)
                 known = {**self.identity(alone), "points": digest(points)}
                 result = _kept(path, kind, known)
@@ -236,10 +236,10 @@ class Evaluation:
         return stratified_curve(
             self.classifiers[name],
             *self.images(),
-            curve.adversarial[curve.eps.index(eps)],
+            _points(curve)[curve.eps.index(eps)],
             eps,
             norm=self.settings.norm,
-            reject_options=self._options("steps", "restarts"),
+            reject_options=self._options("steps"),
             batch_size=self.settings.batch_size,
             name=name,
             progress=self.console.progress,
@@ -248,21 +248,17 @@ class Evaluation:
     def _sweep(self, name: str, curve: SecurityCurve) -> dict[str, Any]:
         model, size = self.classifiers[name], self.settings.batch_size
         pool = self.job.images("svm")[0]
-        options = {"objective": "decision", **self._options("objective", "steps", "restarts")}
+        options: dict[str, Any] = {"norm": curve.norm, "init_inputs": pool, "batch_size": size}
+        options |= {"objective": "decision", **self._options("objective", "steps", "restarts")}
 
         def attack(view: nn.Module, inputs: Tensor, labels: Tensor, eps: float) -> Tensor:
-            places = {"norm": curve.norm, "init_inputs": pool, "batch_size": size}
-            return line_search_pgd(view, inputs, labels, eps, **places, **options)
+            return line_search_pgd(view, inputs, labels, eps, **options)
 
         calibration = outputs(model, self.job.images("threshold")[0], size)
         return threshold_sweep(
             model,
             *self.images(),
-            {
-                eps: points
-                for eps, points in zip(curve.eps, curve.adversarial, strict=True)
-                if eps > 0
-            },
+            {eps: points for eps, points in zip(curve.eps, _points(curve), strict=True) if eps > 0},
             thresholds_at_rates(calibration[:, :-1], SWEEP_RATES),
             attack=attack,
             norm=curve.norm,
@@ -270,6 +266,12 @@ class Evaluation:
             name=name,
             progress=self.console.progress,
         ).to_dict()
+
+
+def _points(curve: SecurityCurve) -> Tensor:
+    if curve.adversarial is None:  # only of a curve that was loaded
+        raise ValueError("the curve holds no adversarial points; expected one just measured")
+    return curve.adversarial
 
 
 def _kept(path: Path, kind: str, known: Mapping[str, Any]) -> dict[str, Any] | None:

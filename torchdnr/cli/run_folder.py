@@ -215,9 +215,11 @@ def _settle(
     """Fill in what is still None by the defaults of the data set and the network."""
     source = choices["dataset"]
     sizes = split_sizes(source, dataset, trained=choices["weights"] is not None)
-    usual: dict[str, Any] = {**sizes, **asdict(preset.training), "layers": preset.layers}
+    usual = {**sizes, **asdict(preset.training), "layers": preset.layers}
     usual["epochs"] = EPOCHS.get(source, preset.training.epochs)
-    settled = {name: usual.get(name) if value is None else value for name, value in choices.items()}
+    settled: dict[str, Any] = {
+        name: usual.get(name) if value is None else value for name, value in choices.items()
+    }
     settled["layers"] = list(settled["layers"] or layers_for(preset.build(), dataset))
     training = replace(
         preset.training,

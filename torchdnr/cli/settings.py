@@ -6,9 +6,9 @@ A field declared by ``option`` is an option of the command line too: ``options``
 import argparse
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import Field, dataclass, field, fields
+from dataclasses import MISSING, Field, dataclass, field, fields
 from types import UnionType
-from typing import Any, Self, TypeVar, get_args, get_origin
+from typing import Any, Self, get_args, get_origin
 
 from torchdnr.attacks.objectives import OBJECTIVES
 from torchdnr.data.sources import SOURCES
@@ -306,7 +306,7 @@ class RunSettings:
         Raises:
             ValueError: If a setting is missing or of a wrong type.
         """
-        return _read_json(cls, content)
+        return cls(**_read_json(cls, content))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -475,27 +475,25 @@ class AttackSettings:
         Raises:
             ValueError: If a setting is missing or of a wrong type.
         """
-        return _read_json(cls, content)
+        return cls(**_read_json(cls, content))
 
 
-Settings = TypeVar("Settings", RunSettings, AttackSettings)
-
-
-def _read_json(kind: type[Settings], content: object) -> Settings:
+def _read_json(kind: type, content: object) -> dict[str, Any]:
+    """Check the types of settings read from JSON; what the class does not know is left out."""
     if not isinstance(content, Mapping):
         raise ValueError(f"expected the settings as a JSON object, got {content!r}")
     values = {}
     for entry in fields(kind):
+        optional = entry.default is not MISSING or entry.default_factory is not MISSING
         if entry.name in content:
             value = content[entry.name]
             value = math.inf if entry.type is float and value == "inf" else value
             if not _is_of(value, entry.type):
                 raise ValueError(f"setting {entry.name} must be {entry.type}, got {value!r}")
             values[entry.name] = value
-    try:
-        return kind(**values)
-    except TypeError as error:  # names what is missing
-        raise ValueError(f"the settings are incomplete: {error}") from error
+        elif not optional:
+            raise ValueError(f"setting {entry.name} is missing")
+    return values
 
 
 def _is_of(value: object, kind: Any) -> bool:  # noqa: ANN401 - a type, a union, a list[...]

@@ -47,7 +47,7 @@ def read_npz(path: Path) -> tuple[Any, ...]:
             f"{path} must be an npz file of plain arrays, got {type(error).__name__}: {error}; "
             "write it with numpy.savez(path, x_train=..., y_train=..., x_test=..., y_test=...)"
         ) from error
-    names = ("x_train", "y_train", "x_test", "y_test")
+    names: tuple[str, ...] = ("x_train", "y_train", "x_test", "y_test")
     if missing := [name for name in names if name not in arrays]:
         if missing != ["x_test", "y_test"]:
             raise ValueError(f"{path} must hold {', '.join(names)}, lacks {missing}; add them")
@@ -160,7 +160,8 @@ def _read_images(
     folder: datasets.ImageFolder, crop: Callable[[Any], Tensor], image_size: int
 ) -> tuple[Tensor, Tensor]:
     images = torch.empty(len(folder.samples), 3, image_size, image_size, dtype=torch.uint8)
-    labels, unreadable = [], []
+    labels: list[int] = []
+    unreadable = []
     for file, label in tqdm(folder.samples, desc=str(folder.root), unit="image"):
         try:
             images[len(labels)] = crop(folder.loader(file))
