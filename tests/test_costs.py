@@ -41,8 +41,6 @@ with record_costs() as costs:
         fill(20)
     with stage("outer"), stage("inner"):
         fill(120)
-    with stage("inner"):  # needs less than the time before
-        pass
     with stage("first"):  # may have needed more than 60 MiB
         pass
 for name, cost in costs.items():
@@ -57,7 +55,7 @@ def test_memory_of_a_stage_is_known_where_it_raises_the_peak_of_the_process():
     )
     peaks = dict(line.split() for line in done.stdout.splitlines())
     assert peaks["below"] == peaks["first"] == "None"
-    assert float(peaks["inner"]) == float(peaks["outer"]) > 120
+    assert float(peaks["outer"]) >= float(peaks["inner"]) > 120
 
 
 def test_memory_is_unknown_where_the_system_does_not_measure_it(monkeypatch):

@@ -105,7 +105,5 @@ def stage(name: str) -> Iterator[None]:
         peak, after = recorder.open.pop(), process_peak_mib()
         if recorder.device.type == "cuda":
             cost.peak_memory_mib = max(peak, cost.peak_memory_mib or 0)
-        elif after == before != cost.peak_memory_mib:  # other work needed more memory, before
-            cost.peak_memory_mib = None
-        else:
-            cost.peak_memory_mib = after
+        else:  # known only if it rose, as the system keeps that of earlier work
+            cost.peak_memory_mib = None if after == before else after

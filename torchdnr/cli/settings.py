@@ -119,6 +119,11 @@ def option(
     return field(default=default, metadata=metadata) if optional else field(metadata=metadata)
 
 
+def count(text: str, group: str, low: int = 1, **more: Any) -> Any:  # noqa: ANN401 - as option
+    """Declare an option that is a whole number >= ``low``."""
+    return option(text, group, type=whole_number(low), metavar="N", **more)
+
+
 def option_fields(kind: type) -> list[Field[Any]]:
     """List the fields of a class of settings that are options of the command line."""
     return [entry for entry in fields(kind) if "parsing" in entry.metadata]
@@ -169,37 +174,30 @@ class RunSettings:
         default="mnist-5k",
         default_text="that of the run folder, else mnist-5k",
     )
-    image_size: int | None = option(
+    image_size: int | None = count(
         "of folder:DIR: the short side becomes N pixels, and the centre is cut out as a square",
         DATA,
         default_text=f"{FOLDER_IMAGE_SIZE}, with a backbone {BACKBONE_IMAGE_SIZE}",
         optional=True,
-        type=whole_number(1),
-        metavar="N",
     )
-    seed: int = option("of everything random", DATA, default=0, type=whole_number(0), metavar="N")
-    network_samples: int = option(
+    seed: int = count("of everything random", DATA, low=0, default=0)
+    network_samples: int = count(
         "images that train the network",
         DATA,
         default_text=f"{by_source(0)}, other data 60% of the training set, or 40% where there is "
         "no test set",
-        type=whole_number(0),
-        metavar="N",
+        low=0,
     )
-    svm_samples: int = option(
+    svm_samples: int = count(
         "images that train DNR and NR",
         DATA,
         default_text=f"{by_source(1)}, other data 30% or 24%, at most 10000",
-        type=whole_number(1),
-        metavar="N",
     )
-    threshold_samples: int = option(
+    threshold_samples: int = count(
         "images that set the rejection thresholds; where there is no test set, as in mnist-5k, all "
         "that remain are for the test",
         DATA,
         default_text=f"{by_source(2)}, other data 10%, at most 1000",
-        type=whole_number(1),
-        metavar="N",
     )
     backbone: str | None = option(
         "a torchvision classifier instead of the paper's network, such as squeezenet1_1; it gets "
@@ -225,15 +223,13 @@ class RunSettings:
         nargs="+",
         metavar="N",
     )
-    epochs: int = option(
+    epochs: int = count(
         "passes over the network's images",
         NETWORK,
         default_text=f"Table III of the paper, {MNIST_TRAINING.epochs} for Table I's network and "
         f"{CIFAR10_TRAINING.epochs} for Table II's; "
         + ", ".join(f"for {name} {epochs}" for name, epochs in EPOCHS.items())
         + ", as 2,000 images are learned sooner",
-        type=whole_number(1),
-        metavar="N",
     )
     lr: float = option(
         "learning rate",
@@ -249,13 +245,11 @@ class RunSettings:
         type=float,
         metavar="M",
     )
-    batch_size: int = option(
+    batch_size: int = count(
         "images per training step",
         NETWORK,
         default_text=f"Table III, {MNIST_TRAINING.batch_size} or {CIFAR10_TRAINING.batch_size}",
         flag="--train-batch-size",  # attack.py has another --batch-size
-        type=whole_number(1),
-        metavar="N",
     )
     layers: list[str] = option(
         "layers of the network that DNR reads; NR reads the last of them. NAME:avg averages over "
@@ -340,12 +334,10 @@ class AttackSettings:
         nargs="+",
         metavar="E",
     )
-    samples: int = option(
+    samples: int = count(
         "test images to attack, drawn by the seed",
         ATTACK,
         default_text=f"{SAMPLES}, or all if there are fewer",
-        type=whole_number(1),
-        metavar="N",
     )
     objective: str | None = option(
         "what the attacks lower, those that have a choice. paper: the score of the true class "
@@ -355,19 +347,16 @@ class AttackSettings:
         default_text="line-search-pgd paper, the others decision",
         choices=list(OBJECTIVES),
     )
-    steps: int | None = option(
+    steps: int | None = count(
         "steps of the attacks that take steps; more are stronger and slower",
         ATTACK,
         default_text="20 to 100, depending on the attack",
-        type=whole_number(1),
-        metavar="N",
     )
-    restarts: int | None = option(
+    restarts: int | None = count(
         "further runs from random starts, of the attacks that have them",
         ATTACK,
         default_text="0, boundary-walk 1",
-        type=whole_number(0),
-        metavar="N",
+        low=0,
     )
     checks: bool = option(
         "check the evaluation itself: gradients that vanish, attacks that stop too soon, ...",
@@ -376,13 +365,11 @@ class AttackSettings:
         default_text="--checks",
         action=argparse.BooleanOptionalAction,
     )
-    check_samples: int = option(
+    check_samples: int = count(
         "images that the checks look at, of those that were not evaded; more reveal more and take "
         "longer",
         ATTACK,
         default=8,
-        type=whole_number(1),
-        metavar="N",
     )
     stratified: bool = option(
         "measure robustness where rejecting a small perturbation is an error too, at the size of "
@@ -402,9 +389,7 @@ class AttackSettings:
         optional=True,
         action="store_true",
     )
-    examples: int = option(
-        "images to show in examples.png", ATTACK, default=5, type=whole_number(0), metavar="N"
-    )
+    examples: int = count("images to show in examples.png", ATTACK, low=0, default=5)
     example_eps: float = option(
         "size of their perturbation",
         ATTACK,
@@ -412,14 +397,12 @@ class AttackSettings:
         type=number_from(0),
         metavar="E",
     )
-    batch_size: int = option(
+    batch_size: int = count(
         "images per forward pass of the attacks; lower it if memory runs out. The training's is "
         "--train-batch-size",
         ATTACK,
         default=256,
         dest="attack_batch_size",
-        type=whole_number(1),
-        metavar="N",
     )
 
     @classmethod
