@@ -86,6 +86,12 @@ class ThresholdSweep:
         """Convert to numbers, lists and dictionaries."""
         return to_plain(self)
 
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> ThresholdSweep:
+        """Read what ``to_dict`` made, also by way of JSON."""
+        rates = {key: _estimates(value) for key, value in content.items() if key != "settings"}
+        return cls(**{**content, **rates, "norm": float(content["norm"])})
+
 
 def thresholds_at_rates(scores: Tensor, rates: Sequence[float]) -> list[float]:
     """Find the thresholds that reject given shares of clean calibration inputs.
@@ -242,3 +248,11 @@ def _checked_grid(
 
 def _column(rows: list[list[DecisionRates]], rate: str) -> Rates:
     return [[getattr(rates, rate) for rates in row] for row in rows]
+
+
+def _estimates(value: Any) -> Any:  # noqa: ANN401 - whatever to_dict made
+    """Turn the dictionaries within lists back into estimates; NaN may have become text."""
+    if isinstance(value, dict):
+        low, middle, high = (float(value[key]) for key in ("low", "value", "high"))
+        return Estimate(middle, low, high, value["n"])
+    return [_estimates(item) for item in value] if isinstance(value, list) else value
