@@ -20,10 +20,10 @@ from torchdnr.features.reductions import ReductionLike, reduction_metadata, redu
 from torchdnr.files import CheckpointError, digest, load_tensors, save_tensors
 from torchdnr.kernels.rbf import full_precision
 from torchdnr.rejection import Threshold, predict_in_batches, rejection_threshold
-from torchdnr.svm.compression import SMOOTHNESS, STEPS, chosen_sizes, stack_losses
+from torchdnr.svm.compression import SMOOTHNESS, STEPS, stack_losses
 from torchdnr.svm.model_selection import C_GRID, GAMMA_GRID
 from torchdnr.svm.rbf_svm import RBFSVM
-from torchdnr.svm.stack import SVMOptions, SVMStack
+from torchdnr.svm.stack import SVMOptions, SVMStack, chosen_sizes
 
 
 class DNR(nn.Module):
@@ -405,13 +405,14 @@ class DNR(nn.Module):
         sizes = chosen_sizes(self.svms.named(), prototypes, factor)
         with stage("features"):
             features = self._extract(inputs, progress)
-        options = {"steps": steps, "joint_steps": joint_steps, "smoothness": smoothness}
         model = self._build(
             self.net, self.features.given, self.settings()["options"], self.combiner is not None
         )
         model.features = self.features  # with the reductions as they were drawn
         with stage("compression"):
-            model.svms = self.svms.compress(features, sizes, **options)
+            model.svms = self.svms.compress(
+                features, sizes, steps=steps, joint_steps=joint_steps, smoothness=smoothness
+            )
         model.rejection.to(self.threshold)
         model.training = self.training
         return model
@@ -489,7 +490,7 @@ class DNR(nn.Module):
             for name, svm in model.svms.named().items():
                 svm.C, svm.gamma = model.selection[name]["C"], model.selection[name]["gamma"]
             # The network has its weights, and some networks change themselves when they load.
-            model.features.net = None
+            model.features.register_module("net", None)
             model.load_state_dict(tensors)
             model.features.net = net
         except (KeyError, TypeError, RuntimeError) as error:

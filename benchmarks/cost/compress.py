@@ -62,7 +62,7 @@ def compressed_models(
             began = time.process_time()
             model = original.compress(images, factor=factor)
             spent = time.process_time() - began
-            models[name] = model.calibrate(calibration, job.settings["rejection_rate"])
+            models[name] = model.calibrate(calibration, job.settings.rejection_rate)
             found[name] = {
                 "of": kind,
                 "factor": factor,
@@ -171,7 +171,7 @@ def attack(
     images, labels = (part[:samples] for part in job.images("test"))
     pool = job.images("svm")[0]
     line_up = build_line_up(
-        ["default"], pool, norm=2, surrogate=net, options={"seed": job.settings["seed"]}
+        ["default"], pool, norm=2, surrogate=net, options={"seed": job.settings.seed}
     )
     began = time.process_time()
     curve = security_evaluation(
@@ -227,7 +227,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     record = {
         "environment": describe_environment(job.device),
         **stamp(),
-        "run": job.settings,
+        "run": job.settings.to_json(),
         "settings": {
             "steps": STEPS,
             "joint_steps": STEPS,

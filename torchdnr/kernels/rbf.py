@@ -34,7 +34,8 @@ def full_precision(device: torch.device) -> Iterator[None]:
     Args:
         device: Where the enclosed work runs.
     """
-    modules: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    mkldnn = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # torch does not type it
+    modules: tuple[Any, ...] = (torch.backends.cuda.matmul, mkldnn)
     if torch.compiler.is_compiling():
         modules = ()
     lowered = [(m, m.fp32_precision) for m in modules if m.fp32_precision not in ("ieee", "none")]
@@ -331,9 +332,11 @@ class _RBFScores(torch.autograd.Function):
         needed = ctx.needs_input_grad[:4]
         with full_precision(grad.device):
             if torch.is_grad_enabled():
-                gradients = _differentiable_gradients(grad, *ctx.saved_tensors[:4], needed)
+                tensors = ctx.saved_tensors[:4]
+                gradients = _differentiable_gradients(grad, *tensors, needed=needed)
             else:
-                gradients = kernel_gradients(grad, *ctx.saved_tensors, needed, ctx.block_elements)
+                options = {"needed": needed, "block_elements": ctx.block_elements}
+                gradients = kernel_gradients(grad, *ctx.saved_tensors, **options)
         return *gradients, None, None, None
 
 

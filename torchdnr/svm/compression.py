@@ -18,8 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
-from numbers import Real
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from gpytorch.kernels import Kernel
@@ -55,7 +54,7 @@ class KernelSum:
     def of(cls, svm: "RBFSVM") -> "KernelSum":
         """Copy what an SVM scores with."""
         tensors = (svm.support_vectors, svm.dual_coef, svm.center)
-        kernel = deepcopy(svm.kernel).double().requires_grad_(False)
+        kernel = deepcopy(cast(Kernel, svm.kernel)).double().requires_grad_(False)
         return cls(kernel, *(tensor.detach().double() for tensor in tensors))
 
     @property
@@ -163,11 +162,6 @@ class ReducedSet:
             total = total + part.detach()
         return total
 
-    @torch.enable_grad()
-    def descend(self, start: Tensor, steps: int) -> Tensor:
-        """Move prototypes to lessen the objective; return the best that were seen."""
-        return minimise([start], lambda tensors: self.loss(tensors[0]), steps)[0]
-
 
 @torch.enable_grad()
 def minimise(
@@ -195,8 +189,12 @@ def minimise(
             tensor.grad = None
         value = loss(tensors)
         reached = value.item()  # stalls a GPU, as L-BFGS does for its line search anyway
-        if lowest == torch.inf:
-            _check_start(value, tensors)
+        parts = [value, *(tensor.grad for tensor in tensors if tensor.grad is not None)]
+        if lowest == torch.inf and not all(torch.isfinite(part).all() for part in parts):
+            raise ValueError(
+                "the scores have no finite gradient by the support vectors, so that prototypes "
+                "cannot be moved: use another kernel, or steps=0, which leaves them at their start"
+            )
         if reached < lowest:
             best, lowest = [tensor.detach().clone() for tensor in tensors], reached
         return value
@@ -211,14 +209,6 @@ def minimise(
             line_search_fn="strong_wolfe",
         ).step(closure)
     return best
-
-
-def _check_start(value: Tensor, tensors: Sequence[Tensor]) -> None:
-    if not all(torch.isfinite(t).all() for t in (value, *(tensor.grad for tensor in tensors))):
-        raise ValueError(
-            "the scores have no finite gradient by the support vectors, so that prototypes cannot "
-            "be moved: use another kernel, or steps=0, which leaves them where they start"
-        )
 
 
 @torch.no_grad()
@@ -268,7 +258,7 @@ def compress_svm(
         targets = torch.cat([svm(block, vote=False) for block in blocks])
     problem = ReducedSet(target, features, targets - svm.intercept, smoothness)
     start = target.vectors[greedy_choice(target, prototypes)]
-    vectors = problem.descend(start, steps)
+    (vectors,) = minimise([start], lambda tensors: problem.loss(tensors[0]), steps)
     return with_prototypes(svm, vectors, problem.coefficients(vectors))
 
 
@@ -382,6 +372,9 @@ def stack_scores(
 class JointProblem:
     """Least squares on the final scores, each SVM anchored at what it was to return by itself.
 
+    Attributes:
+        tensors: Prototypes and coefficients of the SVMs that move, to begin with.
+
     Args:
         svms: The stack to replace.
         compressed: The stack to begin with.
@@ -404,6 +397,8 @@ class JointProblem:
         self.start = {name: KernelSum.of(svm) for name, svm in compressed.items()}
         self.intercepts = {name: svm.intercept.double() for name, svm in svms.items()}
         self.features, self.wanted, self.names = features, wanted, list(names)
+        starts = [self.start[name] for name in names]
+        self.tensors = [t for start in starts for t in (start.vectors, start.coefficients)]
         self.smoothness = smoothness
         self.final = list(svms)[-1]
         spreads = {n: w.double().var(dim=0, correction=0).sum() for n, w in wanted.items()}
@@ -441,84 +436,8 @@ class JointProblem:
         return self.targets[name].scores(inputs, *pair) + self.intercepts[name]
 
 
-def tune_together(
-    svms: Mapping[str, RBFSVM],
-    compressed: Mapping[str, RBFSVM],
-    features: Mapping[str, Tensor],
-    wanted: Mapping[str, Tensor],
-    names: Sequence[str],
-    *,
-    steps: int,
-    smoothness: float,
-) -> dict[str, RBFSVM]:
-    """Descend on the difference of the final scores by all prototypes and coefficients at once.
-
-    Args:
-        svms: The original SVMs: by layer, then the combiner.
-        compressed: Those in their place, left as they are.
-        features: By layer, ``(n, d)``.
-        wanted: Scores of the original SVMs, by name.
-        names: The SVMs whose prototypes move.
-        steps: Iterations of L-BFGS; the best point is kept.
-        smoothness: Weight of the difference in the space of the kernel.
-
-    Returns:
-        SVMs by name, the ones that do not move as they were.
-    """
-    problem = JointProblem(svms, compressed, features, wanted, names, smoothness)
-    start = [
-        t for n in problem.names for t in (problem.start[n].vectors, problem.start[n].coefficients)
-    ]
-    best = problem.pairs(minimise(start, problem.loss, steps))
-    return {
-        name: with_prototypes(svm, *best[name]) if name in best else svm
-        for name, svm in compressed.items()
-    }
-
-
 class CompressionWarning(UserWarning):
     """A compressed classifier scores visibly unlike the one it stands for."""
-
-
-def chosen_sizes(
-    svms: Mapping[str, RBFSVM],
-    prototypes: int | Mapping[str, int] | None,
-    factor: float | None,
-) -> dict[str, int]:
-    """Decide how many prototypes each SVM gets.
-
-    Args:
-        svms: The fitted SVMs by name.
-        prototypes: A number for each SVM, or numbers by name; SVMs without one stay as they are.
-        factor: How many times fewer vectors each SVM gets, >= 1, in the place of ``prototypes``.
-
-    Returns:
-        Prototypes by name.
-
-    Raises:
-        ValueError: If not exactly one of the two is given, or it is not as said above.
-    """
-    if (prototypes is None) == (factor is None):
-        raise ValueError(
-            "compress takes either prototypes, a number or numbers by SVM, or factor, how many "
-            f"times fewer; got prototypes={prototypes!r} and factor={factor!r}"
-        )
-    counts = {name: len(svm.support_vectors) for name, svm in svms.items()}
-    if factor is not None:
-        if not isinstance(factor, Real) or not 1.0 <= factor < float("inf"):
-            raise ValueError(f"factor must be a number >= 1, got {factor!r}")
-        return {name: max(1, round(m / factor)) for name, m in counts.items()}
-    sizes = dict(prototypes) if isinstance(prototypes, Mapping) else dict.fromkeys(svms, prototypes)
-    unknown = sorted(set(sizes) - set(svms))
-    if unknown or not sizes:
-        raise ValueError(f"prototypes must be named after {list(svms)}, got {unknown or 'none'}")
-    for name, size in sizes.items():
-        if isinstance(size, bool) or not isinstance(size, int) or not 1 <= size <= counts[name]:
-            raise ValueError(
-                f"prototypes of {name!r} must be an integer in 1..{counts[name]}, its number of "
-                f"support vectors, got {size!r}; numbers by SVM, or factor, suit several sizes"
-            )
-    return sizes
 
 
 @torch.no_grad()
@@ -548,20 +467,22 @@ def compress_stack(
     """
     wanted = stack_scores(svms, features)
     compressed: dict[str, RBFSVM] = {}
-    options = {"steps": steps, "smoothness": smoothness}
     for name, svm in svms.items():
         inputs = features.get(name)
         if inputs is None:
             inputs = torch.cat([compressed[layer](z) for layer, z in features.items()], dim=1)
-        compressed[name] = svm if name in sizes else deepcopy(svm)
-        if name in sizes:
-            compressed[name] = compress_svm(
-                svm, inputs, sizes[name], targets=wanted[name], **options
-            )
-    if len(svms) == len(features):
-        return compressed
-    parts = (svms, compressed, features, wanted, list(sizes))
-    return tune_together(*parts, steps=joint_steps, smoothness=smoothness)
+        if name not in sizes:
+            compressed[name] = deepcopy(svm)
+            continue
+        targets = wanted[name]
+        compressed[name] = compress_svm(
+            svm, inputs, sizes[name], targets=targets, steps=steps, smoothness=smoothness
+        )
+    if len(svms) > len(features):
+        problem = JointProblem(svms, compressed, features, wanted, list(sizes), smoothness)
+        pairs = problem.pairs(minimise(problem.tensors, problem.loss, joint_steps))
+        compressed |= {name: with_prototypes(compressed[name], *pairs[name]) for name in pairs}
+    return compressed
 
 
 @torch.no_grad()
@@ -637,7 +558,9 @@ def compression_report(model: _Compressed) -> str:
     Raises:
         ValueError: If the classifier is not a compressed one.
     """
-    entries = {name: chosen.get("compression") for name, chosen in model.selection.items()}
+    entries: dict[str, Any] = {
+        name: chosen.get("compression") for name, chosen in model.selection.items()
+    }
     if not entries or None in entries.values():
         raise ValueError("this classifier is not compressed: call compress(images, ...) first")
     lines = [

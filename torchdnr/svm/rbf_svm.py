@@ -177,9 +177,11 @@ class RBFSVM(nn.Module):
         data = select_training_data(
             features, labels.long(), c, sample_weight, distances, self.is_precomputed
         )
-        kernel = self.kernel.to(features.local) if self.has_own_kernel else None
-        if not self.has_own_kernel and not self.is_precomputed:
-            kernel = make_rbf_kernel(data.gamma(self.gamma), like=features.local)
+        kernel, like = self.kernel, features.local  # no kernel where it is precomputed
+        if kernel is not None and self.has_own_kernel:
+            kernel = kernel.to(like)
+        elif kernel is not None:
+            kernel = make_rbf_kernel(data.gamma(self.gamma), like=like)
         limits = upper_bounds(data.labels, c, self.strategy, self.C, self.class_weight, data.weight)
         targets = binary_targets(data.labels, c, self.strategy)
         solution = solve_dual(

@@ -146,7 +146,7 @@ class SVMStack(nn.Module):
             ConvergenceWarning: If a dual problem missed its tolerance.
         """
         options, partition = self.options, next(iter(features.values())).partition
-        common = {"tol": options.tol, "memory_limit": options.memory_limit}
+        common: dict[str, Any] = {"tol": options.tol, "memory_limit": options.memory_limit}
         held_out: list[Tensor] = []
         for name in self.named():
             if name in self.layers:
@@ -182,8 +182,8 @@ class SVMStack(nn.Module):
                     scores = out_of_fold_scores(
                         inputs,
                         labels,
-                        C=svm.C,
-                        gamma=svm.gamma,
+                        C=self.selection[name]["C"],
+                        gamma=self.selection[name]["gamma"],
                         folds=options.stacking_folds,
                         seed=options.seed,
                         **common,
@@ -254,3 +254,46 @@ class SVMStack(nn.Module):
         if self.combiner is not None:
             stack.combiner = svms[COMBINER]
         return stack
+
+
+def chosen_sizes(
+    svms: Mapping[str, RBFSVM],
+    prototypes: int | Mapping[str, int] | None,
+    factor: float | None,
+) -> dict[str, int]:
+    """Decide how many prototypes each SVM gets.
+
+    Args:
+        svms: The fitted SVMs by name.
+        prototypes: A number for each SVM, or numbers by name; SVMs without one stay as they are.
+        factor: How many times fewer vectors each SVM gets, >= 1, in the place of ``prototypes``.
+
+    Returns:
+        Prototypes by name.
+
+    Raises:
+        ValueError: If not exactly one of the two is given, or it is not as said above.
+    """
+    if (prototypes is None) == (factor is None):
+        raise ValueError(
+            "compress takes either prototypes, a number or numbers by SVM, or factor, how many "
+            f"times fewer; got prototypes={prototypes!r} and factor={factor!r}"
+        )
+    counts = {name: len(svm.support_vectors) for name, svm in svms.items()}
+    if factor is not None:
+        if not isinstance(factor, Real) or not 1.0 <= factor < float("inf"):
+            raise ValueError(f"factor must be a number >= 1, got {factor!r}")
+        return {name: max(1, round(m / factor)) for name, m in counts.items()}
+    sizes: dict[str, Any] = dict.fromkeys(svms, prototypes)
+    if isinstance(prototypes, Mapping):
+        sizes = dict(prototypes)
+    unknown = sorted(set(sizes) - set(svms))
+    if unknown or not sizes:
+        raise ValueError(f"prototypes must be named after {list(svms)}, got {unknown or 'none'}")
+    for name, size in sizes.items():
+        if isinstance(size, bool) or not isinstance(size, int) or not 1 <= size <= counts[name]:
+            raise ValueError(
+                f"prototypes of {name!r} must be an integer in 1..{counts[name]}, its number of "
+                f"support vectors, got {size!r}; numbers by SVM, or factor, suit several sizes"
+            )
+    return sizes
