@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from torchdnr import DNR, NR
-from torchdnr.features import choice as default_layers
+from torchdnr.features.choice import default_layers
 from torchdnr.svm import NotFittedError
 
 
