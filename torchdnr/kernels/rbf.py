@@ -332,8 +332,9 @@ class _RBFScores(torch.autograd.Function):
         needed = ctx.needs_input_grad[:4]
         with full_precision(grad.device):
             if torch.is_grad_enabled():
-                tensors = ctx.saved_tensors[:4]
-                gradients = _differentiable_gradients(grad, *tensors, needed=needed)
+                inputs, vectors, coefficients, gamma = ctx.saved_tensors[:4]
+                tensors = (inputs, vectors, coefficients, gamma)
+                gradients = _differentiable_gradients(grad, *tensors, needed)
             else:
                 options = {"needed": needed, "block_elements": ctx.block_elements}
                 gradients = kernel_gradients(grad, *ctx.saved_tensors, **options)
