@@ -158,7 +158,7 @@ def test_layer_names_are_checked():
         LayerFeatures(net, "fc")
     with pytest.raises(ValueError, match="at least one layer"):
         LayerFeatures(net, [])
-    with pytest.raises(ValueError, match=r"\['fc'\] several times"):
+    with pytest.raises(ValueError, match=r"\['fc'\] more than once"):
         LayerFeatures(net, ["fc", "avgpool", "fc"])
 
 

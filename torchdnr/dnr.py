@@ -36,7 +36,7 @@ class DNR(nn.Module):
     the classifier that runs without this package.
 
     Args:
-        net: Any module on images in [0, 1], normalisation inside. It is left as found.
+        net: Any module on images in [0, 1], normalisation inside. It is not changed.
         layers: Names from ``net.named_modules()``; or a mapping from name to reduction, which makes
             layers of any size usable: ``"flatten"`` (all values, as for plain names), ``"avg"``
             (mean over positions), ``("grid", k)`` (means over k x k parts), ``("project", d)``
@@ -145,7 +145,7 @@ class DNR(nn.Module):
 
     @property
     def reject_index(self) -> int:
-        """Column of the threshold in the output; it tells attacks that there is one."""
+        """Column of the threshold in the output; attacks read from it that there is one."""
         return self.num_classes
 
     @property
@@ -465,7 +465,7 @@ class DNR(nn.Module):
             net: The network, with the weights it had when the classifier was fitted.
             strict: Whether to refuse a network with other weights, whose features the SVMs do
                 not know.
-            layers: Name -> reduction, for the layers whose reduction was a module of your own; what
+            layers: Name -> reduction, for the layers whose reduction was a module of yours; what
                 it learned is in the file. Built-in reductions need none.
 
         Returns:
@@ -530,7 +530,7 @@ class NR(DNR):
     """Neural Rejection: one RBF-SVM with a threshold, on one layer, usually the last.
 
     Args:
-        net: Any module on images in [0, 1], normalisation inside. It is left as found.
+        net: Any module on images in [0, 1], normalisation inside. It is not changed.
         layer: Name from ``net.named_modules()``.
         reduction: What makes features of its output; as in ``DNR``.
         **options: As in ``DNR``; there is no combiner and no stacking.
@@ -557,7 +557,7 @@ class NR(DNR):
 def compression_losses(
     original: DNR, compressed: DNR, inputs: Tensor | Iterable[Any]
 ) -> dict[str, dict[str, Any]]:
-    """Measure what a compressed classifier has lost, on images of one's own.
+    """Measure what a compressed classifier has lost, on any images.
 
     Args:
         original: The classifier that was compressed.

@@ -57,13 +57,13 @@ def export_program(model: nn.Module, images: Tensor) -> torch.export.ExportedPro
     """Export a fitted classifier with a reject option as a program for any number of images.
 
     ``program.module()(images)`` runs it; ``torch.export.save`` writes it to a ``.pt2`` file and
-    ``torch.export.load`` reads that, without this package. Load only files of your own: PyTorch
+    ``torch.export.load`` reads that, without this package. Load only files that you trust: PyTorch
     unpickles parts of them. Distances keep full precision where the switch of PyTorch for float32
     products is left at ``"highest"``. Under autocast the program raises.
 
     Args:
         model: ``DNR``, ``NR`` or another classifier with a reject option, fitted, its threshold
-            set. It is left as found.
+            set. It is not changed.
         images: Example batch, ``(n, ...)``; its shape but for n, its dtype and its device become
             the program's. The values go nowhere.
 
@@ -144,7 +144,7 @@ def export_onnx(model: nn.Module, path: str | Path, images: Tensor, *, opset: in
 
 
 def _name_batch_axis(model: "Model") -> None:
-    """Call the number of images n, wherever the exporter wrote a name of its own making."""
+    """Call the number of images n, wherever the exporter made up a name."""
     from onnx_ir import Shape
 
     graph = model.graph

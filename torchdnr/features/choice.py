@@ -1,4 +1,4 @@
-"""A choice of layers for a network of which nothing is known but how it runs."""
+"""The layers of a network: a table of what they give, and a choice where the user makes none."""
 
 import math
 from collections.abc import Callable
@@ -12,6 +12,13 @@ from torch import Tensor, nn
 from torchdnr.decisions import evaluation_mode
 from torchdnr.features.reductions import Reduction, ReductionLike, build_reduction
 
+LARGEST = 4096
+"""Most features that a layer keeps flat or averaged."""
+PROJECTED = 1024
+"""Features that a larger layer is projected to."""
+WINDOWS = ((2 / 3, 5 / 6), (1 / 2, 2 / 3))
+"""Shares of the depth of the last layer between which the other layers are looked for."""
+
 
 @dataclass(frozen=True)
 class LayerRow:
@@ -23,7 +30,7 @@ class LayerRow:
         output: Shape of its output for one image, without the samples.
         flatten: Number of features of all its values.
         avg: Number of features of their mean over positions; None where the reduction does not
-            fit, or cannot tell where the channels are.
+            fit, or the shape does not say where the channels are.
         grid: Number of features of a grid; None as for ``avg``.
     """
 
@@ -40,7 +47,7 @@ class LayerTable:
     """The layers of a network in the order in which they end; it prints as a table.
 
     Attributes:
-        rows: The layers that features can be taken of.
+        rows: The layers that have features.
         unusable: Name -> reason, for the others.
         k: Parts along each side of the grid.
     """
@@ -83,7 +90,7 @@ def layer_table(
     """Tabulate the layers of a network and the numbers of features that they give.
 
     The network runs once on one image of random values, in evaluation mode and without gradient,
-    and is left as found.
+    and is not changed.
 
     Args:
         net: Any network on images.
@@ -117,13 +124,13 @@ def observe(
     """Run a network on one image and look at the output of every layer.
 
     Args:
-        net: Any network; it runs in evaluation mode, and is left as found.
+        net: Any network; it runs in evaluation mode, and is not changed.
         image: What it takes, ``(1, ...)``.
         keep: Takes what is wanted of an output, when the layer returns.
 
     Returns:
         Layer name -> what was kept, for layers that return one row per sample, in the order in
-        which they end (that of the last run, of a layer that runs several times); name -> reason
+        which they end (that of the last run, of a layer that runs more than once); name -> reason
         for the others; and the output of the network.
 
     Raises:
@@ -181,13 +188,6 @@ def reduced_size(reduction: ReductionLike, shape: tuple[int, ...], square: bool)
         return None
 
 
-# Most features that a layer keeps flat or averaged, and the number it is projected to beyond.
-LARGEST = 4096
-PROJECTED = 1024
-# Windows of depth, as shares of that of the last layer, in which the other layers are looked for.
-WINDOWS = ((2 / 3, 5 / 6), (1 / 2, 2 / 3))
-
-
 @dataclass(frozen=True)
 class _Bottleneck:
     """A layer that every path from the image to the scores passes through."""
@@ -208,11 +208,11 @@ def default_layers(net: nn.Module, images: Tensor) -> dict[str, ReductionLike]:
     to 5/6 of its depth, and from 1/2 to 2/3; where there is none, the latest one before.
 
     A layer keeps all its values up to 4,096; a larger one is averaged over its positions, or, where
-    it does not tell them from channels, projected to 1,024 features.
+    they cannot be told from channels, projected to 1,024 features.
 
     Args:
         net: Any network on images that returns its scores, or a tuple that starts with them. It
-            runs once, in evaluation mode, and is left as found.
+            runs once, in evaluation mode, and is not changed.
         images: Images of the size to come, ``(n, ...)``, on the device of the network; the first
             one is used.
 
@@ -223,21 +223,22 @@ def default_layers(net: nn.Module, images: Tensor) -> dict[str, ReductionLike]:
         ValueError: If the network fails on such an image, if autograd does not follow it, or if it
             has no layer to choose.
     """
-    found = _bottlenecks(net, images[:1])
-    if not found:
+    candidates = _bottlenecks(net, images[:1])
+    if not candidates:
         raise ValueError(
             "found no layer to choose: none that every path to the scores passes through; name "
             "layers yourself, see layer_table"
         )
     square = images.dim() == 4 and images.shape[2] == images.shape[3]
-    return {layer.name: _reduction(layer.shape, square) for layer in _spread(found)}
+    return {layer.name: _reduction(layer.shape, square) for layer in _spread(candidates)}
 
 
-def _spread(found: list[_Bottleneck]) -> list[_Bottleneck]:
-    deepest = max(layer.depth for layer in found)
-    chosen = [[layer for layer in found if layer.depth == deepest][-1]]
+def _spread(candidates: list[_Bottleneck]) -> list[_Bottleneck]:
+    """Choose the deepest layer and one in each window before it."""
+    deepest = max(layer.depth for layer in candidates)
+    chosen = [[layer for layer in candidates if layer.depth == deepest][-1]]
     for low, high in WINDOWS:
-        earlier = [layer for layer in found if layer.depth < chosen[0].depth]
+        earlier = [layer for layer in candidates if layer.depth < chosen[0].depth]
         window = [x for x in earlier if low * deepest <= x.depth <= high * deepest]
         if window:
             least = min(layer.name.count(".") for layer in window)
@@ -274,7 +275,7 @@ def _bottlenecks(net: nn.Module, image: Tensor) -> list[_Bottleneck]:
             "yourself, see layer_table"
         )
     on_all_paths = _nodes_on_all_paths(scores.grad_fn, entry.grad_fn)
-    found: dict[Any, _Bottleneck] = {}
+    layers: dict[Any, _Bottleneck] = {}  # by node of the graph
     for name, (node, output) in kept.items():
         module = modules[name]
         depth += any(p.dim() > 1 for p in module.parameters(recurse=False))
@@ -283,13 +284,13 @@ def _bottlenecks(net: nn.Module, image: Tensor) -> list[_Bottleneck]:
         if output.numel() == scores.numel() and torch.equal(output.flatten(), scores.flatten()):
             continue
         # Of layers that return the same tensor the last to end counts: the outermost.
-        found.pop(node, None)
-        found[node] = _Bottleneck(name, depth, tuple(output.shape))
-    return list(found.values())
+        layers.pop(node, None)
+        layers[node] = _Bottleneck(name, depth, tuple(output.shape))
+    return list(layers.values())
 
 
 def _is_activation(module: nn.Module) -> bool:
-    """Tell whether a module is a dropout, an activation, or changes nothing but the shape."""
+    """Return whether a module is a dropout, an activation, or changes nothing but the shape."""
     homes = "torch.nn.modules.activation", "torch.nn.modules.dropout", "torch.nn.modules.flatten"
     trivial = type(module).__module__ in homes or isinstance(module, nn.Identity)
     return trivial and next(module.parameters(), None) is None
@@ -318,10 +319,10 @@ def _nodes_on_all_paths(last: Any, first: Any) -> set[Any]:  # noqa: ANN401 - no
     for before in inputs.values():
         for node in before:
             consumers[node] += 1
-    found, passing = set(), 0
+    on_all_paths, passing = set(), 0
     for node, before in inputs.items():
         passing -= len(before)
         if passing == 0:
-            found.add(node)
+            on_all_paths.add(node)
         passing += consumers[node]
-    return found
+    return on_all_paths

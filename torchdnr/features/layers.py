@@ -24,11 +24,11 @@ NAMES_SHOWN = 20
 class LayerFeatures(nn.Module):
     """Compute features of named layers of a network: their outputs, reduced to ``(n, d)``.
 
-    The network runs in evaluation mode whatever mode it is in, and is left as found: training
+    The network runs in evaluation mode whatever mode it is in, and is not changed: training
     flags, ``requires_grad``, hooks. Gradients flow to the inputs and to the parameters. Each output
     is copied when the layer returns, so that a later in-place operation (``ReLU(inplace=True)``,
-    ``out += identity``) does not change it. Of a layer that runs several times in a forward pass
-    the last run counts. Of a layer that returns a tuple or a list the first element counts
+    ``out += identity``) does not change it. Of a layer that runs more than once in a forward
+    pass the last run counts. Of a layer that returns a tuple or a list the first element counts
     (attention modules return outputs, weights).
 
     Args:

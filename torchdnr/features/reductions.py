@@ -12,15 +12,23 @@ from torch.nn import functional as F
 
 from torchdnr.files import CheckpointError
 
+ReductionLike = str | Sequence[Any] | nn.Module
+"""``"flatten"``, ``"avg"``, ``("grid", k)``, ``("project", d)``, or any module to ``(n, d)``."""
+CHOICES = '"flatten", "avg", ("grid", k), ("project", d) or an nn.Module'
 CHANNELS_FIRST, CHANNELS_LAST = "channels_first", "channels_last"
+BLOCKS = 4
+"""Rows that each value is added to by a projection. More keep the distances of sparse outputs more
+surely (an output of few values that differ) and cost more; from 4 on the gain is small."""
+PAIRED = 64
+"""Samples whose distances a projection is checked on: 2,016 pairs."""
 
 
 def find_channels(shape: Sequence[int], square: bool) -> str:
-    """Tell from the shape of an output without the samples where its channels are.
+    """Infer from the shape of an output without the samples where its channels are.
 
     Tokens ``(t, c)`` have them last. Of a map with three sides the two that are equal are its
-    height and width, so that ``(c, h, w)`` is told from ``(h, w, c)`` of a Swin transformer: of
-    square images, and of maps of one position. Any other map is refused, not guessed. Outputs of
+    height and width, so that ``(c, h, w)`` differs from ``(h, w, c)`` of a Swin transformer: for
+    square images, and for maps of one position. Any other map is refused, not guessed. Outputs of
     five dimensions and more have them first.
 
     Args:
@@ -31,7 +39,7 @@ def find_channels(shape: Sequence[int], square: bool) -> str:
         ``"channels_first"`` or ``"channels_last"``.
 
     Raises:
-        ValueError: If the shape does not tell.
+        ValueError: If the shape does not say.
     """
     if len(shape) != 3:
         return CHANNELS_LAST if len(shape) == 2 else CHANNELS_FIRST
@@ -78,11 +86,6 @@ def check_channels(channels: str | None) -> str | None:
             f'channels must be "{CHANNELS_FIRST}" or "{CHANNELS_LAST}", got {channels!r}'
         )
     return channels
-
-
-# Rows that each value is added to. More keep the distances of sparse outputs more surely (an
-# output of few values that differ) and cost more; from 4 on the gain is small.
-BLOCKS = 4
 
 
 def random_rows(inputs: int, size: int, seed: int) -> Tensor:
@@ -157,15 +160,6 @@ def projection_distortion(inputs: Tensor, projected: Tensor) -> dict[str, float]
     return {"pairs": errors.numel(), "rms": rms.item(), "max": largest.item()}
 
 
-ReductionLike = str | Sequence[Any] | nn.Module
-"""``"flatten"``, ``"avg"``, ``("grid", k)``, ``("project", d)``, or any module to ``(n, d)``."""
-
-# Samples whose distances a projection is checked on: 2,016 pairs.
-PAIRED = 64
-
-CHOICES = '"flatten", "avg", ("grid", k), ("project", d) or an nn.Module'
-
-
 class Reduction(nn.Module, ABC):
     """One of the built-in reductions: a name and numbers say all about it.
 
@@ -210,7 +204,7 @@ class Average(Reduction):
     """The mean over all positions: ``(n, c, h, w)`` and tokens ``(n, t, c)`` to ``(n, c)``.
 
     Args:
-        channels: Where the channels are; None: as ``find_channels`` tells.
+        channels: Where the channels are; None: as ``find_channels`` says.
     """
 
     def __init__(self, channels: str | None = None) -> None:
@@ -245,7 +239,7 @@ class Grid(Average):
 
     Args:
         k: Parts along each side, >= 1.
-        channels: Where the channels are; None: as ``find_channels`` tells.
+        channels: Where the channels are; None: as ``find_channels`` says.
     """
 
     def __init__(self, k: int, channels: str | None = None) -> None:
@@ -333,7 +327,7 @@ class Project(Reduction):
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: object, **kwargs: object
     ) -> None:
-        """Make room for a draw of any size before torch copies into it."""
+        """Make a buffer for a draw of any size before torch copies into it."""
         stored = state_dict.get(prefix + "rows")
         if stored is not None and stored.shape != self.rows.shape:
             self.rows = torch.empty_like(stored, device=self.rows.device)
@@ -350,7 +344,7 @@ def build_reduction(given: ReductionLike, seed: int = 0) -> nn.Module:
         given: ``"flatten"``; ``"avg"``; ``("grid", k)``; ``("project", d)``; or a module that
             takes the layer's output, ``(n, ...)``, to ``(n, d)``, which is returned as it is.
             ``("avg", "channels_last")`` and ``("grid", k, "channels_last")`` (or
-            ``"channels_first"``) say where the channels are, where shapes do not tell.
+            ``"channels_first"``) say where the channels are, where shapes do not.
         seed: Of a random projection.
 
     Returns:
@@ -418,7 +412,7 @@ def reductions_of_file(
         path: Of the file, for messages.
         metadata: Its ``layers`` and ``reductions``; files of version 0.1 have no reductions, and
             all their layers are flat.
-        given: The user's own modules, by layer.
+        given: The user's modules, by layer.
 
     Returns:
         Layer name -> reduction.
@@ -427,26 +421,26 @@ def reductions_of_file(
         CheckpointError: If a module is missing, not wanted, or prints in another way than the one
             that was saved.
     """
-    found = {name: "flatten" for name in metadata["layers"]} | metadata.get("reductions", {})
-    own = {name: r["module"] for name, r in found.items() if isinstance(r, Mapping)}
-    if missing := sorted(set(own) - set(given)):
+    saved = {name: "flatten" for name in metadata["layers"]} | metadata.get("reductions", {})
+    modules = {name: r["module"] for name, r in saved.items() if isinstance(r, Mapping)}
+    if missing := sorted(set(modules) - set(given)):
         name = missing[0]
         raise CheckpointError(
             f"{path}: the reduction of layer {name!r} is a module that the file does not hold, "
-            f"{_one_line(own[name])}; pass one like it, as in layers={{{name!r}: module}}"
+            f"{_one_line(modules[name])}; pass one like it, as in layers={{{name!r}: module}}"
         )
-    if unknown := sorted(set(given) - set(own)):
+    if unknown := sorted(set(given) - set(modules)):
         raise CheckpointError(
-            f"{path}: expected modules for the layers {sorted(own)} alone, got some for {unknown}; "
-            "leave them out: built-in reductions come from the file"
+            f"{path}: expected modules for the layers {sorted(modules)} alone, got some for "
+            f"{unknown}; leave them out: built-in reductions come from the file"
         )
-    for name, text in own.items():
+    for name, text in modules.items():
         if repr(given[name]) != text:
             raise CheckpointError(
                 f"{path}: expected {_one_line(text)} as the reduction of layer {name!r}, got "
                 f"{_one_line(repr(given[name]))}; build it as the saved one was"
             )
-    return found | dict(given)
+    return saved | dict(given)
 
 
 def _one_line(text: str) -> str:

@@ -69,7 +69,7 @@ def rbf_gamma(kernel: Kernel) -> Tensor | None:
         Gamma as a scalar tensor, differentiable by the lengthscale; None for any kernel other
         than a plain RBF with one lengthscale, which then has to run through gpytorch.
     """
-    # torch.export traces stand-ins of modules, each of a class of its own.
+    # torch.export traces stand-ins of modules, each of another class.
     stands_in = torch.compiler.is_exporting() and hasattr(type(kernel), "get_base")
     kernel = kernel.get_base() if stands_in else kernel
     plain = type(kernel) is RBFKernel and kernel.active_dims is None

@@ -59,7 +59,7 @@ class KernelSum:
 
     @property
     def block_rows(self) -> int:
-        """Features that are taken at once."""
+        """Rows of features in a block."""
         return max(1, BLOCK_ELEMENTS // sum(self.vectors.shape))
 
     def matrix(self, inputs: Tensor, vectors: Tensor) -> Tensor:

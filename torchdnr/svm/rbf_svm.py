@@ -159,7 +159,7 @@ class RBFSVM(nn.Module):
                 shared features those to this process's rows, ``(n, k)``.
             initial: b = alpha * y to start from, ``(n, P)``; it need not be feasible.
             memory_limit: Bytes that the fit may take beyond its inputs, in each process; default
-                4 GiB. Kernel rows are evaluated on demand; those that find no room are evaluated
+                4 GiB. Kernel rows are evaluated on demand; those that do not fit are evaluated
                 again.
 
         Returns:
@@ -360,22 +360,22 @@ class RBFSVM(nn.Module):
     def settings(self) -> dict[str, Any]:
         """Return what the constructor needs, as JSON values."""
         lists = {"C": self.C, "class_weight": self.class_weight}
-        own = type(self.kernel).__name__ if self.has_own_kernel else None
+        kernel = type(self.kernel).__name__ if self.has_own_kernel else None
         return {
             **{name: list(v) if isinstance(v, tuple) else v for name, v in lists.items()},
             **{name: getattr(self, name) for name in ("gamma", "strategy", "tol", "max_steps")},
-            "kernel": "precomputed" if self.is_precomputed else own,
+            "kernel": "precomputed" if self.is_precomputed else kernel,
         }
 
     @classmethod
     def from_sklearn(cls, classifier: "ClassifierMixin") -> "RBFSVM":
-        """Convert a fitted classifier of scikit-learn; see ``sklearn_bridge.from_sklearn``."""
+        """Convert a fitted classifier of scikit-learn; see ``svm.sklearn.convert``."""
         from torchdnr.svm.sklearn.convert import from_sklearn
 
         return from_sklearn(cls, classifier)
 
     def to_sklearn(self) -> "ClassifierMixin":
-        """Convert to a fitted classifier of scikit-learn; see ``sklearn_bridge.to_sklearn``."""
+        """Convert to a fitted classifier of scikit-learn; see ``svm.sklearn.convert``."""
         from torchdnr.svm.sklearn.convert import to_sklearn
 
         return to_sklearn(self)
@@ -396,7 +396,7 @@ class RBFSVM(nn.Module):
 
     @torch.no_grad()
     def _probe(self) -> Tensor:
-        """Evaluate the kernel on a few support vectors: it tells kernels of one type apart."""
+        """Evaluate the kernel on a few support vectors: kernels of one type differ in it."""
         few = self.support_vectors[:8]
         if self.kernel is None:
             return few.new_zeros(0)
