@@ -147,6 +147,16 @@ def one_vs_one(folder):
     return _machine(RBFSVM(1.0, strategy="one-vs-one", tol=FINE).fit(shared(x), y))
 
 
+def coarse_points():
+    """Make classes that overlap so much that the solver stops well before the optimum."""
+    return points(400, 3, spread=0.4)
+
+
+def coarse_tolerance(folder):
+    x, y = coarse_points()
+    return _machine(RBFSVM(10.0, 0.1, tol=1e-3).fit(shared(x.float()), y))
+
+
 def search_of_features(folder):
     x, y = points(70, 3)
     search = grid_search(shared(x), y, C_grid=(0.1, 1.0), gamma_grid=(0.5, 2.0), folds=2, tol=FINE)
@@ -159,7 +169,7 @@ def _machine(svm):
 
 
 def _solution(solution):
-    names = ("dual_coef", "intercept", "objective", "scores", "converged")
+    names = ("dual_coef", "intercept", "objective", "duality_gap", "scores", "converged")
     return {f"solution {name}": getattr(solution, name) for name in names}
 
 
@@ -177,8 +187,10 @@ FITS = {
         another_kernel_and_weights,
         one_vs_one,
         search_of_features,
+        coarse_tolerance,
     )
 }
+COARSE = coarse_tolerance.__name__
 
 
 @contextmanager

@@ -1,4 +1,10 @@
-"""Fits by two processes: what one process finds, half the work each, and what a lost one leaves."""
+"""Fits by two processes: what one process finds, half the work each, and what a lost one leaves.
+
+Two processes round otherwise than one, and the solver may stop elsewhere within its tolerance. So
+what was fitted is the same up to rounding where the tolerance is fine. Where it is not, each of the
+two solutions is as near to the optimum as its duality gap says, and dual coefficients say less
+than scores: they may differ by more than the tolerance where the kernel is nearly singular.
+"""
 
 import os
 import shutil
@@ -12,10 +18,11 @@ import numpy as np
 import pytest
 import small_train
 import torch
-from distributed_fits import FITS, make
+from distributed_fits import COARSE, FITS, coarse_points, make
 from sklearn.datasets import load_digits
 
 from torchdnr.files import load_tensors
+from torchdnr.predict import load_classifier
 from torchdnr.processes import ALONE, Processes
 from torchdnr.shared_features import SharedFeatures, Shares
 
@@ -59,7 +66,7 @@ def found_by(folder, name, rank):
     return load_tensors(folder / f"{name}-{rank}", "fit")[0]
 
 
-@pytest.mark.parametrize("name", FITS)
+@pytest.mark.parametrize("name", [name for name in FITS if name != COARSE])
 def test_two_processes_find_what_one_finds(by_two, alone, name):
     one, two = alone[name], found_by(by_two, name, 0)
     assert one.keys() == two.keys() and len(one) > 5
@@ -69,6 +76,24 @@ def test_two_processes_find_what_one_finds(by_two, alone, name):
         )
     supports = [key for key in one if key.endswith("support")]
     assert all(torch.equal(one[key], two[key]) for key in supports)
+
+
+def test_at_a_coarse_tolerance_the_duality_gaps_bound_how_far_two_are_from_one(by_two, alone):
+    fits = alone[COARSE], found_by(by_two, COARSE, 0)
+    coef, gaps, objectives = (
+        [fit[f"solution {name}"] for fit in fits]
+        for name in ("dual_coef", "duality_gap", "objective")
+    )
+    x, _ = coarse_points()
+    kernel = torch.exp(-0.1 * torch.cdist(x, x).square())
+    difference = coef[0] - coef[1]
+    distance = (difference * (kernel @ difference)).sum(dim=0).sqrt()
+    # The primal objective is strongly convex: half the squared distance of a solution's weights to
+    # those of the optimum is at most its duality gap.
+    assert (distance <= sum((2 * gap).sqrt() for gap in gaps)).all()
+    rounding = 1e-6 * objectives[0].abs()
+    assert ((objectives[0] - objectives[1]).abs() <= torch.maximum(*gaps) + rounding).all()
+    assert all(fit["solution converged"].all() for fit in fits)
 
 
 @pytest.mark.parametrize("name", FITS)
@@ -187,15 +212,15 @@ def test_a_lost_process_ends_the_other_and_the_same_command_goes_on(
     assert done.stderr.count("clean accuracy") == 1  # the first process talks
     assert all((run / name).read_bytes() == content for name, content in made.items())
     assert {path.name for path in run.iterdir()} == {path.name for path in made_by_one.iterdir()}
-    for kind in ("DNR", "NR"):
+    images = torch.from_numpy(np.load(making[1].removeprefix("npz:"))["x_train"])
+    # The tolerance of each problem is 1e-3, and DNR stacks two: its combiner learns from scores
+    # that differ. Any one of the 30 samples left out moves the scores by 0.05 and more.
+    for kind, tolerance in {"DNR": 5e-3, "NR": 2e-3}.items():
         one, two = (
-            load_tensors(folder / f"{kind.lower()}.safetensors", kind)[0]
+            load_classifier(folder, kind, torch.device("cpu"))(images).detach()
             for folder in (made_by_one, run)
         )
-        assert one.keys() == two.keys()
-        assert torch.equal(one["base_svms.0.support"], two["base_svms.0.support"])
-        for key in one:
-            torch.testing.assert_close(two[key], one[key], rtol=1e-3, atol=1e-3, msg=key)
+        torch.testing.assert_close(two, one, rtol=0, atol=tolerance, msg=kind)
 
 
 def test_train_py_finds_what_is_finished(making, made_by_one):

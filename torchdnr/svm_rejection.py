@@ -51,7 +51,8 @@ class SVMRejection(LayerSVMs):
         Several processes share the work where ``torch.distributed`` is set up: all call this with
         the same network and the same data. Each extracts the features of its share, keeps those
         rows and evaluates the kernels with them, and solves its share of the dual problems; all get
-        the same classifier, which is that of one process up to rounding.
+        the same classifier. It is that of one process as nearly as ``tol`` decides a classifier:
+        scores agree to a few ``tol``, dual coefficients may differ by more.
 
         Args:
             inputs: Images ``(n, ...)`` in [0, 1], or a loader that yields ``(images, labels)``.

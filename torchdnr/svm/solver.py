@@ -36,11 +36,12 @@ def solve_dual(
     """Solve P independent C-SVC duals that share one kernel matrix.
 
     Column k minimises ``1/2 b'Kb - y'b`` with b = y * alpha, ``1'b = 0`` and alpha in [0, C].
-    Columns advance together but stop alone: a problem gets the same answer, up to rounding,
-    whichever problems it is batched with. Where C is 0 a sample is held out, so that folds are
-    columns too. Outer steps choose working sets, on which Newton's method guesses the active set;
-    where that fails, two-variable updates take over (``descent``). ``KernelRows`` may say how many
-    columns advance together; the others come after them, on the rows that are held already.
+    Columns advance together but stop alone: a problem gets the same answer, to within ``tol``,
+    whichever problems it is batched with; rounding may decide at which step it stops. Where C is 0
+    a sample is held out, so that folds are columns too. Outer steps choose working sets, on which
+    Newton's method guesses the active set; where that fails, two-variable updates take over
+    (``descent``). ``KernelRows`` may say how many columns advance together; the others come after
+    them, on the rows that are held already.
     Processes that share the rows of the kernel all call this together, and get the same solution.
 
     Args:
