@@ -42,6 +42,14 @@ setup(
             "pytorch-ood>=0.4.0",
         ],
         "bench": [*SKLEARN, TABULATE, "scikit-learn-intelex>=2026.2", "torchkm>=4.3.2"],
-        "test": [*DEMO, *SKLEARN, TABULATE, "pytest>=8", "hypothesis>=6.100", "ruff>=0.17"],
+        "test": [
+            *DEMO,
+            *SKLEARN,
+            TABULATE,
+            "pytest>=8",
+            "pytest-xdist>=3.6",
+            "hypothesis>=6.100",
+            "ruff>=0.17",
+        ],
     },
 )

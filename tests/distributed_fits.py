@@ -1,4 +1,4 @@
-"""Fits that are made alone, and by two processes when this file is run: `FOLDER`."""
+"""Fits that are made alone, and by two processes when this file is run: `FOLDER [NAME ...]`."""
 
 import sys
 import warnings
@@ -249,12 +249,12 @@ def refused(processes):
     return said
 
 
-def main(folder):
-    """Make all fits together with the other process."""
+def main(folder, *names):
+    """Make fits, by default all of them, together with the other process."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     with joined(torch.device("cpu")) as processes:
-        for name in FITS:
+        for name in names or FITS:
             found = make(name, folder)
             save_tensors(f"{folder}/{name}-{processes.rank}", found, {}, "fit")
         save_tensors(f"{folder}/refused-{processes.rank}", {}, refused(processes), "refused")

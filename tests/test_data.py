@@ -3,9 +3,10 @@ import sys
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from property_examples import up_to
 
 from torchdnr.data import SOURCES, Dataset, load_dataset, split
 
@@ -18,7 +19,7 @@ def pool(labels, test=None):
     return Dataset("set", ("0", "1", "2"), images, labels, images[: len(test)], test)
 
 
-@settings(max_examples=60, deadline=None)
+@up_to(60)
 @given(
     labels=st.lists(st.integers(0, 2), min_size=8, max_size=80),
     shares=st.tuples(*[st.integers(0, 20)] * 4),

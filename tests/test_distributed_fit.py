@@ -66,9 +66,7 @@ def found_by(folder, name, rank):
     return load_tensors(folder / f"{name}-{rank}", "fit")[0]
 
 
-@pytest.mark.parametrize("name", [name for name in FITS if name != COARSE])
-def test_two_processes_find_what_one_finds(by_two, alone, name):
-    one, two = alone[name], found_by(by_two, name, 0)
+def assert_alike(one, two):
     assert one.keys() == two.keys() and len(one) > 5
     for key in one.keys() - set(WORK):
         torch.testing.assert_close(
@@ -78,6 +76,21 @@ def test_two_processes_find_what_one_finds(by_two, alone, name):
     assert all(torch.equal(one[key], two[key]) for key in supports)
 
 
+def test_two_processes_fit_one_dnr(tmp_path):
+    name = "given_hyperparameters"
+    both = start_two(ROOT / "tests" / "distributed_fits.py", [str(tmp_path), name])
+    said = [process.communicate(timeout=200)[1] for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    assert_alike(make(name, tmp_path), found_by(tmp_path, name, 1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in FITS if name != COARSE])
+def test_two_processes_find_what_one_finds(by_two, alone, name):
+    assert_alike(alone[name], found_by(by_two, name, 0))
+
+
+@pytest.mark.slow
 def test_at_a_coarse_tolerance_the_duality_gaps_bound_how_far_two_are_from_one(by_two, alone):
     fits = alone[COARSE], found_by(by_two, COARSE, 0)
     coef, gaps, objectives = (
@@ -96,6 +109,7 @@ def test_at_a_coarse_tolerance_the_duality_gaps_bound_how_far_two_are_from_one(b
     assert all(fit["solution converged"].all() for fit in fits)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FITS)
 def test_both_processes_have_the_same_to_the_last_bit(by_two, name):
     first, second = (found_by(by_two, name, rank) for rank in range(2))
@@ -104,6 +118,7 @@ def test_both_processes_have_the_same_to_the_last_bit(by_two, name):
         torch.testing.assert_close(first[key], second[key], rtol=0, atol=0, equal_nan=True, msg=key)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FITS)
 def test_each_process_evaluates_half_of_the_kernel(by_two, alone, name):
     whole = alone[name][WORK[0]].item()
@@ -114,6 +129,7 @@ def test_each_process_evaluates_half_of_the_kernel(by_two, alone, name):
     assert shares == pytest.approx([first, 1 - first], abs=0.03)
 
 
+@pytest.mark.slow
 def test_the_blocks_are_shared_too(by_two, alone):
     name = "searched"  # many problems, so many blocks
     whole = alone[name][WORK[1]].item()
@@ -121,6 +137,7 @@ def test_the_blocks_are_shared_too(by_two, alone):
     assert sum(shares) == pytest.approx(1, rel=0.05) and max(shares) < 0.7
 
 
+@pytest.mark.slow
 def test_images_that_differ_between_processes_are_refused_by_all(by_two):
     for rank in range(2):
         said = load_tensors(by_two / f"refused-{rank}", "refused")[1]
@@ -190,6 +207,7 @@ def made_by_one(making, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("victim", "stage"), [(0, "DNR"), (1, "NR")])
 def test_a_lost_process_ends_the_other_and_the_same_command_goes_on(
     making, made_by_one, tmp_path, victim, stage
@@ -223,6 +241,7 @@ def test_a_lost_process_ends_the_other_and_the_same_command_goes_on(
         torch.testing.assert_close(two, one, rtol=0, atol=tolerance, msg=kind)
 
 
+@pytest.mark.slow
 def test_train_py_finds_what_is_finished(making, made_by_one):
     before = {path.name: path.read_bytes() for path in made_by_one.glob("*.safetensors")}
     done = run_two(ROOT / "train.py", *making, "--run", made_by_one)
@@ -257,6 +276,7 @@ print("BATCHES", batches.count(10) - PREPARING, flush=True)
 """
 
 
+@pytest.mark.slow
 def test_features_of_the_process_that_lived_are_found_again(tmp_path):
     script, folder = tmp_path / "extraction.py", tmp_path / "features"
     script.write_text(EXTRACTION)

@@ -2,8 +2,9 @@ import json
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from property_examples import up_to
 from sklearn.datasets import load_digits
 from sklearn.model_selection import PredefinedSplit, cross_val_predict
 from sklearn.multiclass import OneVsRestClassifier
@@ -31,7 +32,7 @@ def digits(n=160, noise=0.6):
     folds=st.integers(2, 6),
     seed=st.integers(0, 1000),
 )
-@settings(max_examples=60, deadline=None)
+@up_to(60)
 def test_folds_share_each_class_and_all_samples_evenly(counts, folds, seed):
     labels = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
     labels = labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(1))]

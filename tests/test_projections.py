@@ -4,8 +4,9 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from property_examples import up_to
 
 from torchdnr.attacks.projections import project, project_box, project_l2
 
@@ -41,7 +42,7 @@ def by_bisection(points, center, eps):
     spread=st.sampled_from([1e-3, 0.3, 30.0]),
     heavy=st.booleans(),
 )
-@settings(max_examples=30, deadline=None)
+@up_to(30)
 def test_project_l2_matches_bisection(seed, d, spread, heavy):
     generator = torch.Generator().manual_seed(seed)
     center = torch.rand(8, d, generator=generator).double()

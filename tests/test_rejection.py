@@ -3,8 +3,9 @@ from fractions import Fraction
 
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
+from property_examples import up_to
 
 from torchdnr import REJECT
 from torchdnr.rejection import (
@@ -44,7 +45,7 @@ def distinct_scores(n, c, seed, dtype):
     dtype=st.sampled_from([torch.float32, torch.float64]),
 )
 @example(n=100, c=2, percent=29, seed=0, dtype=torch.float32)  # 0.29 * 100 is 28.999...
-@settings(max_examples=150, deadline=None)
+@up_to(150)
 def test_exactly_the_share_with_the_lowest_best_scores_is_rejected(n, c, percent, seed, dtype):
     scores, winner = distinct_scores(n, c, seed, dtype)
     threshold = rejection_threshold(scores, percent / 100)
@@ -62,7 +63,7 @@ def test_exactly_the_share_with_the_lowest_best_scores_is_rejected(n, c, percent
 
 
 @given(seed=st.integers(0, 1000), rate=st.floats(0.0, 0.999), levels=st.integers(1, 5))
-@settings(max_examples=60, deadline=None)
+@up_to(60)
 def test_equal_scores_are_rejected_together_and_never_too_few(seed, rate, levels):
     generator = torch.Generator().manual_seed(seed)
     scores = torch.randint(levels, (50, 3), generator=generator).double()

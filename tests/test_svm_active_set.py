@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from property_examples import up_to
 from svm_oracles import gram
 
 from torchdnr.svm.active_set import multiply, newton_blocks
@@ -59,7 +60,7 @@ def damped(kernels, damping):
     gamma=st.sampled_from([0.1, 0.4, 50.0]),
     at_bounds=st.booleans(),
 )
-@settings(max_examples=25, deadline=None)
+@up_to(25)
 def test_solved_blocks_are_those_of_two_variable_updates(seed, C, gamma, at_bounds):
     block = blocks(4, 20, seed, C, gamma, at_bounds)
     damping = 1e-2
@@ -160,7 +161,7 @@ def test_two_variable_updates_reach_their_tolerance_and_keep_the_sum():
     spread=st.sampled_from([0.0, 6.0]),
     wildness=st.sampled_from([0.0, 1e-12, 1.0, 1e6]),
 )
-@settings(max_examples=60, deadline=None)
+@up_to(60)
 def test_settled_values_are_feasible_and_stay_on_their_bounds(seed, size, spread, wildness):
     generator = torch.Generator().manual_seed(seed)
 
@@ -193,7 +194,7 @@ def test_a_missing_sum_is_taken_from_the_samples_that_win_most():
 
 
 @given(seed=st.integers(0, 10_000), largest=st.sampled_from([3, 7, 40, 128, 500]))
-@settings(max_examples=30, deadline=None)
+@up_to(30)
 def test_working_sets_hold_the_worst_pair_within_their_limit(seed, largest):
     _, gradient, b, lower, upper = blocks(5, 200, seed, at_bounds=seed % 2 == 0)
     free = torch.rand(5, 200, generator=torch.Generator().manual_seed(seed)) < 0.1

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from property_examples import up_to
 from svm_oracles import check_solution, gram, held, noisy
 
 from torchdnr.svm import gram as gram_module
@@ -27,7 +28,7 @@ def counting(kernel, capacity, log):
 
 
 @given(seed=st.integers(0, 10_000), capacity=st.sampled_from([7, 12, 29, 30, 99]))
-@settings(max_examples=40, deadline=None)
+@up_to(40)
 def test_any_sequence_of_requests_gets_the_right_rows(seed, capacity):
     kernel = torch.rand(30, 30, generator=torch.Generator().manual_seed(seed))
     log, generator = [], torch.Generator().manual_seed(seed)
