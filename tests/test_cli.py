@@ -205,6 +205,7 @@ def _interrupt(monkeypatch, owner, name, call, after=False):
     monkeypatch.setattr(owner, name, stopping)
 
 
+@pytest.mark.slow
 def test_stopped_in_every_stage_and_resumed_equals_never_stopped(
     digits, finished, tmp_path, monkeypatch, capsys
 ):
@@ -464,6 +465,7 @@ def test_the_command_of_the_report_makes_the_same_settings(finished):
     assert options.attack == settings["attack"]["attacks"]
 
 
+@pytest.mark.slow
 def test_two_processes_report_what_one_does(run, digits, tmp_path):
     for path in [*run.glob("attack-*"), *run.glob("checks-*"), run / "results.json"]:
         path.unlink()
@@ -504,6 +506,7 @@ def test_classifiers_without_the_settings_they_were_made_with_are_refused(run, c
     assert "no settings.json" in message and "--run" in message
 
 
+@pytest.mark.slow
 def test_a_first_run_that_fails_does_not_bind_the_folder(digits, tmp_path, capsys):
     folder = tmp_path / "run"
     arguments = [*_making(digits, folder), "--network-samples", "0"]

@@ -141,6 +141,7 @@ def test_predict_labels_files_as_the_classifier_does(made, photographs, tmp_path
     torch.testing.assert_close(best, model.scores(images).amax(dim=1).detach(), atol=1e-4, rtol=0)
 
 
+@pytest.mark.slow
 def test_without_layers_three_are_chosen_and_remembered(photographs, weights, tmp_path):
     folder = tmp_path / "run"
     with pytest.warns(UserWarning, match="unreadable"):

@@ -23,9 +23,13 @@ from torchdnr.svm import RBFSVM
 
 INDUCTOR = pytest.param(
     "inductor",
-    marks=pytest.mark.skipif(
-        not any(map(shutil.which, ("g++", "clang++", "cl"))), reason="inductor needs a C++ compiler"
-    ),
+    marks=[
+        pytest.mark.slow,
+        pytest.mark.skipif(
+            not any(map(shutil.which, ("g++", "clang++", "cl"))),
+            reason="inductor needs a C++ compiler",
+        ),
+    ],
 )
 
 
@@ -70,6 +74,7 @@ def test_compiled_scores_and_gradients_are_the_eager_ones(model, images, backend
         assert_same([compiled(images[:8])], expected[:1])
 
 
+@pytest.mark.slow
 def test_recompiled_once_for_the_smaller_last_batch_and_never_again(model, images):
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, backend=counter)
@@ -119,6 +124,7 @@ def test_layer_under_two_names_and_deep_copy():
     assert_same(compiled(inputs).values(), copy.deepcopy(features)(inputs).values())
 
 
+@pytest.mark.slow
 def test_torchvision_network():
     layers = ["features.10", "classifier"]
     net = models.squeezenet1_1(weights=None, num_classes=3).eval()
@@ -131,6 +137,7 @@ def test_torchvision_network():
     assert_same(scores_and_gradient(model, channels_last), expected)
 
 
+@pytest.mark.slow
 def test_nr_compiled_in_place_serves_predict_and_attacks(images):
     model = fitted(NR(small_network(), "logits", **options("logits", gamma=1.0)), images)
     labels = model.predict(images)
@@ -152,6 +159,7 @@ def test_model_from_a_file_is_compiled_whole(model, images, tmp_path):
     assert_same([compiled(images)], [model(images)])
 
 
+@pytest.mark.slow
 def test_missing_threshold_is_told_by_the_compiled_model_too(model, images):
     model.reset_threshold()
     with pytest.raises(NotFittedError, match="threshold is not set"):
@@ -168,6 +176,7 @@ def test_a_change_between_forward_and_backward_is_refused(model, images):
         scores.sum().backward()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kernel", [None, "matern"])
 def test_svm_alone(kernel):
     features = torch.randn(20, 4)
@@ -210,6 +219,7 @@ def test_operator_is_sound(keep_kernel):
     torch.library.opcheck(scores_and_kernel, (*leaves, center, keep_kernel))
 
 
+@pytest.mark.slow
 def test_no_kernel_is_kept_where_no_gradient_is_wanted(model, images):
     sizes = []
     keep = lambda graph, _: sizes.append(kernel_sizes(graph)) or graph.forward  # noqa: E731
@@ -274,6 +284,7 @@ def test_neither_the_global_switch_nor_autocast_reaches_compiled_scores():
         assert g.dtype == torch.float32 and torch.equal(g, e)
 
 
+@pytest.mark.slow
 def test_autocast_is_for_the_network_alone(images):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         model = small_dnr(images)
