@@ -94,6 +94,7 @@ def both(tmp_path_factory):
     return folders
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["first", "second"])
 @pytest.mark.parametrize("rank", [0, 1])
 def test_two_processes_find_what_one_finds(both, name, rank):
@@ -116,11 +117,13 @@ def test_two_processes_find_what_one_finds(both, name, rank):
     assert torch.equal(*points)
 
 
+@pytest.mark.slow
 def test_no_process_writes_the_file_of_another(both):
     names = [sorted(path.name for path in folder.glob("*.safetensors")) for folder in both]
     assert names[0] == names[1] and len(names[0]) == 10  # a file per classifier and attack
 
 
+@pytest.mark.slow
 def test_what_two_processes_have_finished_one_goes_on_with(both, tmp_path):
     before = {path.name: path.read_bytes() for path in both[1].glob("*.safetensors")}
     for name, content in before.items():
@@ -131,6 +134,7 @@ def test_what_two_processes_have_finished_one_goes_on_with(both, tmp_path):
     assert one.seconds == two.seconds  # not run again: the times are those of the file
 
 
+@pytest.mark.slow
 def test_an_error_in_one_process_ends_all(tmp_path):
     began = time.monotonic()
     failed = run(tmp_path, 2, fail="error")

@@ -114,6 +114,7 @@ GIVEN = "{'hyperparameters': {'1': (1.0, 1e-4), 'combiner': (1.0, 1.0)}}"
 SEARCHED = "{'C_grid': [0.1, 1.0], 'gamma_grid': [1.0]}"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.parametrize(("options", "keep"), [(GIVEN, True), (SEARCHED, False)])
 def test_a_fit_on_mapped_features_keeps_to_its_limit(tmp_path, options, keep):
