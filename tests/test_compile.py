@@ -40,14 +40,21 @@ def _afresh():
     torch.compiler.reset()
 
 
-@pytest.fixture
-def images():
-    return make_images(30)
+@pytest.fixture(scope="module")
+def fitted_once():
+    torch.manual_seed(0)
+    images = make_images(30)
+    return images, small_dnr(images)
 
 
 @pytest.fixture
-def model(images):
-    return small_dnr(images)
+def images(fitted_once):
+    return fitted_once[0].clone()
+
+
+@pytest.fixture
+def model(fitted_once):
+    return copy.deepcopy(fitted_once[1])
 
 
 def scores_and_gradient(model, images):
