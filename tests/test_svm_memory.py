@@ -141,6 +141,7 @@ def test_groups_keep_the_names_of_their_problems():
         solve_dual(kernel, targets, 10.0, max_steps=0)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.parametrize(
     ("script", "limit", "needed"),
