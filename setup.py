@@ -1,19 +1,17 @@
 """Packaging metadata of torchdnr: its only home."""
 
-import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
-VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "torchdnr/__init__.py").read_text()).group(1)
 DEMO = ["mlxtend>=0.23.1"]
 SKLEARN = ["scikit-learn>=1.6"]
 TABULATE = "tabulate>=0.9"
 
 setup(
     name="torchdnr",
-    version=VERSION,
+    version="0.1.0",
     description="Deep Neural Rejection in pure PyTorch, and its honest evaluation",
     long_description=(ROOT / "README.md").read_text(),
     long_description_content_type="text/markdown",

@@ -10,14 +10,14 @@ from gpytorch.kernels import MaternKernel
 from torch.utils.data import DataLoader, TensorDataset
 
 from torchdnr import DNR, NR
+from torchdnr.distributed.processes import default_processes, joined
+from torchdnr.distributed.sharing import SharedFeatures, Shares
 from torchdnr.files import save_tensors
-from torchdnr.processes import default_processes, joined
-from torchdnr.shared_features import SharedFeatures, Shares
-from torchdnr.svm import RBFSVM, descent, grid_search, out_of_fold_scores, solve_dual
-from torchdnr.svm.gram import KernelRows
-from torchdnr.svm.memory_plan import MemoryPlan
-from torchdnr.svm.rbf_rows import FeaturePlan, rbf_rows
-from torchdnr.svm.strategies import one_vs_rest
+from torchdnr.svm import RBFSVM, grid_search, out_of_fold_scores, solve_dual
+from torchdnr.svm import solver as descent
+from torchdnr.svm.gram import KernelRows, rbf_rows
+from torchdnr.svm.memory_plan import FeaturePlan, MemoryPlan
+from torchdnr.svm.multiclass import one_vs_rest
 
 GIVEN = {"conv": (3.0, 0.05), "logits": (10.0, 0.5), "combiner": (1.0, 0.2)}
 FINE = 1e-6

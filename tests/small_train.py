@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 from unittest import mock
 
-from torchdnr import svm_options
 from torchdnr.svm import grid_search
+from torchdnr.svm import stack as svm_options
 
 _SPEC = importlib.util.spec_from_file_location("train", Path(__file__).parents[1] / "train.py")
 train = importlib.util.module_from_spec(_SPEC)

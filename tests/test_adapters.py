@@ -18,7 +18,7 @@ from torchdnr.adapters import (
     with_reject,
 )
 from torchdnr.attacks import evades
-from torchdnr.rejection import REJECT, predict_with_rejection
+from torchdnr.decisions import REJECT, predict_with_rejection
 
 CLASSES = 5
 ROWS = 500_000
@@ -72,7 +72,7 @@ def random_rows(dtype, reject=True):
 
 @DTYPES
 @pytest.mark.parametrize("reject", [True, False])
-def test_argmax_for_a_label_differs_from_it_iff_accepted_and_wrong(dtype, reject):
+def test_argmax_for_a_label_differs_from_it_iff_is_evasion(dtype, reject):
     rows, labels = random_rows(dtype, reject)
     model = Given(reject)
     expected = evades(rows, labels, reject)
@@ -90,7 +90,7 @@ def test_argmax_for_a_label_differs_from_it_iff_accepted_and_wrong(dtype, reject
 
 @DTYPES
 @pytest.mark.parametrize("reject", [True, False])
-def test_some_target_is_reached_iff_accepted_and_wrong(dtype, reject):
+def test_some_target_is_reached_iff_is_evasion(dtype, reject):
     rows, labels = random_rows(dtype, reject)
     reached = torch.zeros(ROWS, dtype=torch.bool)
     ties = torch.zeros(ROWS, dtype=torch.bool)
@@ -330,7 +330,7 @@ def test_a_missing_package_is_named(name, package, monkeypatch):
 
 def test_importing_the_adapters_imports_no_other_library():
     code = (
-        "import sys, torchdnr.adapters, torchdnr.detectors; "
+        "import sys, torchdnr.adapters, torchdnr.rejection; "
         "print(sorted({'foolbox', 'art', 'pytorch_ood', 'eagerpy'} & set(sys.modules)))"
     )
     command = [sys.executable, "-W", "ignore", "-c", code]

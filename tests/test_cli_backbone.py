@@ -14,10 +14,11 @@ import torch
 from torchvision import models
 from torchvision.io import write_jpeg
 
-from torchdnr import DNR, predict
-from torchdnr.cli import Console
-from torchdnr.cli_options import attack_parser
-from torchdnr.cli_settings import prepare
+from torchdnr import DNR
+from torchdnr.cli import predict
+from torchdnr.cli.console import Console
+from torchdnr.cli.options import attack_parser
+from torchdnr.cli.run_folder import prepare
 from torchdnr.data import load_dataset
 from torchdnr.files import load_tensors
 from torchdnr.models import load_network

@@ -13,12 +13,15 @@ from torchvision import models
 
 from torchdnr import DNR, NR
 from torchdnr.attacks import line_search_pgd
-from torchdnr.centred import centred
-from torchdnr.features import LayerFeatures
-from torchdnr.rbf import rbf_scores
-from torchdnr.rbf_operator import compiled_rbf_scores, scores_and_kernel
-from torchdnr.rbf_traced import traced_rbf_scores
-from torchdnr.rejection import NotFittedError
+from torchdnr.decisions import NotFittedError
+from torchdnr.features.layers import LayerFeatures
+from torchdnr.kernels.rbf import (
+    centred,
+    compiled_rbf_scores,
+    rbf_scores,
+    scores_and_kernel,
+    traced_rbf_scores,
+)
 from torchdnr.svm import RBFSVM
 
 INDUCTOR = pytest.param(
@@ -252,7 +255,7 @@ def test_centred_vectors_are_made_once_for_all_compiled_calls(model, images, mon
     compiled = torch.compile(model, backend=backend)
     seen = []
     monkeypatch.setattr(
-        "torchdnr.rbf.centred", lambda *given: seen.append(given) or centred(*given)
+        "torchdnr.kernels.rbf.centred", lambda *given: seen.append(given) or centred(*given)
     )
     scores_and_gradient(compiled, images[:8])
     assert len(seen) == 6  # three SVMs, forward and backward

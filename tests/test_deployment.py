@@ -11,7 +11,7 @@ from torch import nn
 
 import torchdnr
 from torchdnr import NR, REJECT, WithReject, export_program
-from torchdnr.rejection import NotFittedError
+from torchdnr.decisions import NotFittedError
 
 
 @pytest.fixture

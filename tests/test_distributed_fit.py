@@ -21,10 +21,10 @@ import torch
 from distributed_fits import COARSE, FITS, coarse_points, make
 from sklearn.datasets import load_digits
 
+from torchdnr.cli.predict import load_classifier
+from torchdnr.distributed.processes import ALONE, Processes
+from torchdnr.distributed.sharing import SharedFeatures, Shares
 from torchdnr.files import load_tensors
-from torchdnr.predict import load_classifier
-from torchdnr.processes import ALONE, Processes
-from torchdnr.shared_features import SharedFeatures, Shares
 
 ROOT = Path(__file__).parents[1]
 TORCHRUN = [

@@ -9,9 +9,9 @@ import time
 import pytest
 import torch
 
+from torchdnr.distributed.processes import ALONE, Processes, local_device
 from torchdnr.evaluation import SecurityCurve
 from torchdnr.files import load_tensors
-from torchdnr.processes import ALONE, Processes, local_device
 
 # A toy evaluation that the processes share; {fail} may break one of them.
 JOB = """

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from torchdnr.attacks.projections import project
+from torchdnr.decisions import REJECT
 from torchdnr.evaluation import (
     BOUNDARY_WALK,
     LINE_SEARCH_PGD,
@@ -15,7 +16,6 @@ from torchdnr.evaluation import (
     security_evaluation,
 )
 from torchdnr.evaluation.judging import CountedModel
-from torchdnr.rejection import REJECT
 
 EPS = [0, 0.1, 0.2, 0.4, 0.8, 1.6]
 

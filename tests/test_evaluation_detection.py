@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from property_examples import up_to
 from sklearn.metrics import roc_auc_score
 
+from torchdnr.decisions import REJECT
 from torchdnr.evaluation import (
     detection_scores,
     measure_detection,
@@ -17,8 +18,8 @@ from torchdnr.evaluation import (
     share,
     threshold_at_tpr,
 )
-from torchdnr.evaluation.decisions import decide, worst_predictions
-from torchdnr.rejection import REJECT, rejection_threshold
+from torchdnr.evaluation.detection import decide, worst_predictions
+from torchdnr.rejection import rejection_threshold
 
 # two classes, theta = 0.5; clean: right, right but rejected, wrong, right
 CLEAN = torch.tensor([[0.9, 0.1, 0.5], [0.4, 0.2, 0.5], [0.2, 0.8, 0.5], [0.1, 0.7, 0.5]])

@@ -8,7 +8,7 @@ from property_examples import up_to
 from scipy import stats
 
 from torchdnr.evaluation import median_of, share, wilson_interval
-from torchdnr.evaluation.intervals import quantile_ranks, square_and_add
+from torchdnr.evaluation.metrics import quantile_ranks, square_and_add
 
 YES, NO = True, False
 

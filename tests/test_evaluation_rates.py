@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from property_examples import up_to
 
+from torchdnr.decisions import REJECT
 from torchdnr.evaluation import (
     AttackCurve,
     SecurityCurve,
@@ -18,7 +19,6 @@ from torchdnr.evaluation import (
     rejection_rate,
     wilson_interval,
 )
-from torchdnr.rejection import REJECT
 
 LABELS = torch.tensor([0, 1, 2, 0])
 CLEAN = torch.tensor([0, REJECT, 1, 0])

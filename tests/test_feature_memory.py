@@ -7,9 +7,10 @@ import sys
 import pytest
 import torch
 
-from torchdnr.row_blocks import all_finite, column_means, entry_variance, row_blocks
+from torchdnr.distributed.sharing import all_finite, column_means, entry_variance, row_blocks
 from torchdnr.svm import RBFSVM, grid_search
-from torchdnr.svm.rbf_rows import all_distances, plan_features, rbf_rows
+from torchdnr.svm.gram import all_distances, rbf_rows
+from torchdnr.svm.memory_plan import plan_features
 
 MIB = 2**20
 
@@ -26,7 +27,7 @@ def test_sums_in_blocks_are_those_of_the_whole(monkeypatch):
     x = wide(60, 500)[0]
     whole = column_means(x), entry_variance(x)
     for name in ("BLOCK_BYTES", "COPIED_BYTES"):
-        monkeypatch.setattr(f"torchdnr.row_blocks.{name}", 7 * 2000)
+        monkeypatch.setattr(f"torchdnr.distributed.sharing.{name}", 7 * 2000)
     assert len(row_blocks(x, 7 * 2000)) == 9
     torch.testing.assert_close(column_means(x), x.double().mean(dim=0).float())
     torch.testing.assert_close(column_means(x), whole[0])

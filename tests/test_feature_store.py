@@ -14,9 +14,9 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from torchdnr import DNR
-from torchdnr.extraction import extract
-from torchdnr.feature_store import LABELS, RECORD
-from torchdnr.features import LayerFeatures
+from torchdnr.features.extraction import extract
+from torchdnr.features.layers import LayerFeatures
+from torchdnr.features.storage import LABELS, RECORD
 from torchdnr.files import CheckpointError, load_tensors
 
 LAYERS = ["0", "2/x", "3"]

@@ -13,7 +13,7 @@ from sklearn.svm import SVC
 from torchdnr.kernels import scale_gamma, squared_distances
 from torchdnr.svm import RBFSVM, ConvergenceWarning, grid_search, out_of_fold_scores, solve_dual
 from torchdnr.svm.model_selection import stratified_folds
-from torchdnr.svm.module import one_vs_rest
+from torchdnr.svm.multiclass import one_vs_rest
 
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 
@@ -141,7 +141,8 @@ def test_features_with_a_gradient_leave_no_graph_behind():
 
 @pytest.mark.filterwarnings("ignore::torchdnr.svm.ConvergenceWarning")  # those of other fits
 def test_missed_tolerances_are_counted_and_warned_of(monkeypatch):
-    from torchdnr.svm import solver, warm_start
+    from torchdnr.svm import model_selection as warm_start
+    from torchdnr.svm import solver
 
     def hasty(*args, **options):
         return solver.solve_dual(*args, **options, max_steps=1)

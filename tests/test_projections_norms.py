@@ -8,13 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from property_examples import up_to
 
-from torchdnr.attacks.projections import (
-    NORMS,
-    project,
-    project_box,
-    project_l1,
-    project_linf,
-)
+from torchdnr.attacks.projections import NORMS, project, project_box, project_l1, project_linf
 
 BOUNDS = (0.0, 1.0)
 

@@ -2,10 +2,9 @@ import pytest
 import torch
 from torch import nn
 
-from torchdnr.channels import find_channels
-from torchdnr.features import LayerFeatures
-from torchdnr.preparation import ProjectionWarning, distortions, peek, prepare_features
-from torchdnr.reductions import build_reduction
+from torchdnr.features.extraction import ProjectionWarning, distortions, peek, prepare_features
+from torchdnr.features.layers import LayerFeatures
+from torchdnr.features.reductions import build_reduction, find_channels
 
 
 class Maps(nn.Module):
@@ -84,7 +83,7 @@ def test_a_projection_is_drawn_once_and_belongs_to_its_size(net):
         LayerFeatures(net, {"head": ("project", 64)})(images)
 
 
-@pytest.mark.filterwarnings("ignore::torchdnr.preparation.ProjectionWarning")
+@pytest.mark.filterwarnings("ignore::torchdnr.features.extraction.ProjectionWarning")
 def test_gradients_flow_through_every_reduction(net):
     net = net.double()
     images = torch.rand(2, 3, 4, 4, dtype=torch.float64, requires_grad=True)

@@ -8,12 +8,9 @@ from hypothesis import strategies as st
 from property_examples import up_to
 
 from torchdnr import REJECT
-from torchdnr.rejection import (
-    RejectingClassifier,
-    checked_batches,
-    predict_with_rejection,
-    rejection_threshold,
-)
+from torchdnr.decisions import predict_with_rejection
+from torchdnr.distributed.sharing import checked_batches
+from torchdnr.rejection import RejectingClassifier, rejection_threshold
 from torchdnr.svm import NotFittedError
 
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from property_examples import up_to
 from svm_oracles import gram
 
-from torchdnr.svm.active_set import multiply, newton_blocks
 from torchdnr.svm.dual import to_double
+from torchdnr.svm.newton import multiply, newton_blocks
 from torchdnr.svm.working_set import (
     common_sample,
     first_sets,

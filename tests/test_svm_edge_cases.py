@@ -14,7 +14,7 @@ from sklearn.svm import SVC
 
 from torchdnr.files import CheckpointError
 from torchdnr.svm import RBFSVM, NotFittedError
-from torchdnr.svm.strategies import class_pairs
+from torchdnr.svm.multiclass import class_pairs
 
 STRATEGIES = ["one-vs-rest", "one-vs-one"]
 GRID = [-2.0, -1.0, 0.0, 1.0, 2.0]

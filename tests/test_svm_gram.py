@@ -9,8 +9,7 @@ from svm_oracles import check_solution, gram, held, noisy
 
 from torchdnr.svm import gram as gram_module
 from torchdnr.svm import solve_dual
-from torchdnr.svm.gram import KernelRows
-from torchdnr.svm.rbf_rows import distance_rows, rbf_rows
+from torchdnr.svm.gram import KernelRows, distance_rows, rbf_rows
 
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 

@@ -10,7 +10,7 @@ import torch
 from torchdnr.svm import RBFSVM, ConvergenceWarning, grid_search, solve_dual
 from torchdnr.svm.gram import KernelRows
 from torchdnr.svm.memory_plan import MemoryPlan, column_groups, plan_memory
-from torchdnr.svm.strategies import one_vs_rest
+from torchdnr.svm.multiclass import one_vs_rest
 
 MIB = 2**20
 # Of a fit whose Gram matrix takes 256 MiB; libraries take their own memory in a small one before.

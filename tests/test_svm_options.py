@@ -15,8 +15,12 @@ from torch.autograd import gradcheck
 
 from torchdnr.kernels import scale_gamma
 from torchdnr.svm import RBFSVM
-from torchdnr.svm.strategies import class_pairs, classes_of_pairs, votes_and_confidence
-from torchdnr.svm.weights import balanced_weights
+from torchdnr.svm.multiclass import (
+    balanced_weights,
+    class_pairs,
+    classes_of_pairs,
+    votes_and_confidence,
+)
 
 TOL = 1e-6
 CLOSE = {"atol": 2e-5, "rtol": 0}

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from property_examples import up_to
 from svm_oracles import check_solution, gram, held, libsvm, noisy
 
-from torchdnr.svm import ConvergenceWarning, descent, solve_dual
+from torchdnr.svm import ConvergenceWarning, solve_dual
+from torchdnr.svm import solver as descent
 from torchdnr.svm.dual import dual_bounds
 from torchdnr.svm.gram import KernelRows
 from torchdnr.svm.projected_gradient import (

@@ -9,7 +9,7 @@ from svm_oracles import gram, libsvm, noisy
 
 from torchdnr.kernels import scale_gamma
 from torchdnr.svm import ConvergenceWarning, solve_dual
-from torchdnr.svm.strategies import one_vs_rest
+from torchdnr.svm.multiclass import one_vs_rest
 
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 

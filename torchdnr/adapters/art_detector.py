@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from torchdnr.adapters.packages import require
 from torchdnr.adapters.suspicion import suspicion_of_array
+from torchdnr.adapters.views import require
 
 if TYPE_CHECKING:
     import numpy as np

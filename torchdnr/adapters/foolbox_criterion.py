@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from torchdnr.adapters.packages import require
-from torchdnr.attacks import evades
+from torchdnr.adapters.views import require
+from torchdnr.decisions import evades
 
 criteria = require("foolbox.criteria", "foolbox")
 eagerpy = require("eagerpy", "foolbox")

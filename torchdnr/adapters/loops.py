@@ -8,13 +8,8 @@ from torch import Tensor, nn
 from torchdnr.adapters.views import for_label, for_target
 from torchdnr.attacks.checks import check_inputs
 from torchdnr.attacks.objectives import decision_objective
-from torchdnr.attacks.target import (
-    Target,
-    check_classes,
-    evaluate,
-    has_reject_column,
-    left_as_found,
-)
+from torchdnr.attacks.target import Target, check_classes, evaluate
+from torchdnr.decisions import evaluation_mode, has_reject_column
 
 ForeignAttack = Callable[[nn.Module, Tensor, Tensor], Tensor]
 """``attack(view, inputs, classes) -> points``: the view returns logits, all classes are equal."""
@@ -49,7 +44,7 @@ def attack_per_label(
     """
     reject = _checked(model, inputs, labels, bounds, reject, 1).reject
     points = inputs.clone()
-    with left_as_found(model):
+    with evaluation_mode(model):
         for label in labels.unique().tolist():
             rows = (labels == label).nonzero()[:, 0]
             view = for_label(model, label, reject=reject)
@@ -90,7 +85,7 @@ def attack_all_targets(
         ValueError: If an argument is not as described, or the attack returns other shapes.
     """
     target = _checked(model, inputs, labels, bounds, reject, batch_size)
-    with left_as_found(model):
+    with evaluation_mode(model):
         values, evading = evaluate(target, inputs, labels)
         done, best = evading.clone(), inputs.clone()
         sizes = torch.zeros(len(inputs), dtype=torch.float64, device=inputs.device)
@@ -124,7 +119,7 @@ def _checked(
     """Check what the caller gave, and return the model with the objective that judges points."""
     check_inputs(inputs, labels, 2, bounds)
     target = Target(model, decision_objective, has_reject_column(model, reject), batch_size)
-    with left_as_found(model):
+    with evaluation_mode(model):
         check_classes(target, inputs, labels)
     return target
 

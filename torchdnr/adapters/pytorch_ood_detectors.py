@@ -6,9 +6,9 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from torchdnr.adapters.packages import require
 from torchdnr.adapters.suspicion import suspicion
-from torchdnr.svm import RBFSVM
+from torchdnr.adapters.views import require
+from torchdnr.svm.rbf_svm import RBFSVM
 
 api = require("pytorch_ood.api", "pytorch-ood")
 

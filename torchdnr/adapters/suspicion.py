@@ -1,13 +1,12 @@
 """A rejecting classifier as a detector: one score per input, higher for a more suspicious one."""
 
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from torchdnr import __version__
-from torchdnr.attacks import split_scores
-from torchdnr.attacks.target import left_as_found
+from torchdnr.decisions import evaluation_mode, split_scores
 
 if TYPE_CHECKING:
     import numpy as np
@@ -40,7 +39,7 @@ def suspicion_of_array(model: nn.Module, x: "np.ndarray | Tensor", batch_size: i
         ``(n,)``, on the CPU.
     """
     like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
-    with left_as_found(model):
+    with evaluation_mode(model):
         parts = [suspicion(model, part.to(like)) for part in torch.as_tensor(x).split(batch_size)]
     return torch.cat(parts).cpu()
 
@@ -61,7 +60,7 @@ class SuspicionDetector:
             "detector_type": "adversarial",
             "online": False,
             "data_type": "image",
-            "version": __version__,
+            "version": version("torchdnr"),
         }
 
     def score(self, x: "np.ndarray") -> "np.ndarray":

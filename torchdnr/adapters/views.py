@@ -9,12 +9,36 @@ Each is a module with the model inside, so that its parameters, device and mode 
 returns a fresh tensor, into which a library may write. NaN is left to whoever judges the points.
 """
 
+from importlib import import_module
+from types import ModuleType
+
 import torch
 from torch import Tensor, nn
 
-from torchdnr.attacks import split_scores
-from torchdnr.attacks.target import has_reject_column
-from torchdnr.detectors import spacing
+from torchdnr.decisions import has_reject_column, split_scores
+from torchdnr.rejection import spacing
+
+
+def require(module: str, package: str) -> ModuleType:
+    """Import a module of an optional package.
+
+    Args:
+        module: Its dotted name.
+        package: Name under which it is installed.
+
+    Returns:
+        The module.
+
+    Raises:
+        ImportError: If it is not installed; the message says how to install it.
+    """
+    try:
+        return import_module(module)
+    except ImportError as error:
+        raise ImportError(
+            f"this adapter needs {package}, which is not installed or cannot be imported "
+            f"({error}): pip install 'torchdnr[peers]', or {package} alone"
+        ) from error
 
 
 class _View(nn.Module):

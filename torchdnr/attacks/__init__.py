@@ -9,19 +9,14 @@ from torchdnr.attacks.line_search import line_search_pgd
 from torchdnr.attacks.lowest_confidence import lowest_confidence
 from torchdnr.attacks.multi_target import multi_target
 from torchdnr.attacks.noise import noise
-from torchdnr.attacks.objectives import OBJECTIVES, evades, split_scores, succeeds
+from torchdnr.attacks.objectives import OBJECTIVES
 from torchdnr.attacks.orthogonal import orthogonal_pgd
 from torchdnr.attacks.pgd import pgd
-from torchdnr.attacks.projections import (
-    project,
-    project_box,
-    project_l1,
-    project_l2,
-    project_linf,
-)
+from torchdnr.attacks.projections import project, project_box, project_l1, project_l2, project_linf
 from torchdnr.attacks.smoothing import smoothed_pgd
 from torchdnr.attacks.square import square
 from torchdnr.attacks.transfer import transfer
+from torchdnr.decisions import evades, split_scores, succeeds
 
 __all__ = [
     "OBJECTIVES",

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from torchdnr.attacks.projections import check_norm
-from torchdnr.inputs import check_images
+from torchdnr.decisions import check_images
 
 
 def check_inputs(inputs: Tensor, labels: Tensor, norm: float, bounds: tuple[float, float]) -> None:

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from torchdnr.attacks.checks import check_count, check_step_size
-from torchdnr.attacks.minimum_norm import MinimumNorm, Nearest, NearRun, lengths
-from torchdnr.attacks.nearest import Kept, cosine
+from torchdnr.attacks.minimum_norm import Kept, MinimumNorm, Nearest, NearRun, cosine, lengths
 from torchdnr.attacks.projections import project_box
 from torchdnr.attacks.target import slope_at
 

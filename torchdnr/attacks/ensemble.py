@@ -6,10 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from torchdnr.attacks.candidates import Judge, call_attack, make_judge, unsolved
 from torchdnr.attacks.checks import check_like
-from torchdnr.attacks.points import Points, better, put
-from torchdnr.attacks.target import left_as_found
+from torchdnr.attacks.points import Judge, Points, better, call_attack, make_judge, put, unsolved
+from torchdnr.decisions import evaluation_mode
 
 NO_MEMBER = -1
 """Winner of a row whose input, or start, no member improved."""
@@ -115,7 +114,7 @@ class EnsembleAttack:
         if not self.members:
             raise ValueError("members must name at least one attack, got none")
         shared = {"norm": norm, "bounds": bounds, "batch_size": batch_size}
-        with left_as_found(model), torch.no_grad():
+        with evaluation_mode(model), torch.no_grad():
             judge = make_judge(model, inputs, labels, eps, targets=targets, reject=reject, **shared)
             best = Points(*(field.clone() for field in judge.points(inputs)))
             if start is not None:

@@ -12,26 +12,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from torchdnr.attacks.checks import (
-    check_count,
-    check_eps,
-    check_inputs,
-    check_like,
-    check_targets,
-)
+from torchdnr.attacks.checks import check_count, check_eps, check_inputs, check_like, check_targets
 from torchdnr.attacks.objectives import find_objective
-from torchdnr.attacks.points import (
-    Points,
-    Region,
-    best_column,
-    better,
-    evaluated,
-    put,
-)
-from torchdnr.attacks.projections import project
+from torchdnr.attacks.points import Points, best_column, better, evaluated, put
+from torchdnr.attacks.projections import Region, project, random_points
 from torchdnr.attacks.starts import assigned_classes, check_pool, nearest_other_class
-from torchdnr.attacks.steps import random_points
-from torchdnr.attacks.target import Target, check_classes, has_reject_column, left_as_found
+from torchdnr.attacks.target import Target, check_classes
+from torchdnr.decisions import evaluation_mode, has_reject_column
 
 _CANDIDATES = 10  # pool samples tried per input as its second start
 
@@ -108,7 +95,7 @@ class FixedEps:
         eps, target = self._checked()
         classes = self.labels if self.targets is None else self.targets
         generator = torch.Generator(device=self.inputs.device).manual_seed(self.seed)
-        with left_as_found(self.model), torch.no_grad():
+        with evaluation_mode(self.model), torch.no_grad():
             check_classes(target, self.inputs, classes)
             pool = None
             if self.init_inputs is not None:

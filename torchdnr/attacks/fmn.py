@@ -6,8 +6,15 @@ import torch
 from torch import Tensor
 
 from torchdnr.attacks.checks import check_count, check_step_size
-from torchdnr.attacks.minimum_norm import MinimumNorm, Nearest, NearRun, lengths
-from torchdnr.attacks.nearest import Kept, cosine, dual_norm
+from torchdnr.attacks.minimum_norm import (
+    Kept,
+    MinimumNorm,
+    Nearest,
+    NearRun,
+    cosine,
+    dual_norm,
+    lengths,
+)
 from torchdnr.attacks.projections import project
 from torchdnr.attacks.target import slope_at
 

@@ -13,7 +13,8 @@ from tqdm import tqdm
 
 from torchdnr.attacks.checks import check_count, check_eps, check_inputs, check_like
 from torchdnr.attacks.projections import project
-from torchdnr.attacks.target import Target, evaluate, has_reject_column, left_as_found, slope_at
+from torchdnr.attacks.target import Target, evaluate, slope_at
+from torchdnr.decisions import evaluation_mode, has_reject_column
 
 _FLOOR = 0.01  # the last step relative to the first
 
@@ -90,7 +91,7 @@ def lowest_confidence(
     generator = torch.Generator().manual_seed(seed)
     best = inputs.clone()
     bar = tqdm(total=restarts * steps, disable=not progress, desc="lowest confidence", leave=False)
-    with left_as_found(model), torch.no_grad(), bar:
+    with evaluation_mode(model), torch.no_grad(), bar:
         best_value, _ = evaluate(target, best, labels)
         for restart in range(restarts):
             if restart > 0:

@@ -4,6 +4,7 @@ An attack of this kind is a loop that goes on from first points, the inputs them
 points near samples of other classes, and returns the nearest evading point of each input.
 """
 
+import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,17 +16,16 @@ from tqdm import tqdm
 
 from torchdnr.attacks.checks import check_count, check_eps, check_inputs, check_targets
 from torchdnr.attacks.objectives import decision_objective
-from torchdnr.attacks.points import Region
-from torchdnr.attacks.projections import project
-from torchdnr.attacks.starts import assigned_classes, check_pool, evading_starts
-from torchdnr.attacks.steps import random_points
-from torchdnr.attacks.target import (
-    Target,
-    check_classes,
-    evaluate,
-    has_reject_column,
-    left_as_found,
+from torchdnr.attacks.projections import Region, project, random_points
+from torchdnr.attacks.starts import (
+    assigned_classes,
+    bisect,
+    check_pool,
+    evading_starts,
+    keep_nearest,
 )
+from torchdnr.attacks.target import Target, check_classes, evaluate
+from torchdnr.decisions import evaluation_mode, has_reject_column
 
 _SLACK = 512  # roundings of the spread of the scores by which an evading point must evade
 _FLOOR = 4  # roundings of the largest score, the least that can be told apart
@@ -113,7 +113,7 @@ class MinimumNorm:
         classes = self.labels if self.targets is None else self.targets
         generator = torch.Generator(device=self.inputs.device).manual_seed(self.seed)
         nearest, lost = self.inputs.clone(), 0
-        with left_as_found(self.model), torch.no_grad():
+        with evaluation_mode(self.model), torch.no_grad():
             check_classes(target, self.inputs, classes)
             pool = None
             if self.init_inputs is not None:
@@ -224,3 +224,52 @@ def _safe_decision(
     slack = _SLACK * spread + _FLOOR * values.abs().amax(dim=1)
     slack = slack * torch.finfo(scores.dtype).eps
     return decision_objective(scores, threshold, classes, targeted) + slack
+
+
+_HALVINGS = 10  # bisections towards the input in the end
+
+
+class Kept(NamedTuple):
+    """The nearest evading point of each row, and its norm: infinite where there is none."""
+
+    points: Tensor
+    norms: Tensor
+
+    @classmethod
+    def nothing(cls, first: Tensor) -> "Kept":
+        """Begin without any evading point, beside points ``(r, ...)``."""
+        return cls(first, torch.full_like(first.flatten(1)[:, 0], torch.inf))
+
+    def update(self, points: Tensor, norms: Tensor, evading: Tensor) -> "Kept":
+        """Take the points that evade and are nearer."""
+        nearer = evading & (norms < self.norms)
+        wide = nearer.view(-1, *[1] * (points.ndim - 1))
+        return Kept(torch.where(wide, points, self.points), torch.where(nearer, norms, self.norms))
+
+    def finish(self, run: NearRun, last: Tensor) -> Nearest:
+        """Look at the last points too, then move the best straight towards the inputs."""
+        center, labels = run.center[run.owner], run.labels[run.owner]
+
+        def evading(points: Tensor) -> Tensor:
+            return evaluate(run.target, points, labels)[0] < 0
+
+        kept = self.update(last, lengths(last, center, run.norm), evading(last))
+        # Where nothing evades there is nothing to move: the far end is where it stays.
+        found = kept.norms.isfinite().view(-1, *[1] * (center.ndim - 1))
+        nearer = bisect(evading, center, torch.where(found, kept.points, center), _HALVINGS)
+        norms = lengths(nearer, center, run.norm)
+        norms = torch.where(kept.norms.isfinite(), norms, torch.inf)
+        first = keep_nearest(run.owner, norms, 1)
+        return Nearest(run.owner[first], nearer[first], norms[first])
+
+
+def cosine(step: int, steps: int, first: float, last: float) -> float:
+    """Fade from the first to the last value along half a cosine."""
+    fade = (1 + math.cos(math.pi * step / max(1, steps - 1))) / 2
+    return last + (first - last) * fade
+
+
+def dual_norm(vectors: Tensor, norm: float) -> Tensor:
+    """Compute the norm dual to that of the attack, ``(n,)``."""
+    dual = {1: math.inf, 2: 2, math.inf: 1}[norm]
+    return torch.linalg.vector_norm(vectors.flatten(1), dual, dim=1)

@@ -5,12 +5,19 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from torchdnr.attacks.candidates import call_attack, make_judge, unsolved
 from torchdnr.attacks.checks import check_count, check_like
-from torchdnr.attacks.objectives import split_scores
 from torchdnr.attacks.pgd import pgd
-from torchdnr.attacks.points import Points, better, keep_better, put
-from torchdnr.attacks.target import Target, left_as_found
+from torchdnr.attacks.points import (
+    Points,
+    better,
+    call_attack,
+    keep_better,
+    make_judge,
+    put,
+    unsolved,
+)
+from torchdnr.attacks.target import Target
+from torchdnr.decisions import evaluation_mode, split_scores
 
 
 def multi_target(
@@ -65,7 +72,7 @@ def multi_target(
     shared = {"norm": norm, "bounds": bounds, "batch_size": batch_size}
     if classes is not None:
         check_count("classes", classes, 1)
-    with left_as_found(model), torch.no_grad():
+    with evaluation_mode(model), torch.no_grad():
         judge = make_judge(model, inputs, labels, eps, targets=None, reject=reject, **shared)
         best = judge.points(inputs)
         if start is not None:

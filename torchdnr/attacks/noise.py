@@ -8,9 +8,8 @@ from torch import Tensor
 
 from torchdnr.attacks.checks import check_count
 from torchdnr.attacks.fixed_eps import FixedEps, Run
-from torchdnr.attacks.points import Points, Region, evaluated, keep_better
-from torchdnr.attacks.projections import project
-from torchdnr.attacks.steps import random_points
+from torchdnr.attacks.points import Points, evaluated, keep_better
+from torchdnr.attacks.projections import Region, project, random_points
 
 
 def noise(

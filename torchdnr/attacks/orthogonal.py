@@ -8,17 +8,11 @@ from torch import Tensor
 
 from torchdnr.attacks.checks import check_count, check_step_size
 from torchdnr.attacks.fixed_eps import FixedEps, Run
-from torchdnr.attacks.objectives import (
-    decision_objective,
-    paper_objective,
-    split_scores,
-    succeeds,
-    true_and_best_other,
-)
+from torchdnr.attacks.objectives import decision_objective, paper_objective
 from torchdnr.attacks.points import Points, evaluated, keep_better
-from torchdnr.attacks.projections import project
-from torchdnr.attacks.steps import steepest
+from torchdnr.attacks.projections import project, steepest
 from torchdnr.attacks.target import Target, input_gradient, unit
+from torchdnr.decisions import split_scores, succeeds, true_and_best_other
 
 PROJECTED = ("none", "class", "rejection", "both")
 """Which of the two gradients are made orthogonal to the other one."""

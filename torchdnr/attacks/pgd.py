@@ -8,8 +8,7 @@ from torch import Tensor
 from torchdnr.attacks.checks import check_count, check_step_size
 from torchdnr.attacks.fixed_eps import FixedEps, Run
 from torchdnr.attacks.points import Points, evaluated, keep_better, put
-from torchdnr.attacks.projections import project
-from torchdnr.attacks.steps import steepest
+from torchdnr.attacks.projections import project, steepest
 from torchdnr.attacks.target import slope_at
 
 LOOK_EVERY = 5

@@ -14,7 +14,7 @@ from torchdnr.attacks.fixed_eps import FixedEps, Run
 from torchdnr.attacks.objectives import paper_objective
 from torchdnr.attacks.pgd import descend_steadily
 from torchdnr.attacks.points import Points, evaluated, keep_better
-from torchdnr.attacks.target import left_as_found
+from torchdnr.decisions import evaluation_mode
 
 FACTORS = tuple(4.0**-k for k in (6, 5, 4, 3, 2, 1, 0))
 """What gamma is multiplied by, one after the other."""
@@ -146,7 +146,7 @@ def _descend_on(views: Sequence[View], run: Run, steps: int, step_size: float | 
     """Descend on each view from the points of the last one; return the best on the model."""
     best = points = run.first
     for view in views:
-        with left_as_found(view):
+        with evaluation_mode(view):
             target = run.target
             if view is not target.model:
                 target = target._replace(model=view, objective=paper_objective)

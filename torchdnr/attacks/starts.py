@@ -10,14 +10,12 @@ import torch
 from torch import Tensor
 
 from torchdnr.attacks.checks import check_like
-from torchdnr.attacks.objectives import split_scores
 from torchdnr.attacks.target import Target, evaluate
-from torchdnr.inputs import check_images
+from torchdnr.decisions import REJECT, check_images, predict_labels
 
 _DISTANCES = 1 << 22  # entries of the distance matrix held at once
 LINE_HALVINGS = 6
 """Bisections of the line to each pool sample; the walk does the rest."""
-_NO_CLASS = -1  # a rejected sample; the library's REJECT
 
 
 def check_pool(
@@ -43,14 +41,10 @@ def check_pool(
 
 @torch.no_grad()
 def assigned_classes(target: Target, pool: Tensor) -> Tensor:
-    """Return the class that the model assigns to each sample, -1 where it rejects, ``(m,)``."""
+    """Return the class that the model assigns to each sample, or ``REJECT``, ``(m,)``."""
     classes = []
     for chunk in pool.split(target.batch_size):
-        scores, threshold = split_scores(target.model(chunk), target.reject)
-        best, chunk_classes = scores.max(dim=1)
-        if threshold is not None:
-            chunk_classes = torch.where(best > threshold, chunk_classes, _NO_CLASS)
-        classes.append(chunk_classes)
+        classes.append(predict_labels(target.model(chunk), target.reject))
     return torch.cat(classes)
 
 
@@ -79,7 +73,7 @@ def nearest_other_class(
         Indices into the pool ``(n, k)``, and whether there is such a sample, bool ``(n, k)``.
     """
     points, samples = inputs.flatten(1), pool.flatten(1)
-    present = classes[classes != _NO_CLASS].unique()
+    present = classes[classes != REJECT].unique()
     members = classes == present[:, None]
     neighbours = min(neighbours, len(samples))
     indices, found = [], []
@@ -88,7 +82,7 @@ def nearest_other_class(
         # Differences, not a matrix product: an input's neighbours do not depend on its batch.
         distances = torch.cdist(chunk, samples, compute_mode="donot_use_mm_for_euclid_dist")
         fits = (classes == chunk_labels[:, None]) == targeted
-        usable = fits & (classes != _NO_CLASS)
+        usable = fits & (classes != REJECT)
         distances = torch.where(usable, distances, torch.inf)
         if len(present):
             per_class = torch.where(members, distances[:, None], torch.inf).min(dim=2)

@@ -1,20 +1,14 @@
 """The model under attack, as the attacks see it: values to lower and the way down."""
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from torchdnr.attacks import waiting
-from torchdnr.attacks.objectives import (
-    NEGATIVE_IF_SUCCESSFUL,
-    ObjectiveFunction,
-    split_scores,
-    succeeds,
-)
-from torchdnr.features import evaluation_mode
+from torchdnr.attacks.objectives import NEGATIVE_IF_SUCCESSFUL, ObjectiveFunction
+from torchdnr.attacks.projections import unit
+from torchdnr.decisions import split_scores, succeeds
 
 
 class Target(NamedTuple):
@@ -33,16 +27,6 @@ class Target(NamedTuple):
     reject: bool
     batch_size: int
     targeted: bool = False
-
-
-def has_reject_column(model: Callable[[Tensor], Tensor], reject: bool | None) -> bool:
-    """Decide whether the last column of the output is theta; ``None`` asks ``reject_index``."""
-    return getattr(model, "reject_index", None) is not None if reject is None else reject
-
-
-def left_as_found(model: Callable[[Tensor], Tensor]) -> AbstractContextManager[None]:
-    """Evaluate a module in evaluation mode and put it back afterwards; a function needs nothing."""
-    return evaluation_mode(model) if isinstance(model, nn.Module) else nullcontext()
 
 
 @torch.no_grad()
@@ -171,32 +155,3 @@ def _objective(target: Target, output: Tensor, labels: Tensor) -> Tensor:
 
 def _worst_if_nan(values: Tensor) -> Tensor:
     return values.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
-
-
-def unit(vectors: Tensor) -> tuple[Tensor, Tensor]:
-    """Scale each row to unit l2 norm; zero, NaN and infinite entries do no harm.
-
-    Returns:
-        Unit rows ``(n, ...)``, and the norms they had ``(n,)``.
-    """
-    flat = vectors.flatten(1)
-    if not waiting.free_to_look(flat):
-        scaled, length = _unit_of_any(flat)
-        return scaled.view_as(vectors), length[:, 0]
-    # Nearly all rows allow the short way.
-    length = torch.linalg.vector_norm(flat, dim=1, keepdim=True)
-    limits = torch.finfo(flat.dtype)
-    usual = (length > limits.tiny**0.25) & (length < limits.max**0.25)  # not where it is NaN
-    scaled = flat / length
-    if not usual.all():
-        odd = (~usual[:, 0]).nonzero()[:, 0]
-        scaled[odd], length[odd] = _unit_of_any(flat[odd])
-    return scaled.view_as(vectors), length[:, 0]
-
-
-def _unit_of_any(flat: Tensor) -> tuple[Tensor, Tensor]:
-    flat = flat.nan_to_num()
-    largest = torch.linalg.vector_norm(flat, torch.inf, dim=1, keepdim=True)
-    flat = flat / torch.where(largest > 0, largest, 1)
-    length = torch.linalg.vector_norm(flat, dim=1, keepdim=True)
-    return flat / torch.where(length > 0, length, 1), length * largest

@@ -5,10 +5,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from torchdnr.attacks.candidates import call_attack, make_judge
 from torchdnr.attacks.checks import check_count, check_like
-from torchdnr.attacks.points import keep_better
-from torchdnr.attacks.target import left_as_found
+from torchdnr.attacks.points import call_attack, keep_better, make_judge
+from torchdnr.decisions import evaluation_mode
 
 
 def transfer(
@@ -73,7 +72,7 @@ def transfer(
     check_count("objectives", len(objectives), 1)
     check_count("shares", shares, 1)
     shared = {"norm": norm, "bounds": bounds, "batch_size": batch_size, "targets": targets}
-    with left_as_found(model), torch.no_grad():
+    with evaluation_mode(model), torch.no_grad():
         judge = make_judge(model, inputs, labels, eps, reject=reject, **shared)
         best = judge.points(inputs)
         if start is not None:

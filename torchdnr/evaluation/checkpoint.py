@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchdnr.distributed.processes import Processes
 from torchdnr.files import CheckpointError, load_tensors, save_tensors
-from torchdnr.processes import Processes
 
 KIND = "torchdnr security evaluation"
 CLEAN_OUTPUT = "clean output"  # no step has this name

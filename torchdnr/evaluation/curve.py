@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +11,7 @@ import torch
 from torch import Tensor
 
 from torchdnr.evaluation import metrics
-from torchdnr.files import atomic_write_bytes
+from torchdnr.files import read_json, write_json
 
 FORMAT = 1
 
@@ -209,35 +207,6 @@ class SecurityCurve(Predictions):
 
     def plot(self, path: str | Path) -> None:
         """Draw the curve to an image file (see ``plots.plot_curves``)."""
-        from torchdnr.evaluation.plots import plot_curves  # it imports this file
+        from torchdnr.evaluation.figures import plot_curves  # it imports this file
 
         plot_curves({self.name or "classifier": self}, path)
-
-
-def write_json(path: str | Path, content: Mapping[str, Any]) -> None:
-    """Write strict JSON atomically; infinity, paths, devices and the like become text."""
-    text = json.dumps(plain_json(content), indent=1, allow_nan=False) + "\n"
-    atomic_write_bytes(path, text.encode())
-
-
-def read_json(path: str | Path) -> Any:  # noqa: ANN401 - whatever the file holds
-    """Read a JSON file.
-
-    Raises:
-        ValueError: If the file is not JSON.
-    """
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not a JSON file: {error}") from None
-
-
-def plain_json(value: object) -> Any:  # noqa: ANN401 - as the value
-    """Convert to what strict JSON holds: infinity, paths, devices and the like become text."""
-    if isinstance(value, Mapping):
-        return {str(key): plain_json(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain_json(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    return value if isinstance(value, str | int | float | None) else str(value)

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from torchdnr.attacks.objectives import decision_objective, split_scores
+from torchdnr.attacks.objectives import decision_objective
 from torchdnr.attacks.projections import project
-from torchdnr.evaluation.metrics import evaded, predict_labels
+from torchdnr.decisions import is_evasion, predict_labels, split_scores
 
 TOLERANCE = 1e-5  # of float32 arithmetic, relative to the larger of eps and 1
 
@@ -96,7 +96,10 @@ def worse(task: Task, first: Judged, second: Judged) -> Judged:
 
     A point that evades is worse than one that does not, then the lower margin decides.
     """
-    one, two = evaded(first.predictions, task.labels), evaded(second.predictions, task.labels)
+    one, two = (
+        is_evasion(first.predictions, task.labels),
+        is_evasion(second.predictions, task.labels),
+    )
     take = (two & ~one) | ((two == one) & (second.margin < first.margin))
     return Judged(
         *(

@@ -9,14 +9,32 @@ from typing import Any
 
 from torch import Tensor
 
-from torchdnr.attacks.target import left_as_found
+from torchdnr.decisions import evaluation_mode
 from torchdnr.evaluation.curve import SecurityCurve
-from torchdnr.evaluation.decisions import decide
-from torchdnr.evaluation.detection import Detection, measure_detection
-from torchdnr.evaluation.intervals import Estimate
+from torchdnr.evaluation.detection import (
+    Detection,
+    decide,
+    measure_detection,
+    robust_error,
+    robust_errors,
+)
 from torchdnr.evaluation.judging import outputs
-from torchdnr.evaluation.rates import decision_rates, median_evasion_norm
-from torchdnr.evaluation.robust_error import robust_error, robust_errors
+from torchdnr.evaluation.metrics import Estimate, decision_rates, median_of
+
+
+def median_evasion_norm(curve: SecurityCurve, *, confidence: float = 0.95) -> Estimate:
+    """Measure the median norm at which samples are evaded, with its interval.
+
+    Args:
+        curve: Security evaluation; a sample that was never evaded counts as infinite.
+        confidence: Coverage of the interval, in (0, 1).
+
+    Returns:
+        ``Estimate``; its value is ``curve.median_evasion_norm``, and infinite ends are possible.
+    """
+    if len(curve.evasion_norm) == 0:
+        return Estimate(math.nan, 0.0, math.inf, 0)
+    return median_of(curve.evasion_norm, confidence=confidence)
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,7 +101,7 @@ def measure(
     labels = curve.labels.to(inputs.device)
     detection: dict[float, Detection | None] = {}
     errors: dict[float, dict[str, Estimate]] = {}
-    with left_as_found(model):
+    with evaluation_mode(model):
         clean = outputs(model, inputs, batch_size)
         right = decide(clean, curve.rejects).classes == labels
         known = None

@@ -11,8 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from torchdnr.evaluation.intervals import Estimate, quantile_ranks, square_and_add
-from torchdnr.evaluation.metrics import wilson_interval
+from torchdnr.evaluation.metrics import Estimate, quantile_ranks, square_and_add, wilson_interval
 
 
 class ROC(NamedTuple):

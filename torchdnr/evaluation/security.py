@@ -12,17 +12,22 @@ from torch import Tensor
 
 from torchdnr.attacks.checks import check_inputs, check_like
 from torchdnr.attacks.objectives import decision_objective
-from torchdnr.attacks.target import Target, check_classes, has_reject_column, left_as_found
+from torchdnr.attacks.target import Target, check_classes
+from torchdnr.decisions import check_images, evaluation_mode, has_reject_column
+from torchdnr.distributed.processes import ALONE, Processes
 from torchdnr.evaluation.checkpoint import Checkpoint, attack_paths
 from torchdnr.evaluation.curve import SecurityCurve
 from torchdnr.evaluation.environment import describe_environment
 from torchdnr.evaluation.judging import CountedModel, Judged, Task, judge, worse
-from torchdnr.evaluation.known_attacks import Attack
-from torchdnr.evaluation.line_up import default_line_up
-from torchdnr.evaluation.running import AttackRun, what_happened
-from torchdnr.evaluation.units import Unit, behaviour, fingerprint, run_units
-from torchdnr.inputs import check_images
-from torchdnr.processes import ALONE, Processes
+from torchdnr.evaluation.line_up import Attack, default_line_up
+from torchdnr.evaluation.running import (
+    AttackRun,
+    Unit,
+    behaviour,
+    fingerprint,
+    run_units,
+    what_happened,
+)
 
 
 def security_evaluation(
@@ -151,7 +156,7 @@ def security_evaluations(
             if not line_up:
                 raise ValueError(f"attacks is empty for {name}: give one, or None for the default")
             task = Task(CountedModel(model), inputs, labels, **options)
-            stack.enter_context(left_as_found(model))
+            stack.enter_context(evaluation_mode(model))
             target = Target(task.model, decision_objective, task.reject, batch_size)
             check_classes(target, inputs, labels)
             clean[name] = task, judge(task, inputs)

@@ -13,12 +13,10 @@ from tqdm import tqdm
 
 from torchdnr.attacks.checks import check_inputs
 from torchdnr.attacks.lowest_confidence import lowest_confidence
-from torchdnr.attacks.target import has_reject_column, left_as_found
-from torchdnr.evaluation.decisions import stacked
-from torchdnr.evaluation.intervals import Estimate, share
+from torchdnr.decisions import REJECT, evaluation_mode, has_reject_column, is_evasion
+from torchdnr.evaluation.detection import stacked
 from torchdnr.evaluation.judging import Task, judge, keep_inside
-from torchdnr.evaluation.metrics import evaded
-from torchdnr.rejection import REJECT
+from torchdnr.evaluation.metrics import Estimate, share
 
 ALPHAS = 0.0, 0.01, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.5, 1.0
 
@@ -144,11 +142,11 @@ def stratified_curve(
             return reject_attack(model, inputs[rows], labels[rows], radius)
         return lowest_confidence(model, inputs[rows], radius, start=start, **options, **own)
 
-    with left_as_found(model):
-        evading = evaded(judge(task, inputs).predictions, labels)
+    with evaluation_mode(model):
+        evading = is_evasion(judge(task, inputs).predictions, labels)
         for points in stacked(adversarial, inputs):
             points, _ = keep_inside(task, points.to(inputs), eps, "adversarial")
-            evading = evading | evaded(judge(task, points).predictions, labels)
+            evading = evading | is_evasion(judge(task, points).predictions, labels)
         bar = tqdm(alphas, desc=name, unit="alpha", disable=not progress)
         rejected = _reject_within(task, (alpha * eps for alpha in bar), attack)
     return StratifiedCurve(

@@ -11,14 +11,45 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from torchdnr.attacks.checks import check_inputs
-from torchdnr.attacks.target import has_reject_column, left_as_found
-from torchdnr.evaluation.decisions import stacked, worst_predictions
-from torchdnr.evaluation.intervals import Estimate
+from torchdnr.decisions import evaluation_mode, has_reject_column, is_evasion, split_scores
+from torchdnr.evaluation.detection import stacked, worst_predictions
 from torchdnr.evaluation.judging import Task, keep_inside, outputs
-from torchdnr.evaluation.metrics import evaded
-from torchdnr.evaluation.rates import DecisionRates, decision_rates
-from torchdnr.evaluation.threshold_view import WithThreshold
+from torchdnr.evaluation.metrics import DecisionRates, Estimate, decision_rates
 from torchdnr.rejection import rejection_threshold
+
+
+class WithThreshold(nn.Module):
+    """A view of a classifier with another rejection threshold; the classifier is not changed.
+
+    Args:
+        model: Maps ``(n, ...)`` to scores ``(n, c)``, or ``(n, c + 1)`` with theta last.
+        threshold: theta of the view, finite.
+        reject: Whether the last column of ``model`` is theta; None: ask the model.
+    """
+
+    def __init__(
+        self, model: Callable[[Tensor], Tensor], threshold: float, reject: bool | None = None
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.threshold = float(threshold)
+        self.reject = has_reject_column(model, reject)
+        self.reject_index = -1  # the last column; it tells attacks that there is one
+        self.training = False
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Compute scores and the threshold of the view, ``(n, c + 1)``."""
+        scores, _ = split_scores(self.model(inputs), self.reject)
+        return torch.cat([scores, scores.new_full((len(scores), 1), self.threshold)], dim=1)
+
+    @property
+    def smoothed(self) -> Callable[..., WithThreshold]:
+        """Smoothed views of the model with this threshold; there are some iff the model has any."""
+        smoothed = self.model.smoothed
+        return lambda *args, **options: WithThreshold(
+            smoothed(*args, **options), self.threshold, self.reject
+        )
+
 
 Rates = list[list[Estimate]]
 Attack = Callable[[nn.Module, Tensor, Tensor, float], Tensor]
@@ -136,7 +167,7 @@ def threshold_sweep(
         predictions = worst_predictions(pool, labels, reject, theta)
         return decision_rates(predictions, labels, value, confidence=confidence)
 
-    with left_as_found(model):
+    with evaluation_mode(model):
         clean = outputs(model, inputs, batch_size)[None]
         without = [rates_at(clean, theta, 0.0) for theta in thetas]
         pools, pool = [], clean
@@ -204,7 +235,7 @@ def _attack_again(
     eps: float,
 ) -> Tensor | None:
     """Attack the samples not evaded at this theta; outputs ``(1, n, columns)``, or None."""
-    evading = evaded(worst_predictions(pool, task.labels, task.reject, theta), task.labels)
+    evading = is_evasion(worst_predictions(pool, task.labels, task.reject, theta), task.labels)
     rows = (~evading).nonzero()[:, 0]
     if len(rows) == 0:
         return None

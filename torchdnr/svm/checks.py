@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from torchdnr.shared_features import SharedFeatures
+from torchdnr.distributed.sharing import SharedFeatures
 
 SYMMETRY = 1e-4
 """Largest difference across the diagonal of a Gram matrix, relative to its largest entry."""

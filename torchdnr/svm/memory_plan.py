@@ -4,6 +4,54 @@ import itertools
 import math
 from dataclasses import dataclass
 
+from torch import Tensor
+
+from torchdnr.distributed.sharing import SharedFeatures
+
+
+@dataclass(frozen=True)
+class FeaturePlan:
+    """How much of the features is copied at a time.
+
+    Attributes:
+        block_bytes: Bytes of centred rows; the features are kept centred if all fit in there.
+        taken: Bytes that the copies take together.
+        rows: Kernel rows evaluated at once; None for as many as a CPU's cache holds.
+    """
+
+    block_bytes: int
+    taken: int
+    rows: int | None
+
+
+def plan_features(
+    features: Tensor | SharedFeatures, problems: int, memory_limit: int | None
+) -> FeaturePlan:
+    """Divide memory between copies of the features and all else that a fit needs.
+
+    Args:
+        features: ``(n, d)``.
+        problems: Problems solved at once.
+        memory_limit: Bytes beyond the features; None for ``MEMORY_LIMIT``.
+
+    Returns:
+        A plan that takes at most half of what the least memory of a fit leaves; more only if a
+        single row is more.
+    """
+    features = SharedFeatures.of(features)
+    (n, d), itemsize = features.shape, features.own.element_size()
+    width = features.shares.largest  # the same plan in all processes
+    size, limit = itemsize * width * d, MEMORY_LIMIT if memory_limit is None else int(memory_limit)
+    room = int(USABLE * (limit - least_memory(n, problems, itemsize, width=width)))
+    if 4 * size <= room:  # the centred features, and the rows of them whose kernels are evaluated
+        return FeaturePlan(size, 2 * size, None)
+    # A block of centred rows, those whose kernels are evaluated, and their kernels with all, of
+    # which the last ones are still in use.
+    row = itemsize * max(width, d)
+    block = max(row, min(size, room // 8))
+    return FeaturePlan(min(block, size), 4 * block, block // row)
+
+
 EVALUATE_ELEMENTS = 2**22
 """Kernel values evaluated at once: few enough to stay in a CPU's cache between two steps."""
 EXACT_ELEMENTS = 2**19

@@ -6,13 +6,12 @@ import torch
 from gpytorch.kernels import Kernel
 from torch import Tensor
 
-from torchdnr.kernels import kernel_matrix, rbf_gamma, scale_gamma
-from torchdnr.shared_features import SharedFeatures
+from torchdnr.distributed.sharing import SharedFeatures
+from torchdnr.kernels.any_kernel import kernel_matrix, rbf_gamma, scale_gamma
 from torchdnr.svm.checks import check_gram, check_sample_weight
 from torchdnr.svm.dual import DualSolution
-from torchdnr.svm.gram import KernelRows
-from torchdnr.svm.memory_plan import plan_memory
-from torchdnr.svm.rbf_rows import distance_rows, plan_features, rbf_rows
+from torchdnr.svm.gram import KernelRows, distance_rows, rbf_rows
+from torchdnr.svm.memory_plan import plan_features, plan_memory
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from torchdnr.attacks.objectives import evades
 from torchdnr.attacks.pgd import pgd
 from torchdnr.attacks.target import Target, slope_at
+from torchdnr.decisions import evades
 from torchdnr.evaluation.checks.context import SMALL_DROP, Context, drop_status, evades_at
 from torchdnr.evaluation.checks.gradients import SHARE_VANISHED, TINY
 from torchdnr.evaluation.checks.result import CannotRun, Check

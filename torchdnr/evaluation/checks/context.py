@@ -10,11 +10,11 @@ from torch import Tensor
 from torchdnr.attacks.objectives import find_objective
 from torchdnr.attacks.projections import project
 from torchdnr.attacks.target import Target
+from torchdnr.decisions import is_evasion, predict_labels
 from torchdnr.evaluation.checks.result import CannotRun, Check, Status
 from torchdnr.evaluation.curve import SecurityCurve
 from torchdnr.evaluation.judging import CountedModel, outputs
-from torchdnr.evaluation.known_attacks import Attack
-from torchdnr.evaluation.metrics import evaded, predict_labels
+from torchdnr.evaluation.line_up import Attack
 
 Model = Callable[[Tensor], Tensor]
 
@@ -160,7 +160,7 @@ def evades_at(context: Context, points: Tensor, rows: Tensor) -> Tensor:
     """Tell which points of some samples, projected into ball and box, evade; bool ``(s,)``."""
     inside = project(points, context.inputs[rows], context.eps, context.norm, context.bounds)
     output = outputs(context.model, inside, context.batch_size)
-    return evaded(predict_labels(output, context.reject), context.labels[rows])
+    return is_evasion(predict_labels(output, context.reject), context.labels[rows])
 
 
 def weaker_attack(context: Context, name: str, what: str, found: Tensor, advice: str) -> Check:

@@ -6,10 +6,10 @@ import torch
 
 from torchdnr.attacks.pgd import pgd
 from torchdnr.attacks.projections import project_box
+from torchdnr.decisions import is_evasion, predict_labels
 from torchdnr.evaluation.checks.context import Context
 from torchdnr.evaluation.checks.result import Check
 from torchdnr.evaluation.judging import outputs
-from torchdnr.evaluation.metrics import evaded, predict_labels
 
 UNBOUNDED = "unbounded attack"
 CHANCE = "chance at large eps"
@@ -28,7 +28,7 @@ def _unbounded(context: Context) -> tuple[int, int, int]:
         def evading(points: torch.Tensor) -> torch.Tensor:
             points = project_box(points.detach().to(inputs), context.bounds)
             output = outputs(context.model, points, context.batch_size)
-            return evaded(predict_labels(output, context.reject), labels)
+            return is_evasion(predict_labels(output, context.reject), labels)
 
         found = evading(inputs)
         for attack in context.attacks.values():

@@ -3,11 +3,10 @@
 import torch
 from torch import Tensor
 
-from torchdnr.attacks.objectives import split_scores
+from torchdnr.decisions import predict_labels, split_scores
 from torchdnr.evaluation.checks.context import Context
 from torchdnr.evaluation.checks.result import Check
 from torchdnr.evaluation.judging import outputs
-from torchdnr.evaluation.metrics import predict_labels
 
 DETERMINISTIC = "deterministic"
 UNBOUNDED_SCORES = "unbounded scores"

@@ -2,12 +2,7 @@
 
 from torchdnr.attacks.boundary_walk import boundary_walk
 from torchdnr.attacks.pgd import pgd
-from torchdnr.evaluation.checks.context import (
-    Context,
-    drop_status,
-    evades_at,
-    share_status,
-)
+from torchdnr.evaluation.checks.context import Context, drop_status, evades_at, share_status
 from torchdnr.evaluation.checks.recording import Recorded, record
 from torchdnr.evaluation.checks.result import Check
 

@@ -6,10 +6,11 @@ from collections.abc import Mapping
 import torch
 
 from torchdnr.attacks.pgd import pgd
+from torchdnr.decisions import is_evasion
 from torchdnr.evaluation.checks.context import Context
 from torchdnr.evaluation.checks.result import CannotRun, Check
 from torchdnr.evaluation.curve import SecurityCurve
-from torchdnr.evaluation.metrics import evaded, wilson_interval
+from torchdnr.evaluation.metrics import wilson_interval
 
 HALF_EPS = "plausible at eps / 2"
 
@@ -62,7 +63,7 @@ def _robust_accuracy(context: Context) -> dict[float, float]:
     """Return per eps the share accepted and right without attack, and not evaded."""
     curve = context.curve
     right = context.clean.cpu() == curve.labels
-    evading = evaded(curve.predictions, curve.labels)
+    evading = is_evasion(curve.predictions, curve.labels)
     return {
         eps: (right & ~row).double().mean().item()
         for eps, row in zip(curve.eps, evading, strict=True)

@@ -6,9 +6,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from torchdnr.attacks.objectives import decision_objective, evades, split_scores
+from torchdnr.attacks.objectives import decision_objective
+from torchdnr.decisions import evades, split_scores
 from torchdnr.evaluation.checks.context import Context
-from torchdnr.evaluation.known_attacks import Attack
+from torchdnr.evaluation.line_up import Attack
 
 
 class Recorder(nn.Module):

@@ -1,6 +1,6 @@
 """What a check reports, and the report of all of them."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from textwrap import TextWrapper
 from typing import Any, Literal
@@ -123,3 +123,13 @@ class CheckReport:
 
 def _wrap(text: str, first: str, others: str) -> list[str]:
     return TextWrapper(_WIDTH, initial_indent=first, subsequent_indent=others).wrap(text)
+
+
+ORDER = "fail", "warn", "pass", "skipped"  # of the checks: what failed is never hidden below
+
+
+def broken_off(entries: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Return the checks that an error ended: they say nothing, which must be seen."""
+    return [
+        entry for entry in entries if entry["status"] == "skipped" and "errors" in entry["counts"]
+    ]

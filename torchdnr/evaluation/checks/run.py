@@ -8,15 +8,21 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from torchdnr.attacks.checks import check_count
+from torchdnr.attacks.checks import check_count, check_inputs, check_like
 from torchdnr.attacks.objectives import decision_objective
 from torchdnr.attacks.starts import assigned_classes
-from torchdnr.attacks.target import Target, check_classes, has_reject_column, left_as_found
+from torchdnr.attacks.target import Target, check_classes
+from torchdnr.decisions import (
+    check_images,
+    evaluation_mode,
+    has_reject_column,
+    is_evasion,
+    predict_labels,
+)
 from torchdnr.evaluation.checks import (
     components,
     gradients,
     limits,
-    loss_surface,
     model_outputs,
     optimisation,
     plausibility,
@@ -24,19 +30,49 @@ from torchdnr.evaluation.checks import (
     weaker,
 )
 from torchdnr.evaluation.checks.context import Context, Model, choose_eps
-from torchdnr.evaluation.checks.inputs import check_evaluation
+from torchdnr.evaluation.checks.gradients import UNSTABLE_LOSS, check_unstable_loss
 from torchdnr.evaluation.checks.result import CannotRun, Check, CheckReport
 from torchdnr.evaluation.curve import SecurityCurve
 from torchdnr.evaluation.judging import CountedModel, outputs
-from torchdnr.evaluation.known_attacks import ATTACKS, DEFAULT_ATTACKS, Attack
-from torchdnr.evaluation.line_up import default_line_up
-from torchdnr.evaluation.metrics import evaded, predict_labels
+from torchdnr.evaluation.line_up import ATTACKS, DEFAULT_ATTACKS, Attack, default_line_up
+
+
+def check_evaluation(
+    inputs: Tensor,
+    labels: Tensor,
+    curve: SecurityCurve,
+    norm: float,
+    bounds: tuple[float, float],
+    init_inputs: Tensor | None,
+) -> None:
+    """Refuse inputs that no attack can work with, or a curve of other inputs.
+
+    Raises:
+        ValueError: If they are.
+    """
+    check_inputs(inputs, labels, norm, bounds)
+    if init_inputs is not None:
+        check_images("init_inputs", init_inputs, bounds)
+        check_like("init_inputs", init_inputs, inputs)
+    if norm != curve.norm:
+        raise ValueError(f"norm must be that of the curve, {curve.norm:g}, got {norm:g}")
+    if curve.labels.shape != labels.shape or (curve.labels != labels.cpu()).any():
+        raise ValueError(
+            f"labels must be those of the curve, of {len(curve.labels)} samples in that order, "
+            f"got {len(labels)} of others: pass the inputs and labels that were evaluated"
+        )
+    if curve.adversarial is not None and curve.adversarial.shape[1:] != inputs.shape:
+        raise ValueError(
+            f"inputs must be like the points of the curve, {tuple(curve.adversarial.shape[1:])}, "
+            f"got {tuple(inputs.shape)}"
+        )
+
 
 CHECKS: dict[str, Callable[[Context], Check]] = {
     gradients.DIFFERENTIABLE: gradients.check_differentiable,
     gradients.ZERO_GRADIENT: gradients.check_zero_gradient,
     gradients.TRUE_GRADIENT: gradients.check_true_gradient,
-    loss_surface.UNSTABLE_LOSS: loss_surface.check_unstable_loss,
+    UNSTABLE_LOSS: check_unstable_loss,
     model_outputs.DETERMINISTIC: model_outputs.check_deterministic,
     model_outputs.UNBOUNDED_SCORES: model_outputs.check_unbounded_scores,
     stored.STORED_POINTS: stored.check_stored_points,
@@ -149,7 +185,7 @@ def run_checks(
     chosen = _named(only)
     began = time.perf_counter()
     counted = CountedModel(model)
-    with left_as_found(counted), left_as_found(surrogate):
+    with evaluation_mode(counted), evaluation_mode(surrogate):
         context = _context(
             counted,
             inputs,
@@ -225,7 +261,7 @@ def _context(
     if attacks is None:
         attacks = _default_attacks(pool, pool_labels, fields)
     attacks = {key: attack for key, attack in attacks.items() if attack.fits(fields["original"])}
-    evading = evaded(curve.predictions[index], curve.labels)
+    evading = is_evasion(curve.predictions[index], curve.labels)
     rows = (~evading).nonzero()[:, 0][: options["samples"]].to(inputs.device)
     points = inputs if curve.adversarial is None else curve.adversarial[index].to(inputs)
     return Context(

@@ -3,12 +3,12 @@
 import torch
 from torch import Tensor
 
-from torchdnr.attacks.objectives import decision_objective, split_scores
+from torchdnr.attacks.objectives import decision_objective
+from torchdnr.decisions import accepted, is_evasion, predict_labels, split_scores
 from torchdnr.evaluation.checks.context import Context
 from torchdnr.evaluation.checks.result import CannotRun, Check
 from torchdnr.evaluation.curve import Predictions
 from torchdnr.evaluation.judging import TOLERANCE, Task, in_box, norms, outputs
-from torchdnr.evaluation.metrics import evaded, predict_labels
 
 MONOTONE = "monotone curve"
 STORED_POINTS = "stored points"
@@ -40,7 +40,7 @@ def check_monotone(context: Context) -> Check:
 
 def _recovered(curve: Predictions) -> int:
     """Count the samples evaded at one eps and not at a larger one."""
-    evading = evaded(curve.predictions, curve.labels)
+    evading = is_evasion(curve.predictions, curve.labels)
     before = evading.cummax(dim=0).values if len(evading) else evading
     return int((before & ~evading).any(dim=0).sum())
 
@@ -117,7 +117,9 @@ def _close_call(context: Context, output: Tensor) -> Tensor:
     if threshold is not None:
         # a rejected sample stays rejected whichever class is ahead
         to_threshold = (best[:, 0] - threshold).abs()
-        gap = torch.where(best[:, 0] > threshold, torch.minimum(gap, to_threshold), to_threshold)
+        gap = torch.where(
+            accepted(best[:, 0], threshold), torch.minimum(gap, to_threshold), to_threshold
+        )
     margin = decision_objective(scores, threshold, context.labels).abs()
     spread = output.amax(dim=1) - output.amin(dim=1)
     return torch.minimum(gap, margin) <= _ROUNDING * spread

@@ -11,8 +11,8 @@ import torch
 
 from torchdnr.attacks.noise import noise
 from torchdnr.attacks.pgd import pgd
+from torchdnr.attacks.projections import steepest
 from torchdnr.attacks.square import square
-from torchdnr.attacks.steps import steepest
 from torchdnr.attacks.target import slope_at
 from torchdnr.attacks.transfer import transfer
 from torchdnr.evaluation.checks.context import Context, evades_at, weaker_attack

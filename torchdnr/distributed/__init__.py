@@ -1,0 +1,1 @@
+"""Work shared by the processes of torch.distributed."""
