@@ -10,12 +10,13 @@ from gpytorch.kernels import MaternKernel
 from torch.utils.data import DataLoader, TensorDataset
 
 from torchdnr import DNR, NR
-from torchdnr.distributed.processes import default_processes, joined
-from torchdnr.distributed.sharing import SharedFeatures, Shares
+from torchdnr.distributed import alone, current, joined
+from torchdnr.distributed.sharing import Partition, ShardedFeatures
 from torchdnr.files import save_tensors
 from torchdnr.svm import RBFSVM, grid_search, out_of_fold_scores, solve_dual
 from torchdnr.svm import solver as descent
-from torchdnr.svm.gram import KernelRows, rbf_rows
+from torchdnr.svm.gram import rbf_rows
+from torchdnr.svm.kernel_rows import KernelRows
 from torchdnr.svm.memory_plan import FeaturePlan, MemoryPlan
 from torchdnr.svm.multiclass import one_vs_rest
 
@@ -53,8 +54,8 @@ def points(n, classes, d=6, spread=0.8):
 
 
 def shared(features):
-    shares = Shares.even(len(features), default_processes())
-    return SharedFeatures(features[shares.own].clone(), shares)
+    partition = Partition.even(len(features), current())
+    return ShardedFeatures(features[partition.local].clone(), partition)
 
 
 def state(model):
@@ -131,9 +132,9 @@ def two_variable_updates(folder):
         return _machine(RBFSVM(1.0, 0.1, tol=FINE).fit(shared(x), y))
 
 
-def _unsolved(kernels, gradient, dual_coef, *_):
-    count = torch.zeros(len(dual_coef), dtype=torch.int64)
-    return dual_coef.clone(), count.bool(), count + 1
+def _unsolved(kernels, points, *_):
+    count = torch.zeros(len(kernels), dtype=torch.int64)
+    return points.dual_coef.clone(), count.bool(), count + 1
 
 
 def another_kernel_and_weights(folder):
@@ -246,7 +247,11 @@ def refused(processes):
             case()
         except ValueError as error:
             said[name] = str(error)
-    return said
+    with alone():  # what is refused above
+        model.fit(x, shuffled).calibrate(x[own])
+        other.fit(x, y)
+        inside = current().count
+    return said | {"alone": f"{inside} process instead of {current().count}"}
 
 
 def main(folder, *names):

@@ -22,8 +22,8 @@ from distributed_fits import COARSE, FITS, coarse_points, make
 from sklearn.datasets import load_digits
 
 from torchdnr.cli.predict import load_classifier
-from torchdnr.distributed.processes import ALONE, Processes
-from torchdnr.distributed.sharing import SharedFeatures, Shares
+from torchdnr.distributed import ALONE, Processes
+from torchdnr.distributed.sharing import Partition, ShardedFeatures
 from torchdnr.files import load_tensors
 
 ROOT = Path(__file__).parents[1]
@@ -144,27 +144,29 @@ def test_images_that_differ_between_processes_are_refused_by_all(by_two):
         for case in ("shuffled", "sampled by process"):
             assert "the same images and labels in the same order" in said[case]
         assert "the same network, got others" in said["another network"]
+        assert said["alone"] == "1 process instead of 2"
         assert "must tell its number of batches" in said["no length"]
         assert "2 processes need as many batches at least, got 1" in said["one batch"]
 
 
-def test_shares_follow_each_other_and_differ_by_one_at_most():
-    several = [Shares.even(11, Processes(rank, 3)) for rank in range(3)]
-    assert [list(range(11))[shares.own] for shares in several] == [
+def test_parts_follow_each_other_and_differ_by_one_at_most():
+    parts = [Partition.even(11, Processes(rank, 3)) for rank in range(3)]
+    assert [list(range(11))[part.local] for part in parts] == [
         [0, 1, 2, 3],
         [4, 5, 6, 7],
         [8, 9, 10],
     ]
-    assert several[1].n == 11 and several[1].largest == 4
-    places, here = several[1].places(torch.tensor([9, 5, 4, 0]))
-    assert here.tolist() == [False, True, True, False] and places[here].tolist() == [1, 0]
+    assert parts[1].n == 11 and parts[1].largest == 4
+    positions, is_local = parts[1].locate(torch.tensor([9, 5, 4, 0]))
+    assert is_local.tolist() == [False, True, True, False]
+    assert positions[is_local].tolist() == [1, 0]
 
 
 def test_one_process_shares_with_itself():
     x = torch.rand(7, 3, dtype=torch.float64)
-    features = SharedFeatures.from_own(x, ALONE)
-    assert features.shape == (7, 3) and torch.equal(features.take(torch.tensor([4, 0])), x[[4, 0]])
-    assert torch.equal(features.select(torch.tensor([1, 6])).own, x[[1, 6]])
+    features = ShardedFeatures.from_local(x, ALONE)
+    assert features.shape == (7, 3) and torch.equal(features.rows(torch.tensor([4, 0])), x[[4, 0]])
+    assert torch.equal(features.select(torch.tensor([1, 6])).local, x[[1, 6]])
     assert features.variance() == pytest.approx(x.var(correction=0).item(), rel=1e-12)
     torch.testing.assert_close(features.means(), x.mean(dim=0))
 
@@ -257,7 +259,7 @@ warnings.simplefilter("ignore")
 import torch
 from distributed_fits import images, small_net
 from torchdnr import NR
-from torchdnr.processes import PeerError, joined
+from torchdnr.distributed import PeerError, joined
 folder, victim = sys.argv[1:]
 PREPARING = 6  # batches in which all look at the first 64 images
 net, batches = small_net(), []

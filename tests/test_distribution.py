@@ -9,7 +9,7 @@ import time
 import pytest
 import torch
 
-from torchdnr.distributed.processes import ALONE, Processes, local_device
+from torchdnr.distributed import ALONE, Processes, local_device
 from torchdnr.evaluation import SecurityCurve
 from torchdnr.files import load_tensors
 
@@ -18,7 +18,7 @@ JOB = """
 import os, sys, warnings
 warnings.filterwarnings("ignore")
 import torch
-from torchdnr.processes import PeerError, joined
+from torchdnr.distributed import PeerError, joined
 from torchdnr.evaluation.line_up import build_line_up
 from torchdnr.evaluation.security import security_evaluations
 from torchdnr.files import save_tensors
@@ -60,7 +60,7 @@ with joined(torch.device("cpu")) as processes:
     except PeerError as error:
         print("PEER", error, flush=True)
         sys.exit(2)
-    text = processes.share_text("from the last \\u20ac" * processes.rank, processes.count - 1)
+    text = processes.broadcast_text("from the last \\u20ac" * processes.rank, processes.count - 1)
     assert text == "from the last \\u20ac" * (processes.count - 1), text
     for name, curve in curves.items():
         curve.save(f"{folder}/{name}-{processes.rank}-of-{processes.count}.json")
@@ -147,7 +147,7 @@ def test_an_error_in_one_process_ends_all(tmp_path):
 def test_one_process_shares_with_itself(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     tensor = torch.rand(3)
-    assert ALONE.share(tensor, 0) is tensor and ALONE.share_text("text", 0) == "text"
+    assert ALONE.broadcast(tensor) is tensor and ALONE.broadcast_text("text") == "text"
     assert ALONE.first and ALONE.mine(7)
     ALONE.wait()
     with ALONE.first_alone():
@@ -155,7 +155,7 @@ def test_one_process_shares_with_itself(monkeypatch):
     assert local_device(torch.device("cuda")) == torch.device("cuda")
 
 
-def test_units_are_dealt_in_turn():
+def test_units_are_assigned_in_turn():
     several = [Processes(rank, 3) for rank in range(3)]
     assert [[one.mine(unit) for one in several].index(True) for unit in range(5)] == [0, 1, 2, 0, 1]
     assert all(sum(one.mine(unit) for one in several) == 1 for unit in range(5))

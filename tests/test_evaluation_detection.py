@@ -18,7 +18,7 @@ from torchdnr.evaluation import (
     share,
     threshold_at_tpr,
 )
-from torchdnr.evaluation.detection import decide, worst_predictions
+from torchdnr.evaluation.judging import decide, worst_predictions
 from torchdnr.rejection import rejection_threshold
 
 # two classes, theta = 0.5; clean: right, right but rejected, wrong, right

@@ -17,7 +17,7 @@ BOUNDS = (0.0, 1.0)
 def path(request, monkeypatch):
     """Both ways through the code: that of a CPU, and that of a device where a look waits."""
     if request.param == "never looks":
-        monkeypatch.setattr("torchdnr.attacks.projections.free_to_look", lambda _: False)
+        monkeypatch.setattr("torchdnr.attacks.projections.reading_is_free", lambda _: False)
 
 
 def by_bisection(points, center, eps):
@@ -146,5 +146,5 @@ def test_both_ways_through_the_code_end_at_the_same_points(monkeypatch):
     center = torch.rand(60, 30)
     points, eps = center + torch.randn(60, 30), 3 * torch.rand(60)
     looking = project_l2(points, center, eps, BOUNDS)
-    monkeypatch.setattr("torchdnr.attacks.projections.free_to_look", lambda _: False)
+    monkeypatch.setattr("torchdnr.attacks.projections.reading_is_free", lambda _: False)
     torch.testing.assert_close(project_l2(points, center, eps, BOUNDS), looking)

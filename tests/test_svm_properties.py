@@ -16,7 +16,7 @@ from svm_oracles import check_solution, gram, held, libsvm, noisy
 from torchdnr.svm import ConvergenceWarning, solve_dual
 from torchdnr.svm import solver as descent
 from torchdnr.svm.dual import dual_bounds
-from torchdnr.svm.gram import KernelRows
+from torchdnr.svm.kernel_rows import KernelRows
 from torchdnr.svm.projected_gradient import (
     SMALLEST,
     bounded_start,
@@ -356,8 +356,8 @@ def test_projections_are_the_nearest_feasible_points(seed, n, size):
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
 
 
-def unsolved(_kernels, _gradient, dual_coef, *_):
-    count = len(dual_coef)
+def unsolved(_kernels, points, *_):
+    dual_coef, count = points.dual_coef, len(points.dual_coef)
     flags = torch.zeros(count, dtype=torch.bool, device=dual_coef.device)
     return dual_coef.clone(), flags, torch.ones(count, dtype=torch.int64, device=dual_coef.device)
 

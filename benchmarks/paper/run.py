@@ -23,8 +23,7 @@ from torchdnr.costs import Cost, record_costs, stage
 from torchdnr.data import Dataset, Splits, split
 from torchdnr.decisions import has_reject_column
 from torchdnr.evaluation import SecurityCurve, build_line_up, predict_labels
-from torchdnr.evaluation.detection import worst_predictions
-from torchdnr.evaluation.judging import outputs
+from torchdnr.evaluation.judging import outputs, worst_predictions
 from torchdnr.evaluation.line_up import ATTACKS
 from torchdnr.evaluation.metrics import accuracy_under_attack, decision_rates, rejection_rate
 from torchdnr.evaluation.report.table import load_results, save_results
@@ -373,7 +372,7 @@ def _clean(model: nn.Module, inputs: Tensor, labels: Tensor, calibration: Tensor
             for name, value in model.selection.items()
         }
         svms = dict(zip(model.layers, model.base_svms, strict=True))
-        if hasattr(model, "combiner"):
+        if model.combiner is not None:
             svms["combiner"] = model.combiner
         entry |= {
             "rejection_rate": rejection_rate(found),

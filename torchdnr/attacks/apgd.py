@@ -1,24 +1,80 @@
 """Auto-PGD at a given eps: momentum, and steps that shrink when progress stalls."""
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from functools import partial
+from typing import NamedTuple, Unpack
 
 import torch
 from torch import Tensor
 
 from torchdnr.attacks.checks import check_count
-from torchdnr.attacks.fixed_eps import FixedEps, Run
-from torchdnr.attacks.points import Points, evaluated, keep_better
-from torchdnr.attacks.projections import Region, project, steepest
+from torchdnr.attacks.directions import steepest
+from torchdnr.attacks.fixed_eps import Run, best_within
+from torchdnr.attacks.objectives import find_objective
+from torchdnr.attacks.options import FixedEpsOptions, resolve
+from torchdnr.attacks.points import Points, choose, evaluated, keep_better
+from torchdnr.attacks.problem import problem
+from torchdnr.attacks.projections import Region, per_row, project
 from torchdnr.attacks.target import slope_at
 
 _MOMENTUM = 0.75  # share of the new step; the rest is the last move
 _WINDOWS = (0.22, 0.03, 0.06)  # first window, decrease of each, and the least, as shares of steps
-_PROGRESS = 0.75  # share of the steps of a window that have to improve
+_IMPROVING = 0.75  # share of the steps of a window that have to improve
 # l1: window, share of coordinates at first, divisor of share and step, least share of the step,
 # and the radii with the share of steps spent at each.
 _L1_WINDOW, _L1_FIRST, _L1_SHRINK, _L1_LEAST = 0.04, 0.2, 1.5, 0.1
 _L1_RADII = ((3.0, 0.3), (2.0, 0.3), (1.0, 0.4))
+
+
+def apgd(
+    model: Callable[[Tensor], Tensor],
+    inputs: Tensor,
+    labels: Tensor,
+    eps: float | Tensor,
+    *,
+    objective: str = "decision",
+    steps: int = 100,
+    random_start: bool = False,
+    **shared: Unpack[FixedEpsOptions],
+) -> Tensor:
+    """Minimise the objective within ``eps`` of each input by Auto-PGD; keep the best point.
+
+    A step goes 2 eps far, is projected, and mixed with the last move. At checkpoints that come
+    closer and closer a row that stalls halves its step and goes back to its lowest point. In the l1
+    norm a step moves a share of the coordinates that shrinks as well, and the radius falls from
+    3 eps over 2 eps to eps. A step costs one forward and one backward; nothing in it waits for the
+    device.
+
+    The objective replaces the difference-of-logits ratio of the source: rejection is no success,
+    and the length of the gradient does not matter here.
+
+    Args:
+        model: Maps inputs to scores ``(n, c)``, or ``(n, c + 1)`` with the threshold last;
+            differentiable.
+        inputs: ``(n, ...)`` in ``bounds``, float32 or float64.
+        labels: True classes, int64 ``(n,)``.
+        eps: Largest perturbation >= 0, a number or ``(n,)``; several sizes can share a batch.
+        objective: Name in ``OBJECTIVES``.
+        steps: Number of steps of each run.
+        random_start: Whether the first run starts at a random point too.
+        **shared: See ``FixedEpsOptions``.
+
+    Returns:
+        Adversarial inputs, like ``inputs``: the best point evaluated. One that evades (accepted and
+        wrong, or accepted as the target) beats any other, then the lower objective counts.
+
+    Raises:
+        ValueError: If an argument is out of range, or shapes, dtypes or devices disagree.
+        TypeError: If there is no such option.
+
+    Source: Croce and Hein, "Reliable evaluation of adversarial robustness with an ensemble of
+    diverse parameter-free attacks", ICML 2020; l1: "Mind the box", ICML 2021.
+    """
+    options = resolve(apgd, shared)
+    check_count("steps", steps, 1)
+    descend = partial(_descend_l1 if options.norm == 1 else _descend, steps=steps)
+    with problem(model, inputs, labels, eps, options, find_objective(objective)) as attacked:
+        return best_within(attacked, descend, steps=steps, name="APGD", random_start=random_start)
 
 
 class _State(NamedTuple):
@@ -33,16 +89,8 @@ class _State(NamedTuple):
     best: Points
 
 
-def descend_adaptively(run: Run, steps: int) -> Points:
-    """Descend with momentum and halve the step of a row at a checkpoint where it stalled.
-
-    Args:
-        run: What is attacked, and from where.
-        steps: Number of steps.
-
-    Returns:
-        Best points evaluated, in the order of ``better``.
-    """
+def _descend(run: Run, *, steps: int) -> Points:
+    """Descend with momentum, and halve the step of a row at a checkpoint where it stalled."""
     eps = torch.where(
         run.region.eps.isfinite(), run.region.eps, run.region.bounds[1] - run.region.bounds[0]
     )
@@ -58,7 +106,7 @@ def descend_adaptively(run: Run, steps: int) -> Points:
         if step + 1 in checks:
             length, window_begin = step + 1 - window_begin, step + 1
             stuck = ~reduced & (state.lowest.values >= level)
-            reduced = (improved <= _PROGRESS * length) | stuck
+            reduced = (improved <= _IMPROVING * length) | stuck
             size = torch.where(reduced, size / 2, size)
             state = _back_to_lowest(state, reduced)
             level, improved = state.lowest.values, torch.zeros_like(improved)
@@ -66,18 +114,9 @@ def descend_adaptively(run: Run, steps: int) -> Points:
     return state.best
 
 
-def descend_adaptively_l1(run: Run, steps: int) -> Points:
-    """Descend in the l1 norm: few coordinates a step, and fewer as the lowest point gets sparse.
-
-    Args:
-        run: What is attacked, and from where.
-        steps: Number of steps, spread over the radii 3 eps, 2 eps and eps.
-
-    Returns:
-        Best points evaluated within eps, in the order of ``better``.
-    """
-    first = run.first
-    best = first
+def _descend_l1(run: Run, *, steps: int) -> Points:
+    """Descend in the l1 norm, within 3 eps, then 2 eps, then eps; only points in eps count."""
+    first = best = run.first
     left = steps
     for factor, share in _L1_RADII:
         region = run.region._replace(eps=run.region.eps * factor)
@@ -85,17 +124,19 @@ def descend_adaptively_l1(run: Run, steps: int) -> Points:
         left -= count
         if count == 0:
             continue
-        found = project(first.inputs, *region)
-        lowest, reached = _sparse_descent(
-            run, region, evaluated(run.target, found, run.labels), count
-        )
+        first = evaluated(run.target, project(first.inputs, *region), run.labels)
+        first, reached = _sparse_descent(run, region, first, count)
         if factor == 1:
             best = keep_better(best, reached)
-        first = lowest
     return best
 
 
 def _sparse_descent(run: Run, region: Region, first: Points, steps: int) -> tuple[Points, Points]:
+    """Move few coordinates a step, and fewer as the lowest point gets sparse.
+
+    Returns:
+        The lowest points, and the best in the order of ``better``.
+    """
     eps = torch.where(region.eps.isfinite(), region.eps, region.center[0].numel())
     state, size = _begin(run, first), eps
     d = region.center[0].numel()
@@ -117,7 +158,7 @@ def _sparse_descent(run: Run, region: Region, first: Points, steps: int) -> tupl
 
 
 def _checkpoints(steps: int) -> Iterator[int]:
-    """Yield the steps after which stalled rows are looked for; they come closer and closer."""
+    """Yield the steps after which rows are checked for stalling; they come closer and closer."""
     window, decrease, least = (max(1, int(share * steps)) for share in _WINDOWS)
     step = window
     while step < steps:
@@ -143,30 +184,32 @@ def _advance(
     share: Tensor | float = 1.0,
 ) -> tuple[_State, Tensor]:
     """Move every row; return the new state, and 1 where the objective fell, ``(n,)``."""
-    points, shape = state.points, (-1, *[1] * (state.points.ndim - 1))
+    points = state.points
     direction = steepest(state.direction, points, region.norm, region.bounds, share)
-    ahead = project(points + size.view(shape) * direction, *region)
+    ahead = project(points + per_row(size, points) * direction, *region)
     if not first and region.norm != 1:
         mixed = points + _MOMENTUM * (ahead - points) + (1 - _MOMENTUM) * (points - state.before)
         ahead = project(mixed, *region)
     slope = slope_at(run.target, ahead, run.labels)
     new = Points(ahead, slope.values, slope.evading)
     lower = slope.values < state.lowest.values
-    lowest = Points(
-        torch.where(lower.view(shape), ahead, state.lowest.inputs),
-        torch.where(lower, slope.values, state.lowest.values),
-        torch.where(lower, slope.evading, state.lowest.evading),
+    moved = _State(
+        points=ahead,
+        before=points,
+        direction=slope.direction,
+        values=slope.values,
+        lowest=choose(lower, new, state.lowest),
+        lowest_direction=torch.where(
+            per_row(lower, points), slope.direction, state.lowest_direction
+        ),
+        best=keep_better(state.best, new),
     )
-    lowest_direction = torch.where(lower.view(shape), slope.direction, state.lowest_direction)
-    went_down = (slope.values < state.values).to(size.dtype)
-    best = keep_better(state.best, new)
-    values = slope.values
-    return _State(ahead, points, slope.direction, values, lowest, lowest_direction, best), went_down
+    return moved, (slope.values < state.values).to(size.dtype)
 
 
 def _back_to_lowest(state: _State, rows: Tensor) -> _State:
     """Put some rows, bool ``(n,)``, back to their lowest points."""
-    wide = rows.view(-1, *[1] * (state.points.ndim - 1))
+    wide = per_row(rows, state.points)
     points = torch.where(wide, state.lowest.inputs, state.points)
     return state._replace(
         points=points,
@@ -174,96 +217,3 @@ def _back_to_lowest(state: _State, rows: Tensor) -> _State:
         direction=torch.where(wide, state.lowest_direction, state.direction),
         values=torch.where(rows, state.lowest.values, state.values),
     )
-
-
-def apgd(
-    model: Callable[[Tensor], Tensor],
-    inputs: Tensor,
-    labels: Tensor,
-    eps: float | Tensor,
-    *,
-    norm: float = 2,
-    objective: str = "decision",
-    targets: Tensor | None = None,
-    steps: int = 100,
-    start: Tensor | None = None,
-    init_inputs: Tensor | None = None,
-    init_labels: Tensor | None = None,
-    restarts: int = 0,
-    random_start: bool = False,
-    bounds: tuple[float, float] = (0.0, 1.0),
-    batch_size: int = 256,
-    reject: bool | None = None,
-    seed: int = 0,
-    progress: bool = False,
-) -> Tensor:
-    """Minimise the objective within ``eps`` of each input by Auto-PGD; keep the best point.
-
-    A step goes 2 eps far, is projected, and mixed with the last move. At checkpoints that come
-    closer and closer a row that stalls halves its step and goes back to its lowest point. In the l1
-    norm a step moves a share of the coordinates that shrinks as well, and the radius falls from
-    3 eps over 2 eps to eps. A step costs one forward and one backward; nothing in it waits for the
-    device.
-
-    The objective replaces the difference-of-logits ratio of the source: rejection is no success,
-    and the length of the gradient does not matter here.
-
-    Args:
-        model: Maps inputs to scores ``(n, c)``, or ``(n, c + 1)`` with the rejection threshold in
-            the last column; differentiable. Left as found; evaluated in evaluation mode.
-        inputs: ``(n, ...)`` in ``bounds``, float32 or float64.
-        labels: True classes, int64 ``(n,)``.
-        eps: Largest perturbation >= 0, a number or ``(n,)``; several sizes can share a batch.
-        norm: Norm of the perturbation; 1, 2 or infinity.
-        objective: Name in ``OBJECTIVES``.
-        targets: Class wanted for each input, int64 ``(n,)``; ``None``: any but the true one.
-        steps: Number of steps of each run.
-        start: Where to start, ``(n, ...)``, for instance the result at a smaller eps; projected,
-            and used where it is better than the input itself.
-        init_inputs: Samples of any class, ``(m, ...)``: the best one that is accepted as another
-            class starts a second run of those that did not evade.
-        init_labels: Class that the model assigns to each of them, -1 where it rejects, ``(m,)``.
-        restarts: Further runs, from random points of the ball, of those that did not evade.
-        random_start: Whether the first run starts at a random point too.
-        bounds: Smallest and largest value of an input.
-        batch_size: Rows in one forward, and inputs attacked at a time.
-        reject: Whether the last column of the output is the threshold; ``None`` asks whether
-            ``model.reject_index`` is set.
-        seed: Of the random points.
-        progress: Whether to show a progress bar.
-
-    Returns:
-        Adversarial inputs, like ``inputs``: the best point evaluated. One that evades (accepted and
-        wrong, or accepted as the target) beats any other, then the lower objective counts.
-
-    Raises:
-        ValueError: If an argument is out of range, or shapes, dtypes or devices disagree.
-
-    Source: Croce and Hein, "Reliable evaluation of adversarial robustness with an ensemble of
-    diverse parameter-free attacks", ICML 2020; l1: "Mind the box", ICML 2021.
-    """
-    check_count("steps", steps, 1)
-    common = FixedEps(
-        model=model,
-        inputs=inputs,
-        labels=labels,
-        eps=eps,
-        norm=norm,
-        objective=objective,
-        targets=targets,
-        start=start,
-        init_inputs=init_inputs,
-        init_labels=init_labels,
-        restarts=restarts,
-        bounds=bounds,
-        batch_size=batch_size,
-        reject=reject,
-        seed=seed,
-        progress=progress,
-    )
-
-    def loop(run: Run) -> Points:
-        descend = descend_adaptively_l1 if norm == 1 else descend_adaptively
-        return descend(run, steps)
-
-    return common.run(loop, steps=steps, name="APGD", random_start=random_start)

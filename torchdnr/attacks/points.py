@@ -1,16 +1,12 @@
-"""Points under attack with what the model makes of them, and which of two is better."""
+"""Points with their objective and success: which of two is better, and how the best are kept."""
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from torchdnr.attacks.checks import check_count, check_eps, check_inputs, check_targets
-from torchdnr.attacks.objectives import decision_objective
-from torchdnr.attacks.projections import Region, project
-from torchdnr.attacks.target import Target, check_classes, evaluate
-from torchdnr.decisions import has_reject_column
+from torchdnr.attacks.projections import per_row
+from torchdnr.attacks.target import Target, evaluate
 
 
 class Points(NamedTuple):
@@ -24,9 +20,18 @@ class Points(NamedTuple):
         """Return some rows."""
         return Points(*(field[rows] for field in self))
 
+    def clone(self) -> "Points":
+        """Return a copy that ``put`` can write into."""
+        return Points(*(field.clone() for field in self))
+
+
+def evaluated(target: Target, inputs: Tensor, labels: Tensor) -> Points:
+    """Evaluate inputs ``(n, ...)`` for their true classes, or targets, ``(n,)``."""
+    return Points(inputs, *evaluate(target, inputs, labels))
+
 
 def better(new: Points, old: Points) -> Tensor:
-    """Tell where ``new`` beats ``old``: evading first, then the lower objective, bool ``(n,)``."""
+    """Compare points: evading comes first, then the lower objective; True where ``new`` wins."""
     lower = (new.evading == old.evading) & (new.values < old.values)
     return (new.evading > old.evading) | lower
 
@@ -37,118 +42,26 @@ def best_column(values: Tensor, evading: Tensor) -> Tensor:
     return ranked.argmin(dim=1)
 
 
-def put(points: Points, rows: Tensor, new: Points, where: Tensor) -> None:
-    """Overwrite ``points[rows]`` by ``new`` where told, in place."""
-    for field, values in zip(points, new, strict=True):  # no row twice: nothing waits
-        mask = where.view(-1, *[1] * (field.ndim - 1))
-        field[rows] = torch.where(mask, values, field[rows])
-
-
-def evaluated(target: Target, inputs: Tensor, labels: Tensor) -> Points:
-    """Evaluate inputs ``(n, ...)`` for their true classes, or targets, ``(n,)``."""
-    return Points(inputs, *evaluate(target, inputs, labels))
+def choose(where: Tensor, new: Points, old: Points) -> Points:
+    """Combine points: ``new`` where a mask ``(n,)`` is true, else ``old``."""
+    return Points(
+        torch.where(per_row(where, new.inputs), new.inputs, old.inputs),
+        torch.where(where, new.values, old.values),
+        torch.where(where, new.evading, old.evading),
+    )
 
 
 def keep_better(best: Points, new: Points) -> Points:
-    """Take the better of two points in each row, without waiting for the device."""
-    take = better(new, best)
-    shape = (-1, *[1] * (new.inputs.ndim - 1))
-    return Points(
-        torch.where(take.view(shape), new.inputs, best.inputs),
-        torch.where(take, new.values, best.values),
-        torch.where(take, new.evading, best.evading),
-    )
+    """Keep the better of two points in each row, without waiting for the device."""
+    return choose(better(new, best), new, best)
 
 
-class Judge(NamedTuple):
-    """What tells how good a point is, whoever found it: the model itself and the decision.
-
-    Attributes:
-        target: Model, with the decision objective.
-        region: Ball and box of each row.
-        classes: True classes, or targets, ``(n,)``.
-    """
-
-    target: Target
-    region: Region
-    classes: Tensor
-
-    def points(self, points: Tensor, rows: Tensor | None = None) -> Points:
-        """Project points on the ball and the box, and evaluate them.
-
-        Args:
-            points: ``(n, ...)``, or one for each of ``rows``.
-            rows: Rows that they belong to; None: all.
-
-        Returns:
-            Points, evaluated.
-        """
-        region, classes = self.region, self.classes
-        if rows is not None:
-            region, classes = region.rows(rows), classes[rows]
-        return evaluated(self.target, project(points, *region), classes)
-
-
-def make_judge(
-    model: Callable[[Tensor], Tensor],
-    inputs: Tensor,
-    labels: Tensor,
-    eps: float | Tensor,
-    *,
-    norm: float,
-    targets: Tensor | None,
-    bounds: tuple[float, float],
-    batch_size: int,
-    reject: bool | None,
-) -> Judge:
-    """Check what an attack is given, and make its judge; see the attacks for the arguments.
-
-    The model is to be in evaluation mode.
-
-    Raises:
-        ValueError: If an argument is out of range, or shapes, dtypes or devices disagree.
-    """
-    check_inputs(inputs, labels, norm, bounds)
-    check_count("batch_size", batch_size, 1)
-    check_targets(targets, labels)
-    radius = check_eps(eps, inputs)
-    target = Target(
-        model,
-        decision_objective,
-        has_reject_column(model, reject),
-        batch_size,
-        targets is not None,
-    )
-    classes = labels if targets is None else targets
-    check_classes(target, inputs, classes)
-    return Judge(target, Region(inputs, radius, norm, bounds), classes)
+def put(points: Points, rows: Tensor, new: Points, where: Tensor) -> None:
+    """Overwrite ``points[rows]`` by ``new`` where a mask is true, in place."""
+    for field, values in zip(points, new, strict=True):  # no row twice: nothing waits
+        field[rows] = torch.where(per_row(where, field), values, field[rows])
 
 
 def unsolved(best: Points) -> Tensor:
     """Return the rows that do not evade; waits for the device."""
     return (~best.evading).nonzero()[:, 0]
-
-
-def call_attack(
-    attack: Callable[..., Tensor],
-    model: Callable[[Tensor], Tensor],
-    inputs: Tensor,
-    *arguments: Tensor,
-    **options: object,
-) -> Tensor:
-    """Run an attack and refuse what it returns if it is not like its inputs.
-
-    Raises:
-        ValueError: If the points have another shape, dtype or device.
-    """
-    with torch.enable_grad():  # an attack that is not of this package may rely on it
-        points = attack(model, inputs, *arguments, **options)
-    described = []
-    for tensor in (inputs, points):
-        shape = tuple(getattr(tensor, "shape", ()))
-        described.append((shape, getattr(tensor, "dtype", None), getattr(tensor, "device", None)))
-    if described[0] != described[1]:
-        raise ValueError(
-            f"an attack must return points like its inputs, {described[0]}, got {described[1]}"
-        )
-    return points.detach()

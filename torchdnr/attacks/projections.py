@@ -1,7 +1,7 @@
-"""Euclidean projections onto the inputs that an attack may use."""
+"""Where the points of an attack may lie: a ball and a box, and Euclidean projections on both."""
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,7 +20,12 @@ class Region(NamedTuple):
         return self._replace(center=self.center[rows], eps=self.eps[rows])
 
 
-def free_to_look(tensor: Tensor) -> bool:
+def per_row(values: Tensor, like: Tensor) -> Tensor:
+    """View one value per row, ``(n,)``, so that it broadcasts to ``like``, ``(n, ...)``."""
+    return values.view(-1, *[1] * (like.ndim - 1))
+
+
+def reading_is_free(tensor: Tensor) -> bool:
     """Tell whether Python may branch on the values: on a CPU they are there, elsewhere it waits."""
     return tensor.device.type == "cpu"
 
@@ -83,73 +88,65 @@ def project_l2(
     ``mu = 1`` is inside the ball that is it; else ``mu`` solves ``||clip(mu * p)|| = eps``. The
     squared norm is concave and piecewise linear in ``mu^2``: its tangent at any ``mu`` crosses
     ``eps^2`` at or below the root, so Newton's method, from 1 first down and then up, reaches the
-    root in as many steps as the set of clipped coordinates changes. Twelve are taken at the most:
+    root in as many steps as the set of clipped coordinates changes. There are twelve at the most:
     sizes that span many powers of two may end inside the ball.
 
     The result aims a few roundings inside the ball, so that the norm measured afterwards does not
-    exceed ``eps``; points in the ball and the box are returned unchanged.
-
-    Args:
-        points: Points to project, ``(n, ...)``.
-        center: Centre of each ball, inside ``bounds``, ``(n, ...)``.
-        eps: Radius >= 0, a number or ``(n,)``; infinity leaves the box alone.
-        bounds: Smallest and largest value of an input.
-
-    Returns:
-        Projected points, ``(n, ...)``.
+    exceed ``eps``; points in the ball and the box are returned unchanged. Arguments and result are
+    those of ``project``.
     """
     boxed = project_box(points, bounds)
     origin = center.flatten(1)
-    # What the box leaves of the step is all the room that a shorter step can meet.
-    room = (boxed.flatten(1) - origin).abs_()
-    eps = _per_row(eps, points).flatten(1)
-    inside = torch.linalg.vector_norm(room, dim=1, keepdim=True) <= eps
+    # What the box leaves of the step limits every shorter step too.
+    limit = (boxed.flatten(1) - origin).abs_()
+    eps = _radii(eps, points).flatten(1)
+    inside = torch.linalg.vector_norm(limit, dim=1, keepdim=True) <= eps
     # Adding the centre rounds every coordinate; along the perturbation that hardly adds up. Rows
     # inside the ball get a radius that keeps the arithmetic below finite; it is not used.
     rounding = torch.finfo(points.dtype).eps
     radius = (eps * (1 - 8 * rounding) - rounding * max(map(abs, bounds))).clamp_min_(0)
     radius.masked_fill_(inside, 0)
-    if not free_to_look(points):
-        shorter = _shorten(points.flatten(1), origin, room, radius, bounds).view_as(points)
-        return torch.where(inside.view(-1, *[1] * (points.ndim - 1)), boxed, shorter)
+    if not reading_is_free(points):
+        shorter = _shorten(points.flatten(1), origin, limit, radius, bounds).view_as(points)
+        return torch.where(per_row(inside, points), boxed, shorter)
     rows = (~inside[:, 0]).nonzero()[:, 0]
     if len(rows) > 0:
-        parts = (part[rows] for part in (points.flatten(1), origin, room, radius))
-        boxed[rows] = _shorten(*parts, bounds).view(-1, *points.shape[1:])
+        shorter = _shorten(points.flatten(1)[rows], origin[rows], limit[rows], radius[rows], bounds)
+        boxed[rows] = shorter.view(-1, *points.shape[1:])
     return boxed
 
 
 def _shorten(
-    points: Tensor, origin: Tensor, room: Tensor, radius: Tensor, bounds: tuple[float, float]
+    points: Tensor, origin: Tensor, limit: Tensor, radius: Tensor, bounds: tuple[float, float]
 ) -> Tensor:
     """Project rows that are outside their ball, all ``(n, d)``, radius ``(n, 1)``."""
     step = points - origin
-    moved = _shrink_to_radius(step.abs(), room, radius)
+    moved = _shrink_to_radius(step.abs(), limit, radius)
     norm = torch.linalg.vector_norm(moved, dim=1, keepdim=True)
     moved *= (radius / norm.masked_fill_(norm == 0, 1)).clamp_max_(1)
     return moved.copysign_(step).add_(origin).clamp_(*bounds)
 
 
-def _shrink_to_radius(size: Tensor, room: Tensor, radius: Tensor) -> Tensor:
-    """Find ``min(mu * size, room)`` of norm ``radius``, which is at most its norm at ``mu = 1``."""
+def _shrink_to_radius(size: Tensor, limit: Tensor, radius: Tensor) -> Tensor:
+    """Find ``min(mu * size, limit)`` of norm ``radius``, at most its norm at ``mu = 1``."""
     largest = torch.linalg.vector_norm(size, torch.inf, dim=1, keepdim=True)
     largest.masked_fill_(largest == 0, 1)
     mu = torch.ones_like(radius)
     # No root lies below: without the box, and were every coordinate as large as the largest.
     least = radius / (size.shape[1] ** 0.5 * largest)
     goal, close = radius.square(), 4 * torch.finfo(size.dtype).eps * radius
-    reach, moved = size, torch.minimum(size, room)
+    reach, moved = size, torch.minimum(size, limit)
     for _ in range(_NEWTON_STEPS):
         norm = torch.linalg.vector_norm(moved, dim=1, keepdim=True)
         done = (norm - radius).abs_() <= close
-        if free_to_look(done) and done.all():
+        if reading_is_free(done) and done.all():
             break
-        free = torch.linalg.vector_norm(moved.masked_fill(reach > room, 0), dim=1, keepdim=True)
+        free = torch.linalg.vector_norm(moved.masked_fill(reach > limit, 0), dim=1, keepdim=True)
         left = goal - (norm.square() - free.square())
         root = mu * left.clamp_min_(0).sqrt_() / free.masked_fill_(free == 0, 1)
         mu = torch.where(done, mu, torch.maximum(root, least))
         reach = size * mu
-        moved = torch.minimum(reach, room)
+        moved = torch.minimum(reach, limit)
     return moved
 
 
@@ -158,17 +155,10 @@ def project_linf(
 ) -> Tensor:
     """Project points onto the intersection of an l-infinity ball and a box.
 
-    Args:
-        points: Points to project, ``(n, ...)``.
-        center: Centre of each ball, inside ``bounds``, ``(n, ...)``.
-        eps: Radius >= 0, a number or ``(n,)``; infinity leaves the box alone.
-        bounds: Smallest and largest value of an input.
-
-    Returns:
-        Projected points, ``(n, ...)``. Where ``center + eps`` is rounded away from the centre the
-        value below it is taken, so that no difference exceeds ``eps``.
+    Where ``center + eps`` is rounded away from the centre the value below it is used, so that no
+    difference exceeds ``eps``. Arguments and result are those of ``project``.
     """
-    eps = _per_row(eps, points)
+    eps = _radii(eps, points)
     low, high = center - eps, center + eps
     low = torch.where(center - low > eps, torch.nextafter(low, center), low)
     high = torch.where(high - center > eps, torch.nextafter(high, center), high)
@@ -180,19 +170,11 @@ def project_l1(
 ) -> Tensor:
     """Project points onto the intersection of an l1 ball and a box.
 
-    The nearest point moves coordinate i by ``clip(|p_i| - lambda, 0, r_i)``, where r_i is the room
-    to the box. The sum of these falls piecewise linearly in lambda; sorting the 2 d kinks finds the
-    piece on which it is ``eps``, and on it lambda is a quotient. Points in the ball and the box
-    are returned unchanged, others aim a few roundings inside.
-
-    Args:
-        points: Points to project, ``(n, ...)``.
-        center: Centre of each ball, inside ``bounds``, ``(n, ...)``.
-        eps: Radius >= 0, a number or ``(n,)``; infinity leaves the box alone.
-        bounds: Smallest and largest value of an input.
-
-    Returns:
-        Projected points, ``(n, ...)``.
+    The nearest point moves coordinate i by ``clip(|p_i| - lambda, 0, r_i)``, where r_i is how far
+    the box lets it move. The sum of these falls piecewise linearly in lambda; sorting the 2 d kinks
+    finds the piece on which it is ``eps``, and on it lambda is a quotient. Points in the ball and
+    the box are returned unchanged, others aim a few roundings inside. Arguments and result are
+    those of ``project``.
 
     Source: Duchi et al., "Efficient projections onto the l1-ball for learning in high dimensions",
     ICML 2008, for the ball alone; with the box as in Croce and Hein, "Mind the box", ICML 2021.
@@ -200,10 +182,10 @@ def project_l1(
     boxed = project_box(points, bounds)
     origin = center.flatten(1)
     step = points.flatten(1) - origin
-    room = torch.where(step > 0, bounds[1] - origin, origin - bounds[0]).clamp_min(0)
-    eps = _per_row(eps, points).flatten(1)
+    limit = torch.where(step > 0, bounds[1] - origin, origin - bounds[0]).clamp_min(0)
+    eps = _radii(eps, points).flatten(1)
     size = step.abs()
-    reach = torch.minimum(size, room)
+    reach = torch.minimum(size, limit)
     inside = reach.sum(dim=1, keepdim=True) <= eps
     # Adding the centre rounds every coordinate, and the errors of d of them add up like noise.
     rounding = torch.finfo(points.dtype).eps
@@ -211,11 +193,11 @@ def project_l1(
     radius = (eps * (1 - 8 * rounding) - noise).clamp_min(0)
     radius = torch.where(inside, 0, radius)  # finite; not used where inside
     shift = _soft_threshold(size, reach, radius)
-    moved = torch.minimum((size - shift).clamp_min(0), room)
+    moved = torch.minimum((size - shift).clamp_min(0), limit)
     total = moved.sum(dim=1, keepdim=True)
     moved = moved * (radius / torch.where(total > 0, total, 1)).clamp_max(1)
     projected = project_box(origin + moved.copysign(step), bounds).reshape(points.shape)
-    return torch.where(inside.reshape(-1, *[1] * (points.ndim - 1)), boxed, projected)
+    return torch.where(per_row(inside, points), boxed, projected)
 
 
 def _soft_threshold(size: Tensor, reach: Tensor, radius: Tensor) -> Tensor:
@@ -237,68 +219,13 @@ def _soft_threshold(size: Tensor, reach: Tensor, radius: Tensor) -> Tensor:
     return torch.where(count > 0, torch.maximum(exact, shift), shift)
 
 
-def _per_row(eps: float | Tensor, points: Tensor) -> Tensor:
+def _radii(eps: float | Tensor, points: Tensor) -> Tensor:
     """Return the radii, broadcastable to the points."""
     eps = torch.as_tensor(eps, dtype=points.dtype, device=points.device)
-    return eps.expand(len(points)).reshape(-1, *[1] * (points.ndim - 1))
+    return per_row(eps.expand(len(points)), points)
 
 
 _PROJECTIONS = {1: project_l1, 2: project_l2, math.inf: project_linf}
-
-L1_SHARE = 0.05
-"""Share of the coordinates that a step in the l1 norm moves, unless told otherwise."""
-
-
-def steepest(
-    direction: Tensor,
-    points: Tensor,
-    norm: float,
-    bounds: tuple[float, float],
-    share: float | Tensor = L1_SHARE,
-) -> Tensor:
-    """Turn a direction of unit l2 norm into one of unit length in the norm of the attack.
-
-    Args:
-        direction: Of steepest descent in the l2 norm, ``(n, ...)``.
-        points: Where it starts, ``(n, ...)``: for the l1 norm coordinates that would leave the box
-            at once do not count.
-        norm: 1, 2 or infinity.
-        bounds: Smallest and largest value of an input.
-        share: Share of the coordinates that move in the l1 norm, a number or ``(n,)``.
-
-    Returns:
-        The direction itself for l2; its signs for l-infinity; for l1 the signs of its largest
-        coordinates, divided by their number.
-
-    Source: l1: Tramer and Boneh, "Adversarial training and robustness for multiple perturbations",
-    NeurIPS 2019; the box: Croce and Hein, "Mind the box", ICML 2021.
-    """
-    if norm == 2:
-        return direction
-    if norm == math.inf:
-        return direction.sign()
-    blocked = (direction > 0) & (points >= bounds[1]) | (direction < 0) & (points <= bounds[0])
-    size = torch.where(blocked, 0, direction).flatten(1).abs()
-    d = size.shape[1]
-    count = (torch.as_tensor(share, dtype=size.dtype, device=size.device) * d).long().clamp(1, d)
-    ordered = size.sort(dim=1, descending=True).values
-    least = ordered.gather(1, (count.expand(len(size)) - 1)[:, None])
-    chosen = (size >= least) & (size > 0)
-    signs = torch.where(chosen, direction.flatten(1).sign(), 0)
-    return (signs / chosen.sum(dim=1, keepdim=True).clamp_min(1)).view_as(direction)
-
-
-def unit_step(direction: Tensor, norm: float) -> Tensor:
-    """Scale a direction of unit l2 norm to unit length in another norm; signs for l-infinity.
-
-    Unlike `steepest` it keeps all coordinates in the l1 norm: the projection that follows selects.
-    """
-    if norm == math.inf:
-        return direction.sign()
-    if norm == 2:
-        return direction
-    length = direction.flatten(1).abs().sum(dim=1).view(-1, *[1] * (direction.ndim - 1))
-    return direction / torch.where(length > 0, length, 1)
 
 
 def random_points(region: Region, generator: torch.Generator) -> Tensor:
@@ -313,7 +240,11 @@ def random_points(region: Region, generator: torch.Generator) -> Tensor:
     """
     center, eps, norm, bounds = region
     flat = center.flatten(1)
-    options = {"generator": generator, "dtype": flat.dtype, "device": flat.device}
+    options: dict[str, Any] = {
+        "generator": generator,
+        "dtype": flat.dtype,
+        "device": flat.device,
+    }
     boxed = bounds[0] + (bounds[1] - bounds[0]) * torch.rand(flat.shape, **options)
     if norm == math.inf:
         move = 2 * torch.rand(flat.shape, **options) - 1
@@ -328,32 +259,3 @@ def random_points(region: Region, generator: torch.Generator) -> Tensor:
     finite = eps.isfinite()[:, None]
     points = torch.where(finite, flat + torch.where(finite, eps[:, None], 0) * move, boxed)
     return project(points.view_as(center), center, eps, norm, bounds)
-
-
-def unit(vectors: Tensor) -> tuple[Tensor, Tensor]:
-    """Scale each row to unit l2 norm; zero, NaN and infinite entries do no harm.
-
-    Returns:
-        Unit rows ``(n, ...)``, and the norms they had ``(n,)``.
-    """
-    flat = vectors.flatten(1)
-    if not free_to_look(flat):
-        scaled, length = _unit_of_any(flat)
-        return scaled.view_as(vectors), length[:, 0]
-    # Nearly all rows allow the short way.
-    length = torch.linalg.vector_norm(flat, dim=1, keepdim=True)
-    limits = torch.finfo(flat.dtype)
-    usual = (length > limits.tiny**0.25) & (length < limits.max**0.25)  # not where it is NaN
-    scaled = flat / length
-    if not usual.all():
-        odd = (~usual[:, 0]).nonzero()[:, 0]
-        scaled[odd], length[odd] = _unit_of_any(flat[odd])
-    return scaled.view_as(vectors), length[:, 0]
-
-
-def _unit_of_any(flat: Tensor) -> tuple[Tensor, Tensor]:
-    flat = flat.nan_to_num()
-    largest = torch.linalg.vector_norm(flat, torch.inf, dim=1, keepdim=True)
-    flat = flat / torch.where(largest > 0, largest, 1)
-    length = torch.linalg.vector_norm(flat, dim=1, keepdim=True)
-    return flat / torch.where(length > 0, length, 1), length * largest

@@ -1,4 +1,4 @@
-"""The model under attack, as the attacks see it: values to lower and the way down."""
+"""The model under attack with its objective: values and directions of descent at points."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -6,8 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from torchdnr.attacks.directions import unit
 from torchdnr.attacks.objectives import NEGATIVE_IF_SUCCESSFUL, ObjectiveFunction
-from torchdnr.attacks.projections import unit
 from torchdnr.decisions import split_scores, succeeds
 
 
@@ -19,7 +19,7 @@ class Target(NamedTuple):
         objective: Maps scores, threshold and labels to ``(n,)``.
         reject: Whether the model returns theta.
         batch_size: Rows in one forward.
-        targeted: Whether the classes of the rows are wanted, not to be left.
+        targeted: Whether the classes given with the points are targets, not the true ones.
     """
 
     model: Callable[[Tensor], Tensor]
@@ -54,7 +54,7 @@ def evaluate(target: Target, points: Tensor, labels: Tensor) -> tuple[Tensor, Te
 
 
 class Slope(NamedTuple):
-    """What one forward and backward tells of each point.
+    """Objective and direction of descent at each point, from one forward and backward.
 
     Attributes:
         direction: Of steepest descent, of unit l2 norm, ``(n, ...)``; zero where the gradient is
@@ -73,8 +73,8 @@ class Slope(NamedTuple):
 def slope_at(target: Target, points: Tensor, labels: Tensor) -> Slope:
     """Evaluate objective, success and gradient of each point, in chunks.
 
-    The gradient of an RBF score vanishes far from the support vectors, so its length tells
-    little; rows of very small or large ones are scaled by their largest entry before squaring.
+    The gradient of an RBF score vanishes far from the support vectors, so its direction counts and
+    its length does not; very short or long ones are scaled by their largest entry before squaring.
 
     Args:
         target: Model and objective.
@@ -87,7 +87,7 @@ def slope_at(target: Target, points: Tensor, labels: Tensor) -> Slope:
     Raises:
         ValueError: If no gradient leads from the output to the input.
     """
-    found = []
+    parts: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
     size = target.batch_size
     for chunk, chunk_labels in zip(points.split(size), labels.split(size), strict=True):
         with torch.enable_grad():
@@ -101,10 +101,10 @@ def slope_at(target: Target, points: Tensor, labels: Tensor) -> Slope:
         else:
             evading = succeeds(output.detach(), chunk_labels, target.reject, target.targeted)
         direction, length = unit(descent)
-        found.append((direction, _worst_if_nan(value), evading, length))
-    if len(found) == 1:
-        return Slope(*found[0])
-    return Slope(*(torch.cat(parts) for parts in zip(*found, strict=True)))
+        parts.append((direction, _worst_if_nan(value), evading, length))
+    if len(parts) == 1:
+        return Slope(*parts[0])
+    return Slope(*map(torch.cat, zip(*parts, strict=True)))
 
 
 def input_gradient(value: Tensor, points: Tensor, *, retain: bool = False) -> Tensor:
@@ -127,7 +127,7 @@ def input_gradient(value: Tensor, points: Tensor, *, retain: bool = False) -> Te
 
 
 def check_classes(target: Target, inputs: Tensor, labels: Tensor) -> None:
-    """Refuse a model output, or labels, that do not fit, by a look at the first input.
+    """Refuse a model output, or labels, that do not fit; evaluates the first input.
 
     Raises:
         ValueError: If the output is not ``(n, c)``, or ``(n, c + 1)`` for a rejecting model, with

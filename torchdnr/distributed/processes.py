@@ -1,11 +1,12 @@
-"""Work on several processes that torchrun started: who does what, and how all learn of it.
+"""The processes that work together, as torchrun starts them, and how they exchange tensors.
 
-What is shared travels as plain tensors: gloo carries those on the CPU, NCCL those on a GPU.
+What is exchanged are plain tensors: gloo carries those on the CPU, NCCL those on a GPU.
 """
 
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -39,11 +40,11 @@ class Processes:
         return self.rank == 0
 
     def owner(self, unit: int) -> int:
-        """Return the rank that does the unit of work of this number: they are dealt in turn."""
+        """Return the rank that does the unit of work of this number: they are assigned in turn."""
         return unit % self.count
 
     def mine(self, unit: int) -> bool:
-        """Tell whether this process does the unit of work of this number."""
+        """Return whether this process does the unit of work of this number."""
         return self.owner(unit) == self.rank
 
     def wait(self) -> None:
@@ -58,46 +59,33 @@ class Processes:
 
     @contextmanager
     def first_alone(self) -> Iterator[None]:
-        """Let the first process run the block, then the others: they find what it made."""
+        """Run the block in the first process, then in the others, which can read its files."""
         if not self.first:
             self.wait()
         yield
         if self.first:
             self.wait()
 
-    def share(self, tensor: Tensor, owner: int) -> Tensor:
+    def broadcast(self, tensor: Tensor, source: int = 0) -> Tensor:
         """Give every process the tensor of one of them.
-
-        Args:
-            tensor: The tensor on the owner; elsewhere any of the same shape, dtype and kind of
-                device. It may be overwritten there.
-            owner: Rank of the process that has it.
-
-        Returns:
-            The owner's tensor.
-
-        Raises:
-            PeerError: If another process has ended.
-        """
-        tensor = tensor.contiguous() if self.count > 1 else tensor
-        self._together(lambda: dist.broadcast(tensor, src=owner), tensor)
-        return tensor
-
-    def agree(self, tensor: Tensor) -> Tensor:
-        """Give every process the first one's tensor.
 
         Where all have computed the same, rounding and ties may still differ between machines: what
         decides on the way that the work takes has to be one process's.
 
         Args:
-            tensor: Of one shape and dtype everywhere; it may be overwritten.
+            tensor: The tensor on the source; elsewhere any of the same shape, dtype and kind of
+                device. It may be overwritten there.
+            source: Rank of the process that has it.
 
         Returns:
-            The tensor of the first process.
-        """
-        return self.share(tensor, 0)
+            The tensor of the source.
 
-    def total(self, tensor: Tensor) -> Tensor:
+        Raises:
+            PeerError: If another process has ended.
+        """
+        return self._exchange(tensor, lambda t: dist.broadcast(t, src=source))
+
+    def all_reduce(self, tensor: Tensor) -> Tensor:
         """Add up the tensors of all processes.
 
         Args:
@@ -106,36 +94,32 @@ class Processes:
         Returns:
             The sum, the same in every process.
         """
-        tensor = tensor.contiguous() if self.count > 1 else tensor
-        self._together(lambda: dist.all_reduce(tensor), tensor)
-        return tensor
+        return self._exchange(tensor, dist.all_reduce)
 
-    def total_for(self, owner: int, tensor: Tensor) -> Tensor:
+    def reduce(self, tensor: Tensor, target: int) -> Tensor:
         """Add up the tensors of all processes for one of them.
 
         Args:
-            owner: Rank of the process that wants the sum.
             tensor: Of one shape and dtype everywhere; it may be overwritten.
+            target: Rank of the process that needs the sum.
 
         Returns:
-            The sum on the owner; elsewhere nothing of use.
+            The sum on the target; elsewhere nothing of use.
         """
-        tensor = tensor.contiguous() if self.count > 1 else tensor
-        self._together(lambda: dist.reduce(tensor, dst=owner), tensor)
-        return tensor
+        return self._exchange(tensor, lambda t: dist.reduce(t, dst=target))
 
     def numbers(self, number: int) -> list[int]:
         """Collect a whole number of each process, in the order of the ranks."""
-        found = torch.zeros(self.count, dtype=torch.int64)
-        found[self.rank] = number
-        return self.total(found).tolist()
+        numbers = torch.zeros(self.count, dtype=torch.int64)
+        numbers[self.rank] = number
+        return self.all_reduce(numbers).tolist()
 
-    def all_agree(self, flag: bool) -> bool:
-        """Tell whether something holds in every process."""
+    def all(self, flag: bool) -> bool:
+        """Return whether something holds in every process."""
         return sum(self.numbers(int(flag))) == self.count
 
     def gather(self, part: Tensor, sizes: Sequence[int], dim: int = 0) -> Tensor:
-        """Put together what each process has a part of.
+        """Concatenate the parts of all processes.
 
         Args:
             part: This process's part; those of the others differ in dimension ``dim`` at most.
@@ -152,41 +136,45 @@ class Processes:
         padded = part.new_zeros(shape)
         padded.narrow(dim, 0, sizes[self.rank]).copy_(part)
         parts = list(padded.new_empty(self.count, *shape).unbind())
-        self._together(lambda: dist.all_gather(parts, padded), padded)
+        self._exchange(padded, lambda t: dist.all_gather(parts, t))
         whole = [p.narrow(dim, 0, size) for p, size in zip(parts, sizes, strict=True)]
         return torch.cat(whole, dim=dim)
 
-    def share_text(self, text: str, owner: int) -> str:
+    def broadcast_text(self, text: str, source: int = 0) -> str:
         """Give every process the text of one of them; what the others pass does not count."""
         if self.count == 1:
             return text
         data = torch.tensor(list(text.encode()), dtype=torch.uint8)
-        length = int(self.share(torch.tensor([len(data)]), owner))
-        data = data if self.rank == owner else torch.empty(length, dtype=torch.uint8)
-        return bytes(self.share(data, owner).tolist()).decode() if length else ""
+        length = int(self.broadcast(torch.tensor([len(data)]), source))
+        data = data if self.rank == source else torch.empty(length, dtype=torch.uint8)
+        return bytes(self.broadcast(data, source).tolist()).decode() if length else ""
 
-    def _together(self, work: Callable[[], object], tensor: Tensor) -> None:
-        if self.count > 1:
-            with _peers_needed():
-                if tensor.is_cuda:  # NCCL would wait for a process that is gone
-                    _meet()
-                work()
+    def _exchange(self, tensor: Tensor, collective: Callable[[Tensor], object]) -> Tensor:
+        if self.count == 1:
+            return tensor
+        tensor = tensor.contiguous()
+        with _peers_needed():
+            if tensor.is_cuda:  # NCCL would wait for a process that is gone
+                _meet()
+            collective(tensor)
+        return tensor
 
 
 ALONE = Processes()
+_IS_ALONE: ContextVar[bool] = ContextVar("is_alone", default=False)
 
 
-def default_processes() -> Processes:
-    """Find the processes of torch.distributed's default group.
+def current() -> Processes:
+    """Return the processes that share the work: those of torch.distributed's default group.
 
     Returns:
-        Those of the group, which ``joined`` or the user's program has set up; without one, this
-        process alone.
+        The group, which ``joined`` or the user's program has initialised; without one, and inside
+        ``alone``, this process alone.
 
     Raises:
         ValueError: If the group cannot carry tensors on the CPU.
     """
-    if not (dist.is_available() and dist.is_initialized()):
+    if _IS_ALONE.get() or not (dist.is_available() and dist.is_initialized()):
         return ALONE
     if "cpu:" not in (backends := dist.get_backend_config()):
         raise ValueError(
@@ -194,6 +182,16 @@ def default_processes() -> Processes:
             'up by init_process_group("cpu:gloo,cuda:nccl")'
         )
     return Processes(dist.get_rank(), dist.get_world_size())
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Let this process do all the work of the block by itself, whatever group there is."""
+    token = _IS_ALONE.set(True)
+    try:
+        yield
+    finally:
+        _IS_ALONE.reset(token)
 
 
 def local_device(device: torch.device) -> torch.device:
@@ -209,7 +207,7 @@ def local_device(device: torch.device) -> torch.device:
     Raises:
         ValueError: If there are more processes on this machine than GPUs, or one GPU was asked for.
     """
-    if device.type != "cuda" or not _several():
+    if device.type != "cuda" or not _is_distributed():
         return device
     local, available = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
     if device.index is not None:
@@ -234,7 +232,7 @@ def joined(device: torch.device) -> Iterator[Processes]:
     Yields:
         The processes.
     """
-    if not _several():
+    if not _is_distributed():
         yield ALONE
         return
     backend = "gloo"
@@ -243,11 +241,11 @@ def joined(device: torch.device) -> Iterator[Processes]:
         backend = "cpu:gloo,cuda:nccl"
     dist.init_process_group(backend, timeout=TIMEOUT)
     try:
-        found = Processes(dist.get_rank(), dist.get_world_size())
-        found.wait()
+        processes = current()
+        processes.wait()
         if device.type == "cuda":  # what does not work is to fail now, not after the attacks
-            found.share(torch.zeros(1, device=device), 0)
-        yield found
+            processes.broadcast(torch.zeros(1, device=device))
+        yield processes
     finally:
         dist.destroy_process_group()
 
@@ -260,7 +258,7 @@ def _meet() -> None:
 def _peers_needed() -> Iterator[None]:
     try:
         yield
-    except torch.OutOfMemoryError:  # this process's own trouble, which has a message of its own
+    except torch.OutOfMemoryError:  # it has a message of its own, and no peer has ended
         raise
     except RuntimeError as error:
         raise PeerError(
@@ -270,5 +268,6 @@ def _peers_needed() -> Iterator[None]:
         ) from error
 
 
-def _several() -> bool:
+def _is_distributed() -> bool:
+    """Return whether torchrun started more than one process."""
     return int(os.environ.get("WORLD_SIZE", 1)) > 1

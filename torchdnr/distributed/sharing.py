@@ -1,9 +1,9 @@
-"""Features of which each of several processes holds a contiguous block of rows."""
+"""How images and their features are divided among processes: each has a contiguous part."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass, replace
-from itertools import accumulate, pairwise
-from typing import Any
+from itertools import accumulate
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -11,90 +11,11 @@ from torch import Tensor, nn
 from torchdnr.decisions import check_images
 from torchdnr.distributed.processes import ALONE, Processes
 from torchdnr.files import digest
-
-BLOCK_BYTES = 2**26
-"""Bytes of a block that is only read."""
-COPIED_BYTES = 2**22
-"""Bytes of a block of which copies are made."""
-
-
-def row_blocks(features: Tensor, block_bytes: int) -> tuple[Tensor, ...]:
-    """Cut features into blocks of rows, as views.
-
-    Args:
-        features: ``(n, d)``, n >= 1.
-        block_bytes: Bytes of a block at the most, but one row at the least.
-
-    Returns:
-        The blocks in order.
-    """
-    row = features.element_size() * features.shape[1]
-    return features.split(max(1, block_bytes // max(1, row)))
-
-
-def all_finite(features: Tensor) -> bool:
-    """Tell whether there is neither NaN nor infinity among the features, ``(n, d)``."""
-    return bool(
-        torch.stack([torch.isfinite(b).all() for b in row_blocks(features, COPIED_BYTES)]).all()
-    )
-
-
-def column_means(features: Tensor) -> Tensor:
-    """Compute the mean of the rows.
-
-    Args:
-        features: ``(n, d)``.
-
-    Returns:
-        The mean, ``(d,)``.
-    """
-    blocks = row_blocks(features, BLOCK_BYTES)
-    if len(blocks) == 1:
-        return features.mean(dim=0)
-    total = torch.zeros(features.shape[1], dtype=torch.float64, device=features.device)
-    for block in blocks:
-        total += block.mean(dim=0).double() * (len(block) / len(features))
-    return total.to(features.dtype)
-
-
-def entry_variance(features: Tensor) -> float:
-    """Compute the variance of all entries together, in float64.
-
-    Args:
-        features: ``(n, d)``.
-
-    Returns:
-        Mean of the squared deviations from the mean.
-    """
-    return entry_moments(features)[0].item()
-
-
-def entry_moments(features: Tensor) -> Tensor:
-    """Compute variance and mean of all entries together, float64 ``(2,)``."""
-    blocks = row_blocks(features, COPIED_BYTES)
-    parts = [torch.stack(torch.var_mean(block.double(), correction=0)) for block in blocks]
-    return joint_moments(torch.stack(parts), [len(block) for block in blocks])
-
-
-def joint_moments(parts: Tensor, sizes: Sequence[int]) -> Tensor:
-    """Compute the variance and the mean of a whole from those of its parts.
-
-    Args:
-        parts: Variance and mean of each part, ``(p, 2)``.
-        sizes: How much of the whole each part is, in any unit.
-
-    Returns:
-        Variance and mean, ``(2,)``.
-    """
-    share = torch.tensor([size / sum(sizes) for size in sizes], dtype=torch.float64)
-    share = share.to(parts.device)
-    variances, means = parts.unbind(dim=1)
-    mean = (share * means).sum()
-    return torch.stack([(share * (variances + (means - mean).square())).sum(), mean])
+from torchdnr.kernels.row_blocks import all_finite, column_means, entry_moments, joint_moments
 
 
 @dataclass(frozen=True)
-class Shares:
+class Partition:
     """Which of n samples belong to which process.
 
     Attributes:
@@ -106,8 +27,8 @@ class Shares:
     processes: Processes = ALONE
 
     @classmethod
-    def even(cls, n: int, processes: Processes) -> "Shares":
-        """Divide n samples as evenly as they go; where there are fewer, some get none."""
+    def even(cls, n: int, processes: Processes) -> "Partition":
+        """Divide n samples as evenly as possible; where there are fewer, some get none."""
         count = processes.count
         return cls(tuple(n // count + (rank < n % count) for rank in range(count)), processes)
 
@@ -122,26 +43,27 @@ class Shares:
         return max(self.sizes)
 
     @property
-    def own(self) -> slice:
+    def local(self) -> slice:
         """Samples of this process."""
-        bounds = [0, *accumulate(self.sizes)]
-        return slice(*list(pairwise(bounds))[self.processes.rank])
+        start = sum(self.sizes[: self.processes.rank])
+        return slice(start, start + self.sizes[self.processes.rank])
 
-    def places(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Find samples among those of this process.
+    def locate(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Look up the positions of samples among those of this process.
 
         Args:
             index: Samples, int64 of any shape.
 
         Returns:
-            Places from 0, and whether a sample is here; of one that is not the place means nothing.
+            Positions from 0, and whether a sample is here; the position of one that is not means
+            nothing.
         """
-        own = self.own
-        here = (index >= own.start) & (index < own.stop)
-        return (index - own.start).clamp(0, own.stop - own.start - 1), here
+        local = self.local
+        is_local = (index >= local.start) & (index < local.stop)
+        return (index - local.start).clamp(0, local.stop - local.start - 1), is_local
 
     def gather(self, part: Tensor, dim: int = 0) -> Tensor:
-        """Put together what each process computed for its samples.
+        """Concatenate what each process computed for its samples.
 
         Args:
             part: Entries for this process's samples along dimension ``dim``.
@@ -154,47 +76,47 @@ class Shares:
 
 
 @dataclass(frozen=True)
-class SharedFeatures:
+class ShardedFeatures:
     """Features ``(n, d)``, of which this process holds the rows of its own samples.
 
     Attributes:
-        own: Those rows, ``(k, d)``.
-        shares: Which samples they are.
+        local: Those rows, ``(k, d)``.
+        partition: Which samples they are.
     """
 
-    own: Tensor
-    shares: Shares
+    local: Tensor
+    partition: Partition
 
     @classmethod
-    def of(cls, features: "Tensor | SharedFeatures") -> "SharedFeatures":
-        """Take features that one process has all by itself as they are."""
-        if isinstance(features, SharedFeatures):
+    def of(cls, features: "Tensor | ShardedFeatures") -> "ShardedFeatures":
+        """Wrap features that one process has all by itself; return wrapped ones as they are."""
+        if isinstance(features, ShardedFeatures):
             return features
-        return cls(features, Shares((len(features),)))
+        return cls(features, Partition((len(features),)))
 
     @classmethod
-    def from_own(cls, own: Tensor, processes: Processes) -> "SharedFeatures":
-        """Learn from the other processes how many rows they have.
+    def from_local(cls, local: Tensor, processes: Processes) -> "ShardedFeatures":
+        """Wrap the rows of this process, and learn how many the others have.
 
         Args:
-            own: Rows of this process, ``(k, d)``, k >= 1; they follow those of lower ranks.
+            local: Rows of this process, ``(k, d)``, k >= 1; they follow those of lower ranks.
             processes: All of them; they must call this together.
 
         Returns:
             The features of all.
         """
-        return cls(own, Shares(tuple(processes.numbers(len(own))), processes))
+        return cls(local, Partition(tuple(processes.numbers(len(local))), processes))
 
     def __len__(self) -> int:
         """Return n."""
-        return self.shares.n
+        return self.partition.n
 
     @property
     def shape(self) -> tuple[int, int]:
         """The shape (n, d) of the features of all processes."""
-        return self.shares.n, self.own.shape[1]
+        return self.partition.n, self.local.shape[1]
 
-    def take(self, index: Tensor | slice) -> Tensor:
+    def rows(self, index: Tensor | slice) -> Tensor:
         """Give every process the rows of some samples.
 
         Args:
@@ -204,15 +126,15 @@ class SharedFeatures:
             Their rows, ``(m, d)``; a copy.
         """
         if isinstance(index, slice):
-            index = torch.arange(index.start, index.stop, device=self.own.device)
-        if self.shares.processes.count == 1:
-            return self.own[index]
-        places, here = self.shares.places(index)
-        rows = self.own.new_zeros(len(index), self.own.shape[1])
-        rows[here] = self.own[places[here]]
-        return self.shares.processes.total(rows)  # all but one add 0
+            index = torch.arange(index.start, index.stop, device=self.local.device)
+        if self.partition.processes.count == 1:
+            return self.local[index]
+        positions, is_local = self.partition.locate(index)
+        rows = self.local.new_zeros(len(index), self.local.shape[1])
+        rows[is_local] = self.local[positions[is_local]]
+        return self.partition.processes.all_reduce(rows)  # all but one add 0
 
-    def select(self, kept: Tensor) -> "SharedFeatures":
+    def select(self, kept: Tensor) -> "ShardedFeatures":
         """Leave out samples.
 
         Args:
@@ -221,59 +143,55 @@ class SharedFeatures:
         Returns:
             Their features; each process keeps what it has of them.
         """
-        bounds = torch.tensor([0, *accumulate(self.shares.sizes)], device=kept.device)
-        sizes = torch.searchsorted(kept, bounds).diff().tolist()
-        places, here = self.shares.places(kept)
-        return SharedFeatures(self.own[places[here]], replace(self.shares, sizes=tuple(sizes)))
+        bounds = torch.tensor([0, *accumulate(self.partition.sizes)], device=kept.device)
+        sizes = tuple(torch.searchsorted(kept, bounds).diff().tolist())
+        positions, is_local = self.partition.locate(kept)
+        return ShardedFeatures(
+            self.local[positions[is_local]], replace(self.partition, sizes=sizes)
+        )
 
     def are_finite(self) -> bool:
-        """Tell whether there is neither NaN nor infinity among them, in any process."""
-        return self.shares.processes.all_agree(all_finite(self.own))
+        """Return whether there is neither NaN nor infinity among them, in any process."""
+        return self.partition.processes.all(all_finite(self.local))
 
     def means(self) -> Tensor:
         """Compute the mean of all rows, ``(d,)``."""
-        means, processes = column_means(self.own), self.shares.processes
+        means, processes = column_means(self.local), self.partition.processes
         if processes.count == 1:
             return means
-        return processes.total(means.double() * (len(self.own) / len(self))).to(means.dtype)
+        weighted = means.double() * (len(self.local) / len(self))
+        return processes.all_reduce(weighted).to(means.dtype)
 
     def variance(self) -> float:
         """Compute the variance of all entries together."""
-        moments, processes = entry_moments(self.own), self.shares.processes
+        moments, processes = entry_moments(self.local), self.partition.processes
         parts = moments.new_zeros(processes.count, 2)
         parts[processes.rank] = moments
-        joint = joint_moments(processes.total(parts), self.shares.sizes)
-        return processes.agree(joint)[0].item()
+        joint = joint_moments(processes.all_reduce(parts), self.partition.sizes)
+        return processes.broadcast(joint)[0].item()
 
 
 Batch = tuple[Tensor, Tensor | None]
 
 
-def own_images(images: Tensor, processes: Processes) -> Tensor:
-    """Take this process's contiguous share of the images.
-
-    Args:
-        images: All of them, ``(n, ...)``, the same in every process.
-        processes: Those that share them.
-
-    Returns:
-        Some images, ``(k, ...)``, a view.
+def local_images(images: Tensor, processes: Processes) -> Tensor:
+    """Return this process's contiguous part of the images ``(n, ...)``, a view.
 
     Raises:
         ValueError: If there are fewer images than processes.
     """
-    shares = Shares.even(len(images), processes)
-    _check_enough(min(shares.sizes), "images", len(images), processes)
-    return images[shares.own]
+    partition = Partition.even(len(images), processes)
+    _check_enough(partition, "images")
+    return images[partition.local]
 
 
-def own_batches(
+def local_batches(
     data: Iterable[Any], batches: Iterator[Batch], labels: list[Tensor | None], processes: Processes
 ) -> Iterator[Batch]:
-    """Go through all batches of a loader, and yield this process's contiguous share of them.
+    """Go through all batches of a loader, and yield this process's contiguous part of them.
 
     Args:
-        data: The loader: its length is asked for where there are several processes.
+        data: The loader: its length is asked for where there is more than one process.
         batches: What it yields, images and labels or None.
         labels: Gets the labels of all batches, in their order.
         processes: Those that share them.
@@ -285,22 +203,22 @@ def own_batches(
         ValueError: If the loader does not tell its length, or has fewer batches than there are
             processes.
     """
-    own = range(0)
+    local = range(0)
     if processes.count > 1:
         try:
-            count = len(data)
+            count = len(cast(Sized, data))
         except TypeError as error:
             raise ValueError(
                 f"a loader for {processes.count} processes must tell its number of batches, got a "
                 f"{type(data).__name__} without len(); pass a DataLoader, or images and labels"
             ) from error
-        shares = Shares.even(count, processes)
-        _check_enough(min(shares.sizes), "batches", count, processes)
-        own = range(shares.own.start, shares.own.stop)
-    for number, (images, given) in enumerate(batches):
-        labels.append(given)
-        if processes.count == 1 or number in own:
-            yield images, given
+        partition = Partition.even(count, processes)
+        _check_enough(partition, "batches")
+        local = range(partition.local.start, partition.local.stop)
+    for number, (images, batch_labels) in enumerate(batches):
+        labels.append(batch_labels)
+        if processes.count == 1 or number in local:
+            yield images, batch_labels
 
 
 def check_same(
@@ -321,29 +239,28 @@ def check_same(
         return
     tensors = {str(i): t for i, t in enumerate([*labels, images]) if t is not None}
     weights = {k: v for k, v in net.state_dict().items() if isinstance(v, Tensor)}
-    for what, found in {
+    digests = {
         "images and labels in the same order": digest(tensors),
         "network": digest(weights),
-    }.items():
-        if not processes.all_agree(processes.share_text(found, 0) == found):
+    }
+    for what, value in digests.items():
+        if not processes.all(processes.broadcast_text(value) == value):
             raise ValueError(
                 f"all processes must be given the same {what}, got others: load the network from "
-                "one file, take a loader that neither shuffles nor samples by process, or let one "
-                "process work by itself with processes=ALONE"
+                "one file, take a loader that neither shuffles nor samples by process, or let each "
+                "process work by itself with torchdnr.distributed.alone()"
             )
 
 
-def _check_enough(smallest: int, what: str, count: int, processes: Processes) -> None:
-    if smallest == 0:
+def _check_enough(partition: Partition, what: str) -> None:
+    if min(partition.sizes) == 0:
         raise ValueError(
-            f"{processes.count} processes need as many {what} at least, got {count}; start fewer "
-            "of them"
+            f"{len(partition.sizes)} processes need as many {what} at least, got {partition.n}; "
+            "start fewer of them"
         )
 
 
-def checked_batches(
-    data: Tensor | Iterable[Any], batch_size: int
-) -> Iterator[tuple[Tensor, Tensor | None]]:
+def checked_batches(data: Tensor | Iterable[Any], batch_size: int) -> Iterator[Batch]:
     """Yield checked batches of images, with their labels where there are any.
 
     Args:

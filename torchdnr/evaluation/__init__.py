@@ -1,10 +1,12 @@
 """Evaluation of classifiers that may reject, under attack."""
 
 from torchdnr.decisions import predict_labels
-from torchdnr.evaluation.curve import AttackCurve, SecurityCurve
+from torchdnr.evaluation.curve import AttackCurve, SecurityCurve, median_evasion_norm
 from torchdnr.evaluation.detection import (
     Detection,
+    Measures,
     detection_scores,
+    measure,
     measure_detection,
     rejection_scores,
     robust_error,
@@ -20,7 +22,6 @@ from torchdnr.evaluation.line_up import (
     build_line_up,
     default_line_up,
 )
-from torchdnr.evaluation.measures import Measures, measure, median_evasion_norm
 from torchdnr.evaluation.metrics import (
     DecisionRates,
     Estimate,

@@ -1,123 +1,20 @@
-"""How well rejection tells adversarial from clean inputs, at every threshold."""
+"""Rejection as a detector of adversarial inputs: how well it does at every threshold."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from torchdnr.attacks.objectives import decision_objective
-from torchdnr.decisions import REJECT, accepted, is_evasion
-from torchdnr.evaluation.metrics import Estimate, share
+from torchdnr.decisions import evaluation_mode
+from torchdnr.evaluation.curve import SecurityCurve, median_evasion_norm
+from torchdnr.evaluation.judging import check_labels, decide, outputs, stacked
+from torchdnr.evaluation.metrics import Estimate, share, to_plain
 from torchdnr.evaluation.roc import ROC, auroc, fpr_at_tpr, needed_rank, roc_curve
-
-
-class Decisions(NamedTuple):
-    """What the classifier says of each point; the last dimension runs over the samples.
-
-    Attributes:
-        confidence: Best score, ``(..., n)``.
-        classes: Class of the best score, whether accepted or not, int64 ``(..., n)``.
-        accepted: Whether the best score is above theta, bool ``(..., n)``.
-    """
-
-    confidence: Tensor
-    classes: Tensor
-    accepted: Tensor
-
-
-def decide(output: Tensor, reject: bool, threshold: float | Tensor | None = None) -> Decisions:
-    """Read the decisions from an output, at its own threshold or at another.
-
-    Args:
-        output: Scores ``(..., n, c)``, or with ``reject`` ``(..., n, c + 1)`` with theta last.
-        reject: Whether the last column is theta.
-        threshold: theta instead of that of the output; None: that of the output, and if it has
-            none everything is accepted.
-
-    Returns:
-        ``Decisions``.
-
-    Raises:
-        ValueError: If there are fewer than two classes, or a score is NaN.
-    """
-    scores = output[..., :-1] if reject else output
-    if output.ndim < 2 or scores.shape[-1] < 2:
-        columns = "(..., n, c + 1) with theta last" if reject else "(..., n, c)"
-        raise ValueError(f"output must be {columns} and c >= 2, got {tuple(output.shape)}")
-    if output.isnan().any():
-        raise ValueError("output holds NaN, no decision can be read from it: check the model")
-    confidence, classes = scores.max(dim=-1)
-    if threshold is None:
-        threshold = output[..., -1] if reject else -torch.inf
-    return Decisions(confidence, classes, accepted(confidence, threshold))
-
-
-def worst_predictions(
-    output: Tensor, labels: Tensor, reject: bool, threshold: float | Tensor | None = None
-) -> Tensor:
-    """Predict labels in the worst case, per sample, over several points of each sample.
-
-    A point that evades is the worst, then that of the lowest ``max(s_y, theta) - max_{j != y}
-    s_j``; among equals the first.
-
-    Args:
-        output: One output per attack, ``(k, n, c)``, or with ``reject`` ``(k, n, c + 1)``.
-        labels: True labels, ``(n,)``.
-        reject: Whether the last column is theta.
-        threshold: theta instead of that of the output.
-
-    Returns:
-        Labels 0..c-1, or ``REJECT``, int64 ``(n,)``.
-    """
-    decisions = decide(output, reject, threshold)
-    scores = output[..., :-1] if reject else output
-    if threshold is None and reject:
-        theta = output[..., -1].flatten()
-    elif threshold is None:
-        theta = None
-    else:
-        theta = torch.as_tensor(threshold).to(scores).expand(decisions.classes.numel())
-    margin = decision_objective(scores.flatten(0, 1), theta, labels.repeat(len(output))).view_as(
-        decisions.confidence
-    )
-    predictions = torch.where(decisions.accepted, decisions.classes, REJECT)
-    evading = is_evasion(predictions, labels)
-    ranked = torch.where(evading == evading.any(dim=0), margin, torch.inf)
-    return predictions.gather(0, ranked.argmin(dim=0, keepdim=True))[0]
-
-
-def stacked(adversarial: Tensor, clean: Tensor) -> Tensor:
-    """View outputs of one attack ``(n, ...)`` as those of one among several, ``(k, n, ...)``.
-
-    Raises:
-        ValueError: If they are not like the clean ones.
-    """
-    several = adversarial if adversarial.ndim == clean.ndim + 1 else adversarial[None]
-    if several.shape[1:] != clean.shape or len(several) == 0:
-        raise ValueError(
-            f"adversarial must be like clean, {tuple(clean.shape)}, or several of these in one "
-            f"tensor (k, ...), got {tuple(adversarial.shape)}"
-        )
-    return several
-
-
-def check_labels(labels: Tensor, output: Tensor) -> None:
-    """Refuse labels that are not one class per row of a clean output ``(n, ...)``.
-
-    Raises:
-        ValueError: If they are not.
-    """
-    if labels.shape != output.shape[:1] or labels.dtype != torch.int64 or len(labels) == 0:
-        raise ValueError(
-            f"labels must be int64 (n,) with n = {len(output)} >= 1 rows of clean, "
-            f"got {labels.dtype} {tuple(labels.shape)}"
-        )
-
 
 CLEAN_TPR = 0.99, 0.98, 0.95
 ADVERSARIALS = "successful", "all"
@@ -131,39 +28,28 @@ class Detection:
     Attributes:
         adversarials: Which adversarial inputs are counted: "successful" or "all".
         cleans: Which clean inputs are counted: "correct" or "all".
-        roc: Curve of the rejection score; adversarial inputs are positive.
-        auroc: Area under it.
+        auroc: Area under the ROC curve.
         fpr_at_tpr: Share of clean inputs rejected where 95 % of the adversarial ones are.
         accepted_at_tpr: Share of adversarial inputs accepted where a given share (the key) of the
             clean ones is; here, as in CCAT, accepted clean inputs are the true positives.
-        detected: Share of adversarial inputs rejected at the classifier's own theta; None if it
-            has none.
+        detected: Share of adversarial inputs rejected at the classifier's theta; None if it has
+            none.
         false_rejection: Share of clean inputs rejected at that theta; None if it has none.
+        roc: ROC curve of the rejection score; adversarial inputs are positive.
     """
 
     adversarials: str
     cleans: str
-    roc: ROC
     auroc: Estimate
     fpr_at_tpr: Estimate
     accepted_at_tpr: dict[float, Estimate]
     detected: Estimate | None
     false_rejection: Estimate | None
+    roc: ROC
 
     def to_dict(self) -> dict[str, Any]:
         """Convert to numbers, lists and dictionaries."""
-        return {
-            "adversarials": self.adversarials,
-            "cleans": self.cleans,
-            "auroc": self.auroc.to_dict(),
-            "fpr_at_tpr": self.fpr_at_tpr.to_dict(),
-            "accepted_at_tpr": {
-                f"{tpr:g}": rate.to_dict() for tpr, rate in self.accepted_at_tpr.items()
-            },
-            "detected": self.detected and self.detected.to_dict(),
-            "false_rejection": self.false_rejection and self.false_rejection.to_dict(),
-            "roc": {name: values.tolist() for name, values in self.roc._asdict().items()},
-        }
+        return to_plain(self)
 
 
 def rejection_scores(output: Tensor, reject: bool) -> Tensor:
@@ -195,7 +81,7 @@ def detection_scores(
 
     By default, as in CCAT, an adversarial input counts if its best score is that of a wrong class,
     accepted or not, while the class of the clean input was right; and a clean input if its class is
-    right. Of several attacks the counted point that is rejected least stands for its sample.
+    right. Of k attacks the counted point that is rejected least stands for its sample.
 
     Args:
         clean: Output for the clean inputs, ``(n, c)``, or with ``reject`` ``(n, c + 1)``.
@@ -219,11 +105,11 @@ def detection_scores(
             f"got {adversarials!r} and {cleans!r}"
         )
     check_labels(labels, clean)
-    several = stacked(adversarial, clean)
+    attacks = stacked(adversarial, clean)
     right = decide(clean, reject).classes == labels
-    negatives, positives = rejection_scores(clean, reject), rejection_scores(several, reject)
+    negatives, positives = rejection_scores(clean, reject), rejection_scores(attacks, reject)
     if adversarials == "successful":
-        counted = right & (decide(several, reject).classes != labels)
+        counted = right & (decide(attacks, reject).classes != labels)
         positives = torch.where(counted, positives, torch.inf).amin(dim=0)
         positives = positives[counted.any(dim=0)]
     else:
@@ -250,7 +136,7 @@ def measure_detection(
     clean_tpr: Sequence[float] = CLEAN_TPR,
     confidence: float = 0.95,
 ) -> Detection:
-    """Measure how well the rejection score tells adversarial from clean inputs.
+    """Measure how well the rejection score separates adversarial from clean inputs.
 
     Args:
         clean: Output for the clean inputs, ``(n, c)``, or with ``reject`` ``(n, c + 1)``.
@@ -269,23 +155,21 @@ def measure_detection(
     Raises:
         ValueError: If an argument is not as described, or one of the groups is empty.
     """
-    options = {"adversarials": adversarials, "cleans": cleans}
-    negatives, positives = detection_scores(clean, adversarial, labels, reject, **options)
-    at_theta = [
-        share(scores >= 0, confidence=confidence) if reject else None
-        for scores in (positives, negatives)
-    ]
+    negatives, positives = detection_scores(
+        clean, adversarial, labels, reject, adversarials=adversarials, cleans=cleans
+    )
     return Detection(
-        **options,
-        roc=roc_curve(negatives, positives),
+        adversarials=adversarials,
+        cleans=cleans,
         auroc=auroc(negatives, positives, confidence=confidence),
         fpr_at_tpr=fpr_at_tpr(negatives, positives, tpr, confidence=confidence),
         accepted_at_tpr={
             value: fpr_at_tpr(-positives, -negatives, value, confidence=confidence)
             for value in clean_tpr
         },
-        detected=at_theta[0],
-        false_rejection=at_theta[1],
+        detected=share(positives >= 0, confidence=confidence) if reject else None,
+        false_rejection=share(negatives >= 0, confidence=confidence) if reject else None,
+        roc=roc_curve(negatives, positives),
     )
 
 
@@ -381,7 +265,7 @@ def robust_errors(
         adversarial: Output for the perturbed ones, like ``clean`` or ``(k, ...)`` of k attacks.
         labels: True labels, ``(n,)``.
         reject: Whether the last column is theta; it is replaced.
-        calibration: Output and labels of further clean inputs, on which the thresholds are found.
+        calibration: Output and labels of further clean inputs that set the thresholds.
         tpr: Shares of them to accept.
         confidence: Coverage of the intervals, in (0, 1).
 
@@ -391,10 +275,88 @@ def robust_errors(
     Raises:
         ValueError: If an argument is not as described.
     """
-    thresholds = {value: threshold_at_tpr(*calibration, reject, value) for value in tpr}
+    arguments = clean, adversarial, labels, reject
     return {
         value: robust_error(
-            clean, adversarial, labels, reject, threshold=threshold, confidence=confidence
+            *arguments,
+            threshold=threshold_at_tpr(*calibration, reject, value),
+            confidence=confidence,
         )
-        for value, threshold in thresholds.items()
+        for value in tpr
     }
+
+
+@dataclass(frozen=True, eq=False)
+class Measures:
+    """Measures of one classifier in the worst case over its attacks, with 95 % intervals.
+
+    Attributes:
+        median_evasion_norm: Norm at which half of the samples are evaded.
+        detection: Per positive eps how well rejection separates adversarial from clean inputs; None
+            where no clean input that is right becomes one that is wrong.
+        robust_error: Per positive eps, by the threshold at which it is read ("own", or the share
+            of right calibration inputs that it accepts), the error among the accepted.
+        error_if_accepted: Per eps the share of the accepted that is wrong.
+    """
+
+    median_evasion_norm: Estimate
+    detection: dict[float, Detection | None]
+    robust_error: dict[float, dict[str, Estimate]]
+    error_if_accepted: dict[float, Estimate]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Convert to numbers, lists and dictionaries."""
+        return to_plain(self)
+
+
+def measure(
+    model: Callable[[Tensor], Tensor],
+    inputs: Tensor,
+    curve: SecurityCurve,
+    *,
+    calibration: tuple[Tensor, Tensor] | None = None,
+    batch_size: int = 256,
+) -> Measures:
+    """Measure detection and error at every eps of an evaluation.
+
+    Args:
+        model: The classifier that ``curve`` is of.
+        inputs: The clean inputs that were attacked, ``(n, ...)``.
+        curve: Its security evaluation, with ``adversarial``.
+        calibration: Further clean inputs and labels, on which thresholds are set that accept given
+            shares of them; None: only the threshold of the classifier counts.
+        batch_size: Inputs per batch.
+
+    Returns:
+        ``Measures``.
+
+    Raises:
+        ValueError: If the curve has been loaded from a file, without its adversarial points.
+    """
+    if curve.adversarial is None:
+        raise ValueError("curve must hold its adversarial points, got one without: evaluate again")
+    labels = curve.labels.to(inputs.device)
+    detection: dict[float, Detection | None] = {}
+    errors: dict[float, dict[str, Estimate]] = {}
+    with evaluation_mode(model):
+        clean = outputs(model, inputs, batch_size)
+        right = decide(clean, curve.rejects).classes == labels
+        calibrated = calibration and (outputs(model, calibration[0], batch_size), calibration[1])
+        for eps, points in zip(curve.eps, curve.adversarial, strict=True):
+            if eps == 0:
+                continue
+            output = outputs(model, points.to(inputs), batch_size)
+            arguments = clean, output, labels, curve.rejects
+            counted = right & (decide(output, curve.rejects).classes != labels)
+            detection[eps] = measure_detection(*arguments) if counted.any() else None
+            errors[eps] = {"own": robust_error(*arguments)}
+            if calibrated is not None:
+                by_tpr = robust_errors(*arguments, calibration=calibrated)
+                errors[eps] |= {f"{tpr:.0%}": rate for tpr, rate in by_tpr.items()}
+    among_accepted = [rates.error_if_accepted for rates in curve.estimates()]
+    return Measures(
+        median_evasion_norm(curve),
+        detection,
+        errors,
+        dict(zip(curve.eps, among_accepted, strict=True)),
+    )

@@ -2,17 +2,18 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
 
 from torchdnr.decisions import REJECT
-from torchdnr.evaluation.curve import Predictions, SecurityCurve
 from torchdnr.evaluation.line_up import LINE_SEARCH_PGD
+from torchdnr.evaluation.metrics import DecisionRates
 from torchdnr.files import atomic_path
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart; markers for print in grey
@@ -21,8 +22,28 @@ MARKERS = "osD^vP*"
 WIDE = 20  # ratio of the largest to the smallest eps above which the axis is logarithmic
 
 
+class Line(Protocol):
+    """What is drawn as one line: the rates of ``Predictions``."""
+
+    eps: list[float]
+
+    def estimates(self) -> list[DecisionRates]:
+        """Measure every rate, with its confidence interval, at each eps."""
+
+
+class Curve(Line, Protocol):
+    """What is drawn of a ``SecurityCurve``."""
+
+    norm: float
+    rejects: bool
+
+    @property
+    def attacks(self) -> Mapping[str, Line]:
+        """Each attack alone, by name."""
+
+
 def plot_curves(
-    curves: Mapping[str, SecurityCurve | Sequence[SecurityCurve]],
+    curves: Mapping[str, Curve | Sequence[Curve]],
     path: str | Path,
     *,
     attack: str = LINE_SEARCH_PGD,
@@ -31,10 +52,10 @@ def plot_curves(
 
     Left the worst case over the line-up, right one attack alone; below the accuracy the rejection
     rate of the classifiers that reject. The band is the 95 % confidence interval of one run, or,
-    of several runs over the same eps, mean and standard deviation.
+    for repeated runs over the same eps, mean and standard deviation.
 
     Args:
-        curves: Classifier name to its curve, or to the curves of several runs.
+        curves: Classifier name to its curve, or to the curves of repeated runs.
         path: Image file, of a type that its suffix names; replaced atomically.
         attack: Attack of the right column, left out if no classifier has it.
 
@@ -44,27 +65,29 @@ def plot_curves(
     Source: Sotgiu et al., Fig. 3.
     """
     runs = {
-        name: [curve] if isinstance(curve, SecurityCurve) else list(curve)
+        name: list(curve) if isinstance(curve, Sequence) else [curve]
         for name, curve in curves.items()
     }
     if not runs or not all(runs.values()):
         raise ValueError("curves is empty: give at least one security curve")
-    for name, several in runs.items():
-        if any(run.eps != several[0].eps for run in several):
+    for name, group in runs.items():
+        if any(run.eps != group[0].eps for run in group):
             raise ValueError(f"the runs of {name} must be over the same eps")
-    columns = {"Worst case over all attacks": runs}
     alone = {
-        name: [run.attacks[attack] for run in several]
-        for name, several in runs.items()
-        if all(attack in run.attacks for run in several)
+        name: [run.attacks[attack] for run in group]
+        for name, group in runs.items()
+        if all(attack in run.attacks for run in group)
     }
+    columns: dict[str, Mapping[str, Sequence[Line]]] = {"Worst case over all attacks": runs}
     if alone:
         columns[f"{attack[0].upper()}{attack[1:]} alone"] = alone
-    rejecting = [name for name, several in runs.items() if several[0].rejects]
-    rows = ["accuracy"] + (["rejection_rate"] if rejecting else [])
+    rejecting = [name for name, group in runs.items() if group[0].rejects]
+    rows = {"accuracy": "accuracy under attack"}
+    rows |= {"rejection": "rejection rate"} if rejecting else {}
 
     figure = Figure(figsize=(1.0 + 4.6 * len(columns), 0.9 + 2.7 * len(rows)), layout="constrained")
     grid = figure.subplots(len(rows), len(columns), squeeze=False, sharex=True, sharey=True)
+    norm = next(iter(runs.values()))[0].norm
     for axes_column, (title, lines) in zip(grid.T, columns.items(), strict=True):
         axes_column[0].set_title(title, fontsize=12, pad=10)
         for axes, rate in zip(axes_column, rows, strict=True):
@@ -72,30 +95,18 @@ def plot_curves(
                 if name in lines and (rate == "accuracy" or name in rejecting):
                     _draw_line(axes, lines[name], rate, index, name)
             _style(axes)
-        norm = next(iter(runs.values()))[0].norm
-        axes_column[-1].set_xlabel(
-            rf"perturbation size $\epsilon$ ({_norm_name(norm)})", fontsize=11
-        )
-    _scale_eps(grid[0, 0], [run.eps for several in runs.values() for run in several])
-    for axes, rate in zip(grid[:, 0], rows, strict=True):
-        axes.set_ylabel(
-            "accuracy under attack" if rate == "accuracy" else "rejection rate", fontsize=11
-        )
-    handles, names = grid[0, 0].get_legend_handles_labels()
-    figure.legend(
-        handles,
-        names,
-        loc="outside upper center",
-        ncols=min(len(names), 5),
-        fontsize=11,
-        frameon=False,
-    )
+        label = rf"perturbation size $\epsilon$ ({_norm_name(norm)})"
+        axes_column[-1].set_xlabel(label, fontsize=11)
+    _scale_eps(grid[0, 0], {eps for group in runs.values() for run in group for eps in run.eps})
+    for axes, label in zip(grid[:, 0], rows.values(), strict=True):
+        axes.set_ylabel(label, fontsize=11)
+    handles = grid[0, 0].get_legend_handles_labels()[0]
+    _legend(figure, handles, min(len(handles), 5))
     note = r"$\epsilon = 0$: a reject counts as an error; $\epsilon > 0$: as correct. Band: "
-    bands = ["95 % confidence interval"] * any(len(several) == 1 for several in runs.values())
-    bands += ["standard deviation over the runs"] * any(
-        len(several) > 1 for several in runs.values()
-    )
-    figure.supxlabel(note + " or ".join(bands) + ".", fontsize=9, color="0.35")
+    counts = {len(group) for group in runs.values()}
+    bands = ["95 % confidence interval"] * (1 in counts)
+    bands += ["standard deviation over the runs"] * (max(counts) > 1)
+    _footnote(figure, note + " or ".join(bands) + ".")
     _save(figure, path)
 
 
@@ -110,7 +121,7 @@ def plot_examples(
     *,
     norm: float = 2,
 ) -> None:
-    """Draw source images, and per classifier the magnified perturbation and what it makes of them.
+    """Draw images, and per classifier the magnified perturbation and the decision on the result.
 
     A perturbation is stretched so that its largest entry, which is printed, has full contrast; on
     grey images purple means brighter and orange darker.
@@ -171,29 +182,68 @@ def plot_examples(
     _save(figure, path)
 
 
-def _draw_line(axes: Axes, runs: Sequence[Predictions], rate: str, index: int, name: str) -> None:
-    rates = torch.tensor([getattr(run, rate) for run in runs], dtype=torch.float64)
-    middle = rates.mean(dim=0)
+def _draw_line(axes: Axes, runs: Sequence[Line], rate: str, index: int, name: str) -> None:
+    estimates = [[getattr(rates, rate) for rates in run.estimates()] for run in runs]
+    values = torch.tensor([[e.value for e in run] for run in estimates], dtype=torch.float64)
+    middle = values.mean(dim=0)
     if len(runs) == 1:
-        interval = runs[0].accuracy_interval if rate == "accuracy" else runs[0].rejection_interval
-        low, high = torch.tensor(interval, dtype=torch.float64).T
+        low, high = torch.tensor([(e.low, e.high) for e in estimates[0]], dtype=torch.float64).T
     else:
-        deviation = rates.std(dim=0)
+        deviation = values.std(dim=0)
         low, high = (middle - deviation).clamp(0, 1), (middle + deviation).clamp(0, 1)
-    colour, eps = COLOURS[index % len(COLOURS)], runs[0].eps
-    axes.fill_between(eps, low.tolist(), high.tolist(), color=colour, alpha=0.15, linewidth=0)
+    draw_line(axes, runs[0].eps, middle.tolist(), (low.tolist(), high.tolist()), index, name)
+
+
+def draw_line(
+    axes: Axes,
+    x: Sequence[float],
+    y: Sequence[float],
+    band: tuple[Sequence[float], Sequence[float]] | None,
+    index: int | None,
+    label: str = "",
+    *,
+    linestyle: str = "-",
+    hollow: bool = False,
+) -> None:
+    """Draw a line with markers, and its band if there is one.
+
+    Args:
+        axes: Where to draw.
+        x: Positions.
+        y: Values.
+        band: Lower and upper ends of the intervals.
+        index: Number of its colour and marker; None: black, without markers.
+        label: Its name in the legend.
+        linestyle: As in matplotlib.
+        hollow: Whether the markers are hollow.
+    """
+    colour = "black" if index is None else COLOURS[index % len(COLOURS)]
+    if band is not None:
+        axes.fill_between(x, *band, color=colour, alpha=0.15, linewidth=0)
     axes.plot(
-        eps,
-        middle.tolist(),
+        x,
+        y,
         color=colour,
-        marker=MARKERS[index % len(MARKERS)],
+        linestyle=linestyle,
+        marker="" if index is None else MARKERS[index % len(MARKERS)],
         markersize=6,
-        markeredgecolor="white",
+        markeredgecolor=colour if hollow else "white",
+        markerfacecolor="white" if hollow else colour,
         linewidth=1.8,
-        label=name,
+        label=label,
         clip_on=False,  # a marker at 0 or 1 stays whole
         zorder=3,
     )
+
+
+def _legend(figure: Figure, handles: Sequence[Artist], columns: int = 1) -> None:
+    figure.legend(
+        handles=handles, loc="outside upper center", ncols=columns, fontsize=11, frameon=False
+    )
+
+
+def _footnote(figure: Figure, text: str) -> None:
+    figure.supxlabel(text, fontsize=9, color="0.35")
 
 
 def _style(axes: Axes) -> None:
@@ -203,8 +253,8 @@ def _style(axes: Axes) -> None:
     axes.tick_params(labelsize=10)
 
 
-def _scale_eps(axes: Axes, several: Sequence[Sequence[float]]) -> None:
-    values = sorted({value for eps in several for value in eps})
+def _scale_eps(axes: Axes, eps: set[float]) -> None:
+    values = sorted(eps)
     positive = [value for value in values if value > 0]
     if positive and positive[-1] > WIDE * positive[0]:
         axes.set_xscale("symlog", linthresh=positive[0], linscale=0.5)

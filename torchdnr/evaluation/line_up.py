@@ -15,6 +15,7 @@ from torchdnr.attacks.fmn import fmn
 from torchdnr.attacks.line_search import line_search_pgd
 from torchdnr.attacks.multi_target import multi_target
 from torchdnr.attacks.noise import noise
+from torchdnr.attacks.options import options_of
 from torchdnr.attacks.orthogonal import orthogonal_pgd
 from torchdnr.attacks.pgd import pgd
 from torchdnr.attacks.smoothing import smoothed_pgd
@@ -41,9 +42,8 @@ class Attack:
         run: ``run(model, inputs, labels, eps, start) -> points``, each within ``eps`` of its
             input. It is called with the samples that do not evade at a smaller eps; ``start``
             holds their points there, at first the inputs themselves.
-            With ``minimum_norm``: ``run(model, inputs, labels) -> points``, the nearest evading
-            points, whatever their norm; run once, it serves every eps.
-        minimum_norm: Which of the two signatures ``run`` has.
+        minimum_norm: Whether the points are the nearest evading ones, whatever their norm: ``run``
+            is called once, with an infinite ``eps``, and serves every eps.
         settings: Every option that changes the points, seed included: stored with the results,
             and a checkpoint is only resumed if they are the same.
         needs: Name of a method without which a model cannot be attacked like this: it is left out.
@@ -63,7 +63,7 @@ class Attack:
 
 
 class Entry(NamedTuple):
-    """An attack that can be asked for by name.
+    """An attack that can be chosen by name.
 
     Attributes:
         label: Its name in results, tables and figures.
@@ -72,7 +72,7 @@ class Entry(NamedTuple):
         minimum_norm: Whether it finds the nearest evading points.
         options: Its options where they are not the defaults.
         inner: Attack that it runs within itself, whose options it has as well.
-        without: Options of the inner attack that it does not have.
+        without: Options, of the inner attack or shared, that it cannot be given.
         needs: See ``Attack``.
     """
 
@@ -89,21 +89,16 @@ class Entry(NamedTuple):
     def defaults(self) -> dict[str, Any]:
         """Its options, as far as they change its points, with the values they have if not given."""
         names = self.accepts - _GIVEN
-        both = [self.attack] if self.inner is None else [self.inner, self.attack]
-        found: dict[str, Any] = {}
-        for function in both:
-            found |= {
-                name: parameter.default
-                for name, parameter in signature(function).parameters.items()
-                if name in names and parameter.default is not parameter.empty
-            }
-        return found | dict(self.options)
+        options = {} if self.inner is None else options_of(self.inner)
+        options |= options_of(self.attack)
+        return {key: value for key, value in options.items() if key in names} | dict(self.options)
 
     @property
     def accepts(self) -> set[str]:
         """Names of everything that it can be given."""
-        inner = set() if self.inner is None else set(signature(self.inner).parameters)
-        return (inner | set(signature(self.attack).parameters)) - self.without
+        both = [self.attack] if self.inner is None else [self.inner, self.attack]
+        names = (signature(one).parameters.keys() | options_of(one).keys() for one in both)
+        return set().union(*names) - self.without
 
 
 ATTACKS = {
@@ -127,7 +122,13 @@ ATTACKS = {
     ),
     "pgd": Entry("PGD", pgd, "plain projected descent"),
     "fmn": Entry("FMN", fmn, "nearest evasion: a radius that adapts", minimum_norm=True),
-    "ddn": Entry("DDN", ddn, "nearest evasion: direction, then norm; l2 only", minimum_norm=True),
+    "ddn": Entry(
+        "DDN",
+        ddn,
+        "nearest evasion: direction, then norm; l2 only",
+        minimum_norm=True,
+        without=frozenset({"norm"}),
+    ),
     "selective-pgd": Entry(
         "selective PGD",
         orthogonal_pgd,
@@ -162,7 +163,7 @@ def choose_attacks(names: Iterable[str], norm: float = 2, surrogate: bool = True
 
     Args:
         names: Keys of ``ATTACKS``, "default" or "full".
-        norm: Norm of the perturbation: "full" are those attacks that know it.
+        norm: Norm of the perturbation: "full" are those attacks that can use it.
         surrogate: Whether there is a surrogate, for those that need one.
 
     Returns:
@@ -266,28 +267,16 @@ def build_line_up(
         extra = {key: value for key, value in given.items() if key in entry.accepts}
         if entry.inner is not None:
             extra["attack"] = entry.inner
-        run = _nearest(entry.attack, settings, extra)
-        if not entry.minimum_norm:
-            run = _at_eps(entry.attack, settings, extra, "start" in entry.accepts)
+        run = _runner(entry, {**settings, **extra})
         line_up[entry.label] = Attack(run, entry.minimum_norm, settings, entry.needs, fingerprint)
     return line_up
 
 
-def _nearest(
-    attack: Callable[..., Tensor], settings: Mapping[str, Any], given: Mapping[str, Any]
-) -> Callable[..., Tensor]:
-    def run(model: Callable[[Tensor], Tensor], inputs: Tensor, labels: Tensor) -> Tensor:
-        return attack(model=model, inputs=inputs, labels=labels, **settings, **given)
+def _runner(entry: Entry, options: Mapping[str, Any]) -> Callable[..., Tensor]:
+    """Give an attack with its options the signature of ``Attack.run``."""
+    # A minimum-norm attack has no radius, and starts where it sees fit.
+    names = () if entry.minimum_norm else ("eps", "start") if "start" in entry.accepts else ("eps",)
 
-    return run
-
-
-def _at_eps(
-    attack: Callable[..., Tensor],
-    settings: Mapping[str, Any],
-    given: Mapping[str, Any],
-    goes_on: bool,
-) -> Callable[..., Tensor]:
     def run(
         model: Callable[[Tensor], Tensor],
         inputs: Tensor,
@@ -295,8 +284,8 @@ def _at_eps(
         eps: float,
         start: Tensor,
     ) -> Tensor:
-        own = {"start": start} if goes_on else {}
-        points = {"model": model, "inputs": inputs, "labels": labels, "eps": eps}
-        return attack(**points, **own, **settings, **given)
+        given = {"eps": eps, "start": start}
+        points = {"model": model, "inputs": inputs, "labels": labels}
+        return entry.attack(**points, **{key: given[key] for key in names}, **options)
 
     return run

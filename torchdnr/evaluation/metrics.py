@@ -1,98 +1,15 @@
-"""What is counted when a classifier may reject: each rate is defined here, once."""
+"""Rates of a classifier that may reject, each defined once, with their confidence intervals."""
 
 import math
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, is_dataclass
 from statistics import NormalDist
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from torchdnr.decisions import REJECT, is_evasion
-
-
-def accuracy_under_attack(predictions: Tensor, labels: Tensor, eps: float) -> float:
-    """Compute the share of correct decisions on inputs perturbed within ``eps``.
-
-    Without a perturbation (``eps = 0``) to reject is an error. Under attack (``eps > 0``) every
-    input is an adversarial example, and to reject it is as correct as to find its true class.
-
-    Args:
-        predictions: Labels or ``REJECT``, ``(n,)``.
-        labels: True labels, ``(n,)``.
-        eps: Perturbation size, >= 0.
-
-    Returns:
-        Share in [0, 1].
-
-    Raises:
-        ValueError: If the shapes differ, there is no sample, or ``eps`` is negative.
-
-    Source: Sotgiu et al., Sec. IV-A, "Security Evaluation".
-    """
-    if not eps >= 0:
-        raise ValueError(f"eps must be >= 0, got {eps}")
-    correct = _same_length(predictions, labels) == labels
-    if eps > 0:
-        correct = correct | (predictions == REJECT)
-    return _share(correct)
-
-
-def rejection_rate(predictions: Tensor) -> float:
-    """Compute the share of rejected inputs among ``predictions``, ``(n,)``."""
-    return _share(_same_length(predictions, predictions) == REJECT)
-
-
-def evasion_rate(predictions: Tensor, labels: Tensor) -> float:
-    """Compute the share of inputs that are accepted and wrong.
-
-    Args:
-        predictions: Labels or ``REJECT``, ``(n,)``.
-        labels: True labels, ``(n,)``.
-
-    Returns:
-        Share in [0, 1]. For ``eps > 0`` it is one minus the accuracy under attack.
-    """
-    return _share(is_evasion(_same_length(predictions, labels), labels))
-
-
-def wilson_interval(rate: float, n: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Compute the Wilson score interval of a rate measured on ``n`` independent samples.
-
-    Args:
-        rate: Measured share, in [0, 1].
-        n: Number of samples, >= 1.
-        confidence: Coverage, in (0, 1).
-
-    Returns:
-        Lower and upper end, in [0, 1]; ``rate`` lies between them, also when it is 0 or 1.
-
-    Source: Wilson, "Probable inference, the law of succession, and statistical inference",
-    JASA 22 (1927).
-    """
-    if not 0 <= rate <= 1 or n < 1 or not 0 < confidence < 1:
-        raise ValueError(
-            "expected rate in [0, 1], n >= 1 and confidence in (0, 1), "
-            f"got {rate}, {n} and {confidence}"
-        )
-    z = NormalDist().inv_cdf(0.5 + confidence / 2)
-    centre = rate + z * z / (2 * n)
-    half = z * (rate * (1 - rate) / n + z * z / (4 * n * n)) ** 0.5
-    low, high = (centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)
-    return max(0.0, min(low, rate)), min(1.0, max(high, rate))
-
-
-def _same_length(predictions: Tensor, labels: Tensor) -> Tensor:
-    if predictions.ndim != 1 or predictions.shape != labels.shape or len(predictions) == 0:
-        raise ValueError(
-            "predictions and labels must both be (n,) with n >= 1, "
-            f"got {tuple(predictions.shape)} and {tuple(labels.shape)}"
-        )
-    return predictions
-
-
-def _share(which: Tensor) -> float:
-    return which.double().mean().item()
 
 
 @dataclass(frozen=True)
@@ -113,14 +30,30 @@ class Estimate:
 
     def to_dict(self) -> dict[str, float | int]:
         """Convert to a dictionary of numbers."""
-        return asdict(self)
+        return to_plain(self)
+
+
+def to_plain(value: Any) -> Any:  # noqa: ANN401 - results of any kind, as JSON would hold them
+    """Convert results to numbers, lists and dictionaries; a number that is a key becomes text."""
+    if isinstance(value, Tensor):
+        return value.tolist()
+    if is_dataclass(value):
+        value = vars(value)
+    elif hasattr(value, "_asdict"):  # a named tuple
+        value = value._asdict()
+    if isinstance(value, Mapping):
+        return {
+            key if isinstance(key, str) else f"{key:g}": to_plain(item)
+            for key, item in value.items()
+        }
+    return [to_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def share(which: Tensor, among: Tensor | None = None, *, confidence: float = 0.95) -> Estimate:
     """Measure the share of samples for which something holds, among all or among some of them.
 
-    The interval is Wilson's. Among some of the samples it is conditional: it tells what holds for
-    further samples of that part, and ``n`` is the size of the part.
+    The interval is Wilson's. Among some of the samples it is conditional: it holds for further
+    samples of that part, and ``n`` is the size of the part.
 
     Args:
         which: For which samples it holds, bool ``(n,)``.
@@ -150,11 +83,110 @@ def share(which: Tensor, among: Tensor | None = None, *, confidence: float = 0.9
     return Estimate(hits / n, *wilson_interval(hits / n, n, confidence), n)
 
 
+class DecisionRates(NamedTuple):
+    """Rates of the decisions on the same samples.
+
+    Attributes:
+        accuracy: Accuracy under attack, in which a reject counts as correct iff eps > 0.
+        rejection: Share rejected.
+        evasion: Share accepted and wrong.
+        error_if_accepted: Share of the accepted that is wrong.
+        rejection_if_not_right: Share of those not given their true class that is rejected.
+    """
+
+    accuracy: Estimate
+    rejection: Estimate
+    evasion: Estimate
+    error_if_accepted: Estimate
+    rejection_if_not_right: Estimate
+
+
+def decision_rates(
+    predictions: Tensor, labels: Tensor, eps: float, *, confidence: float = 0.95
+) -> DecisionRates:
+    """Measure every rate of decisions on inputs perturbed within ``eps``.
+
+    Accuracy: without a perturbation (``eps = 0``) to reject is an error. Under attack (``eps > 0``)
+    every input is an adversarial example, and to reject it is as correct as to give its true class.
+
+    Args:
+        predictions: Labels or ``REJECT``, ``(n,)``.
+        labels: True labels, ``(n,)``.
+        eps: Perturbation size, >= 0.
+        confidence: Coverage of the intervals, in (0, 1).
+
+    Returns:
+        ``DecisionRates``.
+
+    Raises:
+        ValueError: If the shapes differ, there is no sample, or ``eps`` is negative.
+
+    Source: Sotgiu et al., Sec. IV-A, "Security Evaluation", for the first two.
+    """
+    if not eps >= 0:
+        raise ValueError(f"eps must be >= 0, got {eps}")
+    if predictions.ndim != 1 or predictions.shape != labels.shape or len(predictions) == 0:
+        raise ValueError(
+            "predictions and labels must both be (n,) with n >= 1, "
+            f"got {tuple(predictions.shape)} and {tuple(labels.shape)}"
+        )
+    right, rejected = predictions == labels, predictions == REJECT
+    evading = is_evasion(predictions, labels)
+    return DecisionRates(
+        accuracy=share(right | rejected if eps > 0 else right, confidence=confidence),
+        rejection=share(rejected, confidence=confidence),
+        evasion=share(evading, confidence=confidence),
+        error_if_accepted=share(evading, ~rejected, confidence=confidence),
+        rejection_if_not_right=share(rejected, ~right, confidence=confidence),
+    )
+
+
+def accuracy_under_attack(predictions: Tensor, labels: Tensor, eps: float) -> float:
+    """Compute the share of correct decisions; see ``decision_rates`` for arguments and errors."""
+    return decision_rates(predictions, labels, eps).accuracy.value
+
+
+def rejection_rate(predictions: Tensor) -> float:
+    """Compute the share of rejected inputs among ``predictions``, ``(n,)``."""
+    return decision_rates(predictions, predictions, 0.0).rejection.value
+
+
+def evasion_rate(predictions: Tensor, labels: Tensor) -> float:
+    """Compute the share accepted and wrong: for ``eps > 0``, one minus the accuracy."""
+    return decision_rates(predictions, labels, 0.0).evasion.value
+
+
+def wilson_interval(rate: float, n: int, confidence: float = 0.95) -> tuple[float, float]:
+    """Compute the Wilson score interval of a rate measured on ``n`` independent samples.
+
+    Args:
+        rate: Measured share, in [0, 1].
+        n: Number of samples, >= 1.
+        confidence: Coverage, in (0, 1).
+
+    Returns:
+        Lower and upper end, in [0, 1]; ``rate`` lies between them, also when it is 0 or 1.
+
+    Source: Wilson, "Probable inference, the law of succession, and statistical inference",
+    JASA 22 (1927).
+    """
+    if not 0 <= rate <= 1 or n < 1 or not 0 < confidence < 1:
+        raise ValueError(
+            "expected rate in [0, 1], n >= 1 and confidence in (0, 1), "
+            f"got {rate}, {n} and {confidence}"
+        )
+    z = NormalDist().inv_cdf(0.5 + confidence / 2)
+    centre = rate + z * z / (2 * n)
+    half = z * (rate * (1 - rate) / n + z * z / (4 * n * n)) ** 0.5
+    low, high = (centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)
+    return max(0.0, min(low, rate)), min(1.0, max(high, rate))
+
+
 def median_of(values: Tensor, *, confidence: float = 0.95, smallest: float = 0.0) -> Estimate:
     """Measure the median, with the interval that two of the ordered values span.
 
     Nothing is assumed of the distribution, and the coverage is at least ``confidence``. Values may
-    be infinite, such as the norm of an evasion that was never found.
+    be infinite, such as the evasion norm of a sample that no attack evaded.
 
     Args:
         values: One value per sample, ``(n,)``.
@@ -170,8 +202,12 @@ def median_of(values: Tensor, *, confidence: float = 0.95, smallest: float = 0.0
 
     Source: the sign test; David and Nagaraja, "Order statistics", 3rd ed., Sec. 7.1.
     """
-    ordered = _ordered(values)
-    n = len(ordered)
+    if values.ndim != 1 or len(values) == 0 or values.isnan().any():
+        raise ValueError(
+            f"values must be (n,) with n >= 1 and no NaN, got {tuple(values.shape)} "
+            f"with {int(values.isnan().sum())} NaN"
+        )
+    ordered, n = values.double().sort().values, len(values)
     middle = (ordered[(n - 1) // 2] + ordered[n // 2]) / 2
     low, high = quantile_ranks(n, 0.5, confidence)
     return Estimate(
@@ -231,68 +267,3 @@ def square_and_add(
     low = math.hypot(value - first[0], value - second[0])
     high = math.hypot(first[1] - value, second[1] - value)
     return value - low, value + high
-
-
-def _ordered(values: Tensor) -> Tensor:
-    if values.ndim != 1 or len(values) == 0 or values.isnan().any():
-        raise ValueError(
-            f"values must be (n,) with n >= 1 and no NaN, got {tuple(values.shape)} "
-            f"with {int(values.isnan().sum())} NaN"
-        )
-    return values.double().sort().values
-
-
-class DecisionRates(NamedTuple):
-    """Rates of the decisions on the same samples.
-
-    Attributes:
-        accuracy: Accuracy under attack, in which a reject counts as correct iff eps > 0.
-        rejection: Share rejected.
-        evasion: Share accepted and wrong.
-        error_if_accepted: Share of the accepted that is wrong.
-        rejection_if_not_right: Share of those not given their true class that is rejected.
-    """
-
-    accuracy: Estimate
-    rejection: Estimate
-    evasion: Estimate
-    error_if_accepted: Estimate
-    rejection_if_not_right: Estimate
-
-
-def decision_rates(
-    predictions: Tensor, labels: Tensor, eps: float, *, confidence: float = 0.95
-) -> DecisionRates:
-    """Measure every rate of decisions on inputs perturbed within ``eps``.
-
-    Args:
-        predictions: Labels or ``REJECT``, ``(n,)``.
-        labels: True labels, ``(n,)``.
-        eps: Perturbation size, >= 0.
-        confidence: Coverage of the intervals, in (0, 1).
-
-    Returns:
-        ``DecisionRates``.
-
-    Raises:
-        ValueError: If the shapes differ, there is no sample, or ``eps`` is negative.
-
-    Source: Sotgiu et al., Sec. IV-A, "Security Evaluation", for the first two.
-    """
-    if predictions.shape != labels.shape:
-        raise ValueError(
-            "predictions and labels must both be (n,), "
-            f"got {tuple(predictions.shape)} and {tuple(labels.shape)}"
-        )
-    if not eps >= 0:
-        raise ValueError(f"eps must be >= 0, got {eps}")
-    right, rejected = predictions == labels, predictions == REJECT
-    wrong = is_evasion(predictions, labels)
-    options = {"confidence": confidence}
-    return DecisionRates(
-        accuracy=share(right | rejected if eps > 0 else right, **options),
-        rejection=share(rejected, **options),
-        evasion=share(wrong, **options),
-        error_if_accepted=share(wrong, ~rejected, **options),
-        rejection_if_not_right=share(rejected, ~right, **options),
-    )

@@ -11,14 +11,21 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from torchdnr.attacks.checks import check_inputs
+from torchdnr.attacks.view import ModelView
 from torchdnr.decisions import evaluation_mode, has_reject_column, is_evasion, split_scores
-from torchdnr.evaluation.detection import stacked, worst_predictions
-from torchdnr.evaluation.judging import Task, keep_inside, outputs
-from torchdnr.evaluation.metrics import DecisionRates, Estimate, decision_rates
+from torchdnr.evaluation.judging import (
+    Task,
+    checked_points,
+    keep_inside,
+    outputs,
+    stacked,
+    worst_predictions,
+)
+from torchdnr.evaluation.metrics import DecisionRates, Estimate, decision_rates, to_plain
 from torchdnr.rejection import rejection_threshold
 
 
-class WithThreshold(nn.Module):
+class WithThreshold(ModelView):
     """A view of a classifier with another rejection threshold; the classifier is not changed.
 
     Args:
@@ -30,34 +37,23 @@ class WithThreshold(nn.Module):
     def __init__(
         self, model: Callable[[Tensor], Tensor], threshold: float, reject: bool | None = None
     ) -> None:
-        super().__init__()
-        self.model = model
+        rejects = has_reject_column(model, reject)
+
+        def replace_threshold(_: Tensor, output: Tensor) -> Tensor:
+            scores = split_scores(output, rejects)[0]
+            return torch.cat([scores, scores.new_full((len(scores), 1), threshold)], dim=1)
+
+        super().__init__(model, replace_threshold, reject=True)
         self.threshold = float(threshold)
-        self.reject = has_reject_column(model, reject)
-        self.reject_index = -1  # the last column; it tells attacks that there is one
-        self.training = False
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        """Compute scores and the threshold of the view, ``(n, c + 1)``."""
-        scores, _ = split_scores(self.model(inputs), self.reject)
-        return torch.cat([scores, scores.new_full((len(scores), 1), self.threshold)], dim=1)
-
-    @property
-    def smoothed(self) -> Callable[..., WithThreshold]:
-        """Smoothed views of the model with this threshold; there are some iff the model has any."""
-        smoothed = self.model.smoothed
-        return lambda *args, **options: WithThreshold(
-            smoothed(*args, **options), self.threshold, self.reject
-        )
 
 
 Rates = list[list[Estimate]]
-Attack = Callable[[nn.Module, Tensor, Tensor, float], Tensor]
+AttackAtEps = Callable[[nn.Module, Tensor, Tensor, float], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
 class ThresholdSweep:
-    """Rates of one classifier over the threshold, for attacks of several sizes.
+    """Rates of one classifier over the threshold, for attacks of one or more sizes.
 
     Attributes:
         name: Name of the classifier.
@@ -88,7 +84,13 @@ class ThresholdSweep:
 
     def to_dict(self) -> dict[str, Any]:
         """Convert to numbers, lists and dictionaries."""
-        return {key: _plain(value) for key, value in vars(self).items()}
+        return to_plain(self)
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> ThresholdSweep:
+        """Read what ``to_dict`` made, also by way of JSON."""
+        rates = {key: _estimates(value) for key, value in content.items() if key != "settings"}
+        return cls(**{**content, **rates, "norm": float(content["norm"])})
 
 
 def thresholds_at_rates(scores: Tensor, rates: Sequence[float]) -> list[float]:
@@ -114,7 +116,7 @@ def threshold_sweep(
     adversarial: Mapping[float, Tensor],
     thresholds: Sequence[float],
     *,
-    attack: Attack | None = None,
+    attack: AttackAtEps | None = None,
     norm: float = 2,
     bounds: tuple[float, float] = (0.0, 1.0),
     batch_size: int = 256,
@@ -129,11 +131,11 @@ def threshold_sweep(
     Points made against one threshold are weak against another: one that was rejected need not be
     the best that an attacker can do about a lower theta. The paper does not say which of the two
     its figure shows. Points of a smaller eps count at every larger one, as do the clean inputs;
-    points found again at a threshold count at every lower one too, where they are accepted as well.
+    points of an attack at one threshold count at every lower one too, which accepts them as well.
 
     Args:
         model: Maps ``(n, ...)`` to scores ``(n, c)``, or ``(n, c + 1)`` with theta in the last
-            column, which is not used. A module is left as it was found.
+            column, which is not used. A module is put into evaluation mode and back.
         inputs: Clean inputs within ``bounds``, ``(n, ...)``.
         labels: True labels 0..c-1, int64 ``(n,)``.
         adversarial: Points by eps > 0, ``(n, ...)`` or of k attacks ``(k, n, ...)``, each within
@@ -169,86 +171,67 @@ def threshold_sweep(
 
     with evaluation_mode(model):
         clean = outputs(model, inputs, batch_size)[None]
-        without = [rates_at(clean, theta, 0.0) for theta in thetas]
+        at_clean = [rates_at(clean, theta, 0.0) for theta in thetas]
         pools, pool = [], clean
         for value in eps:
-            pool = torch.cat([pool, _given_outputs(task, adversarial[value], value)])
+            for points in stacked(adversarial[value], inputs):
+                points, _ = keep_inside(task, points.to(inputs), value, "adversarial")
+                pool = torch.cat([pool, outputs(model, points, batch_size)[None]])
             pools.append(pool)
         fixed = [
             [rates_at(pool, theta, value) for theta in thetas]
             for pool, value in zip(pools, eps, strict=True)
         ]
-        again = None
+        again: list[list[DecisionRates]] | None = None
         if attack is not None:
             with tqdm(total=len(thetas) * len(eps), desc=name, disable=not progress) as bar:
-                again = _attacked_again(task, attack, pools, eps, thetas, rates_at, bar)
+                again = _attack_again(task, attack, pools, eps, thetas, rates_at, bar)
     return ThresholdSweep(
         name=name,
         norm=float(norm),
         eps=eps,
         thresholds=thetas,
-        clean_accuracy=[rates.accuracy for rates in without],
-        false_rejection_rate=[rates.rejection for rates in without],
+        clean_accuracy=[rates.accuracy for rates in at_clean],
+        false_rejection_rate=[rates.rejection for rates in at_clean],
         accuracy=_column(fixed, "accuracy"),
         rejection_rate=_column(fixed, "rejection"),
-        reattacked_accuracy=again and _column(again, "accuracy"),
-        reattacked_rejection_rate=again and _column(again, "rejection"),
+        reattacked_accuracy=None if again is None else _column(again, "accuracy"),
+        reattacked_rejection_rate=None if again is None else _column(again, "rejection"),
         settings={"samples": len(inputs), "confidence": confidence, **(settings or {})},
     )
 
 
-def _given_outputs(task: Task, points: Tensor, eps: float) -> Tensor:
-    """Run the model on the given points of one eps, ``(k, n, columns)``."""
-    found = []
-    for one in stacked(points, task.inputs):
-        one, _ = keep_inside(task, one.to(task.inputs), eps, "adversarial")
-        found.append(outputs(task.model, one, task.batch_size))
-    return torch.stack(found)
-
-
-def _attacked_again(
+def _attack_again(
     task: Task,
-    attack: Attack,
+    attack: AttackAtEps,
     pools: list[Tensor],
     eps: Sequence[float],
     thetas: Sequence[float],
     rates_at: Callable[[Tensor, float, float], DecisionRates],
     bar: tqdm,
 ) -> list[list[DecisionRates]]:
-    """Attack at every theta, the highest first, and at every eps, the smallest first."""
-    again = [[] for _ in eps]
+    """Attack at every theta, the highest first, and at every eps, the smallest first.
+
+    Only samples are attacked that no point of the pool evades; the outputs at the new points join
+    the pools of this and all larger eps.
+    """
+    again: list[list[DecisionRates]] = [[] for _ in eps]
     for theta in reversed(thetas):
+        view = WithThreshold(task.model, theta, task.reject)
         for row, value in enumerate(eps):
-            found = _attack_again(task, attack, pools[row], theta, value)
-            if found is not None:
-                pools[row:] = [torch.cat([pool, found]) for pool in pools[row:]]
+            predictions = worst_predictions(pools[row], task.labels, task.reject, theta)
+            rows = (~is_evasion(predictions, task.labels)).nonzero()[:, 0]
+            if len(rows):
+                part = replace(task, inputs=task.inputs[rows], labels=task.labels[rows])
+                points = attack(view, part.inputs, part.labels, value)
+                points = checked_points(points, part.inputs, "attack")
+                points, _ = keep_inside(part, points, value, "attack")
+                output = outputs(task.model, points, task.batch_size)
+                new = pools[row][:1].index_copy(1, rows, output[None])
+                pools[row:] = [torch.cat([pool, new]) for pool in pools[row:]]
             again[row].insert(0, rates_at(pools[row], theta, value))
             bar.update()
     return again
-
-
-def _attack_again(
-    task: Task,
-    attack: Attack,
-    pool: Tensor,
-    theta: float,
-    eps: float,
-) -> Tensor | None:
-    """Attack the samples not evaded at this theta; outputs ``(1, n, columns)``, or None."""
-    evading = is_evasion(worst_predictions(pool, task.labels, task.reject, theta), task.labels)
-    rows = (~evading).nonzero()[:, 0]
-    if len(rows) == 0:
-        return None
-    part = replace(task, inputs=task.inputs[rows], labels=task.labels[rows])
-    view = WithThreshold(task.model, theta, task.reject)
-    points = attack(view, part.inputs, part.labels, eps)
-    if points.shape != part.inputs.shape or not points.isfinite().all():
-        raise ValueError(
-            f"attack must return finite points like its inputs, {tuple(part.inputs.shape)}, "
-            f"got {tuple(points.shape)} or NaN"
-        )
-    points, _ = keep_inside(part, points.detach().to(part.inputs), eps, "attack")
-    return pool[:1].index_copy(1, rows, outputs(task.model, points, task.batch_size)[None])
 
 
 def _checked_grid(
@@ -267,7 +250,9 @@ def _column(rows: list[list[DecisionRates]], rate: str) -> Rates:
     return [[getattr(rates, rate) for rates in row] for row in rows]
 
 
-def _plain(value: object) -> object:
-    if isinstance(value, Estimate):
-        return value.to_dict()
-    return [_plain(item) for item in value] if isinstance(value, list) else value
+def _estimates(value: Any) -> Any:  # noqa: ANN401 - whatever to_dict made
+    """Turn the dictionaries within lists back into estimates; NaN may have become text."""
+    if isinstance(value, dict):
+        low, middle, high = (float(value[key]) for key in ("low", "value", "high"))
+        return Estimate(middle, low, high, value["n"])
+    return [_estimates(item) for item in value] if isinstance(value, list) else value

@@ -1,4 +1,7 @@
-"""Features of a whole data set, batch by batch, in memory or in files."""
+"""Features of a whole data set, batch by batch, in memory or in files: see `extract`.
+
+`training_features` extracts what a classifier is fitted on, in as many processes as there are.
+"""
 
 import hashlib
 import warnings
@@ -13,22 +16,30 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from torchdnr.decisions import evaluation_mode
-from torchdnr.distributed.processes import Processes
+from torchdnr.distributed import current
 from torchdnr.distributed.sharing import (
-    SharedFeatures,
+    Batch,
+    ShardedFeatures,
     check_same,
     checked_batches,
-    own_batches,
-    own_images,
+    local_batches,
+    local_images,
 )
 from torchdnr.features.layers import LayerFeatures
 from torchdnr.features.reductions import PAIRED, Project
-from torchdnr.features.storage import FeatureStore, RowsInMemory, temporary_files
+from torchdnr.features.storage import FeatureStore, LayerFiles, RowsInMemory, temporary_files
 from torchdnr.files import digest
 from torchdnr.svm.checks import check_labels
 from torchdnr.svm.memory_plan import MEMORY_LIMIT
 
+DISTORTION_LIMIT = 0.1
+"""Root mean square of the relative errors of distances above which a projection is warned of: one
+to 512 features makes 0.03, one to 50 features 0.1."""
 _HALF = (torch.bfloat16, torch.float16)
+
+
+class ProjectionWarning(UserWarning):
+    """A random projection changed the distances between the features of images by much."""
 
 
 @torch.no_grad()
@@ -43,7 +54,7 @@ def extract(
     folder: str | Path | None = None,
     widen: bool = False,
 ) -> tuple[dict[str, Tensor], Tensor | None]:
-    """Take the features of a whole data set, batch by batch, without gradient.
+    """Extract the features of a whole data set, batch by batch, without gradient.
 
     Features that would take too much memory go to files, and come back as tensors on the CPU that
     are mapped from them: their pages are read when they are used and dropped when memory gets
@@ -55,7 +66,7 @@ def extract(
     refused as soon as a batch differs, so pass one that does neither.
 
     Args:
-        features: The layers to take.
+        features: The layers to read.
         data: Images ``(n, ...)``, or an iterable such as a ``DataLoader`` that yields batches of
             images or ``(images, labels)``.
         batch_size: Images per forward pass where ``data`` is a tensor, >= 1.
@@ -86,7 +97,7 @@ def extract(
     with ExitStack() as stack:
         # Once for all batches; inside, forward finds nothing left to switch.
         stack.enter_context(evaluation_mode(features.net))
-        rows = RowsInMemory(n)
+        rows: RowsInMemory | LayerFiles | FeatureStore = RowsInMemory(n)
         if folder is not None:
             run = _describe(features, device, n, batch_size if n is not None else None)
             run["widened"] = widen
@@ -103,7 +114,7 @@ def extract(
             if widen:
                 values = {k: v.float() if v.dtype in _HALF else v for k, v in values.items()}
             if isinstance(rows, RowsInMemory) and memory_limit is not None:
-                if (needed := rows.largest(values)) > memory_limit:
+                if (needed := rows.bytes_with(values)) > memory_limit:
                     files = stack.enter_context(temporary_files(n, needed, memory_limit))
                     rows = rows.moved_to(files)
             rows.append(values)
@@ -111,15 +122,20 @@ def extract(
             raise ValueError(
                 "data holds no image; expected at least one; pass a non-empty tensor or loader"
             )
-        if labels and len(labels) != count:
-            raise ValueError(
-                f"data must yield labels with every batch or with none, got {len(labels)} of "
-                f"{count}"
-            )
-        joined = torch.cat(labels) if labels else None
+        joined = _joined(labels, count)
         if isinstance(rows, FeatureStore):
             return rows.finish(joined), joined
         return rows.finish(), joined
+
+
+def _joined(labels: Sequence[Tensor | None], count: int) -> Tensor | None:
+    """Join the labels of all batches, if they have any."""
+    known = [part for part in labels if part is not None]
+    if known and len(known) < count:
+        raise ValueError(
+            f"data must yield labels with every batch or with none, got {len(known)} of {count}"
+        )
+    return torch.cat(known) if known else None
 
 
 def _describe(
@@ -144,19 +160,8 @@ def _device_of(net: nn.Module) -> torch.device:
     return torch.device("cpu")
 
 
-# Root mean square of the relative errors of distances above which a projection is warned of: one
-# to 512 features makes 0.03, one to 50 features 0.1.
-DISTORTION_LIMIT = 0.1
-
-Batch = tuple[Tensor, Tensor | None]
-
-
-class ProjectionWarning(UserWarning):
-    """A random projection changed the distances between the features of images by much."""
-
-
-def peek(batches: Iterator[Batch]) -> tuple[list[Tensor], Iterator[Batch]]:
-    """Look at the first images without losing them.
+def first_images(batches: Iterator[Batch]) -> tuple[list[Tensor], Iterator[Batch]]:
+    """Read the first images ahead.
 
     Args:
         batches: Images ``(n, ...)`` and labels or None; not empty.
@@ -165,15 +170,15 @@ def peek(batches: Iterator[Batch]) -> tuple[list[Tensor], Iterator[Batch]]:
         Up to 64 images of one shape, spread over as many of the first batches as it takes to have
         so many, in batches that are no larger than the first one; and all the batches.
     """
-    seen: list[Batch] = []
+    read: list[Batch] = []
     for batch in batches:
-        seen.append(batch)
-        if sum(len(images) for images, _ in seen) >= PAIRED:
+        read.append(batch)
+        if sum(len(images) for images, _ in read) >= PAIRED:
             break
-    first = seen[0][0]
-    images = torch.cat([images for images, _ in seen if images.shape[1:] == first.shape[1:]])
+    first = read[0][0]
+    images = torch.cat([images for images, _ in read if images.shape[1:] == first.shape[1:]])
     spread = images[:: max(1, len(images) // PAIRED)][:PAIRED]
-    return list(spread.split(len(first))), chain(seen, batches)
+    return list(spread.split(len(first))), chain(read, batches)
 
 
 @torch.no_grad()
@@ -215,13 +220,13 @@ def prepare_features(features: LayerFeatures, batches: Sequence[Tensor]) -> Laye
 
 
 def distortions(features: LayerFeatures) -> dict[str, dict[str, float]]:
-    """Collect what random projections did to distances.
+    """Collect by how much random projections changed distances.
 
     Args:
         features: Prepared layers.
 
     Returns:
-        Layer name -> what ``projection_distortion`` found, for projected layers.
+        Layer name -> what ``projection_distortion`` measured, for projected layers.
     """
     pairs = zip(features.layers, features.reductions, strict=True)
     return {name: r.distortion for name, r in pairs if isinstance(r, Project) and r.distortion}
@@ -245,12 +250,11 @@ def training_features(
     memory_limit: int | None,
     folder: str | Path | None,
     progress: bool,
-    processes: Processes,
-) -> tuple[LayerFeatures, dict[str, SharedFeatures], Tensor]:
+) -> tuple[LayerFeatures, dict[str, ShardedFeatures], Tensor]:
     """Extract the features of checked images, and the labels that go with them.
 
-    Each process extracts and keeps a contiguous share: of the images in a tensor, or of the batches
-    of a loader, all of which it goes through for the labels.
+    Each of the current processes extracts and keeps a contiguous part: of the images in a tensor,
+    or of the batches of a loader, all of which it goes through for the labels.
 
     Args:
         data: Images ``(n, ...)``, or a loader that yields ``(images, labels)``.
@@ -262,7 +266,6 @@ def training_features(
             limit on a GPU.
         folder: Where features go in any case; of several processes each has a folder in it.
         progress: Whether to show a progress bar.
-        processes: Those that share the work; all call this together, with the same data.
 
     Returns:
         The layers that were read; layer name -> features ``(n, d)``, float32 at least; labels
@@ -271,55 +274,41 @@ def training_features(
     Raises:
         ValueError: If images or labels are not as said above.
     """
+    processes = current()
     if memory_limit is None and device.type == "cpu":
         memory_limit = MEMORY_LIMIT
-    sample, batches = peek(checked_batches(data, batch_size))
+    sample, batches = first_images(checked_batches(data, batch_size))
     ready = prepare([images.to(device) for images in sample])
-    given: list[Tensor | None] = []
+    batch_labels: list[Tensor | None] = []
+    local: Tensor | Iterable[Any]
     if isinstance(data, Tensor):
-        own = own_images(data, processes)
+        local = local_images(data, processes)
     else:
-        pairs = own_batches(data, batches, given, processes)
-        own = (images if of_batch is None else (images, of_batch) for images, of_batch in pairs)
+        pairs = local_batches(data, batches, batch_labels, processes)
+        local = (images if known is None else (images, known) for images, known in pairs)
     if folder is not None and processes.count > 1:
         folder = Path(folder) / f"process-{processes.rank + 1}-of-{processes.count}"
     features, _ = extract(
         ready,
-        own,
+        local,
         batch_size=batch_size,
         progress=progress,
         memory_limit=memory_limit,
         folder=folder,
         widen=True,
     )
-    check_same(processes, ready.net, [labels, *given], torch.cat(sample))
-    found = _joined(given)
-    if (labels is None) == (found is None):
+    check_same(processes, ready.net, [labels, *batch_labels], torch.cat(sample))
+    from_loader = _joined(batch_labels, len(batch_labels))
+    if (labels is None) == (from_loader is None):
         raise ValueError(
             "labels must come once: fit(images, labels), or fit(loader) with a loader that "
             f"yields (images, labels); got {'none' if labels is None else 'both'}"
         )
-    shared = _shared(features, processes)
-    first = next(iter(shared.values()))
-    labels = torch.as_tensor(found if labels is None else labels, device=first.own.device)
-    check_labels(labels, len(first))
-    return ready, shared, labels.long()
-
-
-def _joined(given: list[Tensor | None]) -> Tensor | None:
-    """Join the labels of all batches, if they have any."""
-    known = [labels for labels in given if labels is not None]
-    if known and len(known) < len(given):
-        raise ValueError(
-            f"data must yield labels with every batch or with none, got {len(known)} of "
-            f"{len(given)}"
-        )
-    return torch.cat(known) if known else None
-
-
-def _shared(features: dict[str, Tensor], processes: Processes) -> dict[str, SharedFeatures]:
-    """Tell all processes who has how many rows; all work on the CPU if one's rows went to files."""
-    on_gpu = all(rows.is_cuda for rows in features.values())
-    if on_gpu and not processes.all_agree(on_gpu):
+    if not processes.all(all(rows.is_cuda for rows in features.values())):
+        # The features of one at least are on the CPU, perhaps mapped from files.
         features = {name: rows.cpu() for name, rows in features.items()}
-    return {name: SharedFeatures.from_own(rows, processes) for name, rows in features.items()}
+    sharded = {name: ShardedFeatures.from_local(rows, processes) for name, rows in features.items()}
+    first = next(iter(sharded.values()))
+    labels = torch.as_tensor(from_loader if labels is None else labels, device=first.local.device)
+    check_labels(labels, len(first))
+    return ready, sharded, labels.long()

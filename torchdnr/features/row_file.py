@@ -33,7 +33,7 @@ _LARGEST = 2**63 - 1
 class GrowingFile:
     """A matrix on disk to which rows are added; the number of rows need not be known before.
 
-    Room for the header is left at the start. Until ``finish`` writes it, zeros stand there, which
+    Space for the header is left at the start. Until ``finish`` writes it, zeros stand there, which
     no reader takes for a safetensors file: a part is never mistaken for the whole. Rows are written
     and not mapped: on a full disk a write fails with an error, a map kills the process.
 
@@ -71,10 +71,10 @@ class GrowingFile:
         """
         # Their bytes: numpy, which has the buffer, does not know bfloat16.
         rows = rows.detach().cpu().contiguous()
-        left = memoryview(rows.view(-1).view(torch.uint8).numpy())
+        rest = rows.view(-1).view(torch.uint8).numpy().data
         try:
-            while left:
-                left = left[self._file.write(left) :]
+            while rest:
+                rest = rest[self._file.write(rest) :]
         except OSError as error:
             raise OSError(
                 error.errno,
@@ -154,8 +154,8 @@ def _map(descriptor: int, path: Path) -> mmap.mmap:
 def _no_reserve() -> int:
     if hasattr(mmap, "MAP_NORESERVE"):  # from Python 3.13
         return mmap.MAP_NORESERVE
-    known = platform.system() == "Linux" and platform.machine() in ("x86_64", "aarch64")
-    return 0x4000 if known else 0
+    is_linux = platform.system() == "Linux" and platform.machine() in ("x86_64", "aarch64")
+    return 0x4000 if is_linux else 0
 
 
 def _header(name: str, dtype: torch.dtype, rows: int, width: int) -> bytes:

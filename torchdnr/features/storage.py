@@ -1,7 +1,7 @@
-"""Features in a folder on disk, from which an extraction that was stopped goes on.
+"""Where the features of a data set are gathered: in memory, in files, or in a store that is kept.
 
-The folder holds one safetensors file per layer, the labels if there are any, and a record of the
-batches that are done.
+A store is a folder from which an extraction that was stopped goes on. It holds one safetensors file
+per layer, the labels if there are any, and a record of the batches that are done.
 """
 
 import errno
@@ -30,6 +30,15 @@ from torchdnr.files import (
     save_tensors,
 )
 
+RECORD = "features.json"
+LABELS = "labels.safetensors"
+KIND = "feature store"
+FORMAT_VERSION = 1
+RECORD_SECONDS = 5.0
+"""Time between two records: a kill or a power cut costs that, and the batch under way."""
+
+_ADVICE = "choose another folder, or delete this one"
+
 Layout = dict[str, tuple[torch.dtype, int]]
 """Layer name -> dtype and number d of its features."""
 
@@ -47,16 +56,16 @@ class RowsInMemory:
         self._parts: list[dict[str, Tensor]] = []
         self._bytes: dict[str, int] = {}  # held so far, by layer
 
-    def largest(self, values: Mapping[str, Tensor]) -> int:
-        """Tell what these features take at the most, in bytes, once this batch is added.
+    def bytes_with(self, values: Mapping[str, Tensor]) -> int:
+        """Return the largest number of bytes that these features take once this batch is added.
 
         Where their number is known, that is what all of them take; else what has come so far, and
         once more the largest layer, which is copied when its parts are joined.
         """
         if self._n is not None:
             return row_bytes(values) * self._n
-        held = [self._bytes.get(name, 0) + _bytes_of(rows) for name, rows in values.items()]
-        return sum(held) + max(held)
+        sizes = [self._bytes.get(name, 0) + rows.nbytes for name, rows in values.items()]
+        return sum(sizes) + max(sizes)
 
     def append(self, values: Mapping[str, Tensor]) -> None:
         """Add the rows of one batch.
@@ -73,7 +82,7 @@ class RowsInMemory:
                 self._whole = {k: v.new_empty(self._n, v.shape[1]) for k, v in values.items()}
         check_layout(values, self._layout)
         for name, rows in values.items():
-            self._bytes[name] = self._bytes.get(name, 0) + _bytes_of(rows)
+            self._bytes[name] = self._bytes.get(name, 0) + rows.nbytes
             if self._n is not None:
                 self._whole[name][self._rows : self._rows + len(rows)] = rows
         if self._n is None:
@@ -99,8 +108,8 @@ class LayerFiles:
 
     Args:
         folder: An existing folder.
-        n: Rows of all batches together, if known: whether the disk has room for them is then seen
-            at the first batch.
+        n: Rows of all batches together, if known: a disk that is too full for them is then
+            noticed at the first batch.
         layout: The files that an earlier call began, if they are to go on.
         rows: Rows that it wrote.
 
@@ -124,7 +133,7 @@ class LayerFiles:
             values: Layer name -> features ``(n, d)``, of the same d and dtype as before.
 
         Raises:
-            OSError: If the disk has no room for them, or cannot be written.
+            OSError: If the disk is too full for them, or cannot be written.
             ValueError: If a layer changed its number of features or its dtype, or has a dtype that
                 cannot be stored.
         """
@@ -207,7 +216,7 @@ def temporary_files(n: int | None, needed: int, memory_limit: int) -> Iterator[L
 
     Yields:
         Files in a temporary folder. It is removed at the end of the block; what is mapped by then
-        takes room on the disk until the tensors are gone (on Windows the folder stays).
+        takes space on the disk until the tensors are gone (on Windows the folder stays).
 
     Warns (``UserWarning``) of the size and the folder.
     """
@@ -244,12 +253,8 @@ def check_layout(values: Mapping[str, Tensor], expected: Layout) -> None:
 
 
 def row_bytes(values: Mapping[str, Tensor]) -> int:
-    """Bytes that the features of one image take."""
+    """Return the bytes that the features of one image take."""
     return sum(dtype.itemsize * width for dtype, width in layout_of(values).values())
-
-
-def _bytes_of(rows: Tensor) -> int:
-    return rows.element_size() * rows.numel()
 
 
 def _paths(folder: Path, layout: Layout) -> dict[str, Path]:
@@ -258,18 +263,8 @@ def _paths(folder: Path, layout: Layout) -> dict[str, Path]:
     return {name: folder / f"{i}-{plain[name]}.safetensors" for i, name in enumerate(layout)}
 
 
-RECORD = "features.json"
-LABELS = "labels.safetensors"
-KIND = "feature store"
-FORMAT_VERSION = 1
-RECORD_SECONDS = 5.0
-"""Time between two records: a kill or a power cut costs that, and the batch under way."""
-
-_OR = "choose another folder, or delete this one"
-
-
 class FeatureStore:
-    """Features on disk that are kept, to be completed or to be found again by a later call.
+    """Features on disk that are kept, to be completed or read again by a later call.
 
     Every call brings all batches again from the first on. Those that are in the store are
     recognised by their images and not computed again. Rows are on disk before the record says so.
@@ -289,14 +284,15 @@ class FeatureStore:
     def __init__(self, folder: str | Path, run: Mapping[str, Any], n: int | None) -> None:
         self.folder, self._n, self._run = Path(folder), n, dict(run)
         self._seen, self._next, self._recorded_at = 0, "", time.monotonic()
-        self._start_afresh()
+        self._files, self._batches = LayerFiles(self.folder, n), list[str]()
+        self._features: dict[str, Tensor] | None = None  # the features, once they are complete
         try:
             self._resume()
         except DamagedFileError as error:
-            warnings.warn(f"features are taken again from the start: {error}", stacklevel=4)
-            self._start_afresh()
-        if self._found is None:
-            self._record()  # a folder that cannot be written to is seen here, before any work
+            warnings.warn(f"features are extracted again from the start: {error}", stacklevel=4)
+            self._files, self._batches = LayerFiles(self.folder, n), []
+        if self._features is None:
+            self._record()  # a folder that cannot be written to is noticed here, before any work
 
     def __enter__(self) -> Self:
         return self
@@ -309,7 +305,7 @@ class FeatureStore:
     ) -> None:
         """Record what is done, whatever stopped the work, and close the files."""
         try:
-            if self._found is None:
+            if self._features is None:
                 # On a full disk the record before this one stands.
                 with suppress(*([] if error is None else [OSError])):
                     self._record()
@@ -317,7 +313,7 @@ class FeatureStore:
             self._files.close()
 
     def holds(self, images: Tensor, labels: Tensor | None) -> bool:
-        """Tell whether the next batch is in the store already.
+        """Return whether the next batch is in the store already.
 
         Args:
             images: The batch that follows those asked about before.
@@ -333,14 +329,16 @@ class FeatureStore:
         self._next, place = digest(parts)[:16], self._seen
         self._seen += 1
         if place == len(self._batches):
-            if self._found is not None:
-                raise CheckpointError(f"{self.folder}: expected {place} batches, got more; {_OR}")
+            if self._features is not None:
+                raise CheckpointError(
+                    f"{self.folder}: expected {place} batches, got more; {_ADVICE}"
+                )
             return False
         if self._batches[place] != self._next:
             raise CheckpointError(
                 f"{self.folder}: expected the images that its features were taken from, got others "
                 f"in batch {place + 1}; give the same images in the same batches and order (a "
-                f"loader must neither shuffle nor augment), {_OR}"
+                f"loader must neither shuffle nor augment), {_ADVICE}"
             )
         return True
 
@@ -352,7 +350,7 @@ class FeatureStore:
             self._record()
 
     def finish(self, labels: Tensor | None) -> dict[str, Tensor]:
-        """Complete the store, or find it complete, and map the features.
+        """Complete the store, unless it is complete already, and map the features.
 
         Args:
             labels: Of all rows, if there are any; they are kept beside the features.
@@ -365,30 +363,25 @@ class FeatureStore:
         """
         if self._seen < len(self._batches):
             raise CheckpointError(
-                f"{self.folder}: expected {len(self._batches)} batches, got {self._seen}; {_OR}"
+                f"{self.folder}: expected {len(self._batches)} batches, got {self._seen}; {_ADVICE}"
             )
-        if self._found is None:
+        if self._features is None:
             if labels is not None:
                 save_tensors(self.folder / LABELS, {"labels": labels}, {}, kind="labels")
-            self._found = self._files.finish()
+            self._features = self._files.finish()
             self._record()
-        return self._found
-
-    def _start_afresh(self) -> None:
-        self._files = LayerFiles(self.folder, self._n)
-        self._batches: list[str] = []
-        self._found: dict[str, Tensor] | None = None  # the features, once they are complete
+        return self._features
 
     def _record(self) -> None:
         """Note which batches are done, once their rows are safe on the disk."""
-        if self._found is None:
+        if self._features is None:
             self._files.sync()
         layout = {name: [DTYPES[dtype], d] for name, (dtype, d) in self._files.layout.items()}
         record = {
             "kind": KIND,
             "format_version": FORMAT_VERSION,
             "run": self._run,
-            "complete": self._found is not None,
+            "complete": self._features is not None,
             "rows": self._files.rows,
             "layout": layout,
             "batches": self._batches,
@@ -397,7 +390,7 @@ class FeatureStore:
         self._recorded_at = time.monotonic()
 
     def _resume(self) -> None:
-        """Take up what an earlier call of the same run left, if anything."""
+        """Continue what an earlier call of the same run began, if any."""
         record = _read_record(self.folder)
         if record is None:
             return
@@ -405,12 +398,12 @@ class FeatureStore:
         if differ := sorted(k for k in {*run, *self._run} if run.get(k) != self._run.get(k)):
             raise CheckpointError(
                 f"{self.folder}: expected the features of this run, got those of one with other "
-                f"{', '.join(differ)}; {_OR}"
+                f"{', '.join(differ)}; {_ADVICE}"
             )
         dtypes = {text: dtype for dtype, text in DTYPES.items()}
         layout: Layout = {name: (dtypes[t], d) for name, (t, d) in record["layout"].items()}
         if record["complete"]:
-            self._found = map_files(self.folder, layout, record["rows"])
+            self._features = map_files(self.folder, layout, record["rows"])
         elif record["rows"]:
             self._files = LayerFiles(self.folder, self._n, layout, record["rows"])
         self._batches = record["batches"]
@@ -430,10 +423,10 @@ def _read_record(folder: Path) -> dict[str, Any] | None:
         record = json.loads(path.read_bytes())
     except ValueError as error:
         raise DamagedFileError(f"{path}: expected JSON, got something else ({error})") from error
-    found = (record.get("kind"), record.get("format_version")) if isinstance(record, dict) else ()
-    if found != (KIND, FORMAT_VERSION):
+    kind = (record.get("kind"), record.get("format_version")) if isinstance(record, dict) else ()
+    if kind != (KIND, FORMAT_VERSION):
         raise CheckpointError(
             f"{path}: expected the record of a {KIND}, format version {FORMAT_VERSION}, got "
-            f"another file or version; {_OR}"
+            f"another file or version; {_ADVICE}"
         )
     return record

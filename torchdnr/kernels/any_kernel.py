@@ -6,15 +6,13 @@ import torch
 from gpytorch.kernels import Kernel, RBFKernel
 from torch import Tensor
 
-from torchdnr.distributed.sharing import SharedFeatures
 from torchdnr.kernels.rbf import (
     BLOCK_ELEMENTS,
-    compiled_rbf_scores,
     full_precision,
     rbf_scores,
     squared_distances,
-    traced_rbf_scores,
 )
+from torchdnr.kernels.row_blocks import entry_moments
 
 __all__ = [
     "BLOCK_ELEMENTS",
@@ -29,17 +27,21 @@ __all__ = [
 ]
 
 
-def scale_gamma(features: Tensor | SharedFeatures) -> float:
+def scale_gamma(features: Tensor) -> float:
     """Compute scikit-learn's ``gamma="scale"``: 1 / (d * variance of all entries).
 
     Args:
-        features: Training features, ``(n, d)``, perhaps shared by several processes.
+        features: Training features, ``(n, d)``.
 
     Returns:
         The kernel width; 1.0 for constant features, as scikit-learn has it.
     """
-    variance = SharedFeatures.of(features).variance()
-    return 1.0 / (features.shape[1] * variance) if variance > 0.0 else 1.0
+    return gamma_for_variance(entry_moments(features)[0].item(), features.shape[1])
+
+
+def gamma_for_variance(variance: float, d: int) -> float:
+    """Compute ``gamma="scale"`` for d features whose entries have this variance."""
+    return 1.0 / (d * variance) if variance > 0.0 else 1.0
 
 
 def make_rbf_kernel(gamma: float, like: Tensor) -> RBFKernel:
@@ -109,19 +111,16 @@ def kernel_scores(
     center: Tensor,
     *,
     block_elements: int = BLOCK_ELEMENTS,
-    keep_centred: bool = False,
 ) -> Tensor:
     """Sum kernel values times coefficients, in blocks of rows.
 
     Args:
-        kernel: Any gpytorch kernel; a plain RBF takes the fused path of ``rbf_scores``, the same
-            under ``torch.compile``, and under ``torch.export`` that of ``traced_rbf_scores``.
+        kernel: Any gpytorch kernel; a plain RBF takes the fused path of ``rbf_scores``.
         inputs: Features, ``(n, d)``.
         vectors: Support vectors, ``(m, d)``.
         coefficients: One column per class, ``(m, c)``.
         center: Mean of the training features, ``(d,)``.
         block_elements: Largest number of kernel values held at once on the fused path.
-        keep_centred: Whether ``rbf_scores`` keeps the centred vectors for the next call.
 
     Returns:
         Sums without intercept, ``(n, c)``.
@@ -129,11 +128,7 @@ def kernel_scores(
     gamma = rbf_gamma(kernel)
     if gamma is not None:
         tensors = (inputs, vectors, coefficients, gamma, center)
-        if torch.compiler.is_exporting():
-            return traced_rbf_scores(*tensors)
-        if torch.compiler.is_compiling():
-            return compiled_rbf_scores(*tensors)
-        return rbf_scores(*tensors, block_elements=block_elements, keep_centred=keep_centred)
+        return rbf_scores(*tensors, block_elements=block_elements)
     rows = max(1, block_elements // max(1, len(vectors)))
     with full_precision(inputs.device):
         blocks = [

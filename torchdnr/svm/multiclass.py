@@ -1,4 +1,4 @@
-"""How c classes become binary problems, and the values of those become class scores again."""
+"""How c classes become binary problems, with the bounds of these, and their values class scores."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -8,52 +8,30 @@ from torch import Tensor
 
 ONE_VS_REST, ONE_VS_ONE = STRATEGIES = ("one-vs-rest", "one-vs-one")
 
+PerClass = float | Sequence[float] | Tensor
+ClassWeight = str | Sequence[float] | Mapping[int, float] | Tensor
+CheckedWeight = str | tuple[float, ...] | dict[int, float] | None
+"""None, ``"balanced"``, one factor per class, or factors by class (1 for the others)."""
+
 
 def class_pairs(num_classes: int, device: torch.device | str = "cpu") -> Tensor:
-    """List the pairs of classes in scikit-learn's order: 0v1, 0v2, ..., 1v2, ...
-
-    Args:
-        num_classes: c.
-        device: Where to put the list.
-
-    Returns:
-        Pairs (i, j) with i < j, int64 ``(c (c - 1) / 2, 2)``.
-    """
+    """List the pairs of classes, ``(c (c - 1) / 2, 2)``, in scikit-learn's order: 0v1, 0v2, ..."""
     return torch.combinations(torch.arange(num_classes, device=device))
 
 
 def classes_of_pairs(count: int) -> int:
-    """Compute the number of classes that have ``count`` pairs.
-
-    Args:
-        count: c (c - 1) / 2; 0 for a machine that is not fitted.
-
-    Returns:
-        c; 0 for no pairs.
-    """
+    """Compute the number of classes that have ``count`` pairs; 0 for none."""
     return (1 + math.isqrt(1 + 8 * count)) // 2 if count else 0
 
 
 def one_vs_rest(labels: Tensor, num_classes: int) -> Tensor:
-    """Turn labels into one column of -1 and +1 per class.
-
-    Args:
-        labels: ``(n,)`` in 0..c-1.
-        num_classes: c.
-
-    Returns:
-        Targets, float64 ``(n, c)``.
-    """
+    """Turn labels ``(n,)`` into one column of -1 and +1 per class, float64 ``(n, c)``."""
     classes = torch.arange(num_classes, device=labels.device)
     return torch.where(labels.unsqueeze(1) == classes, 1.0, -1.0).double()
 
 
 def one_vs_one(labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
-    """Turn labels into one column of -1 and +1 per pair of classes.
-
-    Args:
-        labels: ``(n,)`` in 0..c-1.
-        num_classes: c.
+    """Turn labels ``(n,)`` into one column of -1 and +1 per pair of classes.
 
     Returns:
         Targets, float64 ``(n, c (c - 1) / 2)``, +1 for the first class of the pair; and whether the
@@ -65,16 +43,7 @@ def one_vs_one(labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
 
 
 def binary_targets(labels: Tensor, num_classes: int, strategy: str) -> Tensor:
-    """Turn labels into the targets of all binary problems.
-
-    Args:
-        labels: ``(n,)`` in 0..c-1.
-        num_classes: c.
-        strategy: ``"one-vs-rest"`` or ``"one-vs-one"``.
-
-    Returns:
-        Targets, float64 ``(n, P)``; of any sign where a sample takes no part.
-    """
+    """Turn labels into targets, float64 ``(n, P)``; of any sign where a sample takes no part."""
     if strategy == ONE_VS_REST:
         return one_vs_rest(labels, num_classes)
     return one_vs_one(labels, num_classes)[0]
@@ -108,18 +77,8 @@ def votes_and_confidence(values: Tensor) -> Tensor:
     return votes + sums / (3.0 * (sums.abs() + 1.0))
 
 
-PerClass = float | Sequence[float] | Tensor
-ClassWeight = str | Sequence[float] | Mapping[int, float] | Tensor
-
-
 def checked_C(C: PerClass) -> float | tuple[float, ...]:
-    """Bring C to a number or one number per class.
-
-    Args:
-        C: A number, or one per class.
-
-    Returns:
-        C as Python numbers.
+    """Return C as a Python number, or as one per class.
 
     Raises:
         ValueError: If a value is not a number > 0.
@@ -131,19 +90,11 @@ def checked_C(C: PerClass) -> float | tuple[float, ...]:
     return values[0] if scalar else values
 
 
-def checked_class_weight(
-    class_weight: ClassWeight | None,
-) -> str | tuple[float, ...] | dict[int, float] | None:
-    """Bring class weights to Python values.
-
-    Args:
-        class_weight: None, ``"balanced"``, one factor per class, or a mapping class -> factor.
-
-    Returns:
-        The same, as None, ``"balanced"``, a tuple or a dict.
+def checked_class_weight(class_weight: ClassWeight | None) -> CheckedWeight:
+    """Return class weights as Python values.
 
     Raises:
-        ValueError: If it is none of these, or a factor is not a finite number > 0.
+        ValueError: If they are none of ``CheckedWeight``, or a factor is not a finite number > 0.
     """
     if class_weight is None or (isinstance(class_weight, str) and class_weight == "balanced"):
         return class_weight
@@ -152,17 +103,18 @@ def checked_class_weight(
             'class_weight must be None, "balanced", one factor per class or a dict, '
             f"got {class_weight!r}"
         )
-    mapping = isinstance(class_weight, Mapping)
-    factors = list(class_weight.values()) if mapping else class_weight
-    values = _numbers(factors, "class_weight")
+    if isinstance(class_weight, Mapping):
+        values = _numbers(list(class_weight.values()), "class_weight")
+    else:
+        values = _numbers(class_weight, "class_weight")
     if not all(0.0 < value < float("inf") for value in values):
         raise ValueError(
             f"class_weight must hold finite factors > 0, got {class_weight}: to leave samples out, "
             "remove them or give them sample_weight 0"
         )
-    if not mapping:
-        return values
-    return {int(k): value for k, value in zip(class_weight, values, strict=True)}
+    if isinstance(class_weight, Mapping):
+        return {int(k): value for k, value in zip(class_weight, values, strict=True)}
+    return values
 
 
 def upper_bounds(
@@ -170,14 +122,14 @@ def upper_bounds(
     num_classes: int,
     strategy: str,
     C: float | tuple[float, ...],
-    class_weight: str | tuple[float, ...] | dict[int, float] | None,
+    class_weight: CheckedWeight,
     sample_weight: Tensor | None,
 ) -> float | Tensor:
     """Compute the bound of each sample's alpha in each binary problem.
 
-    The factors are multiplied: C, the weight of the sample's class, its own weight. Class weights
-    are those of the sample's own class under both strategies, except that ``"balanced"`` balances
-    each problem of one-vs-rest by itself, its class against all others.
+    The factors are multiplied: C, the weight of the sample's class, and that of the sample. Class
+    weights go by the sample's class under both strategies, except that ``"balanced"`` balances each
+    problem of one-vs-rest by itself, its class against all others.
 
     Args:
         labels: ``(n,)`` in 0..c-1.
@@ -225,20 +177,20 @@ def _class_factors(
     labels: Tensor,
     num_classes: int,
     strategy: str,
-    class_weight: str | tuple[float, ...] | dict[int, float] | None,
+    class_weight: CheckedWeight,
     sample_weight: Tensor | None,
 ) -> Tensor | None:
-    """Look up class weights: None, ``(n, 1)``, or ``(n, c)`` where each problem has its own."""
+    """Look up class weights: None, ``(n, 1)``, or ``(n, c)`` where they differ by problem."""
     if class_weight is None:
         return None
-    if class_weight != "balanced":
+    if not isinstance(class_weight, str):
         weights = _explicit(class_weight, num_classes, labels.device)
     else:
         weights = balanced_weights(labels, num_classes, sample_weight)
         if strategy == ONE_VS_REST:
             share = 1.0 / (num_classes * weights)  # of the class in all the weight
-            own = labels.unsqueeze(1) == torch.arange(num_classes, device=labels.device)
-            return 0.5 / torch.where(own, share, 1.0 - share)
+            is_class = labels.unsqueeze(1) == torch.arange(num_classes, device=labels.device)
+            return 0.5 / torch.where(is_class, share, 1.0 - share)
     return weights[labels].unsqueeze(1)
 
 

@@ -12,6 +12,8 @@ method", SIAM J. Optim. 13 (2002); proximal term: Rockafellar, SIAM J. Control O
 import torch
 from torch import Tensor
 
+from torchdnr.svm.dual import Points
+
 JUMP = 3.0
 """A sample at a bound goes straight to the other one only if its multiplier over this reaches it.
 Kernel values are about 1, so 1 is Newton's own scale; 3 cycled less on raw digits at C = 1."""
@@ -24,10 +26,7 @@ PATIENCE = 6
 
 def newton_blocks(
     kernels: Tensor,
-    gradient: Tensor,
-    dual_coef: Tensor,
-    lower: Tensor,
-    upper: Tensor,
+    points: Points,
     intercept: Tensor,
     damping: Tensor,
     tol: Tensor,
@@ -37,10 +36,8 @@ def newton_blocks(
 
     Args:
         kernels: Gram matrices of the working sets, ``(p, k, k)``.
-        gradient: F = K b - y at the start, ``(p, k)``.
-        dual_coef: b at the start, ``(p, k)``; its sums are kept.
-        lower: Lower bounds of b, ``(p, k)``. A padded entry has both bounds and b at 0.
-        upper: Upper bounds of b, ``(p, k)``.
+        points: The problems on their working sets; the sums of b are kept. A padded entry has both
+            bounds and b at 0.
         intercept: First guess of the intercepts, ``(p,)``.
         damping: Proximal terms, >= 0, ``(p,)``: they make singular kernels harmless.
         tol: Violation that a block may keep, ``(p,)``.
@@ -50,6 +47,7 @@ def newton_blocks(
         b, ``(p, k)``, within the bounds up to rounding where solved with no such sample; whether
         it was solved, ``(p,)``; and Newton steps, ``(p,)``.
     """
+    gradient, dual_coef, lower, upper = points
     best = dual_coef.clone()
     solved = torch.zeros(len(best), dtype=torch.bool, device=best.device)
     steps = torch.zeros(len(best), dtype=torch.int64, device=best.device)
@@ -57,7 +55,16 @@ def newton_blocks(
     waited = torch.zeros_like(steps)
     rows = torch.arange(len(best), device=best.device)
     point, slope = dual_coef, gradient
-    state = (kernels, gradient, dual_coef, lower, upper, damping, tol, max_steps)
+    state: tuple[Tensor, ...] = (
+        kernels,
+        gradient,
+        dual_coef,
+        lower,
+        upper,
+        damping,
+        tol,
+        max_steps,
+    )
     for _ in range(MAX_STEPS):
         kernels, gradient, dual_coef, lower, upper, damping, tol, max_steps = state
         up, low = _guess_sets(point, slope, intercept, lower, upper)
@@ -83,22 +90,14 @@ def newton_blocks(
 
 
 def multiply(kernels: Tensor, vectors: Tensor) -> Tensor:
-    """Multiply each symmetric matrix by its vector, from the left: on CPUs that is faster.
-
-    Args:
-        kernels: Symmetric matrices, ``(p, k, k)``.
-        vectors: ``(p, k)``.
-
-    Returns:
-        Products, ``(p, k)``.
-    """
+    """Multiply symmetric matrices by vectors ``(p, k)``, from the left: on CPUs that is faster."""
     return torch.bmm(vectors.unsqueeze(1), kernels).squeeze(1)
 
 
 def _guess_sets(
     point: Tensor, slope: Tensor, intercept: Tensor, lower: Tensor, upper: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Predict who sits at the upper and who at the lower bound; never all of them."""
+    """Predict which samples sit at the upper and which at the lower bound; never all of them."""
     target = point - slope / JUMP
     shift = intercept.unsqueeze(1) / JUMP
     up = target - shift >= upper
@@ -159,12 +158,12 @@ def _newton_step(
 
 
 def _gather_square(kernels: Tensor, index: Tensor) -> Tensor:
-    """Take the same rows and columns of each matrix; whole rows first is three times faster."""
+    """Select the same rows and columns of each matrix; whole rows first is three times faster."""
     count, size, width = len(kernels), kernels.shape[1], index.shape[1]
     offset = size * torch.arange(count, device=kernels.device).unsqueeze(1)
-    taken = kernels.reshape(count * size, size).index_select(0, (index + offset).flatten())
+    rows = kernels.reshape(count * size, size).index_select(0, (index + offset).flatten())
     columns = index.unsqueeze(1).expand(count, width, width)
-    return taken.view(count, width, size).gather(2, columns)
+    return rows.view(count, width, size).gather(2, columns)
 
 
 def _count_violations(

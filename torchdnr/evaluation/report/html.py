@@ -2,7 +2,7 @@
 
 import base64
 import html
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -69,20 +69,23 @@ EXPLANATIONS = {
         "<b>theta</b>: an image is rejected if its best score is not above it."
     ),
     "detection": (
-        "How well the best score tells attacked from clean images. Counted are attacked images "
+        "How well the best score separates attacked from clean images. Counted are attacked images "
         "whose best score is that of a wrong class, accepted or not, and clean images whose best "
         "score is that of the true one. <b>AUROC</b>: probability that the attacked one of two "
         "images is the more suspicious; 0.5 is chance. <b>FPR95</b>: share of clean images "
         "rejected by a threshold that rejects 95 % of the attacked ones; lower is better. "
         "<b>Detected</b> and <b>false rejections</b>: share of attacked and of clean images "
-        "rejected at the classifier's own theta. <b>Robust error</b>: of the images accepted, "
-        "clean or attacked, the share accepted and wrong, at its own theta, or at the one that "
+        "rejected at the theta in use. <b>Robust error</b>: of the images accepted, "
+        "clean or attacked, the share accepted and wrong, at the theta in use, or at the one that "
         "accepts 99 % of the right calibration images. A dash: there is none to count."
     ),
 }
 NO_CHECKS = "no checks were made"
 LONG_LIST = 20
 """Entries of a list that the table of settings shows."""
+
+Checks = Mapping[str, Mapping[str, Any]]
+"""``CheckReport.to_dict()`` by classifier."""
 
 _escape = html.escape
 
@@ -92,24 +95,27 @@ def save_html(
     curves: Mapping[str, SecurityCurve],
     *,
     settings: Mapping[str, Any],
-    checks: Mapping[str, Mapping[str, Any]],
+    checks: Checks,
     measures: Mapping[str, Mapping[str, Any]],
     figures: Mapping[str, str | Path],
     title: str,
     command: str,
+    tables: Mapping[str, Sequence[Sequence[Any]]] | None = None,
 ) -> None:
     """Write the report, atomically: an earlier one stays until the new one is complete.
 
     Args:
         path: File to write.
         curves: Classifier name to its curve.
-        settings: What the numbers depend on; "classifiers" and "environment" get tables of their
-            own where they are there.
+        settings: What the numbers depend on; "classifiers" and "environment", if given, each get
+            a table.
         checks: Classifier name to ``CheckReport.to_dict()``; empty if none were made.
         measures: Classifier name to ``Measures.to_dict()``.
         figures: Caption to a PNG file, embedded in this order.
         title: Heading of the page.
         command: How to reproduce it.
+        tables: Title to the rows of a further table, the first its header; a cell is text or the
+            ``to_dict()`` of a share.
 
     Raises:
         OSError: If the file cannot be written, or a figure cannot be read.
@@ -124,6 +130,7 @@ def save_html(
         _section("Each attack alone", _attacks(curves), "attacks"),
         _section("Clean images", _classifiers(settings.get("classifiers", {})), "clean"),
         _section("Detection", _detection(measures), "detection"),
+        *(_section(heading, _rates(rows)) for heading, rows in (tables or {}).items()),
         _section("All checks", _all_checks(checks)),
         _section("What the attacks cost", _costs(curves)),
         _section("Environment", _pairs(settings.get("environment", {}))),
@@ -161,146 +168,130 @@ def _percent(rate: float) -> str:
     return f"{100 * rate:.1f}"
 
 
-def _with_interval(rate: float, interval: Sequence[float]) -> str:
+def _with_interval(
+    rate: float, interval: Sequence[float], form: Callable[[float], str] = _percent
+) -> str:
     low, high = interval
-    return f'{_percent(rate)} <span class="ci">[{_percent(low)}, {_percent(high)}]</span>'
+    return f'{form(rate)} <span class="ci">[{form(low)}, {form(high)}]</span>'
 
 
-def _estimate(entry: Mapping[str, Any] | None, percent: bool = True) -> str:
+def _estimate(entry: Mapping[str, Any] | None, form: Callable[[float], str] = _percent) -> str:
     if entry is None or entry["n"] == 0:
         return "-"
-    if percent:
-        return _with_interval(entry["value"], (entry["low"], entry["high"]))
-    value, low, high = (f"{float(entry[key]):.3g}" for key in ("value", "low", "high"))
-    return f'{value} <span class="ci">[{low}, {high}]</span>'
+    value, low, high = (float(entry[key]) for key in ("value", "low", "high"))
+    return _with_interval(value, (low, high), form)
 
 
-def _status(checks: Mapping[str, Mapping[str, Any]], name: str) -> str:
+def _mark(status: str, text: str) -> str:
+    return f'<span class="mark {status}">{text}</span>'
+
+
+def _status(checks: Checks, name: str) -> str:
     """Make the mark that stands beside every number of a classifier."""
     if name not in checks:
-        return '<span class="mark skipped">not checked</span>'
-    entries = checks[name]["checks"]
-    counts = {status: sum(entry["status"] == status for entry in entries) for status in ORDER}
-    found = ", ".join(f"{counts[status]} {status}" for status in ORDER[:2] if counts[status])
+        return _mark("skipped", "not checked")
+    statuses = [entry["status"] for entry in checks[name]["checks"]]
+    doubts = [f"{statuses.count(status)} {status}" for status in ORDER[:2] if status in statuses]
     status = checks[name]["status"]
-    return f'<span class="mark {status}">checks: {found or status}</span>'
+    return _mark(status, f"checks: {', '.join(doubts) or status}")
 
 
-def _verdicts(curves: Mapping[str, SecurityCurve], checks: Mapping[str, Mapping[str, Any]]) -> str:
+def _item(status: str, head: str, text: str) -> str:
+    return f'<li class="{status}"><b>{head}</b>{text}</li>'
+
+
+def _verdicts(curves: Mapping[str, SecurityCurve], checks: Checks) -> str:
     """List for each classifier what failed or is doubtful, the worst first."""
     parts = []
     for name, curve in curves.items():
         entries = checks.get(name, {}).get("checks", ())
         doubtful = [entry for status in ORDER[:2] for entry in entries if entry["status"] == status]
-        lines = [_check_line(entry) for entry in (*doubtful, *broken_off(entries))]
+        items = []
+        for entry in (*doubtful, *broken_off(entries)):
+            advice = f" <i>{_escape(entry['advice'])}</i>" if entry["advice"] else ""
+            head = f"{entry['status']}: {_escape(entry['name'])}"
+            items.append(_item(entry["status"], head, f". {_escape(entry['message'])}{advice}"))
         for attack, alone in curve.attacks.items():
             if count := sum(alone.violations):
                 text = f"{attack} left the ball or the box {count} times and was projected back."
-                lines.append(f'<li class="fail"><b>constraints</b>: {_escape(text)}</li>')
+                items.append(_item("fail", "constraints", f": {_escape(text)}"))
         if missing := curve.settings.get("left_out"):
             text = f"{', '.join(missing)}: the model lacks what they need."
-            lines.append(f'<li class="skipped"><b>left out</b>: {_escape(text)}</li>')
-        if name not in checks:
-            lines.append(f'<li class="skipped">{NO_CHECKS}: the attacks may have been weak.</li>')
-        elif not lines and checks[name]["status"] == "pass":
-            lines = ['<li class="pass">No check found a reason for doubt.</li>']
-        elif not lines:
-            lines = [f'<li class="skipped">{NO_CHECKS}: the attacks may have been weak.</li>']
+            items.append(_item("skipped", "left out", f": {_escape(text)}"))
+        passed = name in checks and checks[name]["status"] == "pass"
+        if passed and not items:
+            items = ['<li class="pass">No check found a reason for doubt.</li>']
+        elif name not in checks or not items:
+            items.append(f'<li class="skipped">{NO_CHECKS}: the attacks may have been weak.</li>')
         head = f"<h3>{_escape(name)} {_status(checks, name)}</h3>"
-        parts.append(f"{head}<ul>{''.join(lines)}</ul>")
+        parts.append(f"{head}<ul>{''.join(items)}</ul>")
     return "".join(parts)
 
 
-def _check_line(entry: Mapping[str, Any]) -> str:
-    advice = f" <i>{_escape(entry['advice'])}</i>" if entry["advice"] else ""
-    status, name = entry["status"], _escape(entry["name"])
-    return f'<li class="{status}"><b>{status}: {name}</b>. {_escape(entry["message"])}{advice}</li>'
-
-
-def _worst_case(
-    curves: Mapping[str, SecurityCurve], checks: Mapping[str, Mapping[str, Any]]
-) -> str:
+def _worst_case(curves: Mapping[str, SecurityCurve], checks: Checks) -> str:
     header = ["eps"]
+    rows = {eps: [f"{eps:g}"] for eps in sorted({e for c in curves.values() for e in c.eps})}
     for name, curve in curves.items():
         header += [f"{_escape(name)}: accuracy, % {_status(checks, name)}"]
         header += ["rejected, %"] * curve.rejects
-    rows = []
-    for eps in sorted({value for curve in curves.values() for value in curve.eps}):
-        row = [f"{eps:g}"]
-        for curve in curves.values():
-            there = eps in curve.eps
-            index = curve.eps.index(eps) if there else 0
-            pairs = [(curve.accuracy, curve.accuracy_interval)]
-            pairs += [(curve.rejection_rate, curve.rejection_interval)] * curve.rejects
-            row += [_with_interval(r[index], i[index]) if there else "-" for r, i in pairs]
-        rows.append(row)
+        rates = dict(zip(curve.eps, curve.estimates(), strict=True))
+        for eps, row in rows.items():
+            at = rates.get(eps)
+            row.append(_estimate(at and at.accuracy.to_dict()))
+            row += [_estimate(at and at.rejection.to_dict())] * curve.rejects
     medians = ", ".join(
         f"{_escape(name)} {curve.median_evasion_norm:.3g}" for name, curve in curves.items()
     )
     samples = len(next(iter(curves.values())).labels)
     note = f"<p>{samples} images. Median norm at which an image is evaded: {medians}.</p>"
-    return _table(header, rows) + note
+    return _table(header, rows.values()) + note
 
 
 def _attacks(curves: Mapping[str, SecurityCurve]) -> str:
     parts = []
     for name, curve in curves.items():
+        rows = []
+        for attack, alone in [*curve.attacks.items(), ("worst case", curve)]:
+            row = [_escape(attack)]
+            for rates in alone.estimates():
+                rejected = f" ({_percent(rates.rejection.value)})" if curve.rejects else ""
+                row.append(_estimate(rates.accuracy.to_dict()) + rejected)
+            rows.append(row)
         header = ["attack", *(f"eps {eps:g}" for eps in curve.eps)]
-        several = {**curve.attacks, "worst case": curve}
-        rows = [
-            [_escape(attack)]
-            + [
-                _with_interval(rate, interval)
-                + (f" ({_percent(rejected)})" if curve.rejects else "")
-                for rate, interval, rejected in zip(
-                    alone.accuracy, alone.accuracy_interval, alone.rejection_rate, strict=True
-                )
-            ]
-            for attack, alone in several.items()
-        ]
         parts.append(f"<h3>{_escape(name)}</h3>{_table(header, rows)}")
     return "".join(parts)
 
 
-def _classifiers(found: Mapping[str, Mapping[str, Any]]) -> str:
-    keys = {
+def _classifiers(clean: Mapping[str, Mapping[str, Any]]) -> str:
+    columns = {
         "test_accuracy": "accuracy, %",
         "test_rejection_rate": "rejected, %",
         "calibration_rejection_rate": "rejected where theta was set, %",
     }
-    rows = [
-        [
-            _escape(name),
-            *(_clean_rate(entry, key) for key in keys),
-            f"{entry['threshold']:.4g}" if "threshold" in entry else "-",
-        ]
-        for name, entry in found.items()
-    ]
-    return _table(["classifier", *keys.values(), "theta"], rows) if rows else ""
-
-
-def _clean_rate(entry: Mapping[str, Any], key: str) -> str:
-    if key not in entry:
-        return "-"
-    interval = entry.get(f"{key}_interval")
-    return _percent(entry[key]) if interval is None else _with_interval(entry[key], interval)
+    rows = []
+    for name, entry in clean.items():
+        row = [_escape(name)]
+        for key in columns:
+            if (interval := entry.get(f"{key}_interval")) is not None:
+                row.append(_with_interval(entry[key], interval))
+            else:
+                row.append(_percent(entry[key]) if key in entry else "-")
+        rows.append([*row, f"{entry['threshold']:.4g}" if "threshold" in entry else "-"])
+    return _table(["classifier", *columns.values(), "theta"], rows) if rows else ""
 
 
 def _detection(measures: Mapping[str, Mapping[str, Any]]) -> str:
     rows = []
     for name, entry in measures.items():
-        for eps, found in entry["detection"].items():
-            own = entry["robust_error"][eps]
-            found = found or {}
+        for eps, detection in entry["detection"].items():
+            errors, rates = entry["robust_error"][eps], detection or {}
+            keys = "fpr_at_tpr", "detected", "false_rejection"
             rows.append(
                 [
                     f"{_escape(name)}, eps {eps}",
-                    _estimate(found.get("auroc"), percent=False),
-                    _estimate(found.get("fpr_at_tpr")),
-                    _estimate(found.get("detected")),
-                    _estimate(found.get("false_rejection")),
-                    _estimate(own["own"]),
-                    _estimate(own.get("99%")),
+                    _estimate(rates.get("auroc"), lambda value: f"{value:.3g}"),
+                    *(_estimate(rates.get(key)) for key in keys),
+                    *(_estimate(errors.get(key)) for key in ("own", "99%")),
                 ]
             )
     header = ["", "AUROC", "FPR95, %", "detected, %", "false rejections, %"]
@@ -308,20 +299,27 @@ def _detection(measures: Mapping[str, Mapping[str, Any]]) -> str:
     return _table(header, rows) if rows else ""
 
 
-def _all_checks(checks: Mapping[str, Mapping[str, Any]]) -> str:
+def _rates(rows: Sequence[Sequence[Any]]) -> str:
+    header, *body = [
+        [_estimate(cell) if isinstance(cell, Mapping) else _escape(cell) for cell in row]
+        for row in rows
+    ]
+    return _table(header, body)
+
+
+def _all_checks(checks: Checks) -> str:
     parts = []
     for name, report in checks.items():
         entries = sorted(report["checks"], key=lambda entry: ORDER.index(entry["status"]))
         rows = [
             [
-                f'<span class="mark {entry["status"]}">{entry["status"]}</span> '
-                + _escape(entry["name"]),
+                f"{_mark(entry['status'], entry['status'])} {_escape(entry['name'])}",
                 _escape(entry["message"]),
                 _escape(entry["advice"]),
             ]
             for entry in entries
         ]
-        parts.append(f"<h3>{_escape(name)}</h3>{_table(['check', 'found', 'advice'], rows)}")
+        parts.append(f"<h3>{_escape(name)}</h3>{_table(['check', 'result', 'advice'], rows)}")
     return "".join(parts)
 
 
@@ -340,15 +338,13 @@ def _costs(curves: Mapping[str, SecurityCurve]) -> str:
 
 
 def _pairs(content: Mapping[str, Any]) -> str:
-    rows = [[_escape(str(key)), _escape(_shortened(value))] for key, value in content.items()]
+    rows = []
+    for key, value in content.items():
+        text = str(value)
+        if isinstance(value, list) and len(value) > LONG_LIST:  # such as 1,000 names of classes
+            text = f"{str(value[:LONG_LIST])[:-1]}, and {len(value) - LONG_LIST:,} more]"
+        rows.append([_escape(str(key)), _escape(text)])
     return _table(["", ""], rows) if rows else ""
-
-
-def _shortened(value: object) -> str:
-    """Write a setting; of a long list, such as the names of 1,000 classes, its beginning."""
-    if not isinstance(value, list) or len(value) <= LONG_LIST:
-        return str(value)
-    return f"{str(value[:LONG_LIST])[:-1]}, and {len(value) - LONG_LIST:,} more]"
 
 
 def _settings(settings: Mapping[str, Any]) -> str:

@@ -2,13 +2,23 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from torchdnr.evaluation.detection import Detection
-from torchdnr.evaluation.figures import COLOURS, MARKERS, _norm_name, _save, _style
+from torchdnr.evaluation.figures import (
+    COLOURS,
+    MARKERS,
+    _footnote,
+    _legend,
+    _norm_name,
+    _save,
+    _style,
+    draw_line,
+)
 from torchdnr.evaluation.metrics import Estimate
 from torchdnr.evaluation.stratified import StratifiedCurve
 from torchdnr.evaluation.threshold_sweep import ThresholdSweep
@@ -47,27 +57,35 @@ def plot_threshold_sweep(
     sizes = sorted({eps for sweep in sweeps.values() for eps in sweep.eps})
     marked = None if over_threshold else operating_point
     figure = Figure(figsize=(1.0 + 4.6 * len(sweeps), 4.9), layout="constrained")
-    panels = figure.subplots(1, len(sweeps), squeeze=False, sharex=not over_threshold, sharey=True)[
-        0
-    ]
-    for axes, (name, sweep) in zip(panels, sweeps.items(), strict=True):
-        _draw_sweep(axes, sweep, sizes, over_threshold)
+    grid = figure.subplots(1, len(sweeps), squeeze=False, sharex=not over_threshold, sharey=True)
+    for axes, (name, sweep) in zip(grid[0], sweeps.items(), strict=True):
+        x, label = sweep.thresholds, r"rejection threshold $\theta$"
+        if not over_threshold:
+            x = [rate.value for rate in sweep.false_rejection_rate]
+            label = "false rejection rate (clean inputs)"
+        _draw_sweep(axes, x, sweep, sizes)
+        axes.set_xlabel(label, fontsize=11)
         _style(axes)
         if marked is not None:
             axes.axvline(marked, color="0.3", linestyle="-.", linewidth=1.2, zorder=2.5)
-        if over_threshold:
-            axes.set_xlabel(r"rejection threshold $\theta$", fontsize=11)
-        else:
-            axes.set_xlim(0, None)
-            axes.set_xlabel("false rejection rate (clean inputs)", fontsize=11)
         axes.set_title(name, fontsize=12, pad=8)
-    panels[0].set_ylabel("accuracy under attack", fontsize=11)
-    _sweep_legend(figure, sweeps, sizes, marked)
+    if not over_threshold:
+        grid[0, 0].set_xlim(0, None)  # of all panels, so after the last is drawn
+    grid[0, 0].set_ylabel("accuracy under attack", fontsize=11)
+    again = any(sweep.reattacked_accuracy is not None for sweep in sweeps.values())
+    handles = _sweep_handles(sizes, again)
+    _legend(figure, handles, min(len(handles), 3 * len(sweeps)))
+    averaged = any(sweep.settings.get("runs", 1) > 1 for sweep in sweeps.values())
+    note = f"{_norm_name(next(iter(sweeps.values())).norm)}. Band: "
+    note += "standard deviation over the runs" if averaged else "95 % confidence interval"
+    note += " when attacked again." if again else "."
+    note += "" if marked is None else f" Vertical line: {100 * marked:g} %."
+    _footnote(figure, note)
     _save(figure, path)
 
 
 def plot_roc(detections: Mapping[str, Detection], path: str | Path) -> None:
-    """Draw the ROC curves of the rejection score; a dot marks each classifier's own theta.
+    """Draw the ROC curves of the rejection score; a marker stands at each classifier's theta.
 
     Args:
         detections: Classifier name, or another label, to what was measured.
@@ -81,26 +99,38 @@ def plot_roc(detections: Mapping[str, Detection], path: str | Path) -> None:
     figure = Figure(figsize=(5.4, 5.6), layout="constrained")
     axes = figure.subplots()
     axes.plot([0, 1], [0, 1], color="0.75", linewidth=1, linestyle="--")
-    for index, (name, found) in enumerate(detections.items()):
-        colour, area = COLOURS[index % len(COLOURS)], found.auroc
+    for index, (name, detection) in enumerate(detections.items()):
+        colour, area = COLOURS[index % len(COLOURS)], detection.auroc
         axes.plot(
-            found.roc.false_positive_rate.tolist(),
-            found.roc.true_positive_rate.tolist(),
+            detection.roc.false_positive_rate.tolist(),
+            detection.roc.true_positive_rate.tolist(),
             color=colour,
             linewidth=1.9,
             label=f"{name}: AUROC {area.value:.3f} [{area.low:.3f}, {area.high:.3f}]",
             clip_on=False,
         )
-        if found.detected is not None:
-            _cross(axes, found.false_rejection, found.detected, colour, MARKERS[index % 7])
+        if detection.detected is not None and detection.false_rejection is not None:
+            x, y = detection.false_rejection, detection.detected
+            axes.errorbar(
+                [x.value],
+                [y.value],
+                xerr=[[x.value - x.low], [x.high - x.value]],
+                yerr=[[y.value - y.low], [y.high - y.value]],
+                color=colour,
+                marker=MARKERS[index % len(MARKERS)],
+                markersize=8,
+                markeredgecolor="white",
+                elinewidth=1.1,
+                zorder=4,
+                clip_on=False,
+            )
     _style(axes)
     axes.set_xlim(0, 1)
     axes.set_aspect("equal")
     axes.set_xlabel("clean inputs rejected", fontsize=11)
     axes.set_ylabel("adversarial inputs rejected", fontsize=11)
-    figure.legend(loc="outside upper center", fontsize=10.5, frameon=False)
-    note = "Marker: the threshold in use. Bars and brackets: 95 % confidence intervals."
-    figure.supxlabel(note, fontsize=9, color="0.35")
+    _legend(figure, axes.get_legend_handles_labels()[0])
+    _footnote(figure, "Marker: the threshold in use. Bars and brackets: 95 % confidence intervals.")
     _save(figure, path)
 
 
@@ -123,9 +153,7 @@ def plot_stratified(curves: Mapping[str, StratifiedCurve], path: str | Path) -> 
     figure = Figure(figsize=(6.2, 4.6), layout="constrained")
     axes = figure.subplots()
     for index, (name, curve) in enumerate(curves.items()):
-        marker = MARKERS[index % len(MARKERS)]
-        colour = COLOURS[index % len(COLOURS)]
-        _band(axes, curve.alphas, curve.robustness, colour, name, marker=marker)
+        _draw_estimates(axes, curve.alphas, curve.robustness, index, name)
     _style(axes)
     axes.set_xlim(0, 1)
     axes.set_xlabel(r"$\alpha$: to reject within $\alpha\,\epsilon$ is an error", fontsize=11)
@@ -135,111 +163,51 @@ def plot_stratified(curves: Mapping[str, StratifiedCurve], path: str | Path) -> 
         r"Share neither accepted and wrong within $\epsilon$ nor rejected "
         "within $\\alpha\\,\\epsilon$.\nBand: 95 % confidence interval."
     )
-    figure.supxlabel(note, fontsize=9, color="0.35")
+    _footnote(figure, note)
     _save(figure, path)
 
 
 def _draw_sweep(
-    axes: Axes, sweep: ThresholdSweep, sizes: Sequence[float], over_threshold: bool
+    axes: Axes, x: Sequence[float], sweep: ThresholdSweep, sizes: Sequence[float]
 ) -> None:
-    x = [rate.value for rate in sweep.false_rejection_rate]
-    if over_threshold:
-        x = sweep.thresholds
     again = sweep.reattacked_accuracy
-    _band(axes, x, sweep.clean_accuracy, "black", "", linestyle=":", band=False)
+    _draw_estimates(axes, x, sweep.clean_accuracy, None, linestyle=":", band=False)
     for row, eps in enumerate(sweep.eps):
-        index = sizes.index(eps)
-        colour, marker = COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]
-        options = {"marker": marker, "band": again is None, "hollow": again is not None}
-        _band(axes, x, sweep.accuracy[row], colour, "", **options)
+        index, fixed = sizes.index(eps), sweep.accuracy[row]
+        _draw_estimates(axes, x, fixed, index, band=again is None, hollow=again is not None)
         if again is not None:
-            _band(axes, x, again[row], colour, "", linestyle="--", marker=marker)
+            _draw_estimates(axes, x, again[row], index, linestyle="--")
 
 
-def _band(
+def _draw_estimates(
     axes: Axes,
     x: Sequence[float],
     estimates: Sequence[Estimate],
-    colour: str,
-    label: str,
+    index: int | None,
+    label: str = "",
     *,
     band: bool = True,
     linestyle: str = "-",
-    marker: str = "",
     hollow: bool = False,
 ) -> None:
-    if band:
-        low, high = [e.low for e in estimates], [e.high for e in estimates]
-        axes.fill_between(x, low, high, color=colour, alpha=0.13, linewidth=0)
-    axes.plot(
-        x,
-        [estimate.value for estimate in estimates],
-        color=colour,
-        linestyle=linestyle,
-        marker=marker,
-        markersize=5.5,
-        markeredgecolor=colour if hollow else "white",
-        markerfacecolor="white" if hollow else colour,
-        linewidth=1.7,
-        label=label,
-        clip_on=False,  # a marker at 0 or 1 stays whole
-        zorder=3,
-    )
+    ends = ([e.low for e in estimates], [e.high for e in estimates]) if band else None
+    values = [estimate.value for estimate in estimates]
+    draw_line(axes, x, values, ends, index, label, linestyle=linestyle, hollow=hollow)
 
 
-def _cross(axes: Axes, x: Estimate, y: Estimate, colour: str, marker: str) -> None:
-    """Draw a point with its intervals in both directions."""
-    axes.errorbar(
-        [x.value],
-        [y.value],
-        xerr=[[x.value - x.low], [x.high - x.value]],
-        yerr=[[y.value - y.low], [y.high - y.value]],
-        color=colour,
-        marker=marker,
-        markersize=8,
-        markeredgecolor="white",
-        elinewidth=1.1,
-        zorder=4,
-        clip_on=False,
-    )
-
-
-def _sweep_legend(
-    figure: Figure,
-    sweeps: Mapping[str, ThresholdSweep],
-    sizes: Sequence[float],
-    marked: float | None,
-) -> None:
-    def line(label: str, **options: object) -> Line2D:
-        return Line2D([], [], **{"linewidth": 1.7, "label": label} | options)
-
-    again = any(sweep.reattacked_accuracy is not None for sweep in sweeps.values())
-    handles = [
-        line(
-            rf"$\epsilon$ = {eps:g}",
-            color=COLOURS[index % len(COLOURS)],
-            marker=MARKERS[index % len(MARKERS)],
-            linestyle="none" if again else "-",
-        )
+def _sweep_handles(sizes: Sequence[float], again: bool) -> list[Line2D]:
+    lines: list[dict[str, Any]] = [
+        {
+            "label": rf"$\epsilon$ = {eps:g}",
+            "color": COLOURS[index % len(COLOURS)],
+            "marker": MARKERS[index % len(MARKERS)],
+            "linestyle": "none" if again else "-",
+        }
         for index, eps in enumerate(sizes)
     ]
-    handles.append(line("no attack", color="black", linestyle=":"))
+    lines.append({"label": "no attack", "color": "black", "linestyle": ":"})
     if again:
-        handles.append(line("fixed points", color="0.35", marker="o", markerfacecolor="white"))
-        handles.append(line("attacked again", color="0.35", marker="o", linestyle="--"))
-    columns = min(len(handles), 3 * len(sweeps))
-    figure.legend(
-        handles=handles,
-        loc="outside upper center",
-        ncols=columns,
-        fontsize=10.5,
-        frameon=False,
-        handlelength=2.6,
-    )
-    note = f"{_norm_name(next(iter(sweeps.values())).norm)}. Band: "
-    several = any(sweep.settings.get("runs", 1) > 1 for sweep in sweeps.values())
-    note += "standard deviation over the runs" if several else "95 % confidence interval"
-    note += " when attacked again." if again else "."
-    if marked is not None:
-        note += f" Vertical line: {100 * marked:g} %."
-    figure.supxlabel(note, fontsize=9, color="0.35")
+        grey = {"color": "0.35", "marker": "o"}
+        lines.append({"label": "fixed points", "markerfacecolor": "white", **grey})
+        lines.append({"label": "attacked again", "linestyle": "--", **grey})
+    return [Line2D([], [], **line) for line in lines]

@@ -219,7 +219,7 @@ def _one_vs_rest_state(machines: list["SVC"]) -> tuple["ndarray", ...]:
     columns = np.zeros((len(support), len(machines)))
     for k, machine in enumerate(machines):
         if machine._gamma != machines[0]._gamma or machine.kernel != machines[0].kernel:
-            raise ValueError("expected SVC of one kernel and gamma, got several")
+            raise ValueError("expected SVC of one kernel and gamma, got more than one")
         rows = np.searchsorted(support, machine.support_)
         columns[rows, k] = _dense(machine.dual_coef_)[0]
         if machine.kernel != "precomputed":
@@ -258,15 +258,17 @@ def _unfitted_svc(svm: "RBFSVM", C: float | tuple[float, ...], *, of_rest: bool)
     except ImportError as error:
         raise ImportError(MISSING) from error
     weight = svm.class_weight
-    if not isinstance(weight, str | None):
-        weight = dict(weight) if isinstance(weight, dict) else dict(enumerate(weight))
-        weight = None if of_rest else weight
+    if isinstance(weight, tuple):
+        weight = dict(enumerate(weight))
+    if isinstance(weight, dict) and of_rest:
+        weight = None
+    limit = 1.0 if isinstance(C, tuple) else C
     if isinstance(C, tuple):
-        given = weight if isinstance(weight, dict) else {}
-        C, weight = 1.0, {k: value * given.get(k, 1.0) for k, value in enumerate(C)}
+        factors = weight if isinstance(weight, dict) else {}
+        weight = {k: value * factors.get(k, 1.0) for k, value in enumerate(C)}
     kernel = "precomputed" if svm.is_precomputed else "rbf"
     options = {"tol": svm.tol, "max_iter": svm.max_steps}
-    return SVC(C=C, kernel=kernel, gamma=svm.gamma, class_weight=weight, **options)
+    return SVC(C=limit, kernel=kernel, gamma=svm.gamma, class_weight=weight, **options)
 
 
 def _fitted_svc(

@@ -2,11 +2,11 @@
 
 import warnings
 from collections.abc import Mapping
-from typing import Self
+from typing import Any, Self, cast
 
 import torch
 
-from torchdnr.svm.dual import ConvergenceWarning
+from torchdnr.svm.dual import ConvergenceWarning, DualSolution
 from torchdnr.svm.multiclass import ONE_VS_ONE, class_pairs, votes_and_confidence
 from torchdnr.svm.rbf_svm import RBFSVM
 from torchdnr.svm.sklearn.convert import MISSING, to_libsvm
@@ -25,9 +25,9 @@ except ImportError as missing:
 
 FLOATS = [np.float64, np.float32]
 HARD_MARGIN = 1e10
-"""What C = inf is taken for."""
+"""The C that stands for C = inf."""
 UNLIMITED = 10_000_000
-"""Steps per problem that max_iter = -1 is taken for: LIBSVM's own limit, so that a fit ends."""
+"""Steps per problem for max_iter = -1: the limit of LIBSVM itself, so that a fit ends."""
 
 
 class RBFSVC(ClassifierMixin, BaseEstimator):
@@ -39,7 +39,7 @@ class RBFSVC(ClassifierMixin, BaseEstimator):
     ``class_weight`` must be > 0; and there is no ``probability``: see ``CalibratedClassifierCV``.
 
     Args:
-        C: Upper bound of the dual variables, > 0; inf is taken for 1e10.
+        C: Upper bound of the dual variables, > 0; inf counts as 1e10.
         kernel: ``"rbf"`` or ``"precomputed"``.
         gamma: Kernel width > 0, ``"scale"`` or ``"auto"``.
         tol: Largest KKT violation accepted.
@@ -117,7 +117,8 @@ class RBFSVC(ClassifierMixin, BaseEstimator):
             raise ValueError(f'decision_function_shape must be "ovr" or "ovo", got {shape!r}')
         if self.kernel == "precomputed" and issparse(X):
             raise TypeError("Sparse precomputed kernels are not supported.")
-        X, y = validate_data(self, X, y, dtype=FLOATS, order="C")
+        data: tuple[NDArray, NDArray] = validate_data(self, X, y, dtype=FLOATS, order="C")
+        features, y = data
         check_classification_targets(y)
         y = column_or_1d(y, warn=True)
         self.classes_, labels = np.unique(y, return_inverse=True)
@@ -125,7 +126,7 @@ class RBFSVC(ClassifierMixin, BaseEstimator):
             raise ValueError("The number of classes has to be greater than one; got 1 class")
         self.class_weight_ = compute_class_weight(self.class_weight, classes=self.classes_, y=y)
         weight = _positive_weight(sample_weight, labels, len(self.classes_))
-        if self.kernel == "rbf" and not np.isfinite(_variance(X)):
+        if self.kernel == "rbf" and not np.isfinite(_variance(features)):
             raise ValueError(
                 "The dual coefficients or intercepts are not finite: the variance of X overflows. "
                 "The input data may contain large values and need to be preprocessed."
@@ -143,18 +144,18 @@ class RBFSVC(ClassifierMixin, BaseEstimator):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)  # scikit-learn's comes below
             self.svm_.fit(
-                torch.tensor(X, device=device),
+                torch.tensor(features, device=device),
                 torch.tensor(labels, device=device),
                 sample_weight=None if weight is None else torch.tensor(weight, device=device),
             )
-        self.shape_fit_ = X.shape
+        self.shape_fit_ = features.shape
         self._read_attributes()
         return self
 
     def _read_attributes(self) -> None:
         """Set the attributes that scikit-learn has, and warn as it does."""
-        svm, solution = self.svm_, self.svm_.solution
-        layout = to_libsvm(svm.dual_coef)
+        svm, layout = self.svm_, to_libsvm(self.svm_.dual_coef)
+        solution, kernel = cast(DualSolution, svm.solution), cast(Any, svm.kernel)  # after a fit
         sign = -1 if len(self.classes_) == 2 else 1  # scikit-learn turns the binary case round
         self.support_ = _array(svm.support[layout.order]).astype(np.int32)
         precomputed = self.kernel == "precomputed"
@@ -164,7 +165,7 @@ class RBFSVC(ClassifierMixin, BaseEstimator):
         self.dual_coef_ = sign * _array(layout.dual_coef)
         self.intercept_ = sign * _array(svm.intercept)
         self.n_iter_ = _array(solution.steps).astype(np.int32)
-        self._gamma = 0.0 if precomputed else float(0.5 / svm.kernel.lengthscale.double() ** 2)
+        self._gamma = 0.0 if precomputed else float(0.5 / kernel.lengthscale.double() ** 2)
         self.fit_status_ = int(not solution.converged.all())
         if self.fit_status_:
             warnings.warn(
