@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from readme_part import rewrite
 
+from benchmarks.readme_part import rewrite
 from torchdnr.evaluation import BOUNDARY_WALK, LINE_SEARCH_PGD, SecurityCurve, load_results
 from torchdnr.evaluation.metrics import wilson_interval
 from torchdnr.files import atomic_path

@@ -15,7 +15,9 @@ ROOT = Path(__file__).parents[1]
 @pytest.fixture
 def scripts(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    bench, readme = map(importlib.import_module, ("bench_compress", "compress_readme"))
+    bench, readme = map(
+        importlib.import_module, ("benchmarks.cost.compress", "benchmarks.cost.compress_readme")
+    )
     monkeypatch.setattr(bench, "FACTORS", {"DNR": (4,), "NR": (4,)})
     monkeypatch.setattr(bench, "EPS", (0.0, 2.0))
     return bench, readme

@@ -15,13 +15,13 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 @pytest.fixture
 def script(monkeypatch):
     monkeypatch.syspath_prepend(BENCHMARKS)
-    return importlib.import_module("bench_forward")
+    return importlib.import_module("benchmarks.cost.forward")
 
 
 @pytest.fixture
 def models(monkeypatch):
     monkeypatch.syspath_prepend(BENCHMARKS)
-    return importlib.import_module("forward_models")
+    return importlib.import_module("benchmarks.cost.forward_models")
 
 
 def test_made_up_svms_score_as_the_float64_formula(models):

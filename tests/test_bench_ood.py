@@ -14,8 +14,15 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 def bench(monkeypatch):
     """Load the parts of the benchmark that need no further package."""
     monkeypatch.syspath_prepend(BENCHMARKS)
-    names = "ood_images", "ood_measures", "ood_figure", "ood_readme"
-    return SimpleNamespace(**{name[4:]: importlib.import_module(name) for name in names})
+    names = (
+        "benchmarks.ood.images",
+        "benchmarks.ood.measures",
+        "benchmarks.ood.figure",
+        "benchmarks.ood.report",
+    )
+    return SimpleNamespace(
+        **{name.rpartition(".")[2]: importlib.import_module(name) for name in names}
+    )
 
 
 def squares(n, size=28):
@@ -264,7 +271,7 @@ def toy_results(bench):
 
 
 def test_the_text_says_where_dnr_is_worse(bench):
-    text = bench.readme.readme_section(toy_results(bench))
+    text = bench.report.readme_section(toy_results(bench))
     assert text.endswith(
         "DNR is worse than energy, kNN on b, odd on any layers; better than NR, kNN on a."
     )
@@ -276,5 +283,5 @@ def test_the_text_says_where_dnr_is_worse(bench):
     even = toy_results(bench)
     for entry in even["sets"][1:]:
         entry["detectors"]["NR"]["dnr_ahead"] = [0.0, -0.1, 0.1]
-    text = bench.readme.readme_section(even)
+    text = bench.report.readme_section(even)
     assert "better than kNN on a; neither better nor worse than NR." in text

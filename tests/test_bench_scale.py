@@ -22,7 +22,12 @@ FACTORS = {
 @pytest.fixture
 def scripts(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    names = "bench_scale", "scale_worker", "scale_estimate", "scale_readme"
+    names = (
+        "benchmarks.cost.scale",
+        "benchmarks.cost.scale_worker",
+        "benchmarks.cost.scale_estimate",
+        "benchmarks.cost.report",
+    )
     return [importlib.import_module(name) for name in names]
 
 

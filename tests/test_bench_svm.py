@@ -23,7 +23,7 @@ def load(name):
 
 @pytest.mark.parametrize("share", [0.25, 0.5, 1.0])
 def test_the_certificate_of_two_points_is_that_of_the_closed_form(share):
-    svm_certificate = load("svm_certificate")
+    svm_certificate = load("benchmarks.svm.certificate")
     x, gamma, C = torch.tensor([[0.0], [1.0]]), 0.7, 50.0
     k = math.exp(-gamma)
     best = 1 / (1 - k)  # of t in b = (t, -t), objective t^2 (1 - k) - 2 t
@@ -41,7 +41,7 @@ def test_the_certificate_of_two_points_is_that_of_the_closed_form(share):
 
 
 def test_the_certificate_sees_what_is_outside_the_box_and_unbalanced():
-    svm_certificate = load("svm_certificate")
+    svm_certificate = load("benchmarks.svm.certificate")
     coef = torch.tensor([[2.5], [0.5]], dtype=torch.float64)  # box [0, 2] and [-2, 0]
     targets = torch.tensor([[1.0], [-1.0]], dtype=torch.float64)
     found = svm_certificate.certificate(coef, targets, coef, torch.zeros(1), 2.0)
@@ -49,8 +49,8 @@ def test_the_certificate_sees_what_is_outside_the_box_and_unbalanced():
 
 
 def test_the_certificate_of_libsvm_is_what_it_promises():
-    svm_certificate = load("svm_certificate")
-    problem = load("svm_problems").noisy_clusters(300)
+    svm_certificate = load("benchmarks.svm.certificate")
+    problem = load("benchmarks.svm.problems").noisy_clusters(300)
     x, y, C, gamma = problem.x_train.double().numpy(), problem.y_train.numpy(), 3.0, 0.05
     targets = np.where(y == 0, 1.0, -1.0)
     svc = SVC(C=C, gamma=gamma, tol=1e-3).fit(x, targets)
@@ -72,15 +72,15 @@ def test_the_certificate_of_libsvm_is_what_it_promises():
 
 
 def test_a_quarter_of_the_noisy_labels_is_wrong_and_no_test_label():
-    problem = load("svm_problems").noisy_clusters(2000)
+    problem = load("benchmarks.svm.problems").noisy_clusters(2000)
     truth = torch.arange(2400) % 10
     assert (problem.y_train != truth[:2000]).double().mean().item() == pytest.approx(0.25, abs=0.03)
     assert (problem.y_test == truth[2000:]).all()
 
 
 def test_a_peer_over_its_budget_is_extrapolated_and_says_so():
-    svm_fit = load("svm_fit")
-    problem = load("svm_problems").noisy_clusters(100)
+    svm_fit = load("benchmarks.svm.fit")
+    problem = load("benchmarks.svm.problems").noisy_clusters(100)
     job = {"peer": "sklearn", "C": 1.0, "gamma": 0.1}
     arrays = problem.x_train.numpy().astype(np.float64), problem.y_train.numpy()
     fit = svm_fit._one_by_one(job, *arrays)
@@ -91,7 +91,7 @@ def test_a_peer_over_its_budget_is_extrapolated_and_says_so():
 
 
 def test_failures_of_a_process_are_answers():
-    svm_worker = load("svm_worker")
+    svm_worker = load("benchmarks.svm.worker")
     worker = svm_worker.Worker({"section": "fit", "peer": "sklearn", "problem": "missing.npz"})
     assert "FileNotFoundError" in worker.ask(limit=60)["error"]
     assert worker.ask({"do": "fit"}, limit=60) == {"error": "its process died"}
@@ -107,7 +107,7 @@ def fit_record(seconds, objective, off=0.0):
 
 
 def test_targets_are_computed_from_medians_and_feasible_solutions():
-    svm_report, svm_targets = load("svm_report"), load("svm_targets")
+    svm_report, svm_targets = load("benchmarks.svm.report"), load("benchmarks.svm.targets")
     peers = {
         "ours": fit_record([1.0, 1.0, 9.0], [-1.0]),
         "sklearn": fit_record([25.0], [-0.9]),
@@ -126,7 +126,7 @@ def test_targets_are_computed_from_medians_and_feasible_solutions():
 
 
 def test_names_choose_sections_data_sets_and_contenders():
-    wanted, peers = load("bench_svm").wanted, ("ours", "sklearn")
+    wanted, peers = load("benchmarks.svm.__main__").wanted, ("ours", "sklearn")
     assert wanted([], "decision", "mnist", peers) == ["ours", "sklearn"]
     assert wanted(["fit", "raw", "ours"], "fit", "raw, C=10", peers) == ["ours"]
     assert wanted(["fit", "raw"], "fit", "noise, C=10", peers) == []
@@ -138,7 +138,7 @@ def test_names_choose_sections_data_sets_and_contenders():
 
 
 def test_a_run_writes_its_records_and_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
-    bench_svm = load("bench_svm")
+    bench_svm = load("benchmarks.svm.__main__")
     monkeypatch.setattr(bench_svm, "DATASETS", ("noise",))
     monkeypatch.setattr(bench_svm, "HARD_DATASETS", ())
     monkeypatch.setattr(bench_svm, "SMALL_DATASETS", ())

@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[1]
 @pytest.fixture
 def script(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    return importlib.import_module("compress_readme")
+    return importlib.import_module("benchmarks.cost.compress_readme")
 
 
 def test_the_compression_numbers_are_those_of_the_committed_results(script):

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 @pytest.fixture
 def script(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    return importlib.import_module("forward_readme")
+    return importlib.import_module("benchmarks.cost.forward_readme")
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """The repetition of the paper's experiments: claims by hand-made outcomes, the protocol small."""
 
 import shutil
-import sys
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
@@ -14,16 +13,14 @@ from torchdnr.evaluation.curve import read_json
 from torchdnr.training import TrainingSettings
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
-
-import paper  # noqa: E402
-import paper_claims  # noqa: E402
-import paper_report  # noqa: E402
-import paper_run  # noqa: E402
-import paper_settings  # noqa: E402
-import paper_study  # noqa: E402
-from paper_claims import FAILS, HOLDS, OPEN, PARTLY, Outcomes, judge_claims  # noqa: E402
-from paper_tables import WORST  # noqa: E402
+from benchmarks.paper import __main__ as paper
+from benchmarks.paper import claims as paper_claims
+from benchmarks.paper import report as paper_report
+from benchmarks.paper import run as paper_run
+from benchmarks.paper import settings as paper_settings
+from benchmarks.paper import study as paper_study
+from benchmarks.paper.claims import FAILS, HOLDS, OPEN, PARTLY, Outcomes, judge_claims
+from benchmarks.paper.tables import WORST
 
 EPS = [0, 1, 2]
 N = 100

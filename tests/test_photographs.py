@@ -26,7 +26,7 @@ RUN = {
 @pytest.fixture
 def script(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    return importlib.import_module("photographs")
+    return importlib.import_module("benchmarks.photographs")
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ import pytest
 import torch
 from attack_toys import NORMS, RBFMap
 
-from torchdnr.evaluation.plots_plane import plot_plane
+from benchmarks.paper.plane import plot_plane
 
 
 @pytest.mark.parametrize("norm", NORMS)

@@ -20,7 +20,7 @@ README = (ROOT / "README.md").read_text()
 @pytest.fixture
 def recorded_run(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    return importlib.import_module("mnist_5k")
+    return importlib.import_module("benchmarks.record_run")
 
 
 def test_the_numbers_are_those_of_the_committed_results(recorded_run):
@@ -31,14 +31,14 @@ def test_the_numbers_are_those_of_the_committed_results(recorded_run):
 
 def test_the_svm_numbers_are_those_of_the_committed_results(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    script = importlib.import_module("svm_readme")
+    script = importlib.import_module("benchmarks.svm.readme")
     section = script.readme_section(json.loads(script.RESULTS.read_text()))
     assert "\n".join([script.MARKERS[0], section, script.MARKERS[1]]) in README
 
 
 def test_the_attack_numbers_are_those_of_the_committed_results(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    script = importlib.import_module("attack_readme")
+    script = importlib.import_module("benchmarks.attacks.report")
     results = script.load()
     assert None not in results
     section = script.readme_section(*results)

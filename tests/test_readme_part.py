@@ -12,7 +12,7 @@ MARKERS = "<!-- x: written by x.py -->", "<!-- end of x -->"
 @pytest.fixture
 def script(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    return importlib.import_module("readme_part")
+    return importlib.import_module("benchmarks.readme_part")
 
 
 def test_the_part_is_replaced_and_nothing_else(script, tmp_path):

@@ -1,6 +1,6 @@
 import pytest
 
-from torchdnr.evaluation.sweep_average import average_sweeps
+from benchmarks.paper.sweep_average import average_sweeps
 
 
 def estimate(value):

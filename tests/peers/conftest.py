@@ -85,4 +85,4 @@ def victim():
 @pytest.fixture
 def peer_attacks(monkeypatch):
     monkeypatch.syspath_prepend(BENCHMARKS)
-    return importlib.import_module("peer_attacks").peers(steps=40, queries=200)
+    return importlib.import_module("benchmarks.attacks.peer_attacks").peers(steps=40, queries=200)

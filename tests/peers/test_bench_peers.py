@@ -8,7 +8,7 @@ pytest.importorskip("torchattacks", reason="needs torchattacks: pip install -e '
 
 @pytest.fixture
 def bench(peer_attacks):
-    return importlib.import_module("bench_peers")
+    return importlib.import_module("benchmarks.attacks.peers")
 
 
 def problem(bench, victim, ours):

@@ -23,7 +23,7 @@ def toy(monkeypatch):
     net = small_network().eval()
     dnr = fitted(DNR(net, LAYERS, **options(*LAYERS, "combiner", gamma=1.0)), images)
     nr = fitted(NR(net, LAYERS[-1], **options(LAYERS[-1], gamma=1.0)), images)
-    module = importlib.import_module("ood_detectors")
+    module = importlib.import_module("benchmarks.ood.detectors")
     detectors = module.fit_detectors(net, dnr, nr, images, torch.arange(90) % 3, neighbours=4)
     return images, detectors
 
@@ -68,8 +68,8 @@ def half_squared_distance(z, known, labels):
 
 def test_from_images_to_numbers(toy):
     _, detectors = toy
-    measures = importlib.import_module("ood_measures")
-    Unknown = importlib.import_module("ood_images").Unknown
+    measures = importlib.import_module("benchmarks.ood.measures")
+    Unknown = importlib.import_module("benchmarks.ood.images").Unknown
     clean, unknown = make_images(60), (torch.rand(40, 1, 8, 8) > 0.5).float()
     labels = torch.arange(60) % 3
     sets = [Unknown("black and white points", "noise", unknown)]

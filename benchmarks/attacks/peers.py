@@ -1,0 +1,290 @@
+"""Compare our attacks with those of other libraries, sample by sample, on one model.
+
+`python benchmarks/bench_peers.py --run runs/mnist-5k` takes a run folder of attack.py: its model,
+its attacked test images and what our line-up reached on each of them at each eps. The attacks of
+foolbox, torchattacks, ART and AutoAttack (extra `peers`) then attack the same images through our
+adapters, so that a success is an accepted and wrong input, within the ball and the box, judged by
+the model itself. An evaluation is as strong as they are if no peer succeeds where it fails; the
+number of samples where one does is what counts here, per peer and eps.
+
+A sample that a peer evades at one eps is evaded at every larger one and is not attacked again.
+Numbers go to benchmarks/results/peers-<device>.json after every attack and eps; a stopped run goes
+on where it was. A peer that is not installed is named.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.attacks.peer_attacks import Peer, peers
+from torchdnr.adapters import attack_per_label
+from torchdnr.attacks import evades, project
+from torchdnr.attacks.starts import nearest_other_class
+from torchdnr.attacks.target import has_reject_column
+from torchdnr.cli import Console
+from torchdnr.cli_options import attack_parser
+from torchdnr.cli_settings import prepare
+from torchdnr.evaluation import SecurityCurve, load_results, predict_labels
+from torchdnr.evaluation.curve import read_json, write_json
+from torchdnr.evaluation.environment import describe_environment
+from torchdnr.evaluation.judging import outputs
+from torchdnr.evaluation.metrics import evaded
+from torchdnr.files import digest
+from torchdnr.pipeline import make_classifiers
+
+ROOT = Path(__file__).parents[2]
+BATCH_SIZE = 256
+TOLERANCE = 1e-5  # by which a norm may exceed eps; a library rounds in float32
+FILES = "settings.json", "network.safetensors", "nr.safetensors", "dnr.safetensors", "results.json"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is attacked, and what our attacks reached.
+
+    Attributes:
+        model: The classifier.
+        reject: Whether the last column of its output is the threshold.
+        inputs: Clean images, ``(n, ...)``.
+        labels: True classes, ``(n,)``.
+        starts: The nearest image that the model accepts as another class, ``(n, ...)``.
+        ours: Whether our line-up evades, by eps, bool ``(n,)``.
+    """
+
+    model: nn.Module
+    reject: bool
+    inputs: Tensor
+    labels: Tensor
+    starts: Tensor
+    ours: dict[float, Tensor]
+
+
+def load_problem(folder: Path, name: str, samples: int | None, eps: Sequence[float]) -> Problem:
+    """Load model, images and our results from a run folder.
+
+    Args:
+        folder: Run folder of attack.py.
+        name: Classifier: DNN, NR or DNR.
+        samples: Images to attack, from the first; None: all that ours attacked.
+        eps: Sizes of the perturbation; among those of the results.
+
+    Returns:
+        The problem.
+
+    Raises:
+        ValueError: If the folder lacks a file, or the results do not fit.
+    """
+    missing = [file for file in FILES if not (folder / file).exists()]
+    if missing:
+        raise ValueError(f"{folder} lacks {', '.join(missing)}: run attack.py --run {folder}")
+    curve = load_results(folder / "results.json")[0][name]
+    unknown = sorted(set(eps) - set(curve.eps))
+    if curve.norm != 2 or unknown or min(eps) <= 0:
+        raise ValueError(
+            f"eps must be > 0 and among {curve.eps}, in the l2 norm, of {folder}/results.json; "
+            f"got {list(eps)} and norm {curve.norm:g}"
+        )
+    job = prepare(attack_parser().parse_args(["--run", str(folder)]), Console(quiet=True))
+    model = make_classifiers(job, Console(quiet=True))[name].eval()
+    count = len(curve.labels) if samples is None else min(samples, len(curve.labels))
+    inputs, labels = (part[:count] for part in job.images("test"))
+    if not torch.equal(labels.cpu(), curve.labels[:count]):
+        raise ValueError(f"{folder}/results.json is of other images: run attack.py again")
+    reject = has_reject_column(model, None)
+    pool = job.images("svm")[0]
+    classes = predict_labels(outputs(model, pool, BATCH_SIZE), reject)
+    nearest, usable = nearest_other_class(inputs, labels, pool, classes, 1)
+    if not usable.all():
+        raise ValueError(f"{name} accepts no image of another class to start some attacks from")
+    return Problem(
+        model,
+        reject,
+        inputs,
+        labels,
+        pool[nearest[:, 0]],
+        ours_evading(curve, eps, count),
+    )
+
+
+def ours_evading(curve: SecurityCurve, eps: Sequence[float], count: int) -> dict[float, Tensor]:
+    """Read from a curve where our line-up evades, by eps, for the first samples."""
+    rows = {value: curve.eps.index(value) for value in eps}
+    return {
+        value: evaded(curve.predictions[row], curve.labels)[:count] for value, row in rows.items()
+    }
+
+
+def run_peer(problem: Problem, peer: Peer, eps: float, rows: Tensor) -> dict[str, Any]:
+    """Attack some samples, and judge what the attack returns.
+
+    Args:
+        problem: What is attacked.
+        peer: The attack.
+        eps: Radius of the ball; an attack that minimises the norm ignores it.
+        rows: Samples to attack.
+
+    Returns:
+        ``rows``; ``evading`` and ``norm`` of each point, clipped to the box and, but for minimum
+        norms, projected on the ball; how many lay ``outside``; ``seconds``.
+    """
+    inputs, labels, starts = (t[rows] for t in (problem.inputs, problem.labels, problem.starts))
+
+    def attack(view: nn.Module, some: Tensor, classes: Tensor) -> Tensor:
+        return peer.run(view, some, classes, eps, starts[labels == classes[0]])
+
+    began = time.perf_counter()
+    points = attack_per_label(attack, problem.model, inputs, labels, reject=problem.reject)
+    seconds = time.perf_counter() - began
+    points = points.nan_to_num().clamp(0, 1)
+    far = torch.zeros_like(labels, dtype=torch.bool)
+    if not peer.minimum_norm:
+        far = _norm(points - inputs) > eps * (1 + TOLERANCE)
+        inside = project(points, inputs, eps, 2, (0.0, 1.0))
+        points = torch.where(far.view(-1, *[1] * (points.ndim - 1)), inside, points)
+    output = outputs(problem.model, points, BATCH_SIZE)
+    return {
+        "rows": rows.tolist(),
+        "evading": evades(output, labels, problem.reject).tolist(),
+        "norm": _norm(points - inputs).tolist(),
+        "outside": int(far.sum()),
+        "seconds": seconds,
+    }
+
+
+def _norm(shift: Tensor) -> Tensor:
+    return shift.double().flatten(1).norm(dim=1)
+
+
+def reached(peer: Peer, runs: dict[str, dict[str, Any]], eps: float, samples: int) -> Tensor:
+    """Tell which samples a peer evades within ``eps``, by any of its runs, bool ``(n,)``."""
+    found = torch.zeros(samples, dtype=torch.bool)
+    for size, run in runs.items():
+        if peer.minimum_norm or float(size) <= eps:
+            near = torch.tensor(run["norm"]) <= eps * (1 + TOLERANCE)
+            found[torch.tensor(run["rows"], dtype=torch.int64)] |= torch.tensor(run["evading"]) & (
+                near
+            )
+    return found
+
+
+def compare(problem: Problem, peer: Peer, runs: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Count, by eps, the samples that a peer evades, and those that ours does not.
+
+    Args:
+        problem: What is attacked, with our results.
+        peer: The attack.
+        runs: What ``run_peer`` returned, by eps.
+
+    Returns:
+        By eps: ``peer`` and ``ours``, how many samples each evades; ``peer_only``, those that the
+        peer evades and ours does not.
+    """
+    table = {}
+    for eps, ours in problem.ours.items():
+        theirs = reached(peer, runs, eps, len(ours))
+        table[f"{eps:g}"] = {
+            "peer": int(theirs.sum()),
+            "ours": int(ours.sum()),
+            "peer_only": (theirs & ~ours).nonzero()[:, 0].tolist(),
+        }
+    return table
+
+
+def measure(problem: Problem, chosen: dict[str, Peer], record: dict[str, Any], path: Path) -> None:
+    """Run every peer at every eps that the record lacks, and write the record after each."""
+    samples = len(problem.labels)
+    for name, peer in chosen.items():
+        entry = record["peers"].setdefault(name, {"versions": peer.versions(), "runs": {}})
+        if entry["versions"] is None:
+            print(f"{name}: needs {', '.join(peer.packages)}: pip install -e '.[peers]'")
+            del record["peers"][name]
+            continue
+        entry |= {"settings": peer.settings, "minimum_norm": peer.minimum_norm}
+        sizes = sorted(problem.ours)
+        for eps in sizes[-1:] if peer.minimum_norm else sizes:
+            if f"{eps:g}" not in entry["runs"]:
+                left = ~reached(peer, entry["runs"], eps, samples)
+                if record["run"]["survivors"]:
+                    left &= ~problem.ours[sizes[0] if peer.minimum_norm else eps]
+                rows = left.nonzero()[:, 0].to(problem.labels.device)
+                print(f"{name}, eps {eps:g}: {len(rows)} samples", file=sys.stderr, flush=True)
+                entry["runs"][f"{eps:g}"] = run_peer(problem, peer, eps, rows)
+            entry["table"] = compare(problem, peer, entry["runs"])
+            write_json(path, record)
+
+
+def summary(record: dict[str, Any]) -> str:
+    """Format the record: per peer and eps, samples evaded by it, by ours, by it alone."""
+    lines = [f"{'attack':<26} {'eps':>5} {'peer':>5} {'ours':>5} {'peer only':>10} {'s':>6}"]
+    for name, entry in record["peers"].items():
+        for eps, row in entry["table"].items():
+            seconds = entry["runs"].get(eps, {}).get("seconds")
+            spent = "" if seconds is None else f"{seconds:.0f}"
+            lines.append(
+                f"{name:<26} {eps:>5} {row['peer']:>5} {row['ours']:>5} "
+                f"{len(row['peer_only']):>10} {spent:>6}"
+            )
+    return "\n".join(lines)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n", maxsplit=1)[0])
+    option = parser.add_argument
+    option("--run", type=Path, default=ROOT / "runs/mnist-5k", help="run folder of attack.py")
+    option("--classifier", choices=("DNN", "NR", "DNR"), default="DNR")
+    option("--samples", type=int, help="images, from the first (default: all that ours attacked)")
+    option("--eps", type=float, nargs="+", default=[1, 1.5, 2], help="l2 (default: 1 1.5 2)")
+    option("--peers", nargs="+", metavar="WORD", help="only attacks whose name has one of these")
+    option("--steps", type=int, default=100, help="of iterative attacks (default: 100)")
+    option("--queries", type=int, default=1000, help="of the square attack (default: 1000)")
+    option("--survivors", action="store_true", help="attack only where ours did not evade")
+    option("--output", type=Path, help="default: benchmarks/results/peers-<device>.json")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the benchmark, print the table, and return 1 if some peer beats ours on a sample."""
+    options = _parser().parse_args(argv)
+    eps = sorted(set(options.eps))
+    problem = load_problem(options.run, options.classifier, options.samples, eps)
+    identity = {
+        "classifier": options.classifier,
+        "samples": len(problem.labels),
+        "eps": eps,
+        "steps": options.steps,
+        "queries": options.queries,
+        "survivors": options.survivors,
+        "digest": digest(
+            {**problem.model.state_dict(), "inputs": problem.inputs}
+            | {f"ours at {size:g}": found for size, found in problem.ours.items()}
+        ),
+    }
+    device = problem.labels.device
+    output = options.output or ROOT / f"benchmarks/results/peers-{device.type}.json"
+    record = {"run": identity, "environment": describe_environment(device), "peers": {}}
+    if output.exists():
+        earlier = read_json(output)
+        if earlier.get("run") == identity:
+            record = earlier
+        else:
+            print(f"{output} is of another comparison: starting afresh", file=sys.stderr)
+    chosen = {
+        name: peer
+        for name, peer in peers(options.steps, options.queries).items()
+        if options.peers is None or any(word.lower() in name.lower() for word in options.peers)
+    }
+    measure(problem, chosen, record, output)
+    print(summary(record))
+    beaten = [row for entry in record["peers"].values() for row in entry["table"].values()]
+    return int(any(row["peer_only"] for row in beaten))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

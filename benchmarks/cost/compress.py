@@ -1,0 +1,273 @@
+"""Measure what compression loses and gains: fidelity, accuracy clean and under attack, speed.
+
+`python benchmarks/bench_compress.py --run runs/mnist-5k` takes DNR and NR of a run folder (made by
+train.py), compresses each to several sizes on the images of their fit, sets theta again on the same
+calibration images, and measures for the original and for every size:
+
+- fidelity of the scores on the images of the fit and on all test images, SVM by SVM, and of the
+  final scores without any descent and without the one on the final scores
+- accuracy and rejection rate on all test images
+- time of the SVMs alone and of the whole model, forward and with the gradient by the images; on a
+  CPU processor time on one thread, the models in turn
+- accuracy under attack: each model attacked afresh with the whole default line-up, and beside it
+  with the points that were found on the original
+
+Numbers go to benchmarks/results/compress-<device>.json; the first samples of a test split are a
+stratified sample of it. About ten minutes on one core.
+"""
+
+import argparse
+import json
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.common import busy_cores, commit
+from torchdnr import DNR, NR
+from torchdnr.cli import Console
+from torchdnr.cli_options import attack_parser
+from torchdnr.cli_settings import Job, prepare
+from torchdnr.compression import CompressionWarning, compression_losses
+from torchdnr.evaluation import SecurityCurve, security_evaluation
+from torchdnr.evaluation.curve import plain_json
+from torchdnr.evaluation.environment import describe_environment
+from torchdnr.evaluation.line_up import build_line_up
+from torchdnr.evaluation.metrics import accuracy_under_attack, evaded, rejection_rate
+from torchdnr.files import atomic_write_bytes
+from torchdnr.pipeline import make_classifiers
+from torchdnr.svm.compression import SMOOTHNESS, STEPS
+from torchdnr.svm.joint_compression import stack_scores
+
+RESULTS = Path(__file__).parents[1] / "results"
+EPS = (0.0, 1.0, 1.5, 2.0)
+FACTORS = {"DNR": (5, 10, 20, 50, 100), "NR": (10,)}
+SPEED_ROWS = 256
+
+
+def compressed_models(
+    originals: dict[str, DNR | NR], job: Job
+) -> tuple[dict[str, DNR | NR], dict[str, dict[str, Any]]]:
+    """Compress every classifier to every size; describe what was lost.
+
+    Returns:
+        Models by name, the originals first; and their entries in the results.
+    """
+    images, calibration = job.images("svm")[0], job.images("threshold")[0]
+    models: dict[str, DNR | NR] = {}
+    found: dict[str, dict[str, Any]] = {}
+    for kind, original in originals.items():
+        models[kind], found[kind] = original, {"of": kind, "factor": 1}
+        for factor in FACTORS[kind]:
+            name = f"{kind}, {factor} times fewer"
+            began = time.process_time()
+            model = original.compress(images, factor=factor)
+            spent = time.process_time() - began
+            models[name] = model.calibrate(calibration, job.settings["rejection_rate"])
+            found[name] = {
+                "of": kind,
+                "factor": factor,
+                "compression_processor_seconds": spent,
+                "losses": {
+                    part: compression_losses(original, model, job.images(part)[0])
+                    for part in ("svm", "test")
+                },
+                "test_r2_without": without_descent(original, job, factor),
+            }
+    for name, model in models.items():
+        sizes = {key: len(svm.support_vectors) for key, svm in model._svms().items()}
+        found[name] |= {"vectors": sizes, "total_vectors": sum(sizes.values())}
+        found[name] |= clean(model, job)
+    return models, found
+
+
+def without_descent(original: DNR | NR, job: Job, factor: float) -> dict[str, float]:
+    """Measure R^2 of the final scores on test images where parts of the fit are left out."""
+    left_out = {"any descent": {"steps": 0, "joint_steps": 0}, "joint descent": {"joint_steps": 0}}
+    images, test = job.images("svm")[0], job.images("test")[0]
+    found = {}
+    for name, options in left_out.items():
+        model = original.compress(images, factor=factor, **options)
+        found[name] = list(compression_losses(original, model, test).values())[-1]["r2"]
+    return found
+
+
+def clean(model: DNR | NR, job: Job) -> dict[str, Any]:
+    """Measure accuracy and rejection rate on all test images, and theta's on its own."""
+    images, labels = job.images("test")
+    predicted = model.predict(images)
+    return {
+        "threshold": model.threshold.item(),
+        "test_samples": len(labels),
+        "test_accuracy": accuracy_under_attack(predicted, labels, eps=0),
+        "test_rejection_rate": rejection_rate(predicted),
+        "test_evasion_rate": evaded(predicted, labels).double().mean().item(),
+        "calibration_rejection_rate": rejection_rate(model.predict(job.images("threshold")[0])),
+    }
+
+
+def measure_speed(
+    models: dict[str, DNR | NR], images: Tensor, repeats: int
+) -> dict[str, dict[str, Any]]:
+    """Time forward passes and gradients, all models in turn; medians over the repeats."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        calls = {name: speed_calls(model, images) for name, model in models.items()}
+        seconds: dict[str, dict[str, list[float]]] = {
+            name: {what: [] for what in made} for name, made in calls.items()
+        }
+        for number in range(repeats + 1):  # the first round warms up
+            for name, made in calls.items():
+                for what, call in made.items():
+                    spent = timed(call, images.device)
+                    if number:
+                        seconds[name][what].append(spent)
+    finally:
+        torch.set_num_threads(threads)
+    return {
+        name: {
+            "rows": len(images),
+            "seconds": {what: statistics.median(values) for what, values in by_call.items()},
+            "all_seconds": by_call,
+        }
+        for name, by_call in seconds.items()
+    }
+
+
+def speed_calls(model: DNR | NR, images: Tensor) -> dict[str, Callable[[], object]]:
+    """Prepare what is timed of a model."""
+    with torch.no_grad():
+        features = model.features(images)
+    leaves = {name: values.clone().requires_grad_() for name, values in features.items()}
+    pixels = images.clone().requires_grad_()
+
+    def svms(z: dict[str, Tensor]) -> Tensor:
+        return list(stack_scores(model._svms(), z).values())[-1]
+
+    def svms_forward() -> Tensor:
+        with torch.no_grad():
+            return svms(features)
+
+    def model_forward() -> Tensor:
+        with torch.no_grad():
+            return model(images)
+
+    return {
+        "SVMs, forward": svms_forward,
+        "SVMs, gradient": lambda: torch.autograd.grad(svms(leaves).sum(), list(leaves.values())),
+        "model, forward": model_forward,
+        "model, gradient": lambda: torch.autograd.grad(model(pixels).sum(), pixels),
+    }
+
+
+def timed(call: Callable[[], object], device: torch.device) -> float:
+    """Return the seconds of a call: of the processor on a CPU, which others may use as well."""
+    if device.type != "cuda":
+        began = time.process_time()
+        call()
+        return time.process_time() - began
+    torch.cuda.synchronize(device)
+    began = time.perf_counter()
+    call()
+    torch.cuda.synchronize(device)
+    return time.perf_counter() - began
+
+
+def attack(
+    model: DNR | NR, job: Job, net: torch.nn.Module, samples: int, original: SecurityCurve | None
+) -> tuple[SecurityCurve, dict[str, Any]]:
+    """Attack one model with the default line-up, and with the points found on the original."""
+    images, labels = (part[:samples] for part in job.images("test"))
+    pool = job.images("svm")[0]
+    line_up = build_line_up(
+        ["default"], pool, norm=2, surrogate=net, options={"seed": job.settings["seed"]}
+    )
+    began = time.process_time()
+    curve = security_evaluation(
+        model, images, labels, EPS, norm=2, attacks=line_up, init_inputs=pool, progress=False
+    )
+    found = {
+        "eps": curve.eps,
+        "norm": 2,
+        "attacks": {name: entry.settings for name, entry in curve.attacks.items()},
+        **curve.rates(),
+        "attack_accuracy": {name: entry.accuracy for name, entry in curve.attacks.items()},
+        "median_evasion_norm": curve.median_evasion_norm,
+        "predictions": curve.predictions.tolist(),
+        "evasion_norm": curve.evasion_norm.tolist(),
+        "processor_seconds": time.process_time() - began,
+    }
+    if original is not None:
+        found |= against_original(model, labels, curve, original)
+    return curve, found
+
+
+def against_original(
+    model: DNR | NR, labels: Tensor, curve: SecurityCurve, original: SecurityCurve
+) -> dict[str, Any]:
+    """Count, per eps, whose decisions compression changed under attack, sample by sample."""
+    counts: dict[str, list[int]] = {"newly_evaded": [], "no_longer_evaded": [], "transferred": []}
+    labels = labels.cpu()
+    for index in range(len(curve.eps)):
+        own = evaded(curve.predictions[index], labels)
+        before = evaded(original.predictions[index], labels)
+        # A model that is only harder to attack, not stronger, still falls to these points.
+        moved = evaded(model.predict(original.adversarial[index]).cpu(), labels)
+        counts["newly_evaded"].append((own & ~before).sum().item())
+        counts["no_longer_evaded"].append((before & ~own).sum().item())
+        counts["transferred"].append((moved & ~own).sum().item())
+    return counts
+
+
+def main() -> None:
+    """Compress, measure, and write the JSON after every model that was attacked."""
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("--run", default="runs/mnist-5k", help="run folder (default: %(default)s)")
+    parser.add_argument("--samples", type=int, default=30, help="attacked (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=9, help="of the times")
+    parser.add_argument("--device")
+    options = parser.parse_args()
+    arguments = ["--run", options.run, "--quiet"]
+    arguments += ["--device", options.device] if options.device else []
+    job = prepare(attack_parser().parse_args(arguments), Console(quiet=True))
+    classifiers = make_classifiers(job, Console(quiet=True))
+    warnings.simplefilter("ignore", CompressionWarning)  # all that it says is in the results
+    models, found = compressed_models({kind: classifiers[kind] for kind in FACTORS}, job)
+    speed_images = job.images("test")[0][:SPEED_ROWS]
+    for name, times in measure_speed(models, speed_images, options.repeats).items():
+        found[name]["speed"] = times
+    record = {
+        "environment": describe_environment(job.device),
+        "commit": commit(),
+        "busy_cores_before": busy_cores(),
+        "run": job.settings,
+        "settings": {
+            "steps": STEPS,
+            "joint_steps": STEPS,
+            "smoothness": SMOOTHNESS,
+            "samples": options.samples,
+            "repeats": options.repeats,
+        },
+        "models": found,
+    }
+    path = RESULTS / f"compress-{job.device.type}.json"
+    originals: dict[str, SecurityCurve] = {}
+    for name, model in models.items():
+        kind = found[name]["of"]
+        curve, found[name]["attack"] = attack(
+            model, job, classifiers["DNN"], options.samples, originals.get(kind)
+        )
+        originals.setdefault(kind, curve)
+        text = json.dumps(plain_json(record), indent=1, allow_nan=False) + "\n"
+        atomic_write_bytes(path, text.encode())
+        print(name, found[name]["test_accuracy"], curve.accuracy, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,286 @@
+"""One run of the paper's protocol: samples, networks, classifiers, attacks, thresholds.
+
+Everything is kept in the folder as soon as it is made, and is not made again.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.paper.settings import Variant
+from benchmarks.paper.study import SEED, Study, costed, run_folder
+from torchdnr import DNR, NR
+from torchdnr.attacks import line_search_pgd
+from torchdnr.attacks.target import has_reject_column
+from torchdnr.costs import stage
+from torchdnr.evaluation import SecurityCurve, build_line_up, predict_labels
+from torchdnr.evaluation.curve import plain_json, read_json, write_json
+from torchdnr.evaluation.decisions import worst_predictions
+from torchdnr.evaluation.judging import outputs
+from torchdnr.evaluation.metrics import accuracy_under_attack, rejection_rate
+from torchdnr.evaluation.rates import decision_rates
+from torchdnr.evaluation.report import load_results, save_results
+from torchdnr.evaluation.security import security_evaluations
+from torchdnr.evaluation.threshold_sweep import threshold_sweep, thresholds_at_rates
+from torchdnr.files import digest, save_tensors
+from torchdnr.models import load_network, save_network
+from torchdnr.training import train_network
+
+BATCH_SIZE = 256
+REJECTION_RATE = 0.10
+SWEEP_RATES = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4)
+EXAMPLES, EXAMPLES_FILE = 5, "examples.safetensors"
+
+
+def make_network(study: Study, variant: Variant) -> nn.Module:
+    """Load a network, or train it; its accuracy on the whole test set goes beside it."""
+    name = variant.network.__name__
+    path = study.folder / f"{name}.safetensors"
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(SEED)
+        channels = study.data.images_train.shape[1]
+        net = variant.network(num_classes=len(study.data.classes), channels=channels)
+    if path.exists():
+        load_network(net, path)
+    else:
+        with costed(study.folder / f"{name}-costs.json", study.device), stage("network"):
+            for number, settings in enumerate(variant.trainings):
+                train_network(
+                    net,
+                    *study.data.select(study.network_rows()),
+                    settings,
+                    seed=SEED + number,
+                    device=study.device,
+                    checkpoint=study.folder / f"{name}-training-{number}.safetensors",
+                    progress=study.progress,
+                )
+        save_network(net, path)
+    return net.to(study.device).eval()
+
+
+def network_accuracy(study: Study, variant: Variant) -> float:
+    """Measure a network on the whole test set; kept in a file."""
+    path = study.folder / f"{variant.network.__name__}-accuracy.json"
+    if not path.exists():
+        net = make_network(study, variant)
+        images, labels = study.data.select(torch.arange(len(study.data.labels_test)), test=True)
+        found = predict_labels(outputs(net, images.to(study.device), BATCH_SIZE), False)
+        write_json(path, {"accuracy": accuracy_under_attack(found.cpu(), labels, eps=0)})
+    return read_json(path)["accuracy"]
+
+
+def make_classifiers(study: Study, variant_name: str, run: int) -> dict[str, nn.Module]:
+    """Load or fit DNR and NR of a run, and set their thresholds.
+
+    NR is fitted after DNR with the values that DNR's search found for the same layer, images and
+    folds: its own search would find them again.
+    """
+    variant = study.protocol.variants[variant_name]
+    folder = run_folder(study, variant_name, run)
+    net = make_network(study, variant)
+    samples = study.samples(run)
+    options = {"seed": run, "hyperparameters": variant.hyperparameters}
+
+    def made(kind: type, build: Callable[[], DNR | NR]) -> DNR | NR:
+        path = folder / f"{kind.__name__.lower()}.safetensors"
+        if path.exists():
+            return kind.load(path, net)
+        model = build().to(study.device)
+        with costed(folder / f"{kind.__name__.lower()}-costs.json", study.device):
+            model.fit(*samples["svm"], progress=study.progress)
+            model.calibrate(samples["threshold"][0], REJECTION_RATE)
+        model.save(path)
+        return model
+
+    dnr = made(DNR, lambda: DNR(net, variant.layers, **options))
+    last = variant.layers[-1]
+    chosen = {last: tuple(dnr.selection[last][key] for key in ("C", "gamma"))}
+    nr = made(NR, lambda: NR(net, last, seed=run, hyperparameters=chosen))
+    return {"DNN": net, "NR": nr, "DNR": dnr}
+
+
+def attack(study: Study, variant: str, run: int) -> dict[str, SecurityCurve]:
+    """Attack the classifiers of a run with the line-up; kept step by step."""
+    folder = run_folder(study, variant, run)
+    classifiers = make_classifiers(study, variant, run)
+    samples = study.samples(run)
+    inputs, labels = (part[: study.protocol.attacked] for part in samples["test"])
+    line_up = build_line_up(
+        study.protocol.attacks,
+        samples["svm"][0],
+        batch_size=BATCH_SIZE,
+        surrogate=classifiers["DNN"],
+        options={"seed": run},
+    )
+    curves = {}
+    for name, model in classifiers.items():
+        with costed(folder / f"{name.lower()}-costs.json", study.device), stage("attack"):
+            curves |= security_evaluations(
+                {name: model},
+                inputs,
+                labels,
+                study.protocol.eps,
+                attacks=line_up,
+                init_inputs=samples["svm"][0],
+                batch_size=BATCH_SIZE,
+                settings={"seed": run},
+                checkpoints={name: folder / f"attack-{name.lower()}.safetensors"},
+                progress=study.progress,
+            )
+    return curves
+
+
+def finish(study: Study, variant: str, run: int, *, reattack: bool) -> None:
+    """Attack, sweep theta, and write the results of a run, unless they are there."""
+    folder = run_folder(study, variant, run)
+    path = folder / "results.json"
+    made_of = {"classifiers": study.classifier_settings(), "attack": study.attack_settings()}
+    if path.exists():
+        known = load_results(path)[1]
+        same = all(known.get(key) == value for key, value in made_of.items())
+        if same and (known["reattacked"] or not reattack):
+            return
+    classifiers = make_classifiers(study, variant, run)
+    samples = study.samples(run)
+    curves = attack(study, variant, run)
+    sweeps = {}
+    for name in ("NR", "DNR"):
+        with costed(folder / f"{name.lower()}-costs.json", study.device), stage("theta sweep"):
+            sweeps[name] = _sweep(study, classifiers[name], curves[name], samples, run, reattack)
+    inputs, labels = samples["test"]
+    _save_examples(study, folder / EXAMPLES_FILE, classifiers, samples)
+    settings = {
+        **made_of,
+        "run": run,
+        "variant": variant,
+        "reattacked": reattack,
+        "network": {
+            "digest": digest(classifiers["DNN"].state_dict()),
+            "test_accuracy": network_accuracy(study, study.protocol.variants[variant]),
+        },
+        "clean": {
+            name: _clean(model, inputs, labels, samples["threshold"][0])
+            for name, model in classifiers.items()
+        },
+    }
+    save_results(path, curves, settings, {"sweeps": plain_json(sweeps)})
+
+
+def _sweep(
+    study: Study,
+    model: nn.Module,
+    curve: SecurityCurve,
+    samples: Mapping[str, tuple[Tensor, Tensor]],
+    run: int,
+    reattack: bool,
+) -> dict[str, Any]:
+    """Vary theta on the worst points of the curve, and if wanted attack again at each.
+
+    What a theta costs without attack is measured on all test images of the run.
+    """
+    images, truth = samples["test"]
+    inputs, labels = (part[: study.protocol.attacked] for part in samples["test"])
+    sweep = threshold_sweep(
+        model,
+        inputs,
+        labels,
+        _points(curve, study.protocol.sweep_eps),
+        _thresholds(model, samples["threshold"][0]),
+        attack=_again(samples["svm"][0], run) if reattack else None,
+        name=curve.name,
+        progress=study.progress,
+    )
+    scores = outputs(model, images, BATCH_SIZE)[None]
+    clean = [
+        decision_rates(worst_predictions(scores, truth, True, theta), truth, 0.0)
+        for theta in sweep.thresholds
+    ]
+    return replace(
+        sweep,
+        clean_accuracy=[rates.accuracy for rates in clean],
+        false_rejection_rate=[rates.rejection for rates in clean],
+    ).to_dict()
+
+
+def _clean(model: nn.Module, inputs: Tensor, labels: Tensor, calibration: Tensor) -> dict[str, Any]:
+    """Describe a classifier, and how it does on all clean test images of the run."""
+    reject = has_reject_column(model, None)
+    found = predict_labels(outputs(model, inputs, BATCH_SIZE), reject)
+    entry = {
+        "accuracy": accuracy_under_attack(found, labels, eps=0),
+        "samples": len(labels),
+        "right": (found == labels).int().tolist(),
+    }
+    if reject:
+        before = predict_labels(outputs(model, calibration, BATCH_SIZE), reject)
+        chosen = {
+            name: {key: value[key] for key in ("C", "gamma")}
+            for name, value in model.selection.items()
+        }
+        svms = dict(zip(model.layers, model.base_svms, strict=True))
+        if hasattr(model, "combiner"):
+            svms["combiner"] = model.combiner
+        entry |= {
+            "rejection_rate": rejection_rate(found),
+            "calibration_rejection_rate": rejection_rate(before),
+            "selection": chosen,
+            "support_vectors": {name: len(svm.support_vectors) for name, svm in svms.items()},
+        }
+    return entry
+
+
+def _points(curve: SecurityCurve, eps: tuple[float, ...]) -> Mapping[float, Tensor]:
+    return {value: curve.adversarial[curve.eps.index(value)] for value in eps}
+
+
+def _thresholds(model: nn.Module, calibration: Tensor) -> list[float]:
+    scores = outputs(model, calibration, BATCH_SIZE)[:, :-1]
+    return thresholds_at_rates(scores, SWEEP_RATES)
+
+
+def _again(pool: Tensor, run: int) -> Callable[..., Tensor]:
+    """Build the attack that is repeated at every theta."""
+
+    def attack_once(model: nn.Module, inputs: Tensor, labels: Tensor, eps: float) -> Tensor:
+        return line_search_pgd(
+            model,
+            inputs,
+            labels,
+            eps,
+            objective="decision",
+            init_inputs=pool,
+            batch_size=BATCH_SIZE,
+            seed=run,
+        )
+
+    return attack_once
+
+
+def _save_examples(
+    study: Study,
+    path: Path,
+    classifiers: Mapping[str, nn.Module],
+    samples: Mapping[str, tuple[Tensor, Tensor]],
+) -> None:
+    """Attack a few images that all classifiers get right, for Figs. 5 and 6, and save them."""
+    images, labels = samples["test"]
+
+    def predict(model: nn.Module, inputs: Tensor) -> Tensor:
+        return predict_labels(outputs(model, inputs, BATCH_SIZE), has_reject_column(model, None))
+
+    right = torch.stack([predict(model, images) == labels for model in classifiers.values()])
+    chosen = right.all(dim=0).nonzero()[:EXAMPLES, 0]
+    images, labels = images[chosen], labels[chosen]
+    found = {"images": images, "labels": labels}
+    for name, model in classifiers.items():
+        found[f"{name}.points"] = images
+        if len(images):
+            found[f"{name}.points"] = line_search_pgd(
+                model, images, labels, study.protocol.example_eps, init_inputs=samples["svm"][0]
+            )
+            found[f"{name}.predictions"] = predict(model, found[f"{name}.points"])
+    save_tensors(path, found, {}, kind="examples")
