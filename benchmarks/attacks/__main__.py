@@ -1,6 +1,6 @@
 """Measure the attacks: what a loop costs beyond the model, against foolbox, and how strong each is.
 
-`python benchmarks/bench_attack.py --run runs/mnist-5k` takes the classifiers of a run folder (made
+`python -m benchmarks.attacks --run runs/mnist-5k` takes the classifiers of a run folder (made
 by train.py) and measures, contenders interleaved, medians over the repeats:
 
 - overhead: seconds of `pgd` over those of the bare forward and backward passes it makes
@@ -8,76 +8,48 @@ by train.py) and measures, contenders interleaved, medians over the repeats:
   eight runs of foolbox's L2PGD on the same model with the same steps (extra `peers`)
 - strength: median norm, evasions and cost of every attack of the line-up on the same samples
 
-`bench_secml.py` compares the line search with that of the authors' library. Numbers go to
+`benchmarks.attacks.secml` compares the line search with that of the authors' library,
+`benchmarks.attacks.peers` the whole line-up with attacks of other libraries. Numbers go to
 benchmarks/results/attack-<device>.json after every section.
 """
 
 import argparse
 import json
+import math
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.attacks.strength import measure_strength
-from benchmarks.common import busy_cores, commit
-from torchdnr.attacks import pgd
-from torchdnr.cli import Console
-from torchdnr.cli_options import attack_parser
-from torchdnr.cli_settings import prepare
+from benchmarks.common import RESULTS, interleaved, load_samples, stamp
+from torchdnr.attacks import apgd, boundary_walk, ddn, evades, fmn, line_search_pgd, pgd
 from torchdnr.evaluation.environment import describe_environment
+from torchdnr.evaluation.judging import CountedModel
 from torchdnr.files import atomic_write_bytes
-from torchdnr.pipeline import make_classifiers
 
-RESULTS = Path(__file__).parents[1] / "results"
 EPS = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0)
 STEPS = 40
-
-
-def load(run: str, samples: int, device: str | None) -> SimpleNamespace:
-    """Load the classifiers and images of a run folder, making what it lacks."""
-    arguments = ["--run", run, "--quiet", *(["--device", device] if device else [])]
-    job = prepare(attack_parser().parse_args(arguments), Console(quiet=True))
-    classifiers = make_classifiers(job, Console(quiet=True))
-    images, labels = job.images("test")
-    pool, pool_labels = job.images("svm")
-    return SimpleNamespace(
-        classifiers=classifiers,
-        inputs=images[:samples],
-        labels=labels[:samples],
-        pool=pool,
-        pool_labels=pool_labels,
-        device=job.device,
-    )
-
-
-def timed(call: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
-    """Return the seconds that a call takes, and its result."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    began = time.perf_counter()
-    result = call()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - began, result
-
-
-def interleaved(
-    calls: dict[str, Callable[[], Any]], repeats: int, device: torch.device
-) -> dict[str, list[float]]:
-    """Time calls in turn, after one round to warm up."""
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for round_number in range(repeats + 1):
-        for name, call in calls.items():
-            spent, _ = timed(call, device)
-            if round_number:
-                seconds[name].append(spent)
-    return seconds
+FIXED_EPS = (1.0, 1.5, 2.0)
+MINIMUM_NORM = {
+    "boundary walk": boundary_walk,
+    "boundary walk, 300 steps": partial(boundary_walk, steps=300),
+    "FMN": fmn,
+    "FMN from the input alone": lambda model, x, y, pool: fmn(model, x, y),
+    "DDN": ddn,
+}
+WITH_EPS = {
+    "line-search PGD": line_search_pgd,
+    "line-search PGD, decision": partial(line_search_pgd, objective="decision"),
+    "PGD": pgd,
+    "APGD": apgd,
+    "APGD, Eq. 2": partial(apgd, objective="paper"),
+    "APGD, log-sum-exp": partial(apgd, objective="log-sum-exp"),
+}
 
 
 class Recorded(nn.Module):
@@ -205,6 +177,60 @@ def measure_curve(setup: SimpleNamespace, repeats: int) -> dict[str, Any]:
     }
 
 
+def measure_strength(setup: SimpleNamespace) -> dict[str, Any]:
+    """Run every attack on DNR: evasions at some eps, norms, time and passes."""
+    model = setup.classifiers["DNR"]
+    found: dict[str, Any] = {"samples": len(setup.inputs)}
+    found |= {name: _minimum_norm(setup, model, call) for name, call in MINIMUM_NORM.items()}
+    for name, call in WITH_EPS.items():
+        found[name] = {f"{eps:g}": _at(setup, model, call, eps) for eps in FIXED_EPS}
+    return found
+
+
+def _run(setup: SimpleNamespace, model: nn.Module, call: Callable[..., Tensor]) -> dict[str, Any]:
+    counted, began = CountedModel(model), time.perf_counter()
+    points = call(counted)
+    seconds = time.perf_counter() - began
+    with torch.no_grad():
+        output = model(points)
+    evading = evades(output, setup.labels, counted.reject_index is not None)
+    n = len(points)
+    return {
+        "points": points,
+        "evading": evading,
+        "seconds_per_sample": seconds / n,
+        "forwards_per_sample": counted.forwards / n,
+        "backwards_per_sample": counted.backwards / n,
+    }
+
+
+def _minimum_norm(
+    setup: SimpleNamespace, model: nn.Module, attack: Callable[..., Tensor]
+) -> dict[str, Any]:
+    run = _run(setup, model, lambda m: attack(m, setup.inputs, setup.labels, setup.pool))
+    norms = (run.pop("points") - setup.inputs).flatten(1).norm(dim=1)
+    norms = torch.where(run.pop("evading"), norms, math.inf)
+    at = {f"{eps:g}": (norms <= eps).double().mean().item() for eps in FIXED_EPS}
+    return {
+        "mean_norm": norms.mean().item(),
+        "median_norm": norms.median().item(),
+        "evasion": at,
+        **run,
+    }
+
+
+def _at(
+    setup: SimpleNamespace, model: nn.Module, attack: Callable[..., Tensor], eps: float
+) -> dict[str, Any]:
+    run = _run(
+        setup,
+        model,
+        lambda m: attack(m, setup.inputs, setup.labels, eps, init_inputs=setup.pool),
+    )
+    del run["points"]
+    return {"evasion": run.pop("evading").double().mean().item(), **run}
+
+
 def main() -> None:
     """Measure the sections and write the JSON after each."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
@@ -215,7 +241,7 @@ def main() -> None:
     names = ["overhead", "curve", "strength"]
     parser.add_argument("--sections", nargs="+", choices=names, default=names)
     options = parser.parse_args()
-    setup = load(options.run, options.samples, options.device)
+    setup = load_samples(options.run, options.samples, options.device)
     path = RESULTS / f"attack-{setup.device.type}.json"
     record = json.loads(path.read_text()) if path.exists() else {}
     measured = {"environment": describe_environment(setup.device), "samples": len(setup.inputs)}
@@ -225,8 +251,7 @@ def main() -> None:
         "strength": lambda: measure_strength(setup),
     }
     for name in options.sections:
-        stamp = {**measured, "commit": commit(), "busy_cores_before": busy_cores()}
-        record[name] = {**stamp, "found": sections[name]()}
+        record[name] = {**measured, **stamp(), "found": sections[name]()}
         atomic_write_bytes(path, (json.dumps(record, indent=1) + "\n").encode())
         print(name, json.dumps(record[name]["found"], indent=1), flush=True)
 

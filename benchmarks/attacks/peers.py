@@ -1,6 +1,6 @@
 """Compare our attacks with those of other libraries, sample by sample, on one model.
 
-`python benchmarks/bench_peers.py --run runs/mnist-5k` takes a run folder of attack.py: its model,
+`python -m benchmarks.attacks.peers --run runs/mnist-5k` takes a run folder of attack.py: its model,
 its attacked test images and what our line-up reached on each of them at each eps. The attacks of
 foolbox, torchattacks, ART and AutoAttack (extra `peers`) then attack the same images through our
 adapters, so that a success is an accepted and wrong input, within the ball and the box, judged by
@@ -13,36 +13,163 @@ on where it was. A peer that is not installed is named.
 """
 
 import argparse
+import logging
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.attacks.peer_attacks import Peer, peers
+from benchmarks.common import RESULTS, load_run
 from torchdnr.adapters import attack_per_label
 from torchdnr.attacks import evades, project
 from torchdnr.attacks.starts import nearest_other_class
 from torchdnr.attacks.target import has_reject_column
-from torchdnr.cli import Console
-from torchdnr.cli_options import attack_parser
-from torchdnr.cli_settings import prepare
 from torchdnr.evaluation import SecurityCurve, load_results, predict_labels
 from torchdnr.evaluation.curve import read_json, write_json
 from torchdnr.evaluation.environment import describe_environment
 from torchdnr.evaluation.judging import outputs
 from torchdnr.evaluation.metrics import evaded
 from torchdnr.files import digest
-from torchdnr.pipeline import make_classifiers
 
-ROOT = Path(__file__).parents[2]
 BATCH_SIZE = 256
+SEED = 0
 TOLERANCE = 1e-5  # by which a norm may exceed eps; a library rounds in float32
 FILES = "settings.json", "network.safetensors", "nr.safetensors", "dnr.safetensors", "results.json"
+
+Run = Callable[[nn.Module, Tensor, Tensor, float, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Peer:
+    """An attack of another library on models that may reject, through an adapter of torchdnr.
+
+    Attributes:
+        packages: What must be installed.
+        run: The attack, ``run(view, inputs, labels, eps, starts) -> points`` for inputs of one
+            class: ``view`` is what ``torchdnr.adapters.for_label`` shows of the model, ``starts``
+            are accepted inputs of other classes, one per input. It imports its library itself.
+        minimum_norm: Whether one run, whatever its eps, serves every eps.
+        settings: Its options, as recorded.
+    """
+
+    packages: tuple[str, ...]
+    run: Run
+    minimum_norm: bool
+    settings: dict[str, Any]
+
+    def versions(self) -> dict[str, str] | None:
+        """Look up the versions of its packages, None if one is not installed."""
+        try:
+            return {name: version(name) for name in self.packages}
+        except PackageNotFoundError:
+            return None
+
+
+def _foolbox(attack: str, minimum_norm: bool, far: bool, **options: Any) -> Run:  # noqa: ANN401
+    def run(view: nn.Module, inputs: Tensor, labels: Tensor, eps: float, starts: Tensor) -> Tensor:
+        import foolbox
+
+        torch.manual_seed(SEED)
+        shown = foolbox.PyTorchModel(view, bounds=(0, 1), device=inputs.device)
+        method = getattr(foolbox.attacks, attack)(**options)
+        extra = {"starting_points": starts} if far else {}
+        epsilons = None if minimum_norm else eps
+        return method(shown, inputs, labels, epsilons=epsilons, **extra)[1]
+
+    return run
+
+
+def _torchattacks(steps: int) -> Run:
+    def run(view: nn.Module, inputs: Tensor, labels: Tensor, eps: float, starts: Tensor) -> Tensor:
+        import torchattacks
+
+        torch.manual_seed(SEED)
+        method = torchattacks.PGDL2(view, eps=eps, alpha=2.5 * eps / steps, steps=steps)
+        return method(inputs, labels)
+
+    return run
+
+
+def _art(steps: int) -> Run:
+    def run(view: nn.Module, inputs: Tensor, labels: Tensor, eps: float, starts: Tensor) -> Tensor:
+        from art.attacks.evasion import ProjectedGradientDescent
+        from art.estimators.classification import PyTorchClassifier
+
+        with torch.no_grad():
+            classes = view(inputs[:1]).shape[1]
+        shown = PyTorchClassifier(
+            view,
+            nn.CrossEntropyLoss(),
+            tuple(inputs.shape[1:]),
+            classes,
+            clip_values=(0.0, 1.0),
+            device_type="gpu" if inputs.is_cuda else "cpu",
+        )
+        options = {"norm": 2, "eps": eps, "eps_step": 2.5 * eps / steps, "max_iter": steps}
+        method = ProjectedGradientDescent(shown, **options, batch_size=len(inputs), verbose=False)
+        return torch.from_numpy(method.generate(inputs.cpu().numpy(), labels.cpu().numpy()))
+
+    return run
+
+
+def _autoattack(attack: str, queries: int | None = None) -> Run:
+    def run(view: nn.Module, inputs: Tensor, labels: Tensor, eps: float, starts: Tensor) -> Tensor:
+        from pyautoattack import AutoAttack
+
+        logging.getLogger("auto-attack").setLevel(logging.ERROR)
+        method = AutoAttack(
+            view,
+            attacks=[attack],
+            version="custom",
+            norm="L2",
+            eps=eps,
+            seed=SEED,
+            device=inputs.device,
+        )
+        method.apgd.n_restarts = method.fab.n_restarts = 1  # as in its version "standard"
+        if queries is not None:
+            method.square.n_queries = queries
+        return method.run_standard_evaluation(inputs, labels, batch_size=len(inputs))[0]
+
+    return run
+
+
+def peer_attacks(steps: int, queries: int) -> dict[str, Peer]:
+    """Collect the attacks.
+
+    Args:
+        steps: Of every iterative attack but those of AutoAttack, which has its own, 100.
+        queries: Of the square attack.
+
+    Returns:
+        Attacks by name.
+    """
+    attacks = {}
+    for name, attack, minimum_norm, far, options in (
+        ("foolbox L2PGD", "L2PGD", False, False, {"steps": steps, "rel_stepsize": 2.5 / steps}),
+        ("foolbox FMN", "L2FMNAttack", True, False, {"steps": steps}),
+        ("foolbox FMN, far starts", "L2FMNAttack", True, True, {"steps": steps}),
+        ("foolbox Brendel-Bethge", "L2BrendelBethgeAttack", True, True, {"steps": steps}),
+    ):
+        needed = ("foolbox", "numba") if "Brendel" in name else ("foolbox",)
+        run = _foolbox(attack, minimum_norm, far, **options)
+        attacks[name] = Peer(needed, run, minimum_norm, options)
+    counted = {"steps": steps}
+    art = "adversarial-robustness-toolbox"
+    attacks["torchattacks PGDL2"] = Peer(("torchattacks",), _torchattacks(steps), False, counted)
+    attacks["ART PGD l2"] = Peer((art,), _art(steps), False, counted)
+    for attack in ("apgd-ce", "apgd-t", "fab"):
+        name = f"AutoAttack {attack}"
+        attacks[name] = Peer(("pyautoattack",), _autoattack(attack), False, {"steps": 100})
+    square = _autoattack("square", queries)
+    attacks["AutoAttack square"] = Peer(("pyautoattack",), square, False, {"queries": queries})
+    return attacks
 
 
 @dataclass(frozen=True)
@@ -91,8 +218,8 @@ def load_problem(folder: Path, name: str, samples: int | None, eps: Sequence[flo
             f"eps must be > 0 and among {curve.eps}, in the l2 norm, of {folder}/results.json; "
             f"got {list(eps)} and norm {curve.norm:g}"
         )
-    job = prepare(attack_parser().parse_args(["--run", str(folder)]), Console(quiet=True))
-    model = make_classifiers(job, Console(quiet=True))[name].eval()
+    job, classifiers = load_run(folder)
+    model = classifiers[name].eval()
     count = len(curve.labels) if samples is None else min(samples, len(curve.labels))
     inputs, labels = (part[:count] for part in job.images("test"))
     if not torch.equal(labels.cpu(), curve.labels[:count]):
@@ -197,7 +324,13 @@ def compare(problem: Problem, peer: Peer, runs: dict[str, dict[str, Any]]) -> di
     return table
 
 
-def measure(problem: Problem, chosen: dict[str, Peer], record: dict[str, Any], path: Path) -> None:
+def measure(
+    problem: Problem,
+    chosen: dict[str, Peer],
+    record: dict[str, Any],
+    path: Path,
+    run: Callable[[Problem, Peer, float, Tensor], dict[str, Any]] = run_peer,
+) -> None:
     """Run every peer at every eps that the record lacks, and write the record after each."""
     samples = len(problem.labels)
     for name, peer in chosen.items():
@@ -215,7 +348,7 @@ def measure(problem: Problem, chosen: dict[str, Peer], record: dict[str, Any], p
                     left &= ~problem.ours[sizes[0] if peer.minimum_norm else eps]
                 rows = left.nonzero()[:, 0].to(problem.labels.device)
                 print(f"{name}, eps {eps:g}: {len(rows)} samples", file=sys.stderr, flush=True)
-                entry["runs"][f"{eps:g}"] = run_peer(problem, peer, eps, rows)
+                entry["runs"][f"{eps:g}"] = run(problem, peer, eps, rows)
             entry["table"] = compare(problem, peer, entry["runs"])
             write_json(path, record)
 
@@ -237,7 +370,7 @@ def summary(record: dict[str, Any]) -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n", maxsplit=1)[0])
     option = parser.add_argument
-    option("--run", type=Path, default=ROOT / "runs/mnist-5k", help="run folder of attack.py")
+    option("--run", type=Path, default=Path("runs/mnist-5k"), help="run folder of attack.py")
     option("--classifier", choices=("DNN", "NR", "DNR"), default="DNR")
     option("--samples", type=int, help="images, from the first (default: all that ours attacked)")
     option("--eps", type=float, nargs="+", default=[1, 1.5, 2], help="l2 (default: 1 1.5 2)")
@@ -267,7 +400,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         ),
     }
     device = problem.labels.device
-    output = options.output or ROOT / f"benchmarks/results/peers-{device.type}.json"
+    output = options.output or RESULTS / f"peers-{device.type}.json"
     record = {"run": identity, "environment": describe_environment(device), "peers": {}}
     if output.exists():
         earlier = read_json(output)
@@ -277,7 +410,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"{output} is of another comparison: starting afresh", file=sys.stderr)
     chosen = {
         name: peer
-        for name, peer in peers(options.steps, options.queries).items()
+        for name, peer in peer_attacks(options.steps, options.queries).items()
         if options.peers is None or any(word.lower() in name.lower() for word in options.peers)
     }
     measure(problem, chosen, record, output)

@@ -1,144 +1,205 @@
-"""The part of README.md that holds the numbers of the attack benchmarks: written by this file.
+"""Pages on the attacks: what they cost and reach, beside secml and beside other libraries."""
 
-`python benchmarks/attack_readme.py` rewrites it from benchmarks/results/attack-cpu.json,
-secml-cpu.json and peers-cpu.json.
-"""
-
-import json
-import sys
-from pathlib import Path
+import math
+from collections.abc import Mapping
 from typing import Any
 
-from benchmarks.readme_part import rewrite
-
-ROOT = Path(__file__).parents[2]
-RESULTS = ROOT / "benchmarks/results"
-MARKERS = "<!-- attacks: written by benchmarks/attack_readme.py -->", "<!-- end of attacks -->"
+from benchmarks.common import Page, machine, table
 
 
-def readme_section(
-    attack: dict[str, Any], secml: dict[str, Any], peers: dict[str, Any] | None
-) -> str:
-    """Format cost and strength of the attacks.
-
-    Args:
-        attack: Contents of attack-cpu.json.
-        secml: Contents of secml-cpu.json.
-        peers: Contents of peers-cpu.json, if there are any.
-
-    Returns:
-        Markdown: what was run where, the speed targets, and how strong each attack is.
-    """
-    environment = attack["overhead"]["environment"]
-    strength = dict(attack["strength"]["found"])
+def attack_page(result: Mapping[str, Any]) -> str:
+    """Format cost and strength of our attacks, the contents of attack-cpu.json."""
+    overhead, curve = result["overhead"], result["curve"]["found"]
+    strength = dict(result["strength"]["found"])
     samples = strength.pop("samples")
-    lines = [
-        f"{environment['threads']} threads of an {environment['processor']}, torch "
-        f"{environment['torch']}; {attack['overhead']['samples']} test digits of the default run. "
-        "secml: processor time per digit, one thread, six digits, ours in batches.",
-        "",
-        "| speed | reached | target |",
-        "|---|---|---|",
+    speed = [
+        [
+            f"`pgd` on {name}, {threads.replace('1 threads', '1 thread')}: time over its own "
+            "forward and backward passes alone (quartiles)",
+            "{:.2f} ({:.2f} to {:.2f})".format(measured["ratio"], *measured["quartiles"]),
+            "<= 1.05",
+        ]
+        for threads, models in overhead["found"].items()
+        for name, measured in models.items()
     ]
-    for threads, models in attack["overhead"]["found"].items():
-        for name, found in models.items():
-            low, high = found["quartiles"]
-            lines.append(
-                f"| `pgd` on {name}, {threads.replace('1 threads', '1 thread')}: time over its own "
-                f"forward and backward passes alone (quartiles) | {found['ratio']:.2f} "
-                f"({low:.2f} to {high:.2f}) | <= 1.05 |"
-            )
-    curve = attack["curve"]["found"]
-    lines.append(
-        f"| curve of {len(curve['eps'])} eps in one batch, rows that evade are done: times faster "
-        f"than foolbox {curve['foolbox']} | {curve['ratio']:.1f} | >= 1.5 |"
-    )
-    lines.append(f"| the same, every row to the end | {curve['ratio, all steps']:.1f} | - |")
-    lines += _secml_rows(secml)
-    lines += [
+    speed += [
+        [
+            f"curve of {len(curve['eps'])} eps in one batch, rows that evade are done: times "
+            f"faster than foolbox {curve['foolbox']}",
+            f"{curve['ratio']:.1f}",
+            ">= 1.5",
+        ],
+        ["the same, every row to the end", f"{curve['ratio, all steps']:.1f}", "-"],
+    ]
+    lines = [
+        "`python -m benchmarks.attacks` measures what an attack loop costs beyond the passes "
+        f"through the model, and what each attack finds. {machine(overhead['environment'])}; "
+        f"{overhead['samples']} test digits of the [default run](mnist-5k.md).",
+        "",
+        *table(["speed", "reached", "target"], speed),
         "",
         f"Norms and evasions (accepted and wrong, in percent) on the first {samples} digits, l2, "
         "and passes per digit, for attacks at a given eps over all three:",
         "",
-        "| attack on DNR | mean norm | evaded at eps 1 | 1.5 | 2 | forwards | backwards |",
-        "|---|---|---|---|---|---|---|",
-        *(_strength_row(*item) for item in strength.items()),
+        *table(
+            ["attack on DNR", "mean norm", "evaded at eps 1", "1.5", "2", "forwards", "backwards"],
+            [_strength(*item) for item in strength.items()],
+        ),
     ]
-    return "\n".join(lines + (_peer_lines(peers) if peers else []))
+    return "\n".join(lines)
 
 
-def _secml_rows(secml: dict[str, Any]) -> list[str]:
-    """Compare CPU time per sample at options whose mean objective is no higher than secml's."""
+def _strength(name: str, measured: Mapping[str, Any]) -> list[str]:
+    keys = "forwards_per_sample", "backwards_per_sample"
+    if "mean_norm" in measured:
+        norm, rates = measured["mean_norm"], measured["evasion"]
+        passes = [measured[key] for key in keys]
+    else:
+        norm, rates = math.inf, {eps: at["evasion"] for eps, at in measured.items()}
+        passes = [sum(at[key] for at in measured.values()) for key in keys]
+    cells = [f"{100 * rates[eps]:.0f}" for eps in ("1", "1.5", "2")]
+    cells += [f"{count:.0f}" for count in passes]
+    return [name, f"{norm:.2f}" if math.isfinite(norm) else "-", *cells]
+
+
+def attack_headline(result: Mapping[str, Any]) -> str:
+    """Say what the loop costs beyond its passes, and how much faster a whole curve is."""
+    ratios = [
+        measured["ratio"]
+        for models in result["overhead"]["found"].values()
+        for measured in models.values()
+    ]
+    curve = result["curve"]["found"]
+    return (
+        f"PGD takes {min(ratios):.2f} to {max(ratios):.2f} times its own passes; a curve of "
+        f"{len(curve['eps'])} eps is {curve['ratio']:.1f} times faster than foolbox's"
+    )
+
+
+def secml_page(result: Mapping[str, Any]) -> str:
+    """Format the comparison with the library of the paper's authors, secml-cpu.json."""
+    compared, fit = result["compare"]["found"], result["fit"]["found"]
+    ours, theirs = fit["ours"], fit["secml"]
+    lines = [
+        "`python -m benchmarks.attacks.secml` puts a trained DNR into secml "
+        f"{compared['versions']['secml']}, the library of the paper's authors, and attacks "
+        f"{compared['samples']} digits with its attack and with `line_search_pgd`, ours in "
+        f"batches. {machine(result['environment'])}; processor time per digit. The lower the mean "
+        "objective, the stronger the attack.",
+        "",
+        *table(["speed", "reached", "target"], _secml_rows(result)),
+        "",
+        f"secml's attack takes {_secml_seconds(compared)} per digit. Fitting DNR with given "
+        f"(C, gamma) to {fit['samples']:,} digits takes {theirs['seconds']:.1f} s and "
+        f"{theirs['peak_memory_mib']:,.0f} MiB there, {ours['seconds'][0]:.1f} s and "
+        f"{ours['peak_memory_mib']:,.0f} MiB here; the two give the same class to "
+        f"{100 * fit['same_class']:.0f} % of {fit['queries']} digits.",
+    ]
+    return "\n".join(lines)
+
+
+def _secml_seconds(compared: Mapping[str, Any]) -> str:
+    return ", ".join(
+        f"{case['secml']['PGDExp']['cpu_seconds_per_sample']:.1f} s at {key}"
+        for key, case in compared.items()
+        if key.startswith("eps ")
+    )
+
+
+def _secml_rows(result: Mapping[str, Any]) -> list[list[str]]:
+    """Compare time per sample at options whose mean objective is no higher than secml's."""
     rows = []
-    for key in (key for key in secml["compare"]["found"] if key.startswith("eps ")):
-        eps, case = float(key.removeprefix("eps ")), secml["compare"]["found"][key]
+    for eps, case, same in _secml_cases(result):
         peer = case["secml"]["PGDExp"]
-        same = case["comparison"]["paper against PGDExp"]
-        batch = next(name for name in same if "batch of" in name and not name.endswith(" 1"))
         objective, spent = peer["mean_objective"]["paper"], peer["cpu_seconds_per_sample"]
         fast = [
             option
-            for option in secml["options"]["found"]
+            for option in result["options"]["found"]
             if option["eps"] == eps and option["mean_objective"] <= objective
         ]
         best = min(fast, key=lambda option: option["cpu_seconds_per_sample"])
-        rows.append(
-            f"| `line_search_pgd`, eps {eps:g}: times faster than secml 0.15.6 at 30 steps each "
-            f"(mean objective {case['ours']['paper']['mean_objective']['paper']:.3f}, secml "
-            f"{objective:.3f}) | {same[batch]['cpu_seconds_per_sample']:.0f} | >= 30 |"
-        )
-        rows.append(
-            f"| the same with {best['steps']} steps, {best.get('doublings', 10)} doublings (mean "
-            f"objective {best['mean_objective']:.3f}) | "
-            f"{spent / best['cpu_seconds_per_sample']:.0f} | >= 30 |"
-        )
+        rows += [
+            [
+                f"`line_search_pgd`, eps {eps:g}: times faster than secml at 30 steps each (mean "
+                f"objective {case['ours']['paper']['mean_objective']['paper']:.3f}, secml "
+                f"{objective:.3f})",
+                f"{same:.0f}",
+                ">= 30",
+            ],
+            [
+                f"the same with {best['steps']} steps, {best.get('doublings', 10)} doublings "
+                f"(mean objective {best['mean_objective']:.3f})",
+                f"{spent / best['cpu_seconds_per_sample']:.0f}",
+                ">= 30",
+            ],
+        ]
     return rows
 
 
-def _strength_row(name: str, found: dict[str, Any]) -> str:
-    if "mean_norm" in found:
-        rates, cost = found["evasion"], found
-        norm = f"{found['mean_norm']:.2f}" if found["mean_norm"] != float("inf") else "-"
-    else:
-        rates = {eps: at["evasion"] for eps, at in found.items()}
-        keys = ("forwards_per_sample", "backwards_per_sample")
-        cost = {key: sum(at[key] for at in found.values()) for key in keys}
-        norm = "-"
-    cells = [f"{100 * rates[eps]:.0f}" for eps in ("1", "1.5", "2")]
-    passes = [f"{cost[f'{kind}_per_sample']:.0f}" for kind in ("forwards", "backwards")]
-    return f"| {name} | {norm} | {' | '.join(cells)} | {' | '.join(passes)} |"
+def _secml_cases(result: Mapping[str, Any]) -> list[tuple[float, Mapping[str, Any], float]]:
+    """List eps, its case, and how much faster our large batch is at the same steps."""
+    cases = []
+    for key, case in result["compare"]["found"].items():
+        if key.startswith("eps "):
+            same = case["comparison"]["paper against PGDExp"]
+            batch = next(name for name in same if "batch of" in name and not name.endswith(" 1"))
+            eps = float(key.removeprefix("eps "))
+            cases.append((eps, case, same[batch]["cpu_seconds_per_sample"]))
+    return cases
 
 
-def _peer_lines(peers: dict[str, Any]) -> list[str]:
-    """Say how often another library's attack evades where ours does not."""
-    run = peers["run"]
+def secml_headline(result: Mapping[str, Any]) -> str:
+    """Say how much faster attack and fit are."""
+    times = " and ".join(f"{same:.0f}" for _, _, same in _secml_cases(result))
+    at = " and ".join(f"{eps:g}" for eps, *_ in _secml_cases(result))
+    return (
+        f"same classifier, same steps: {times} times faster at eps {at}; DNR fits "
+        f"{result['fit']['found']['ratio']:.0f} times faster"
+    )
+
+
+def peers_page(result: Mapping[str, Any]) -> str:
+    """Format what attacks of other libraries find that ours do not, peers-cpu.json."""
+    run, peers = result["run"], result["peers"]
     eps = [f"{value:g}" for value in run["eps"]]
-    lines = [
-        "",
-        f"Of {run['samples']} digits, those that an attack of another library evades, through "
-        "`torchdnr.adapters`, and our worst case does not"
-        + (" (only digits that ours does not evade were attacked):" if run["survivors"] else ":"),
-        "",
-        f"| attack on DNR, steps: {run['steps']} | eps {' | '.join(eps)} |",
-        "|---|" + "---|" * len(eps),
+    ours = next(iter(peers.values()))["table"]
+    rows = [
+        [name, *(str(len(entry["table"][value]["peer_only"])) for value in eps)]
+        for name, entry in peers.items()
     ]
-    for name, entry in peers["peers"].items():
-        counts = [str(len(entry["table"][value]["peer_only"])) for value in eps]
-        lines.append(f"| {name} | {' | '.join(counts)} |")
-    ours = [str(next(iter(peers["peers"].values()))["table"][value]["ours"]) for value in eps]
-    return [*lines, f"| (evaded by ours) | {' | '.join(ours)} |"]
+    attacked = " (only digits that ours does not evade were attacked)" * run["survivors"]
+    lines = [
+        "`python -m benchmarks.attacks.peers` lets attacks of foolbox, torchattacks, ART and "
+        "AutoAttack look for inputs that our default line-up misses, through "
+        f"`torchdnr.adapters`. {machine(result['environment'])}.",
+        "",
+        f"Of {run['samples']} digits, those that an attack of another library evades and our "
+        f"worst case does not{attacked}:",
+        "",
+        *table(
+            [f"attack on {run['classifier']}, steps: {run['steps']}", f"eps {eps[0]}", *eps[1:]],
+            [*rows, ["(evaded by ours)", *(str(ours[value]["ours"]) for value in eps)]],
+        ),
+        "",
+        "`attack.py --restarts N` makes the line-up stronger still.",
+    ]
+    return "\n".join(lines)
 
 
-def load() -> tuple[dict[str, Any], dict[str, Any], dict[str, Any] | None]:
-    """Read the results, None for peers that have not been measured."""
-    paths = [RESULTS / f"{name}-cpu.json" for name in ("attack", "secml", "peers")]
-    return tuple(json.loads(path.read_text()) if path.exists() else None for path in paths)
+def peers_headline(result: Mapping[str, Any]) -> str:
+    """Count the samples that only another library's attack evades."""
+    tables = [entry["table"] for entry in result["peers"].values()]
+    beaten = {sample for one in tables for row in one.values() for sample in row["peer_only"]}
+    eps = " and ".join(f"{value:g}" for value in result["run"]["eps"])
+    libraries = len({name.split()[0] for name in result["peers"]})
+    return (
+        f"{len(tables)} attacks of {libraries} libraries evade where ours does not on "
+        f"{len(beaten)} of {result['run']['samples']} digits at eps {eps}"
+    )
 
 
-def main() -> int:
-    """Rewrite the part of README.md between the markers."""
-    return rewrite(MARKERS, readme_section(*load()))
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+PAGES = {
+    "attack": Page("How strong and how fast the attacks are", attack_page, attack_headline),
+    "secml": Page("The line search beside secml's", secml_page, secml_headline),
+    "peers": Page("Attacks of other libraries", peers_page, peers_headline),
+}

@@ -6,7 +6,7 @@ secml 0.15.6 wants old versions of other packages, so it runs in an environment 
     secml-venv/bin/pip install numpy==1.23.5 scipy==1.10.1 scikit-learn==1.2.2 'setuptools<70'
     secml-venv/bin/pip install 'matplotlib<3.8' joblib python-dateutil requests torch torchvision
     secml-venv/bin/pip install --no-deps --ignore-requires-python secml==0.15.6
-    python benchmarks/bench_secml.py --secml-python secml-venv/bin/python
+    python -m benchmarks.attacks.secml --secml-python secml-venv/bin/python
 
 The run folder is one made by train.py. Its network, SVMs and threshold are put into secml's
 `CClassifierDNR`, whose scores must agree with ours to 1e-4 before anything is measured. Both
@@ -26,10 +26,17 @@ Numbers go to benchmarks/results/secml-<device>.json.
 
 import argparse
 import json
+import os
+import shutil
+import subprocess
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from itertools import product
+from multiprocessing import get_context
+from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
 from typing import Any
@@ -38,16 +45,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from benchmarks.attacks.__main__ import RESULTS, load, timed
-from benchmarks.attacks.secml_fit import measure_fit
-from benchmarks.attacks.secml_task import run_secml
-from benchmarks.common import busy_cores, commit
+from benchmarks.common import RESULTS, busy_cores, load_samples, stamp, timed
 from torchdnr import DNR
 from torchdnr.attacks import OBJECTIVES, evades, line_search_pgd, split_scores
+from torchdnr.costs import record_costs, stage
 from torchdnr.evaluation.environment import describe_environment
 from torchdnr.evaluation.judging import CountedModel
 from torchdnr.files import atomic_write_bytes
+from torchdnr.kernels import rbf_gamma
 
+WORKER = Path(__file__).with_name("secml_worker.py")
 EPS = (1.0, 3.0)
 STEPS = 30
 SOLVER = {"eta": 0.1, "eta_min": 0.1, "max_iter": STEPS, "eps": 1e-8}
@@ -64,6 +71,73 @@ OPTIONS = [
         for steps, doublings in product((3, 5, 10), (4, 10))
     ),
 ]
+FIT_LIMIT = 1000  # images
+
+
+def describe_network(net: nn.Module) -> list[tuple[str, str, dict[str, Any]]]:
+    """Describe a sequential network so that plain torch can build it again."""
+    sizes = ("kernel_size", "stride", "padding")
+    arguments = {
+        "Conv2d": ("in_channels", "out_channels", *sizes),
+        "MaxPool2d": sizes,
+        "Linear": ("in_features", "out_features"),
+    }
+    layers = [(name, type(layer).__name__, layer) for name, layer in net.named_children()]
+    return [
+        (name, kind, {key: getattr(layer, key) for key in arguments.get(kind, ())})
+        for name, kind, layer in layers
+    ]
+
+
+def run_secml(
+    python: str, model: DNR, images: Mapping[str, Tensor], settings: Mapping[str, Any]
+) -> dict[str, np.ndarray]:
+    """Hand a DNR and images to secml_worker.py, which runs where secml does; take its answer.
+
+    Args:
+        python: The interpreter.
+        model: Fitted; its network, SVMs and threshold go along.
+        images: Arrays by name: "inputs", "labels", and what the task wants beside them.
+        settings: What the task is; JSON values.
+
+    Returns:
+        The worker's arrays.
+    """
+    threads = torch.get_num_threads()
+    with tempfile.TemporaryDirectory() as folder:
+        task, result = Path(folder) / "task.npz", Path(folder) / "result.npz"
+        _write_task(task, model, images, {**settings, "threads": threads})
+        variables = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+        environment = os.environ | {name: str(threads) for name in variables}
+        environment |= {"SECML_HOME_DIR": folder}  # or it makes a folder in the user's home
+        # From a folder without this file, which would hide the library of the same name.
+        worker = shutil.copy(WORKER, folder)
+        subprocess.run([python, worker, str(task), str(result)], check=True, env=environment)
+        with np.load(result) as file:
+            return {name: file[name] for name in file.files}
+
+
+def _write_task(
+    path: Path, model: DNR, images: Mapping[str, Tensor], settings: Mapping[str, Any]
+) -> None:
+    """Write what secml_worker.py needs: the classifier, the images, the settings."""
+    svms = dict(zip((*model.layers, "combiner"), (*model.base_svms, model.combiner), strict=True))
+    tensors = {**images, "threshold": model.threshold}
+    tensors |= {f"network/{k}": v for k, v in model.net.state_dict().items()}
+    for name, svm in svms.items():
+        tensors |= {
+            f"svm/{name}/vectors": svm.support_vectors,
+            f"svm/{name}/dual_coef": svm.dual_coef,
+            f"svm/{name}/intercept": svm.intercept,
+            f"svm/{name}/gamma": rbf_gamma(svm.kernel),
+        }
+    known = {
+        "network": describe_network(model.net),
+        "layers": list(model.layers),
+        "C": {name: svm.C for name, svm in svms.items()},
+    }
+    arrays = {name: tensor.detach().cpu().numpy() for name, tensor in tensors.items()}
+    np.savez(path, settings=np.array(json.dumps({**known, **settings})), **arrays)
 
 
 def judge(model: DNR, points: Tensor, inputs: Tensor, labels: Tensor) -> dict[str, Any]:
@@ -203,6 +277,70 @@ def measure_options(setup: SimpleNamespace, model: DNR, samples: int) -> list[di
     return rows
 
 
+def measure_fit(run: str, samples: int, device: str | None, python: str) -> dict[str, Any]:
+    """Time both fits, features and stacking included, thresholds not, each first in its process.
+
+    Args:
+        run: Folder of a run of train.py, whose network, hyper-parameters and images both take.
+        samples: Inputs to compare decisions on.
+        device: Where ours runs.
+        python: Interpreter that can import secml.
+
+    Returns:
+        Seconds and peak memory of either (of the process, with all that it has loaded), the ratio
+        of the seconds, and the share of inputs that both assign to the same class.
+    """
+    setup = load_samples(run, samples, device)
+    arrays = {
+        "inputs": setup.pool[:FIT_LIMIT],
+        "labels": setup.pool_labels[:FIT_LIMIT],
+        "queries": setup.inputs,
+    }
+    model = setup.classifiers["DNR"]
+    result = run_secml(python, model, arrays, {"fit": True})
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        threads = torch.get_num_threads()
+        found, costs = pool.submit(fit_ours, run, samples, device, threads).result()
+    theirs = torch.from_numpy(result["scores"]).argmax(dim=1)
+    seconds = float(result["seconds"])
+    return {
+        "versions": json.loads(str(result["versions"])),
+        "samples": len(arrays["inputs"]),
+        "hyperparameters": hyperparameters(model),
+        "secml": {"seconds": seconds, "peak_memory_mib": float(result["peak_memory_mib"])},
+        "ours": costs,
+        "ratio": seconds / costs["seconds"][0],
+        "same_class": float((torch.tensor(found) == theirs).double().mean()),
+        "queries": len(setup.inputs),
+    }
+
+
+def fit_ours(
+    run: str, samples: int, device: str | None, threads: int, repeats: int = 3
+) -> tuple[list[int], dict[str, Any]]:
+    """Fit DNR a few times; the classes of the inputs, seconds, and the peak memory of the first."""
+    torch.set_num_threads(threads)
+    setup = load_samples(run, samples, device)
+    model, spent = setup.classifiers["DNR"], []
+    for _ in range(repeats):
+        fitted = DNR(model.net, model.layers, hyperparameters=hyperparameters(model))
+        with record_costs(setup.device) as costs, stage("whole"):
+            fitted.to(setup.device).fit(setup.pool[:FIT_LIMIT], setup.pool_labels[:FIT_LIMIT])
+        spent.append(costs["whole"])
+    with torch.no_grad():
+        scores = torch.cat([fitted.scores(part) for part in setup.inputs.split(256)])
+    return scores.argmax(dim=1).tolist(), {
+        "seconds": [cost.seconds for cost in spent],
+        "peak_memory_mib": spent[0].peak_memory_mib,
+    }
+
+
+def hyperparameters(model: DNR) -> dict[str, tuple[float, float]]:
+    """Look up (C, gamma) of every SVM of a DNR."""
+    names = [*model.layers, "combiner"]
+    return {name: (model.selection[name]["C"], model.selection[name]["gamma"]) for name in names}
+
+
 def main() -> None:
     """Measure the sections and write the JSON after each."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
@@ -214,7 +352,7 @@ def main() -> None:
     parser.add_argument("--device")
     parser.add_argument("--sections", nargs="+", default=["compare", "options", "fit"])
     options = parser.parse_args()
-    setup = load(options.run, options.samples, options.device)
+    setup = load_samples(options.run, options.samples, options.device)
     model = setup.classifiers["DNR"]
     path = RESULTS / f"secml-{setup.device.type}.json"
     record = json.loads(path.read_text()) if path.exists() else {}
@@ -229,8 +367,7 @@ def main() -> None:
         ),
     }
     for name in options.sections:
-        stamp = {"commit": commit(), "busy_cores_before": busy_cores()}
-        record[name] = {**stamp, "found": sections[name]()}
+        record[name] = {**stamp(), "found": sections[name]()}
         atomic_write_bytes(path, (json.dumps(record, indent=1) + "\n").encode())
         print(name, json.dumps(record[name]["found"], indent=1), flush=True)
 

@@ -1,4 +1,4 @@
-"""Attack with secml: run by bench_secml.py in an interpreter that has secml, torch and numpy.
+"""Attack with secml: run by secml.py in an interpreter that has secml, torch and numpy.
 
 `python secml_worker.py TASK.npz RESULT.npz` builds secml's `CClassifierDNR` from the parameters in
 the task, and attacks its inputs one by one, as the library does, with secml's own attacks. A task

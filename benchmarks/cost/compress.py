@@ -1,6 +1,6 @@
 """Measure what compression loses and gains: fidelity, accuracy clean and under attack, speed.
 
-`python benchmarks/bench_compress.py --run runs/mnist-5k` takes DNR and NR of a run folder (made by
+`python -m benchmarks.cost compress --run runs/mnist-5k` takes DNR and NR of a run folder (made by
 train.py), compresses each to several sizes on the images of their fit, sets theta again on the same
 calibration images, and measures for the original and for every size:
 
@@ -21,18 +21,15 @@ import json
 import statistics
 import time
 import warnings
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.common import busy_cores, commit
+from benchmarks.common import RESULTS, interleaved, load_run, stamp
 from torchdnr import DNR, NR
-from torchdnr.cli import Console
-from torchdnr.cli_options import attack_parser
-from torchdnr.cli_settings import Job, prepare
+from torchdnr.cli_settings import Job
 from torchdnr.compression import CompressionWarning, compression_losses
 from torchdnr.evaluation import SecurityCurve, security_evaluation
 from torchdnr.evaluation.curve import plain_json
@@ -40,18 +37,16 @@ from torchdnr.evaluation.environment import describe_environment
 from torchdnr.evaluation.line_up import build_line_up
 from torchdnr.evaluation.metrics import accuracy_under_attack, evaded, rejection_rate
 from torchdnr.files import atomic_write_bytes
-from torchdnr.pipeline import make_classifiers
 from torchdnr.svm.compression import SMOOTHNESS, STEPS
 from torchdnr.svm.joint_compression import stack_scores
 
-RESULTS = Path(__file__).parents[1] / "results"
 EPS = (0.0, 1.0, 1.5, 2.0)
 FACTORS = {"DNR": (5, 10, 20, 50, 100), "NR": (10,)}
 SPEED_ROWS = 256
 
 
 def compressed_models(
-    originals: dict[str, DNR | NR], job: Job
+    originals: dict[str, DNR | NR], job: Job, factors: Mapping[str, Sequence[float]] = FACTORS
 ) -> tuple[dict[str, DNR | NR], dict[str, dict[str, Any]]]:
     """Compress every classifier to every size; describe what was lost.
 
@@ -63,7 +58,7 @@ def compressed_models(
     found: dict[str, dict[str, Any]] = {}
     for kind, original in originals.items():
         models[kind], found[kind] = original, {"of": kind, "factor": 1}
-        for factor in FACTORS[kind]:
+        for factor in factors[kind]:
             name = f"{kind}, {factor} times fewer"
             began = time.process_time()
             model = original.compress(images, factor=factor)
@@ -118,18 +113,17 @@ def measure_speed(
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        calls = {name: speed_calls(model, images) for name, model in models.items()}
-        seconds: dict[str, dict[str, list[float]]] = {
-            name: {what: [] for what in made} for name, made in calls.items()
+        calls = {
+            (name, what): call
+            for name, model in models.items()
+            for what, call in speed_calls(model, images).items()
         }
-        for number in range(repeats + 1):  # the first round warms up
-            for name, made in calls.items():
-                for what, call in made.items():
-                    spent = timed(call, images.device)
-                    if number:
-                        seconds[name][what].append(spent)
+        spent = interleaved(calls, repeats, images.device, time.process_time)
     finally:
         torch.set_num_threads(threads)
+    seconds: dict[str, dict[str, list[float]]] = {name: {} for name in models}
+    for (name, what), values in spent.items():
+        seconds[name][what] = values
     return {
         name: {
             "rows": len(images),
@@ -166,21 +160,13 @@ def speed_calls(model: DNR | NR, images: Tensor) -> dict[str, Callable[[], objec
     }
 
 
-def timed(call: Callable[[], object], device: torch.device) -> float:
-    """Return the seconds of a call: of the processor on a CPU, which others may use as well."""
-    if device.type != "cuda":
-        began = time.process_time()
-        call()
-        return time.process_time() - began
-    torch.cuda.synchronize(device)
-    began = time.perf_counter()
-    call()
-    torch.cuda.synchronize(device)
-    return time.perf_counter() - began
-
-
 def attack(
-    model: DNR | NR, job: Job, net: torch.nn.Module, samples: int, original: SecurityCurve | None
+    model: DNR | NR,
+    job: Job,
+    net: torch.nn.Module,
+    samples: int,
+    original: SecurityCurve | None,
+    eps: Sequence[float] = EPS,
 ) -> tuple[SecurityCurve, dict[str, Any]]:
     """Attack one model with the default line-up, and with the points found on the original."""
     images, labels = (part[:samples] for part in job.images("test"))
@@ -190,7 +176,7 @@ def attack(
     )
     began = time.process_time()
     curve = security_evaluation(
-        model, images, labels, EPS, norm=2, attacks=line_up, init_inputs=pool, progress=False
+        model, images, labels, eps, norm=2, attacks=line_up, init_inputs=pool, progress=False
     )
     found = {
         "eps": curve.eps,
@@ -225,18 +211,15 @@ def against_original(
     return counts
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Compress, measure, and write the JSON after every model that was attacked."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--run", default="runs/mnist-5k", help="run folder (default: %(default)s)")
     parser.add_argument("--samples", type=int, default=30, help="attacked (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=9, help="of the times")
     parser.add_argument("--device")
-    options = parser.parse_args()
-    arguments = ["--run", options.run, "--quiet"]
-    arguments += ["--device", options.device] if options.device else []
-    job = prepare(attack_parser().parse_args(arguments), Console(quiet=True))
-    classifiers = make_classifiers(job, Console(quiet=True))
+    options = parser.parse_args(argv)
+    job, classifiers = load_run(options.run, options.device)
     warnings.simplefilter("ignore", CompressionWarning)  # all that it says is in the results
     models, found = compressed_models({kind: classifiers[kind] for kind in FACTORS}, job)
     speed_images = job.images("test")[0][:SPEED_ROWS]
@@ -244,8 +227,7 @@ def main() -> None:
         found[name]["speed"] = times
     record = {
         "environment": describe_environment(job.device),
-        "commit": commit(),
-        "busy_cores_before": busy_cores(),
+        **stamp(),
         "run": job.settings,
         "settings": {
             "steps": STEPS,

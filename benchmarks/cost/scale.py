@@ -1,13 +1,16 @@
 """Measure how time and memory of a fit grow with the samples and with the classes.
 
-`python benchmarks/bench_scale.py` fits one layer's SVM, each fit in a process of its own:
+`python -m benchmarks.cost scale` fits one layer's SVM, each fit in a process of its own:
 
 - samples: MNIST digits as pixels, d = 784, 10 classes; beyond 60,000 moved copies of them are added
 - layer: overlapping Gaussian clusters, d = 64 as of a layer, 10 classes
 - classes: the same with more and more classes, always the same number of samples
 
 It counts kernel rows and multiply-adds beside processor time and the peak memory of the process,
-fits the exponents of growth, and estimates from them what ImageNet would take (`scale_estimate`).
+fits the exponents of growth, and estimates from them what ImageNet would take.
+That is no measurement: one layer's SVM with given (C, gamma), a search and its folds come on top,
+and a GPU is supposed to speed up all of a fit as much as matrix products, which is the best case.
+
 Numbers go to benchmarks/results/scale.json after every fit; a stopped run goes on where it was.
 """
 
@@ -17,18 +20,17 @@ import math
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.common import busy_cores, commit, load_results
-from benchmarks.cost.scale_estimate import estimate, matrix_product_rate
+from benchmarks.common import RESULTS, ROOT, busy_cores, commit, load_results
 from torchdnr.evaluation.curve import write_json
 from torchdnr.evaluation.environment import describe_environment
 
-ROOT = Path(__file__).parents[2]
 SIZES = (1_000, 2_000, 4_000, 8_000, 16_000, 32_000, 64_000)
 LAYER_SIZES = (1_000, 2_000, 4_000, 8_000, 16_000, 32_000, 64_000, 100_000)
 CLASSES = (10, 30, 100, 300, 1_000)
@@ -44,6 +46,14 @@ GROWING = (
 )
 LAST = 4
 """Largest problems that an exponent is fitted to: small ones are all overhead."""
+
+
+IMAGENET_IMAGES, IMAGENET_CLASSES = 1_281_167, 1_000
+SUBSET = 100_000
+GPU = {"name": "H100 SXM", "flops": 67e12, "memory_gib": 80}
+"""float32 without tensor cores, by NVIDIA's data sheet: kernels are never evaluated in TF32."""
+DOUBLE_ARRAYS = 8
+"""Float64 arrays (samples, classes) that a fit holds whatever is solved together."""
 
 
 def growth(entries: Sequence[Mapping[str, Any]], size: str) -> dict[str, dict[str, float]]:
@@ -77,6 +87,64 @@ def growth(entries: Sequence[Mapping[str, Any]], size: str) -> dict[str, dict[st
     return found
 
 
+def matrix_product_rate(size: int = 1024, repeats: int = 10) -> float:
+    """Measure the floating-point operations per second of a float32 matrix product, processor time.
+
+    Args:
+        size: Rows and columns.
+        repeats: Products after a first one that does not count.
+
+    Returns:
+        Operations per second of processor time.
+    """
+    one = torch.rand(size, size)
+    one @ one
+    began = time.process_time()
+    for _ in range(repeats):
+        one @ one
+    return 2.0 * size**3 * repeats / (time.process_time() - began)
+
+
+def carried_on(growth: Mapping[str, Any], what: str, size: float) -> float:
+    """Evaluate a fitted power law."""
+    return growth[what]["factor"] * size ** growth[what]["exponent"]
+
+
+def estimate(results: Mapping[str, Any]) -> dict[str, Any]:
+    """Estimate the fit of one layer's SVM to all of ImageNet, and to a subset.
+
+    Args:
+        results: Contents of scale.json, with ``growth`` and ``matrix_product_rate``.
+
+    Returns:
+        Under "all" and "subset": images, classes, GiB of float64 state, and under "layer" and
+        "samples", as the fits to those grew: kernel rows, processor hours, hours on one and on
+        eight GPUs at best.
+    """
+    by_c = results["growth"]["classes"]
+    faster = GPU["flops"] / results["matrix_product_rate"]
+    found: dict[str, Any] = {"gpu": GPU, "faster": faster}
+    for name, images in (("all", IMAGENET_IMAGES), ("subset", SUBSET)):
+        state = DOUBLE_ARRAYS * 8 * images * IMAGENET_CLASSES / 2**30
+        found[name] = {"images": images, "classes": IMAGENET_CLASSES, "state_gib": state}
+        for kind in ("layer", "samples"):
+            few = next(iter(results["sections"][kind].values()))["classes"]
+            rows, seconds = (
+                carried_on(results["growth"][kind], what, images)
+                # More classes at the same samples: as measured, relative to few.
+                * carried_on(by_c, what, IMAGENET_CLASSES)
+                / carried_on(by_c, what, few)
+                for what in ("kernel_rows", "processor_seconds")
+            )
+            found[name][kind] = {
+                "kernel_rows": min(images, rows),
+                "processor_hours": seconds / 3600,
+                "hours_one_gpu": seconds / 3600 / faster,
+                "hours_eight_gpus": seconds / 3600 / faster / 8,
+            }
+    return found
+
+
 def tasks(options: argparse.Namespace) -> list[dict[str, Any]]:
     """List the fits, smallest first."""
     shared = {
@@ -101,7 +169,7 @@ def run(task: Mapping[str, Any]) -> dict[str, Any]:
     """
     command = [sys.executable, "-m", "benchmarks.cost.scale_worker", json.dumps(task)]
     busy = busy_cores()
-    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     if found.returncode:
         raise RuntimeError(f"the fit of {task} failed:\n{found.stderr[-2000:]}")
     return json.loads(found.stdout.splitlines()[-1]) | {"busy_cores": busy, "commit": commit()}
@@ -120,7 +188,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     option("--memory-limit", type=int, default=MEMORY_LIMIT, metavar="BYTES", help="of a fit")
     option("--threads", type=int, default=1, metavar="N")
     option("--data-root", default=str(ROOT / "data"), metavar="DIR", help="holds MNIST, or gets it")
-    option("--output", type=Path, default=ROOT / "benchmarks/results/scale.json", metavar="FILE")
+    option("--output", type=Path, default=RESULTS / "scale.json", metavar="FILE")
     option("--fresh", action="store_true", help="replace what was measured under other conditions")
     options = parser.parse_args(argv)
     header = {

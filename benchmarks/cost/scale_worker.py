@@ -1,4 +1,4 @@
-"""One fit of bench_scale.py, in a process of its own, whose memory nothing else has touched."""
+"""One fit of scale.py, in a process of its own, whose memory nothing else has touched."""
 
 import json
 import sys
@@ -11,7 +11,7 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from torchdnr.costs import record_costs, stage
-from torchdnr.data import load_dataset
+from torchdnr.data import Dataset, load_dataset
 from torchdnr.svm import RBFSVM
 from torchdnr.svm.gram import KernelRows
 
@@ -21,17 +21,16 @@ CLUSTER_NOISE = 1.0
 WARM_UP = 500
 
 
-def digits(n: int, root: str) -> tuple[Tensor, Tensor]:
+def digits(n: int, data: Dataset) -> tuple[Tensor, Tensor]:
     """Take the first n of all MNIST training digits in random order, then of moved copies of them.
 
     Args:
         n: Up to 120,000.
-        root: Folder of the data sets.
+        data: MNIST.
 
     Returns:
         Pixels, ``(n, 784)``, and labels, ``(n,)``; those of a smaller n are the beginning.
     """
-    data = load_dataset("mnist", root)
     order = torch.randperm(len(data.labels_train), generator=torch.Generator().manual_seed(0))
     images, labels = data.select(order[:n])
     missing = n - len(labels)
@@ -108,7 +107,7 @@ def main() -> None:
     task = json.loads(sys.argv[1])
     torch.set_num_threads(task["threads"])
     if task["kind"] == "samples":
-        features, labels = digits(task["n"], task["data_root"])
+        features, labels = digits(task["n"], load_dataset("mnist", task["data_root"]))
     else:
         features, labels = clusters(task["n"], task["classes"])
     print(json.dumps(measure(features, labels, task["memory_limit"])))

@@ -1,6 +1,6 @@
 """Images that a classifier of digits does not know: noise, other data sets, corrupted digits."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from torchvision.transforms.v2 import functional as F
 from torchdnr.data import load_dataset
 
 NOISE, OTHER, SHIFTED, CORRUPTED = "noise", "other data set", "digits of others", "corrupted"
+Loader = tuple[str, Callable[[], tuple[Tensor, Tensor | None]]]
 
 # Five strengths each; what they are measured in is in the names.
 CORRUPTIONS: dict[str, tuple[float, ...]] = {
@@ -61,27 +62,38 @@ def noise_images(like: Tensor, seed: int) -> Iterator[Unknown]:
     yield Unknown("Gaussian noise", NOISE, gaussian.clamp(0, 1))
 
 
-def other_sets(
-    like: Tensor, root: Path, cifar10: str, seed: int
-) -> tuple[list[Unknown], dict[str, str]]:
-    """Load other data sets, as many images of each as there are digits, or all if it has fewer.
+def loaders(root: Path, cifar10: str) -> dict[str, Loader]:
+    """Collect other data sets.
 
     Args:
-        like: Images of the run, ``(n, C, H, W)``.
         root: Folder of the data sets, into which those that lack are downloaded.
         cifar10: Source of CIFAR-10, for ``load_dataset``.
-        seed: Decides which images are drawn.
 
     Returns:
-        The sets; and by name why a set is not at hand.
+        Name to kind, and to what loads images and, where they are digits, labels.
     """
-    loaders: dict[str, tuple[str, Callable[[], tuple[Tensor, Tensor | None]]]] = {
+    return {
         "Fashion-MNIST": (OTHER, lambda: _fashion_mnist(root)),
         "CIFAR-10 in grey": (OTHER, lambda: (_test_images(cifar10, root)[0], None)),
         "scikit-learn's digits": (SHIFTED, _digits_8x8),
         "MNIST's test digits": (SHIFTED, lambda: _test_images("mnist", root)),
     }
-    found, missing = [], {}
+
+
+def other_sets(
+    like: Tensor, loaders: Mapping[str, Loader], seed: int
+) -> tuple[list[Unknown], dict[str, str]]:
+    """Load other data sets, as many images of each as there are digits, or all if it has fewer.
+
+    Args:
+        like: Images of the run, ``(n, C, H, W)``.
+        loaders: What there is to load.
+        seed: Decides which images are drawn.
+
+    Returns:
+        The sets; and by name why a set is not at hand.
+    """
+    sets, missing = [], {}
     for name, (kind, load) in loaders.items():
         try:
             images, labels = load()
@@ -91,8 +103,8 @@ def other_sets(
         generator = torch.Generator().manual_seed(seed)
         drawn = torch.randperm(len(images), generator=generator)[: len(like)]
         chosen = resized(images[drawn], like)
-        found.append(Unknown(name, kind, chosen, None if labels is None else labels[drawn]))
-    return found, missing
+        sets.append(Unknown(name, kind, chosen, None if labels is None else labels[drawn]))
+    return sets, missing
 
 
 def corrupted_sets(images: Tensor, labels: Tensor, seed: int) -> Iterator[Unknown]:

@@ -1,6 +1,6 @@
 """Measure the SVMs of torchdnr beside other implementations, on one machine, in one run.
 
-`python benchmarks/bench_svm.py --data DIR` measures, each contender in a fresh process and the
+`python -m benchmarks.svm --data DIR` measures, each contender in a fresh process and the
 repeats of all contenders interleaved:
 
 - fit: all one-vs-rest problems of a data set; pixels of MNIST and CIFAR10, three layers of the
@@ -18,25 +18,23 @@ was. Memory is the peak of a process above what it held once it had loaded its d
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.common import busy_cores, commit, load_results
+from benchmarks.common import RESULTS, load_results, stamp
 from benchmarks.svm.contenders import MODULES, OURS, peer_status, versions
 from benchmarks.svm.gradient import ROUTES
 from benchmarks.svm.problems import DATASETS, Settings, gaussian, load_problem
-from benchmarks.svm.report import table
+from benchmarks.svm.report import failures, summary, targets, text_table
 from benchmarks.svm.sections import measure_decisions, measure_fit, measure_gradients, measure_grid
-from benchmarks.svm.targets import failures, summary, targets
 from benchmarks.svm.worker import Say
 from torchdnr.evaluation.environment import describe_environment
 from torchdnr.files import atomic_write_bytes
 
-ROOT = Path(__file__).parents[2]
 SAMPLES = 10_000
 ORDINARY = (10.0, 1.0)
 HARD = ((100.0, 0.25), (1.0, 1.0))
@@ -153,7 +151,7 @@ def output_path(arguments: argparse.Namespace) -> Path:
     if arguments.output:
         return arguments.output
     if arguments.samples == SAMPLES:
-        return ROOT / f"benchmarks/results/svm-{arguments.device}.json"
+        return RESULTS / f"svm-{arguments.device}.json"
     return arguments.cache / f"svm-{arguments.device}-{arguments.samples}.json"
 
 
@@ -182,11 +180,21 @@ def wanted(only: list[str], section: str, name: str, peers: Sequence[str]) -> li
     return [p for p in peers if not chosen or p in chosen]
 
 
-def run(arguments: argparse.Namespace) -> dict[str, Any]:
+def all_cases(settings: Settings) -> Iterator[Case]:
+    """Yield the cases of all sections."""
+    yield from fit_cases(settings)
+    yield from grid_cases(settings)
+    yield from score_cases(settings)
+
+
+def run(
+    arguments: argparse.Namespace, cases: Callable[[Settings], Iterable[Case]]
+) -> dict[str, Any]:
     """Measure what is missing, and write the JSON after every case.
 
     Args:
         arguments: Of the command line.
+        cases: What there is to measure.
 
     Returns:
         All results, old and new.
@@ -210,42 +218,44 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         print(f"{peer}: {state}")
     present = {OURS, *(p for p, state in status.items() if state == "installed")}
     present |= set(ROUTES)
-    cases = [*fit_cases(settings), *grid_cases(settings), *score_cases(settings)]
-    for section, name, takers, measure in cases:
-        peers = [p for p in wanted(arguments.only, section, name, takers) if p in present]
+    for section, name, contenders, measure in cases(settings):
+        peers = [p for p in wanted(arguments.only, section, name, contenders) if p in present]
         known = results["sections"].setdefault(section, {}).get(name, {"peers": {}})
-        done = {p for p, found in known["peers"].items() if "error" not in found}
+        done = {p for p, answer in known["peers"].items() if "error" not in answer}
         if not peers or (not arguments.fresh and set(peers) <= done):
             continue
         print(f"\n{section}: {name}: {', '.join(peers)}", flush=True)
-        busy = busy_cores()
+        stamped = stamp()
         record = measure(peers, lambda line: print(f"  {line}", flush=True))
-        stamp = {"commit": commit(), "date": datetime.now(UTC).isoformat(timespec="seconds")}
-        stamp["busy_cores_before"] = busy
-        for found in record["peers"].values():
-            found |= stamp
+        stamped["date"] = datetime.now(UTC).isoformat(timespec="seconds")
+        for answer in record["peers"].values():
+            answer |= stamped
         record["peers"] = {**known["peers"], **record["peers"]}
         results["sections"][section][name] = record
         results["targets"] = targets(results["sections"])
         atomic_write_bytes(path, f"{json.dumps(results, indent=1)}\n".encode())
-        print(table(section, name, record), flush=True)
+        print(text_table(section, name, record), flush=True)
     results["targets"] = targets(results["sections"])
     print(f"\n{path}")
     return results
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(
+    argv: Sequence[str] | None = None,
+    cases: Callable[[Settings], Iterable[Case]] = all_cases,
+) -> int:
     """Run the benchmark.
 
     Args:
         argv: Command line; default: that of the process.
+        cases: What there is to measure.
 
     Returns:
         0, or 1 if a measurement failed or the output belongs to another run.
     """
     arguments = parse(argv)
     try:
-        results = run(arguments)
+        results = run(arguments, cases)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -15,7 +15,7 @@ ROUTES = (OURS, "gpytorch", "cdist")
 COLUMNS = 10
 
 
-def prepare(job: dict[str, Any]) -> Run:
+def prepare_gradient(job: dict[str, Any]) -> Run:
     """Make the batch and the support vectors, in a process of their own.
 
     Args:

@@ -1,4 +1,4 @@
-"""The problems of bench_svm.py: MNIST pixels, layers of a network, CIFAR10 pixels, noisy labels."""
+"""The problems: MNIST pixels, layers of a network, CIFAR10 pixels, noisy labels."""
 
 import sys
 from dataclasses import dataclass

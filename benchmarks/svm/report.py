@@ -1,9 +1,10 @@
-"""Tables of bench_svm.py, computed from its raw records only."""
+"""Tables, targets and page of the SVM benchmark, computed from its raw records only."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from statistics import median
 from typing import Any
 
+from benchmarks.common import Page, machine, table
 from benchmarks.svm.contenders import OURS
 
 Record = dict[str, Any]
@@ -129,7 +130,7 @@ TABLES: dict[str, tuple[list[str], Callable[[Record, str], list[str]]]] = {
 }
 
 
-def table(section: str, name: str, case: Record) -> str:
+def text_table(section: str, name: str, case: Record) -> str:
     """Format one case.
 
     Args:
@@ -158,3 +159,179 @@ def table(section: str, name: str, case: Record) -> str:
     ]
     sizes = ", ".join(f"{k} = {case[k]}" for k in ("n", "d", "m", "batch", "vectors") if k in case)
     return "\n".join([f"{section}: {name} ({sizes})", *lines, *notes])
+
+
+def _certificates(fits: Iterable[Record]) -> dict[str, float | None]:
+    """Find the worst values of our certificates over all fits."""
+    fits = [case for case in fits if case["peers"].get(OURS, {}).get("objective")]
+    worst: dict[str, float | None] = {}
+    for name in ("violation", "sum_over_C", "outside_box"):
+        worst[name] = max((largest(case["peers"][OURS], name) for case in fits), default=None)
+    excess = [
+        (mine - theirs) / abs(theirs)
+        for case in fits
+        for mine, theirs in zip(
+            case["peers"][OURS]["objective"],
+            case["peers"].get("sklearn", {}).get("objective", []),
+            strict=False,  # LIBSVM may have been timed on some of the classes only
+        )
+    ]
+    worst["excess"] = max(excess, default=None)
+    return worst
+
+
+def targets(sections: dict[str, dict[str, Record]]) -> list[Record]:
+    """Compare the measurements with what they are to reach.
+
+    Args:
+        sections: Section to name of a case to its record.
+
+    Returns:
+        One ``{"name", "value", "target", "status"}`` per target; the status is "reached",
+        "missed" or "not measured".
+    """
+    fits, grids = sections.get("fit", {}), sections.get("grid", {})
+    decisions, gradients = sections.get("decision", {}), sections.get("gradient", {})
+    fit = {c["dataset"]: c for c in fits.values() if c["headline"]}
+    worst = _certificates(fits.values())
+    both, mnist = ("sklearn", "sklearnex"), decisions.get("mnist")
+    rows = [
+        ("fit raw, x sklearn", ratio(fit.get("raw"), "sklearn"), ">=", 20.0),
+        ("fit raw, x sklearnex", ratio(fit.get("raw"), "sklearnex"), ">=", 3.0),
+        ("fit relu_fc1, x the faster peer", slower(fit.get("relu_fc1"), both), ">=", 4.0),
+        ("fit logits, x the faster peer", slower(fit.get("logits"), both), ">=", 4.0),
+        ("grid relu_fc1, x sklearn", ratio(grids.get("relu_fc1"), "sklearn"), ">=", 5.0),
+        ("grid raw, x sklearn", ratio(grids.get("raw"), "sklearn"), ">=", 30.0),
+        ("decision mnist, x sklearn", ratio(mnist, "sklearn"), ">=", 60.0),
+        ("decision mnist, x sklearnex", ratio(mnist, "sklearnex"), ">=", 4.0),
+    ]
+    for name in ("d=512", "mnist", "d=3072"):
+        ours = decisions.get(name, {"peers": {}})["peers"].get(OURS, {})
+        share = ours.get("share_of_product")
+        rows.append((f"decision {name}, share of the rate of mm", share, ">=", 0.6))
+    for d in (512, 30):
+        value = slower(gradients.get(f"d={d}"), ("gpytorch", "cdist"))
+        rows.append((f"gradient d={d}, x the faster of gpytorch and cdist", value, ">=", 1.8))
+    rows += [
+        ("largest violation of any fit", worst["violation"], "<=", 1e-3),
+        ("largest |1'b| / C of any fit", worst["sum_over_C"], "<=", 1e-6),
+        ("largest excess over the box / C", worst["outside_box"], "<=", 0.0),
+        ("objective above LIBSVM's (tol 1e-3), relative", worst["excess"], "<=", 1e-6),
+    ]
+    return [_target(*row) for row in rows]
+
+
+def _target(name: str, value: float | None, sense: str, bound: float) -> Record:
+    if value is None:
+        status = "not measured"
+    else:
+        status = "reached" if (value >= bound if sense == ">=" else value <= bound) else "missed"
+    return {"name": name, "value": value, "target": f"{sense} {bound:g}", "status": status}
+
+
+def summary(results: Record) -> str:
+    """Format targets, missing peers and failures: the end of the output.
+
+    Args:
+        results: The whole JSON.
+
+    Returns:
+        Lines of text.
+    """
+    lines = ["targets:"]
+    for row in results["targets"]:
+        value = number(row["value"], ".4g")
+        lines.append(f"  {row['status']:<12}  {row['name']}: {value} (target {row['target']})")
+    counts = {
+        status: sum(row["status"] == status for row in results["targets"])
+        for status in ("reached", "missed", "not measured")
+    }
+    lines.append("  " + ", ".join(f"{count} {status}" for status, count in counts.items()))
+    absent = {p: s for p, s in results["peer_status"].items() if s != "installed"}
+    named = ", ".join(f"{peer} ({status})" for peer, status in absent.items()) or "none"
+    lines.append(f"peers that took no part: {len(absent)}: {named}")
+    failed = failures(results["sections"])
+    lines.append(f"measurements that failed: {len(failed)}" + "".join(f"\n  {f}" for f in failed))
+    return "\n".join(lines)
+
+
+def failures(sections: dict[str, dict[str, Record]]) -> list[str]:
+    """List the measurements that ended in an error."""
+    return [
+        f"{section}, {name}, {peer}: {record['error']}"
+        for section, cases in sections.items()
+        for name, case in cases.items()
+        for peer, record in case["peers"].items()
+        if "error" in record
+    ]
+
+
+# --- page ---
+
+INTRODUCTION = """\
+`python -m benchmarks.svm` (extra `bench`) measures fits, searches, decision values and gradients
+beside other libraries, on one machine in one run. Where thousands of samples are support vectors
+between their bounds (`cifar10`, `noise`), scikit-learn-intelex fits faster."""
+COLUMNS = {"sklearn": "scikit-learn", "sklearnex": "scikit-learn-intelex"}
+
+
+def page(result: Record) -> str:
+    """Format times and targets.
+
+    Args:
+        result: Contents of svm-<device>.json.
+
+    Returns:
+        Markdown: one line on what was run where, and two tables.
+    """
+    settings, versions = result["settings"], result["versions"]
+    named = ", ".join(f"{name} {versions[name]}" for name in sorted(versions) if versions[name])
+    size, rows = f", n={settings['samples']}", []
+    for section, verb in (
+        ("fit", "10 one-vs-rest fits"),
+        ("grid", "5-fold search of 20 points"),
+        ("decision", f"{settings['samples'] // 5:,} decisions"),
+    ):
+        for name, case in result["sections"].get(section, {}).items():
+            if ", n=" not in name or name.endswith(size):
+                rows.append([f"{verb}: {name.removesuffix(size)}", *_times(case)])
+    targets = [
+        [f"{row['name']} {row['target']}".replace("|", "\\|"), number(row["value"]), row["status"]]
+        for row in result["targets"]
+    ]
+    lines = [
+        INTRODUCTION,
+        "",
+        f"{machine(result['environment'])}; {named}. Medians of up to {settings['repeats']} runs; "
+        "\\* marks a time extrapolated from a part. All solutions are certified in float64.",
+        "",
+        *table([f"n = {settings['samples']:,}", OURS, *COLUMNS.values()], rows),
+        "",
+        *table(["target", "reached", ""], targets),
+    ]
+    return "\n".join(lines)
+
+
+def _times(case: Record) -> list[str]:
+    cells = [f"{number(seconds(case, OURS))} s"]
+    for peer in COLUMNS:
+        if seconds(case, peer) is None:
+            cells.append("-")
+            continue
+        mark = "\\*" if "extrapolated_from" in case["peers"][peer] else ""
+        cells.append(f"{number(seconds(case, peer))} s{mark} ({number(ratio(case, peer), '.2g')}x)")
+    return cells
+
+
+def headline(result: Record) -> str:
+    """Say how much faster than the peers ours fits, from least to most, and what is reached."""
+    spans, n = [], result["settings"]["samples"]
+    fits = [case for case in result["sections"]["fit"].values() if case["n"] == n]
+    for peer, name in COLUMNS.items():
+        ratios = [times for case in fits if (times := ratio(case, peer)) is not None]
+        spans.append(f"{min(ratios):.2g} to {max(ratios):.2g} times as fast as {name}")
+    reached = sum(row["status"] == "reached" for row in result["targets"])
+    return f"fits {', '.join(spans)}; {reached} of {len(result['targets'])} targets reached"
+
+
+PAGES = {"svm": Page("How fast the SVMs are", page, headline)}

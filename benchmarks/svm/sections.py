@@ -1,4 +1,4 @@
-"""The four sections of bench_svm.py as its own process sees them: jobs out, records in."""
+"""The four sections as its own process sees them: jobs out, records in."""
 
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -8,9 +8,8 @@ import numpy as np
 import torch
 
 from benchmarks.svm.certificate import certificate, gram_product, one_vs_rest
-from benchmarks.svm.contenders import OURS
+from benchmarks.svm.contenders import C_GRID, FOLDS, GAMMA_GRID, OURS
 from benchmarks.svm.gradient import COLUMNS, ROUTES
-from benchmarks.svm.grid import C_GRID, FOLDS, GAMMA_GRID
 from benchmarks.svm.problems import Problem, Settings
 from benchmarks.svm.worker import Say, Worker, describe, measure_interleaved
 from torchdnr.kernels import scale_gamma

@@ -2,8 +2,8 @@
 
 A process of its own gives each contender its own peak memory and its own thread pools. All
 processes of a case stay alive while it is measured, so that the repeats are interleaved: a machine
-that slows down for a while slows all contenders. What runs in them (svm_fit.py, svm_grid.py,
-svm_decision.py, svm_gradient.py) imports late: a process loads no library but its contender's.
+that slows down for a while slows all contenders. What runs in them stands in contenders.py
+and gradient.py.
 """
 
 import importlib
@@ -32,7 +32,7 @@ class Worker:
     """A process that holds one contender.
 
     Args:
-        job: JSON values; ``section`` names the module svm_<section>.py whose ``prepare`` is called.
+        job: JSON values; ``section`` says which function ``prepare_<section>`` is called.
     """
 
     def __init__(self, job: dict[str, Any]) -> None:
@@ -42,6 +42,7 @@ class Worker:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
+            cwd=Path(__file__).parents[2],
             env={**os.environ, "KINETO_LOG_LEVEL": "99"},  # the profiler says when it starts
         )
         self._send(job)
@@ -214,7 +215,9 @@ def serve() -> None:
 
     job = json.loads(sys.stdin.readline())
     start = time.perf_counter()
-    run = attempt(importlib.import_module(f"benchmarks.svm.{job['section']}").prepare, job)
+    name = "gradient" if job["section"] == "gradient" else "contenders"
+    module = importlib.import_module(f"benchmarks.svm.{name}")
+    run = attempt(getattr(module, f"prepare_{job['section']}"), job)
     if isinstance(run, dict):
         reply(run)
         return
