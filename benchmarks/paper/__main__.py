@@ -1,11 +1,11 @@
-"""Repeat the paper's experiments: `python benchmarks/paper.py mnist` or `cifar10`.
+"""Repeat the paper's experiments: `python -m benchmarks.paper mnist` or `cifar10`.
 
 All runs of a data set, then figures and tables. Every piece is kept in the folder as soon as it is
 made: a run that was stopped goes on with the same command. Several machines can share the runs:
 `--stage network` on one of them, copy the folder to the others, `--runs 0 1` here, `--runs 2 3 4`
 there, copy the run-N folders together, `--stage report`. `--quick` means fewer samples, and run 0
 alone unless `--runs` names others.
-`--record` writes to benchmarks/results/paper/ and README.md instead of the folder.
+`--record` writes to benchmarks/results/paper/ instead of the folder.
 """
 
 import argparse
@@ -16,10 +16,16 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.paper.report import RESULTS, write_report
-from benchmarks.paper.run import attack, finish, make_classifiers, make_network, network_accuracy
+from benchmarks.paper.merge import RESULTS, write_report
+from benchmarks.paper.run import (
+    Study,
+    attack,
+    finish,
+    make_classifiers,
+    make_network,
+    network_accuracy,
+)
 from benchmarks.paper.settings import PROTOCOLS, QUICK_TRAININGS, Protocol, quick
-from benchmarks.paper.study import Study
 from torchdnr.cli import Console, run_command
 from torchdnr.cli_settings import find_device
 from torchdnr.data import load_dataset
@@ -27,14 +33,15 @@ from torchdnr.evaluation.known_attacks import ATTACKS, DEFAULT, FULL, choose_att
 from torchdnr.files import atomic_write_bytes
 from torchdnr.training import TrainingSettings
 
-ROOT = Path(__file__).parents[2]
 STAGES = "network", "fit", "attack", "report"
 
 
 def make_parser() -> argparse.ArgumentParser:
     """Build the parser of the command line."""
     parser = argparse.ArgumentParser(
-        prog="paper.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m benchmarks.paper",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     option = parser.add_argument
     option("dataset", choices=list(PROTOCOLS))
@@ -71,7 +78,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     option("--source", help="data set as for train.py, such as npz:FILE (default: by its name)")
     option("--note", metavar="TEXT", help="what the report has to say about these data, kept")
-    option("--record", action="store_true", help="write to the repository's results and README.md")
+    option("--record", action="store_true", help="write to the repository's results")
     option("--data-root", default="data", metavar="DIR", help="downloads (default: %(default)s)")
     option("--folder", metavar="DIR", help="where the pieces live (default: runs/paper/NAME)")
     option("--device", help="cpu, cuda or cuda:N (default: cuda if there is one, else cpu)")
@@ -85,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_command(
         options,
         lambda console: repeat(options, console),
-        packages=("torchdnr", "paper", "__main__"),
+        packages=("torchdnr", "benchmarks", "__main__"),
     )
 
 
@@ -93,7 +100,7 @@ def repeat(options: argparse.Namespace, console: Console) -> None:
     """Make what is asked for, and what is missing for it."""
     protocol = settle(options)
     name = options.dataset + ("-quick" if options.quick else "")
-    folder = Path(options.folder or ROOT / "runs/paper" / name)
+    folder = Path(options.folder or Path("runs/paper") / name)
     data = load_dataset(options.source or options.dataset, options.data_root)
     if data.labels_test is None:
         raise ValueError(f"{options.source} has no test set: give one with x_test and y_test")

@@ -1,277 +1,321 @@
-"""Merge the runs of the paper's protocol: figures, one JSON per data set, and the README's part."""
+"""Pages and tables of the paper's experiments."""
 
 import re
-import warnings
+import statistics
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-import torch
+from tabulate import tabulate
 
-from benchmarks.paper.claims import gather, judge_claims
-from benchmarks.paper.run import EXAMPLES_FILE
-from benchmarks.paper.study import Study, code_versions, run_folder
-from benchmarks.paper.sweep_average import average_sweeps
-from benchmarks.paper.tables import ALONE, WORST, as_text, example_figure, readme_section
-from torchdnr.evaluation import LINE_SEARCH_PGD, SecurityCurve
-from torchdnr.evaluation.curve import plain_json, read_json, write_json
-from torchdnr.evaluation.plots import plot_curves, plot_examples
-from torchdnr.evaluation.plots_rejection import plot_threshold_sweep
-from torchdnr.evaluation.report import load_results
-from torchdnr.files import atomic_write_bytes, load_tensors
+from benchmarks.common import Page, machine, table
+from torchdnr.evaluation.known_attacks import ATTACKS
 
-ROOT = Path(__file__).parents[2]
-RESULTS = ROOT / "benchmarks/results/paper"
-CLASSIFIERS = "DNN", "NR", "DNR"
+WORST, ALONE = "our line-up", "the paper's attack"
+PLURAL = {
+    "holds": "hold",
+    "holds partly": "hold partly",
+    "does not hold": "do not hold",
+    "cannot be told": "undecided",
+}
+INTRODUCTION = """\
+`python -m benchmarks.paper {dataset}` repeats the experiments of Sotgiu et al.: networks, 5 runs
+with other samples, hyper-parameters by 5-fold cross-validation, theta on images that serve for
+nothing else, attacks of growing size, Figs. 3 to 6, and every claim of the paper, under the paper's
+attack and under our line-up. It goes on where it was stopped, and machines can share the runs.
+These are runs of `--quick`, which has fewer samples; the 5 runs of 1,000 attacked images each are
+not recorded.
+
+So few samples cannot show everything, and the verdicts say so: an exact sign test over the images,
+at 5 % over all eps of a claim; that no accuracy is left is believed where its 95 % interval ends
+below 10 %. Cells are accuracy in percent on the attacked images, in brackets the share rejected; at
+eps = 0 a reject is an error, under attack it is right."""
 
 
-def write_report(
-    study: Study, name: str, results: Path, variants: Sequence[str] | None = None
-) -> str:
-    """Merge what the folder holds, draw the figures, and write the numbers.
+def page(content: Mapping[str, Any]) -> str:
+    """Format one data set's numbers.
 
     Args:
-        study: The experiments; nothing is made that the folder lacks.
-        name: Beginning of the names of the files.
-        results: Folder for the files; that of the repository also brings README.md up to date.
-        variants: Those that have to be of these settings; default: all. Others are left out, with
-            a warning, where they are not.
+        content: What ``write_report`` wrote.
 
     Returns:
-        Tables as text.
-
-    Raises:
-        ValueError: If no run is complete, or one was made with other settings.
+        Markdown: for each variant the curves, the verdicts, the figures, numbers and costs.
     """
-    found = {}
-    for variant in study.protocol.variants:
-        try:
-            found[variant] = _runs(study, variant)
-        except ValueError as error:
-            if variants is None or variant in variants:
-                raise
-            warnings.warn(f"the report leaves out {variant}: {error}", stacklevel=2)
-    found = {variant: runs for variant, runs in found.items() if runs}
-    if not found:
-        raise ValueError(f"no run in {study.folder} is complete; call without --stage report")
-    results.mkdir(parents=True, exist_ok=True)
-    parts = {
-        variant: _variant(study, variant, runs, results / f"{name}-{variant}")
-        for variant, runs in found.items()
-    }
-    content = {
-        "protocol": plain_json(study.protocol.to_dict()),
-        "variants": parts,
-        "reference": reference(),
-        "environments": _environments(found),
-        "code": _code(study, found),
-        "cost": {variant: _costs(study, variant, runs) for variant, runs in found.items()},
-    }
-    write_json(results / f"{name}.json", content)
-    if results == RESULTS:
-        _rewrite_readme(name, content)
-    return as_text(content)
+    dataset = content["protocol"]["dataset"]
+    parts = [INTRODUCTION.format(dataset=dataset), ""]
+    for variant, found in content["variants"].items():
+        about = content["protocol"]["variants"][variant]["about"]
+        parts += [f'## Variant "{variant}"', "", f"{about}. {_facts(content, variant)}", ""]
+        parts += [_curve_table(found, "github"), "", _verdict_table(found, "github"), ""]
+        parts += [*_figures(f"{dataset}-quick-{variant}", example_figure(content["protocol"])), ""]
+        parts += ["### The numbers behind the verdicts", "", _number_table(found, "github"), ""]
+        parts += ["### What each stage cost", "", _cost_table(content["cost"][variant], "github")]
+        parts += ["", _notes(content, variant), ""]
+    return _narrow("\n".join(parts).rstrip())
 
 
-def _runs(study: Study, variant: str) -> list[tuple[dict[str, SecurityCurve], dict, dict]]:
-    """Load the complete runs of a variant: curves, settings, sweeps."""
-    found = []
-    wanted = {"classifiers": study.classifier_settings(), "attack": study.attack_settings()}
-    for run in range(study.protocol.runs):
-        path = run_folder(study, variant, run) / "results.json"
-        if not path.exists():
-            continue
-        curves, settings = load_results(path)
-        for key, value in {**wanted, "run": run, "variant": variant}.items():
-            if settings.get(key) != value:
-                raise ValueError(
-                    f"{path} was made with another {key}: call without --stage report for run "
-                    f"{run} of {variant}, or move its folder away"
-                )
-        found.append((curves, settings, read_json(path)["sweeps"]))
-    if len({settings["network"]["digest"] for _, settings, _ in found}) > 1:
-        raise ValueError(
-            f"the runs of {variant} in {study.folder} are of different networks; train one, copy "
-            "it to every machine, and only then make the runs"
-        )
-    return found
+def headline(content: Mapping[str, Any]) -> str:
+    """Count the verdicts on the paper's claims under our line-up."""
+    parts = []
+    for variant, found in content["variants"].items():
+        verdicts = [claim["verdict"] for claim in found["claims"][WORST]]
+        counts = [(verdicts.count(verdict), word) for verdict, word in PLURAL.items()]
+        named = ", ".join(f"{count} {word}" for count, word in counts if count)
+        parts.append(f"{variant} classifiers: {named}")
+    return f"the paper's {len(verdicts)} claims under our attacks: {'; '.join(parts)}"
 
 
-def _code(study: Study, found: Mapping[str, Sequence[tuple[dict, dict, dict]]]) -> list[str]:
-    """List the versions of the library's code that made the pieces, each once."""
-    folders = [study.folder] + [
-        run_folder(study, variant, settings["run"])
-        for variant, runs in found.items()
-        for _, settings, _ in runs
+def one_run_page(content: Mapping[str, Any]) -> str:
+    """Format what one run took from nothing.
+
+    Args:
+        content: What ``write_report`` wrote.
+
+    Returns:
+        Markdown: the command, its minutes, the networks, and what each stage cost.
+    """
+    protocol = content["protocol"]
+    parts = [
+        f"`python -m benchmarks.paper {protocol['dataset']} --quick` from nothing, with nothing "
+        f"beside it: {_minutes(content):.0f} minutes on {machine(content['environments'][0])}.",
     ]
-    return sorted({version for folder in folders for version in code_versions(folder)})
+    for variant, found in content["variants"].items():
+        parts += ["", f'## Variant "{variant}"', "", f"{_facts(content, variant)}", ""]
+        parts += [
+            _curve_table(found, "github"),
+            "",
+            _cost_table(content["cost"][variant], "github"),
+        ]
+    return _narrow("\n".join(parts))
 
 
-def _environments(
-    found: Mapping[str, Sequence[tuple[dict[str, SecurityCurve], dict, dict]]],
-) -> list[dict[str, Any]]:
-    """List the machines and versions, each once."""
-    every = [curves["DNR"].environment for runs in found.values() for curves, _, _ in runs]
-    return [entry for index, entry in enumerate(every) if entry not in every[:index]]
+def one_run_headline(content: Mapping[str, Any]) -> str:
+    """Name the minutes, and how good the networks are."""
+    networks = [found["network"]["test_accuracy"] for found in content["variants"].values()]
+    right = " and ".join(f"{100 * accuracy:.2f}" for accuracy in networks)
+    return (
+        f"{_minutes(content):.0f} minutes on {content['environments'][0]['threads']} cores "
+        f"(networks {right} % right)"
+    )
 
 
-def _variant(
-    study: Study, variant: str, runs: Sequence[tuple[dict, dict, dict]], figures: Path
-) -> dict[str, Any]:
-    """Draw the figures of a variant and collect its numbers."""
-    several = {name: [curves[name] for curves, _, _ in runs] for name in runs[0][0]}
-    plot_curves(several, f"{figures}-fig3.png")
-    means = {
-        name: average_sweeps(name, [sweeps[name] for _, _, sweeps in runs]) for name in runs[0][2]
-    }
-    plot_threshold_sweep(means, f"{figures}-fig4.png")
-    number = example_figure(study.protocol.to_dict())
-    _draw_examples(study, variant, runs[0][1]["run"], f"{figures}-fig{number}.png")
-    alone = {
-        name: [curve.attacks[LINE_SEARCH_PGD] for curve in curves]
-        for name, curves in several.items()
-    }
-    eps, sweeps = study.protocol.nr_rejects_more_at, {key: m.to_dict() for key, m in means.items()}
-    drawn = [study.test_rows(settings["run"]) for _, settings, _ in runs]
-    attacked = [rows[: study.protocol.attacked] for rows in drawn]
-    clean = {
-        name: torch.tensor([one for _, s, _ in runs for one in s["clean"][name]["right"]]).bool()
-        for name in several
-    }
-    claims = {
-        part: judge_claims(
-            clean,
-            torch.cat(drawn),
-            {key: gather(values, attacked) for key, values in curves.items()},
-            eps,
-            fitting,
-        )
-        for part, curves, fitting in ((WORST, several, sweeps), (ALONE, alone, None))
-    }
+def _minutes(content: Mapping[str, Any]) -> float:
+    """Add up all stages; those of an attack alone are parts of "attack"."""
+    return sum(
+        call["seconds"] / 60
+        for classifiers in content["cost"].values()
+        for stages in classifiers.values()
+        for stage, calls in stages.items()
+        if not stage.startswith("attack: ")
+        for call in calls
+    )
+
+
+def _narrow(text: str) -> str:
+    """Drop the padding that lines up a table's columns: it only makes long lines."""
+    return re.sub(r"(?<=\|)-+(?=\|)", "---", re.sub(r" {2,}", " ", text))
+
+
+def example_figure(protocol: Mapping[str, Any]) -> int:
+    """Choose which of the paper's figures shows the images: 5 for MNIST, 6 for CIFAR-10."""
+    return 5 if protocol["dataset"] == "mnist" else 6
+
+
+def _figures(name: str, number: int) -> list[str]:
+    return [
+        f"![Fig. 3: accuracy and rejection rate over eps]({name}-fig3.png)",
+        "",
+        f"[Fig. 4: accuracy over the false rejection rate]({name}-fig4.png), "
+        f"[Fig. {number}: attacked images]({name}-fig{number}.png)",
+    ]
+
+
+def as_text(content: Mapping[str, Any]) -> str:
+    """Format one data set's numbers for a terminal."""
+    parts = []
+    for variant, found in content["variants"].items():
+        about = content["protocol"]["variants"][variant]["about"]
+        parts += [f"{variant}: {about}", _facts(content, variant), ""]
+        parts += [_curve_table(found, "simple"), ""]
+        parts += [_verdict_table(found, "simple", width=60), ""]
+        parts += [_number_table(found, "simple", width=44), ""]
+        parts += [_cost_table(content["cost"][variant], "simple"), ""]
+        parts += [_notes(content, variant), ""]
+    return "\n".join(parts)
+
+
+def _facts(content: Mapping[str, Any], variant: str) -> str:
+    protocol, found = content["protocol"], content["variants"][variant]
+    trainings = protocol["variants"][variant]["trainings"]
+    epochs = " + ".join(str(training["epochs"]) for training in trainings)
+    network, runs = found["network"], len(found["runs"])
+    attacks = ", ".join(ATTACKS[name].label for name in protocol["attacks"])
+    machines = "; ".join(
+        f"{one['device']} ({one['threads']} threads), torch {one['torch']}"
+        for one in content["environments"]
+    )
+    text = (
+        f"{runs} run{'s' * (runs > 1)} of {protocol['runs']}; {protocol['svm_samples']:,} images "
+        f"for the SVMs, {protocol['threshold_samples']:,} for theta, {protocol['attacked']:,} "
+        f"attacked; layers {', '.join(protocol['variants'][variant]['layers'])} of "
+        f"{network['name']}, {epochs} epochs on "
+        f"{protocol['network_samples']:,} images, {100 * network['test_accuracy']:.2f} % right on "
+        f"the whole test set. On {protocol['test_samples']:,} clean test images: "
+        f"{'; '.join(_clean(found, name) for name in found['clean'][0])}. Our line-up: {attacks}. "
+        f"{machines}{_code(content['code'])}."
+    )
+    note = protocol["note"].rstrip(".")
+    return f"{text} {note}." if note else text
+
+
+def _code(versions: Sequence[str]) -> str:
+    """Say so where the library changed between the pieces."""
+    few = len(versions) < 2
+    return "" if few else f"; pieces made by {len(versions)} versions of the code"
+
+
+def _clean(found: Mapping[str, Any], name: str) -> str:
+    def mean(key: str) -> str:
+        return f"{100 * statistics.mean(run[name][key] for run in found['clean']):.1f} %"
+
+    rejected = f", {mean('rejection_rate')} rejected" if name != "DNN" else ""
+    return f"{name} {mean('accuracy')} right{rejected}"
+
+
+def _curve_table(found: Mapping[str, Any], style: str) -> str:
+    worst, alone = found["curves"][WORST], found["curves"][ALONE]
+    header = ["eps", *(f"{name}, {WORST}" for name in worst), *(f"{name}, paper" for name in alone)]
+    columns = [*worst.items(), *alone.items()]
+    rows = [
+        [f"{eps:g}", *(_cell(name, curve, index) for name, curve in columns)]
+        for index, eps in enumerate(worst["DNN"]["eps"])
+    ]
+    return tabulate(rows, header, tablefmt=style, disable_numparse=True)
+
+
+def _cell(name: str, curve: Mapping[str, Any], index: int) -> str:
+    """Accuracy, its deviation over several runs, and the rejected share in brackets."""
+    rate = curve["accuracy"]
+    text = f"{100 * rate['mean'][index]:.1f}"
+    if rate["standard_deviation"] is not None:
+        text += f" ± {100 * rate['standard_deviation'][index]:.1f}"
+    if name != "DNN":
+        text += f" ({100 * curve['rejection_rate']['mean'][index]:.0f})"
+    return text
+
+
+def _by_claim(found: Mapping[str, Any]) -> dict[str, tuple[dict[str, str], dict[str, str]]]:
+    """Pair what each claim comes to under the paper's attack, if anything, and our line-up."""
+    alone = {entry["claim"]: entry for entry in found["claims"][ALONE]}
+    nothing = {"verdict": "-", "numbers": "-"}
     return {
-        "network": {
-            "name": study.protocol.variants[variant].network.__name__,
-            **runs[0][1]["network"],
-        },
-        "runs": [settings["run"] for _, settings, _ in runs],
-        "clean": [_without(settings["clean"], "right") for _, settings, _ in runs],
-        "curves": {
-            WORST: {key: _rates(value) for key, value in several.items()},
-            ALONE: {key: _rates(value) for key, value in alone.items()},
-        },
-        "claims": {key: [claim.to_dict() for claim in found] for key, found in claims.items()},
-        "sweeps": sweeps,
+        entry["claim"]: (alone.get(entry["claim"], nothing), entry)
+        for entry in found["claims"][WORST]
     }
 
 
-def _without(entries: Mapping[str, Mapping[str, Any]], key: str) -> dict[str, dict[str, Any]]:
-    return {name: {k: v for k, v in entry.items() if k != key} for name, entry in entries.items()}
+def _verdict_table(found: Mapping[str, Any], style: str, width: int | None = None) -> str:
+    rows = [
+        [claim, *(entry["verdict"] for entry in pair)] for claim, pair in _by_claim(found).items()
+    ]
+    header = ["what the paper says", f"under {ALONE}", f"under {WORST}"]
+    widths = None if width is None else [width, 14, 14]
+    return tabulate(rows, header, tablefmt=style, disable_numparse=True, maxcolwidths=widths)
 
 
-def _rates(runs: Sequence[Any]) -> dict[str, Any]:
-    """Collect rates per run, their mean and standard deviation (None for one run)."""
-    found: dict[str, Any] = {"eps": list(runs[0].eps), "samples": [len(run.labels) for run in runs]}
-    for rate in ("accuracy", "rejection_rate"):
-        values = torch.tensor([getattr(run, rate) for run in runs], dtype=torch.float64)
-        deviation = values.std(dim=0).tolist() if len(runs) > 1 else None
-        found[rate] = {
-            "runs": values.tolist(),
-            "mean": values.mean(dim=0).tolist(),
-            "standard_deviation": deviation,
-        }
-    return found
+def _number_table(found: Mapping[str, Any], style: str, width: int | None = None) -> str:
+    rows = [
+        [claim, *(entry["numbers"] for entry in pair)] for claim, pair in _by_claim(found).items()
+    ]
+    header = ["what the paper says", f"numbers, {ALONE}", f"numbers, {WORST}"]
+    widths = None if width is None else [width // 2, width, width]
+    return tabulate(rows, header, tablefmt=style, disable_numparse=True, maxcolwidths=widths)
 
 
-def _draw_examples(study: Study, variant: str, run: int, path: str) -> None:
-    found, _ = load_tensors(run_folder(study, variant, run) / EXAMPLES_FILE, kind="examples")
-    if len(found["images"]):
-        plot_examples(
-            path,
-            found["images"],
-            found["labels"],
-            {name: found[f"{name}.points"] for name in CLASSIFIERS},
-            {name: found[f"{name}.predictions"] for name in CLASSIFIERS},
-            study.protocol.example_eps,
-            study.data.classes,
+def _cost_table(costs: Mapping[str, Mapping[str, Any]], style: str) -> str:
+    rows = []
+    for name, stages in costs.items():
+        for stage, entry in stages.items():
+            if entry:
+                rows.append([name, stage, _seconds(entry), _memory(entry)])
+    header = ["classifier", "stage", "seconds", "peak memory in MiB"]
+    return tabulate(rows, header, tablefmt=style, disable_numparse=True)
+
+
+def _notes(content: Mapping[str, Any], variant: str) -> str:
+    """Say what the costs leave out, and what the authors' library needs where that is known."""
+    searched = content["protocol"]["variants"][variant]["hyperparameters"] is None
+    text = 'Memory is that of the whole process, the attacks\' seconds are part of "attack".'
+    if searched:
+        text += " NR takes (C, gamma) from DNR's search of the same layer."
+    known = content["reference"]
+    if not known or content["protocol"]["dataset"] != "mnist":
+        return text
+    spent = ", ".join(f"{seconds:.1f} s at {eps}" for eps, seconds in known["attack"].items())
+    text += (
+        " On the DNR of the default run (benchmarks.attacks.secml) the authors' library "
+        f"needs, per digit and line-search attack, processor seconds of one thread: {spent}"
+    )
+    if "fit" in known:
+        fit = known["fit"]
+        theirs, ours = (
+            f"{fit[name]['seconds']:.1f} s and {_memory([fit[name]])} MiB"
+            for name in ("secml", "ours")
         )
+        text += (
+            f"; to fit DNR with given (C, gamma) to {fit['samples']:,} digits {theirs}, where ours "
+            f"needs {ours}"
+        )
+    return f"{text}."
 
 
-def _costs(
-    study: Study, variant: str, runs: Sequence[tuple[dict, dict, dict]]
-) -> dict[str, dict[str, Any]]:
-    """Collect what every stage cost, per classifier: of the network, and of each run."""
-    network = study.protocol.variants[variant].network.__name__
-    path = study.folder / f"{network}-costs.json"
-    trained = [read_json(path)["network"]] if path.exists() else []
-    found: dict[str, Any] = {"DNN": {"network": trained}}
-    for name in CLASSIFIERS:
-        for curves, settings, _ in runs:
-            for key, attack in curves[name].attacks.items():
-                spent = {"seconds": sum(attack.seconds), "peak_memory_mib": None, "calls": 1}
-                found.setdefault(name, {}).setdefault(f"attack: {key}", []).append(spent)
-            own = run_folder(study, variant, settings["run"]) / f"{name.lower()}-costs.json"
-            for stage, cost in (read_json(own) if own.exists() else {}).items():
-                if stage == "attack":  # the curve knows what a stopped run had spent before
-                    cost |= {"seconds": curves[name].seconds}
-                found.setdefault(name, {}).setdefault(stage, []).append(cost)
-    return found
+def _seconds(runs: Sequence[Mapping[str, Any]]) -> str:
+    return f"{statistics.mean(run['seconds'] for run in runs):.1f}"
 
 
-def reference() -> dict[str, Any]:
-    """Look up what the authors' library needs, where bench_secml.py has measured it.
-
-    Returns:
-        On MNIST digits, one thread. "attack": processor seconds of one attack on one image, by
-        eps; "fit": seconds and MiB of the fit of DNR, of ours beside it, and the images.
-    """
-    path = RESULTS.parent / "secml-cpu.json"
-    if not path.exists():
-        return {}
-    record = read_json(path)
-    found: dict[str, Any] = {
-        "attack": {
-            key: case["secml"]["PGDExp"]["cpu_seconds_per_sample"]
-            for key, case in record["compare"]["found"].items()
-            if key.startswith("eps ")
-        }
-    }
-    if "fit" in record:
-        fit = record["fit"]["found"]
-        found["fit"] = {
-            "samples": fit["samples"],
-            "secml": fit["secml"],
-            "ours": {
-                "seconds": fit["ours"]["seconds"][0],  # the first: secml fits once
-                "peak_memory_mib": fit["ours"]["peak_memory_mib"],
-            },
-        }
-    return found
+def _memory(runs: Sequence[Mapping[str, Any]]) -> str:
+    known = [run["peak_memory_mib"] for run in runs if run["peak_memory_mib"] is not None]
+    return f"{max(known):,.0f}" if known else "-"
 
 
-def _rewrite_readme(name: str, content: Mapping[str, Any]) -> None:
-    """Put the tables between the markers of README.md; new ones come after the other data sets."""
-    readme = ROOT / "README.md"
-    text = with_section(readme.read_text(), name, readme_section(name, content))
-    atomic_write_bytes(readme, text.encode())
+# --- Fig. 2 ---
 
 
-def with_section(text: str, name: str, section: str) -> str:
-    """Replace a data set's section of README.md, or add it after the last one.
+def figure_2_page(result: Mapping[str, Any]) -> str:
+    """Format the attacks on a toy of the plane, the contents of fig2.json."""
+    rows = [
+        [name, f"{attack['norm']:.3f}", "yes" if attack["accepted and wrong"] else "no"]
+        for name, attack in result["attacks"].items()
+    ]
+    return "\n".join(
+        [
+            "The paper's Fig. 2 on a toy made for it (`python -m benchmarks.paper.toy_2d`): NR on "
+            f"three classes of the plane, attacked within {result['eps']:g} of one sample. The "
+            "paper's attack ends, on the black path, at the point of highest confidence in the "
+            "ball, the boundary walk at the nearest one that is accepted.",
+            "",
+            "![Decision regions with a reject option, the objective, and three attacks](fig2.png)",
+            "",
+            *table(["attack", "distance", "accepted and wrong"], rows),
+            "",
+            f"{machine(result['environment'])}.",
+        ]
+    )
 
-    Raises:
-        ValueError: If the text has no such section of any data set.
-    """
-    begin, end = markers(name)
-    if begin not in text:
-        last = list(re.finditer(r"<!-- end of paper \S+ -->\n", text))
-        if not last:
-            raise ValueError(f"README.md has no place for these numbers: add {begin} and {end}")
-        place = last[-1].end()
-        text = f"{text[:place]}\n{begin}\n{end}\n{text[place:]}"
-    between = re.compile("(?<=" + re.escape(begin) + r").*?(?=" + re.escape(end) + ")", re.S)
-    return between.sub(lambda _: f"\n{section}\n", text)
+
+def figure_2_headline(result: Mapping[str, Any]) -> str:
+    """Name the distances at which two attacks evade."""
+    found = {name: attack["norm"] for name, attack in result["attacks"].items()}
+    first, *_, last = found
+    return (
+        f"the paper's attack evades at distance {found[first]:.2f}, the {last} at {found[last]:.2f}"
+    )
 
 
-def markers(name: str) -> tuple[str, str]:
-    """Name the markers of a data set's part of README.md."""
-    return f"<!-- paper {name}: written by benchmarks/paper.py -->", f"<!-- end of paper {name} -->"
+PAGES = {
+    "paper/mnist-quick-one-run": Page(
+        "The paper's experiments on MNIST, one run", one_run_page, one_run_headline
+    ),
+    "paper/mnist": Page("The paper's experiments on MNIST", page, headline),
+    "paper/cifar10": Page("The paper's experiments on CIFAR-10", page, headline),
+    "paper/fig2": Page("The paper's Fig. 2", figure_2_page, figure_2_headline),
+}

@@ -1,26 +1,32 @@
-"""One run of the paper's protocol: samples, networks, classifiers, attacks, thresholds.
+"""The paper's protocol, run by run: samples, networks, classifiers, attacks, thresholds.
 
 Everything is kept in the folder as soon as it is made, and is not made again.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.paper.settings import Variant
-from benchmarks.paper.study import SEED, Study, costed, run_folder
-from torchdnr import DNR, NR
+import torchdnr
+from benchmarks.paper.settings import Protocol, Variant
+from torchdnr import DNR, NR, __version__
 from torchdnr.attacks import line_search_pgd
 from torchdnr.attacks.target import has_reject_column
-from torchdnr.costs import stage
+from torchdnr.costs import Cost, record_costs, stage
+from torchdnr.data import Dataset, Splits, split
 from torchdnr.evaluation import SecurityCurve, build_line_up, predict_labels
 from torchdnr.evaluation.curve import plain_json, read_json, write_json
 from torchdnr.evaluation.decisions import worst_predictions
 from torchdnr.evaluation.judging import outputs
+from torchdnr.evaluation.known_attacks import ATTACKS
 from torchdnr.evaluation.metrics import accuracy_under_attack, rejection_rate
 from torchdnr.evaluation.rates import decision_rates
 from torchdnr.evaluation.report import load_results, save_results
@@ -34,6 +40,153 @@ BATCH_SIZE = 256
 REJECTION_RATE = 0.10
 SWEEP_RATES = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4)
 EXAMPLES, EXAMPLES_FILE = 5, "examples.safetensors"
+# Of the protocol, what only concerns attacks and figures: classifiers do not depend on it.
+ATTACK_KEYS = {"runs", "attacked", "eps", "sweep_eps", "attacks"}
+REPORT_KEYS = {"example_eps", "nr_rejects_more_at", "note"}
+CODE_FILE = "code.json"
+SEED = 0  # of the networks and of the images that train them
+
+
+@cache
+def code_digest() -> str:
+    """Compute a fingerprint of the library's code as it was when first asked: twelve hex digits."""
+    state, package = hashlib.sha256(), Path(torchdnr.__file__).parent
+    for file in sorted(package.rglob("*.py")):
+        state.update(f"{file.relative_to(package).as_posix()}\n".encode() + file.read_bytes())
+    return state.hexdigest()[:12]
+
+
+@dataclass(frozen=True, eq=False)
+class Study:
+    """Where the experiments of one data set live, and what they run on.
+
+    Attributes:
+        protocol: What is done.
+        data: The images.
+        folder: Everything that is made.
+        device: Where it runs.
+        progress: Whether to show progress bars.
+        make_line_up: Builds the attacks, as ``build_line_up`` does.
+        code: Fingerprint of the code that makes the pieces.
+    """
+
+    protocol: Protocol
+    data: Dataset
+    folder: Path
+    device: torch.device
+    progress: bool = True
+    make_line_up: Callable[..., dict[str, Any]] = build_line_up
+    code: str = field(default_factory=code_digest)
+
+    def classifier_settings(self) -> dict[str, Any]:
+        """Collect what the classifiers depend on; JSON values."""
+        protocol = self.protocol.to_dict()
+        kept = protocol.keys() - ATTACK_KEYS - REPORT_KEYS
+        data = {name: value for name, value in vars(self.data).items() if torch.is_tensor(value)}
+        found = {"torchdnr": __version__, "data": digest(data)}
+        return _as_json(found | {key: protocol[key] for key in sorted(kept)})
+
+    def attack_settings(self) -> dict[str, Any]:
+        """Collect what the attacks depend on beside the classifiers; JSON values."""
+        protocol = self.protocol.to_dict()
+        found = {key: protocol[key] for key in sorted(ATTACK_KEYS - {"runs"})}
+        return _as_json(
+            found | {"options": {name: ATTACKS[name].defaults for name in found["attacks"]}}
+        )
+
+    def claim_folder(self) -> None:
+        """Write down which classifiers the folder is for, or refuse one that is for others.
+
+        Raises:
+            ValueError: If the folder holds classifiers of other experiments.
+        """
+        known, path = self.classifier_settings(), self.folder / "protocol.json"
+        if path.exists() and (earlier := read_json(path)) != known:
+            differ = [key for key in known | earlier if known.get(key) != earlier.get(key)]
+            raise ValueError(
+                f"{self.folder} holds classifiers with other {', '.join(differ)}; choose another "
+                "--folder"
+            )
+        write_json(path, known)
+
+    def samples(self, run: int) -> dict[str, tuple[Tensor, Tensor]]:
+        """Draw the images of a run, on the device: svm, threshold and test."""
+        left, parts = self._draw(run)
+        found = {
+            "svm": left.select(parts.svm),
+            "threshold": left.select(parts.threshold),
+            "test": left.select(parts.test, test=True),
+        }
+        return {name: (x.to(self.device), y.to(self.device)) for name, (x, y) in found.items()}
+
+    def test_rows(self, run: int) -> Tensor:
+        """Return which test images a run draws, ``(test_samples,)``."""
+        return self._draw(run)[1].test
+
+    def _draw(self, run: int) -> tuple[Dataset, Splits]:
+        """Draw a run's images from the data without those that train the networks."""
+        protocol, data = self.protocol, self.data
+        rest = torch.ones(len(data.labels_train), dtype=torch.bool)
+        rest[self.network_rows()] = False
+        left = replace(
+            data, images_train=data.images_train[rest], labels_train=data.labels_train[rest]
+        )
+        return left, split(
+            left,
+            network=0,
+            svm=protocol.svm_samples,
+            threshold=protocol.threshold_samples,
+            test=protocol.test_samples,
+            seed=run,
+        )
+
+    def network_rows(self) -> Tensor:
+        """Choose the images that train the networks, ``(k,)``."""
+        parts: Splits = split(
+            self.data,
+            network=self.protocol.network_samples,
+            svm=0,
+            threshold=0,
+            test=0,
+            seed=SEED,
+        )
+        return parts.network
+
+
+@contextmanager
+def costed(study: Study, path: Path) -> Iterator[None]:
+    """Record what the stages inside cost, stopped or not; add it to what ``path`` holds.
+
+    The code that they ran goes to ``code.json`` beside it.
+    """
+    made_by = code_versions(path.parent)
+    if study.code not in made_by:
+        write_json(path.parent / CODE_FILE, [*made_by, study.code])
+    with record_costs(study.device) as costs:
+        try:
+            yield
+        finally:
+            totals = read_json(path) if path.exists() else {}
+            for name, cost in costs.items():
+                total = Cost(**totals[name]).plus(cost) if name in totals else cost
+                totals[name] = total.to_dict()
+            if costs:
+                write_json(path, totals)
+
+
+def code_versions(folder: Path) -> list[str]:
+    """List the versions of the code that made what a folder holds, by their fingerprints."""
+    path = folder / CODE_FILE
+    return read_json(path) if path.exists() else []
+
+
+def run_folder(study: Study, variant: str, run: int) -> Path:
+    """Name the folder of a run."""
+    return study.folder / variant / f"run-{run}"
+
+
+def _as_json(value: object) -> Any:  # noqa: ANN401 - whatever a file would hold
+    return json.loads(json.dumps(plain_json(value)))
 
 
 def make_network(study: Study, variant: Variant) -> nn.Module:
@@ -47,7 +200,7 @@ def make_network(study: Study, variant: Variant) -> nn.Module:
     if path.exists():
         load_network(net, path)
     else:
-        with costed(study.folder / f"{name}-costs.json", study.device), stage("network"):
+        with costed(study, study.folder / f"{name}-costs.json"), stage("network"):
             for number, settings in enumerate(variant.trainings):
                 train_network(
                     net,
@@ -90,7 +243,7 @@ def make_classifiers(study: Study, variant_name: str, run: int) -> dict[str, nn.
         if path.exists():
             return kind.load(path, net)
         model = build().to(study.device)
-        with costed(folder / f"{kind.__name__.lower()}-costs.json", study.device):
+        with costed(study, folder / f"{kind.__name__.lower()}-costs.json"):
             model.fit(*samples["svm"], progress=study.progress)
             model.calibrate(samples["threshold"][0], REJECTION_RATE)
         model.save(path)
@@ -109,7 +262,7 @@ def attack(study: Study, variant: str, run: int) -> dict[str, SecurityCurve]:
     classifiers = make_classifiers(study, variant, run)
     samples = study.samples(run)
     inputs, labels = (part[: study.protocol.attacked] for part in samples["test"])
-    line_up = build_line_up(
+    line_up = study.make_line_up(
         study.protocol.attacks,
         samples["svm"][0],
         batch_size=BATCH_SIZE,
@@ -118,7 +271,7 @@ def attack(study: Study, variant: str, run: int) -> dict[str, SecurityCurve]:
     )
     curves = {}
     for name, model in classifiers.items():
-        with costed(folder / f"{name.lower()}-costs.json", study.device), stage("attack"):
+        with costed(study, folder / f"{name.lower()}-costs.json"), stage("attack"):
             curves |= security_evaluations(
                 {name: model},
                 inputs,
@@ -149,7 +302,7 @@ def finish(study: Study, variant: str, run: int, *, reattack: bool) -> None:
     curves = attack(study, variant, run)
     sweeps = {}
     for name in ("NR", "DNR"):
-        with costed(folder / f"{name.lower()}-costs.json", study.device), stage("theta sweep"):
+        with costed(study, folder / f"{name.lower()}-costs.json"), stage("theta sweep"):
             sweeps[name] = _sweep(study, classifiers[name], curves[name], samples, run, reattack)
     inputs, labels = samples["test"]
     _save_examples(study, folder / EXAMPLES_FILE, classifiers, samples)

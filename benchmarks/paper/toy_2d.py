@@ -1,23 +1,23 @@
-"""Draw Fig. 2 of the paper for a toy of our own: attacks on an RBF-SVM with a reject option.
+"""Draw Fig. 2 of the paper for a toy: attacks on an RBF-SVM with a reject option.
 
-`python benchmarks/toy_2d.py` fits NR on three classes of the plane, attacks one sample with the
-paper's attack from the sample alone, with its second start, and by the boundary walk, and writes
-benchmarks/results/paper/fig2.png and fig2.json.
+`python -m benchmarks.paper.toy_2d` fits NR on three classes of the plane, attacks one sample with
+the paper's attack from the sample alone, with its second start, and by the boundary walk, and
+writes benchmarks/results/paper/fig2.png and fig2.json.
 """
 
 import json
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from benchmarks.common import RESULTS as ALL_RESULTS
 from benchmarks.paper.plane import plot_plane
 from torchdnr import NR
 from torchdnr.attacks import boundary_walk, evades, line_search_pgd
 from torchdnr.evaluation.environment import describe_environment
 from torchdnr.files import atomic_write_bytes
 
-RESULTS = Path(__file__).parents[1] / "results/paper"
+RESULTS = ALL_RESULTS / "paper"
 CENTERS = ((0.25, 0.3), (0.72, 0.3), (0.5, 0.75))
 EPS = 0.42
 STEPS = 20  # that are drawn, at the most
