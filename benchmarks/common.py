@@ -36,8 +36,8 @@ class Page(NamedTuple):
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """Format a table: lines of Markdown."""
-    lines = [header, ["---"] * len(header), *rows]
-    return [f"| {' | '.join(line)} |" for line in lines]
+    rule = f"|{'---|' * len(header)}"
+    return [f"| {' | '.join(header)} |", rule, *(f"| {' | '.join(row)} |" for row in rows)]
 
 
 def machine(environment: Mapping[str, Any]) -> str:

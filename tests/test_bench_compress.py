@@ -1,26 +1,16 @@
-import importlib
 import json
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from test_compression import digits, fitted  # noqa: F401 - a fixture
 
+from benchmarks.cost import compress as bench
+from benchmarks.cost.report import compress_page
 from torchdnr.evaluation.curve import plain_json
 
-ROOT = Path(__file__).parents[1]
-
-
-@pytest.fixture
-def scripts(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    bench, readme = map(
-        importlib.import_module, ("benchmarks.cost.compress", "benchmarks.cost.compress_readme")
-    )
-    monkeypatch.setattr(bench, "FACTORS", {"DNR": (4,), "NR": (4,)})
-    monkeypatch.setattr(bench, "EPS", (0.0, 2.0))
-    return bench, readme
+FACTORS = {"DNR": (4,), "NR": (4,)}
+EPS = (0.0, 2.0)
 
 
 @pytest.fixture
@@ -31,10 +21,10 @@ def job():
     return SimpleNamespace(images=parts.__getitem__, settings=settings)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::torchdnr.compression.CompressionWarning")
-def test_the_benchmark_measures_what_the_models_do(scripts, job, fitted):  # noqa: F811
-    bench, readme = scripts
-    models, found = bench.compressed_models(fitted, job)
+def test_the_benchmark_measures_what_the_models_do(job, fitted):  # noqa: F811
+    models, found = bench.compressed_models(fitted, job, FACTORS)
     assert list(models) == ["DNR", "DNR, 4 times fewer", "NR", "NR, 4 times fewer"]
     images, labels = job.images("test")
     for name, times in bench.measure_speed(models, images[:8], 2).items():
@@ -47,7 +37,7 @@ def test_the_benchmark_measures_what_the_models_do(scripts, job, fitted):  # noq
     for name, model in models.items():
         original = curves.get(found[name]["of"])
         net = model.net
-        curves[name], found[name]["attack"] = bench.attack(model, job, net, 4, original)
+        curves[name], found[name]["attack"] = bench.attack(model, job, net, 4, original, EPS)
         points = curves[name].adversarial[1]
         wrong = (model.predict(points) != labels[:4]) & (model.predict(points) != -1)
         assert found[name]["attack"]["accuracy"][1] == 1 - wrong.double().mean().item()
@@ -57,12 +47,12 @@ def test_the_benchmark_measures_what_the_models_do(scripts, job, fitted):  # noq
         4 * (changed["evasion_rate"][1] - before)
     )
     record = {
-        "environment": {"processor": "toy", "torch": torch.__version__},
+        "environment": {"processor": "toy", "threads": 1, "torch": torch.__version__},
         "run": job.settings,
         "settings": {"samples": 4},
         "models": found,
     }
-    text = readme.readme_section(json.loads(json.dumps(plain_json(record), allow_nan=False)))
+    text = compress_page(json.loads(json.dumps(plain_json(record), allow_nan=False)))
     rows = [line for line in text.splitlines() if line.startswith("| ")]
     assert [row.split(" | ")[0] for row in rows[1:]] == [f"| {name}" for name in models]
     assert len({row.count("|") for row in rows}) == 1

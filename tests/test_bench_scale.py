@@ -1,15 +1,14 @@
-"""bench_scale.py: what it counts, how it fits exponents, what it says of ImageNet."""
-
-import importlib
-import json
-from pathlib import Path
+"""benchmarks/cost/scale.py: what it counts, how it fits exponents, what it says of ImageNet."""
 
 import pytest
 import torch
 
+from benchmarks.cost import scale
+from benchmarks.cost import scale_worker as worker
+from benchmarks.cost.report import readable, scale_page
+from torchdnr.data import Dataset
 from torchdnr.svm import RBFSVM
 
-ROOT = Path(__file__).parents[1]
 FACTORS = {
     "processor_seconds": (1e-3, 1.5),
     "peak_memory_mib": (2.0, 0.5),
@@ -17,18 +16,6 @@ FACTORS = {
     "kernel_rows": (2.0, 0.8),
     "products": (10.0, 2.0),
 }
-
-
-@pytest.fixture
-def scripts(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    names = (
-        "benchmarks.cost.scale",
-        "benchmarks.cost.scale_worker",
-        "benchmarks.cost.scale_estimate",
-        "benchmarks.cost.report",
-    )
-    return [importlib.import_module(name) for name in names]
 
 
 def entries(sizes, name):
@@ -40,25 +27,23 @@ def entries(sizes, name):
     ]
 
 
-def test_known_exponents_are_found_from_the_largest_problems(scripts):
-    bench, *_ = scripts
+def test_known_exponents_are_found_from_the_largest_problems():
     measured = entries((100, 1000, 2000, 4000, 8000), "n")
     measured[0]["processor_seconds"] = 1e9  # all overhead
-    found = bench.growth(measured, "n")
+    found = scale.growth(measured, "n")
     for name, (factor, exponent) in FACTORS.items():
         assert found[name]["exponent"] == pytest.approx(exponent)
         assert found[name]["factor"] == pytest.approx(factor)
         assert found[name]["largest_ratio"] == pytest.approx(1.0)
     measured[-1]["peak_memory_mib"] = None
     measured[-1]["processor_seconds"] *= 1.3
-    found = bench.growth(measured, "n")
+    found = scale.growth(measured, "n")
     assert "peak_memory_mib" not in found
     assert 1.0 < found["processor_seconds"]["largest_ratio"] < 1.3
-    assert bench.growth(measured[:1], "n") == {}
+    assert scale.growth(measured[:1], "n") == {}
 
 
-def test_the_worker_counts_rows_and_products_of_the_fit(scripts):
-    _, worker, *_ = scripts
+def test_the_worker_counts_rows_and_products_of_the_fit():
     features, labels = worker.clusters(240, 6)
     assert features.shape == (240, 64) and labels.bincount().tolist() == [40] * 6
     with worker.counted_products() as counts:
@@ -73,25 +58,18 @@ def test_the_worker_counts_rows_and_products_of_the_fit(scripts):
     assert found["violation"] <= 1e-3 and found["processor_seconds"] > 0
 
 
-def test_digits_of_a_smaller_n_are_the_beginning_and_copies_are_moved(scripts, monkeypatch):
-    _, worker, *_ = scripts
+def test_digits_of_a_smaller_n_are_the_beginning_and_copies_are_moved():
     images = torch.rand(50, 1, 28, 28)
     labels = torch.arange(50) % 10
-    few = type(
-        "Few",
-        (),
-        {"labels_train": labels, "select": lambda self, rows: (images[rows], labels[rows])},
-    )()
-    monkeypatch.setattr(worker, "load_dataset", lambda *_: few)
-    small, large = worker.digits(30, ""), worker.digits(70, "")
+    few = Dataset("few", tuple("0123456789"), images, labels)
+    small, large = worker.digits(30, few), worker.digits(70, few)
     assert torch.equal(large[0][:30], small[0]) and large[0].shape == (70, 784)
     assert torch.equal(large[1][50:], large[1][:20])
     assert not torch.equal(large[0][50:], large[0][:20])
-    assert torch.equal(worker.digits(70, "")[0], large[0])
+    assert torch.equal(worker.digits(70, few)[0], large[0])
 
 
-def test_the_estimate_carries_the_times_on(scripts):
-    bench, _, estimate, readme = scripts
+def test_the_estimate_carries_the_times_on():
     by_n = entries((1000, 2000, 4000, 8000), "n")
     by_c = entries((10, 100, 1000), "classes")
     results = {
@@ -104,9 +82,9 @@ def test_the_estimate_carries_the_times_on(scripts):
             "classes": {str(e["classes"]): e for e in by_c},
         },
     }
-    bench.summarise(results)
+    scale.summarise(results)
     whole = results["estimate"]["all"]
-    n, c = estimate.IMAGES, 1000 / 10
+    n, c = scale.IMAGENET_IMAGES, 1000 / 10
     for kind, factor in (("layer", 1), ("samples", 2)):
         found = whole[kind]
         assert found["kernel_rows"] == pytest.approx(min(n, 2 * n**0.8 * c**0.8))
@@ -116,36 +94,14 @@ def test_the_estimate_carries_the_times_on(scripts):
     assert whole["state_gib"] == pytest.approx(8 * 8 * n * 1000 / 2**30)
     results |= {"environment": {"processor": "toy", "torch": "2"}}
     results |= {"settings": {"memory_limit": 2**30, "threads": 1}}
-    text = readme.readme_section(results)
+    text = scale_page(results)
     assert "*1.50*" in text and "estimated, not measured" in text
 
 
-def test_times_are_told_in_the_unit_that_fits(scripts):
-    *_, readme = scripts
-    told = [readme._time(hours) for hours in (100, 30, 1.5, 0.01)]
-    assert told == ["4 days", "30 hours", "90 minutes", "36 seconds"]
+def test_times_are_given_in_the_unit_that_fits():
+    times = [readable(hours) for hours in (100, 30, 1.5, 0.01)]
+    assert times == ["4 days", "30 hours", "90 minutes", "36 seconds"]
 
 
-def test_the_rate_of_matrix_products_is_that_of_this_machine(scripts):
-    _, _, estimate, _ = scripts
-    assert 1e8 < estimate.matrix_product_rate(256, 3) < 1e14
-
-
-def test_the_readme_has_the_committed_growth(scripts):
-    *_, readme = scripts
-    results = json.loads(readme.RESULTS.read_text())
-    begin, end = readme.MARKERS
-    text = (ROOT / "README.md").read_text()
-    assert f"{begin}\n{readme.readme_section(results)}\n{end}" in text
-
-
-def test_the_committed_fits_stay_inside_their_memory(scripts):
-    *_, readme = scripts
-    results = json.loads(readme.RESULTS.read_text())
-    samples = results["sections"]["layer"].values()
-    assert max(entry["n"] for entry in samples) >= 100_000
-    assert max(entry["classes"] for entry in results["sections"]["classes"].values()) >= 1_000
-    for section in results["sections"].values():
-        for entry in section.values():
-            assert entry["not_converged"] == 0
-            assert entry["peak_memory_mib"] < 8 * 1024
+def test_the_rate_of_matrix_products_is_that_of_this_machine():
+    assert 1e8 < scale.matrix_product_rate(256, 3) < 1e14

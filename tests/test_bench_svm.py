@@ -1,7 +1,5 @@
-import importlib
 import json
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,29 +7,24 @@ import torch
 from sklearn.metrics.pairwise import rbf_kernel
 from sklearn.svm import SVC
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-
-
-@pytest.fixture(autouse=True)
-def _on_path(monkeypatch):
-    monkeypatch.syspath_prepend(BENCHMARKS)
-
-
-def load(name):
-    return importlib.import_module(name)
+from benchmarks.svm import __main__ as bench_svm
+from benchmarks.svm.certificate import certificate, gram_product, one_vs_rest
+from benchmarks.svm.contenders import fit_one_by_one
+from benchmarks.svm.problems import noisy_clusters
+from benchmarks.svm.report import failures, gaps, targets
+from benchmarks.svm.worker import Worker
 
 
 @pytest.mark.parametrize("share", [0.25, 0.5, 1.0])
 def test_the_certificate_of_two_points_is_that_of_the_closed_form(share):
-    svm_certificate = load("benchmarks.svm.certificate")
     x, gamma, C = torch.tensor([[0.0], [1.0]]), 0.7, 50.0
     k = math.exp(-gamma)
     best = 1 / (1 - k)  # of t in b = (t, -t), objective t^2 (1 - k) - 2 t
     t = share * best
     coef = torch.tensor([[t], [-t]], dtype=torch.float64)
-    targets = svm_certificate.one_vs_rest(torch.tensor([0, 1]), 1)
-    product = svm_certificate.gram_product(x, x, gamma, coef)
-    found = svm_certificate.certificate(product, targets, coef, torch.zeros(1), C)
+    targets = one_vs_rest(torch.tensor([0, 1]), 1)
+    product = gram_product(x, x, gamma, coef)
+    found = certificate(product, targets, coef, torch.zeros(1), C)
     slack = 1 - share
     assert found["objective"].item() == pytest.approx(t**2 * (1 - k) - 2 * t)
     assert found["primal"].item() == pytest.approx(t**2 * (1 - k) + 2 * C * slack)
@@ -41,28 +34,26 @@ def test_the_certificate_of_two_points_is_that_of_the_closed_form(share):
 
 
 def test_the_certificate_sees_what_is_outside_the_box_and_unbalanced():
-    svm_certificate = load("benchmarks.svm.certificate")
     coef = torch.tensor([[2.5], [0.5]], dtype=torch.float64)  # box [0, 2] and [-2, 0]
     targets = torch.tensor([[1.0], [-1.0]], dtype=torch.float64)
-    found = svm_certificate.certificate(coef, targets, coef, torch.zeros(1), 2.0)
+    found = certificate(coef, targets, coef, torch.zeros(1), 2.0)
     assert found["outside_box"].item() == 0.25 and found["sum_over_C"].item() == 1.5
 
 
 def test_the_certificate_of_libsvm_is_what_it_promises():
-    svm_certificate = load("benchmarks.svm.certificate")
-    problem = load("benchmarks.svm.problems").noisy_clusters(300)
+    problem = noisy_clusters(300)
     x, y, C, gamma = problem.x_train.double().numpy(), problem.y_train.numpy(), 3.0, 0.05
     targets = np.where(y == 0, 1.0, -1.0)
     svc = SVC(C=C, gamma=gamma, tol=1e-3).fit(x, targets)
     coef = np.zeros((len(x), 1))
     coef[svc.support_] = svc.dual_coef_.T
     b = torch.from_numpy(coef)
-    product = svm_certificate.gram_product(problem.x_train, problem.x_train, gamma, b)
+    product = gram_product(problem.x_train, problem.x_train, gamma, b)
     exact = rbf_kernel(x, gamma=gamma) @ coef
     assert np.abs(product.numpy() - exact).max() < 1e-10
-    columns = svm_certificate.one_vs_rest(problem.y_train, 1)
+    columns = one_vs_rest(problem.y_train, 1)
     intercept = torch.from_numpy(svc.intercept_)
-    found = svm_certificate.certificate(product, columns, b, intercept, C)
+    found = certificate(product, columns, b, intercept, C)
     objective = 0.5 * (coef * exact).sum() - np.abs(coef).sum()
     assert found["objective"].item() == pytest.approx(objective, rel=1e-12)
     assert 1e-5 < found["violation"].item() <= 1e-3 * (1 + 1e-6)
@@ -72,31 +63,30 @@ def test_the_certificate_of_libsvm_is_what_it_promises():
 
 
 def test_a_quarter_of_the_noisy_labels_is_wrong_and_no_test_label():
-    problem = load("benchmarks.svm.problems").noisy_clusters(2000)
+    problem = noisy_clusters(2000)
     truth = torch.arange(2400) % 10
     assert (problem.y_train != truth[:2000]).double().mean().item() == pytest.approx(0.25, abs=0.03)
     assert (problem.y_test == truth[2000:]).all()
 
 
 def test_a_peer_over_its_budget_is_extrapolated_and_says_so():
-    svm_fit = load("benchmarks.svm.fit")
-    problem = load("benchmarks.svm.problems").noisy_clusters(100)
+    problem = noisy_clusters(100)
     job = {"peer": "sklearn", "C": 1.0, "gamma": 0.1}
     arrays = problem.x_train.numpy().astype(np.float64), problem.y_train.numpy()
-    fit = svm_fit._one_by_one(job, *arrays)
+    fit = fit_one_by_one(job, *arrays)
     found = fit(slice(None), 1e-9)
     assert found["extrapolated_from"] == "1 of 10 classes" and found["coef"].shape == (100, 1)
     found = fit(slice(None), 60.0)
     assert "extrapolated_from" not in found and found["coef"].shape == (100, 10)
 
 
+@pytest.mark.slow
 def test_failures_of_a_process_are_answers():
-    svm_worker = load("benchmarks.svm.worker")
-    worker = svm_worker.Worker({"section": "fit", "peer": "sklearn", "problem": "missing.npz"})
+    worker = Worker({"section": "fit", "peer": "sklearn", "problem": "missing.npz"})
     assert "FileNotFoundError" in worker.ask(limit=60)["error"]
     assert worker.ask({"do": "fit"}, limit=60) == {"error": "its process died"}
     worker.close()
-    late = svm_worker.Worker({"section": "fit"})
+    late = Worker({"section": "fit"})
     assert late.ask(limit=0.0)["error"] == "stopped after 0 s"
     late.close()
 
@@ -107,7 +97,6 @@ def fit_record(seconds, objective, off=0.0):
 
 
 def test_targets_are_computed_from_medians_and_feasible_solutions():
-    svm_report, svm_targets = load("benchmarks.svm.report"), load("benchmarks.svm.targets")
     peers = {
         "ours": fit_record([1.0, 1.0, 9.0], [-1.0]),
         "sklearn": fit_record([25.0], [-0.9]),
@@ -115,18 +104,18 @@ def test_targets_are_computed_from_medians_and_feasible_solutions():
         "torchkm": {"error": "MemoryError"},
     }
     case = {"dataset": "raw", "headline": True, "peers": peers}
-    rows = {row["name"]: row for row in svm_targets.targets({"fit": {"raw": case}})}
+    rows = {row["name"]: row for row in targets({"fit": {"raw": case}})}
     assert rows["fit raw, x sklearn"]["value"] == 25.0
     assert rows["fit raw, x sklearn"]["status"] == "reached"
     assert rows["fit raw, x sklearnex"]["status"] == "missed"
     assert rows["grid raw, x sklearn"]["status"] == "not measured"
-    assert svm_report.gaps(case, "ours") == (0.0, 0.0)
-    assert svm_report.gaps(case, "sklearn")[0] == pytest.approx(0.1)
-    assert svm_targets.failures({"fit": {"raw": case}}) == ["fit, raw, torchkm: MemoryError"]
+    assert gaps(case, "ours") == (0.0, 0.0)
+    assert gaps(case, "sklearn")[0] == pytest.approx(0.1)
+    assert failures({"fit": {"raw": case}}) == ["fit, raw, torchkm: MemoryError"]
 
 
 def test_names_choose_sections_data_sets_and_contenders():
-    wanted, peers = load("benchmarks.svm.__main__").wanted, ("ours", "sklearn")
+    wanted, peers = bench_svm.wanted, ("ours", "sklearn")
     assert wanted([], "decision", "mnist", peers) == ["ours", "sklearn"]
     assert wanted(["fit", "raw", "ours"], "fit", "raw, C=10", peers) == ["ours"]
     assert wanted(["fit", "raw"], "fit", "noise, C=10", peers) == []
@@ -137,15 +126,15 @@ def test_names_choose_sections_data_sets_and_contenders():
     assert wanted(["gradient", "ours"], "gradient", "d=30", ("ours", "cdist")) == ["ours", "cdist"]
 
 
-def test_a_run_writes_its_records_and_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
-    bench_svm = load("benchmarks.svm.__main__")
-    monkeypatch.setattr(bench_svm, "DATASETS", ("noise",))
-    monkeypatch.setattr(bench_svm, "HARD_DATASETS", ())
-    monkeypatch.setattr(bench_svm, "SMALL_DATASETS", ())
+@pytest.mark.slow
+def test_a_run_writes_its_records_and_goes_on_where_it_was(tmp_path, capsys):
+    def ordinary(settings):
+        return [case for case in bench_svm.fit_cases(settings) if "noise, C=10," in case[1]]
+
     output = tmp_path / "svm.json"
     command = ["--samples", "150", "--repeats", "2", "--output", str(output)]
     command += ["--only", "fit", "ours", "sklearn"]
-    assert bench_svm.main(command) == 0
+    assert bench_svm.main(command, ordinary) == 0
     results = json.loads(output.read_text())
     (case,) = results["sections"]["fit"].values()
     ours, theirs = case["peers"]["ours"], case["peers"]["sklearn"]
@@ -160,7 +149,7 @@ def test_a_run_writes_its_records_and_goes_on_where_it_was(tmp_path, monkeypatch
     assert {"cuml", "thundersvm"} <= set(results["peer_status"])
     assert "peers that took no part:" in capsys.readouterr().out
 
-    assert bench_svm.main(command) == 0  # nothing is missing: nothing is measured
+    assert bench_svm.main(command, ordinary) == 0  # nothing is missing: nothing is measured
     assert json.loads(output.read_text()) == results
-    assert bench_svm.main([*command, "--repeats", "1"]) == 1
+    assert bench_svm.main([*command, "--repeats", "1"], ordinary) == 1
     assert "other settings" in capsys.readouterr().err

@@ -134,7 +134,7 @@ def prepare_fit(job: dict[str, Any]) -> Run:
     arrays = np.load(job["problem"])
     labels = arrays["y_train"]
     features = arrays["x_train"].astype(precision(job["peer"]), copy=False)
-    fit = (_fit_ours if job["peer"] == OURS else _one_by_one)(job, features, labels)
+    fit = (_fit_ours if job["peer"] == OURS else fit_one_by_one)(job, features, labels)
     few = np.concatenate([np.flatnonzero(labels == k)[:WARM_UP] for k in np.unique(labels)])
     fit(few, 0.0)  # no budget: one class, for a peer
     state: dict[str, np.ndarray] = {}
@@ -178,7 +178,7 @@ def _fit_ours(job: dict[str, Any], features: np.ndarray, labels: np.ndarray) -> 
     return fit
 
 
-def _one_by_one(job: dict[str, Any], features: np.ndarray, labels: np.ndarray) -> Fit:
+def fit_one_by_one(job: dict[str, Any], features: np.ndarray, labels: np.ndarray) -> Fit:
     """Fit class after class; stop early when all of them would take longer than the budget."""
     make = _torchkm if job["peer"].startswith("torchkm") else _svc
     binary, c = make(job), int(labels.max()) + 1
