@@ -1,4 +1,4 @@
-"""Tests of benchmarks/cost/forward.py on few vectors: what is timed is what the shares and bounds say."""
+"""benchmarks/cost/forward.py on few vectors: what is timed is what the shares and bounds say."""
 
 import json
 import shutil

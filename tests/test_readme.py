@@ -1,6 +1,4 @@
-import importlib
 import importlib.util
-import json
 import re
 from pathlib import Path
 
@@ -9,8 +7,6 @@ import torch
 from torchvision.models import resnet18
 
 import torchdnr
-from torchdnr.evaluation import load_results
-from torchdnr.evaluation.metrics import evaded
 from torchdnr.models import MNISTNet, save_network
 
 ROOT = Path(__file__).parents[1]
@@ -18,63 +14,18 @@ README = (ROOT / "README.md").read_text()
 
 
 @pytest.fixture
-def recorded_run(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    return importlib.import_module("benchmarks.record_run")
+def examples():
+    """The Python of README.md: a whole run, layers of any size, the SVMs, a detector."""
+    names = "run", "layers", "svm", "detector"
+    return dict(zip(names, re.findall(r"```python\n(.*?)```", README, re.S), strict=True))
 
 
-def test_the_numbers_are_those_of_the_committed_results(recorded_run):
-    markers = recorded_run.MARKERS
-    section = recorded_run.readme_section(*load_results(recorded_run.RESULTS / "mnist-5k.json"))
-    assert "\n".join([markers[0], section, markers[1]]) in README
+def test_it_is_read_in_one_sitting():
+    assert len(README.splitlines()) <= 250
 
 
-def test_the_svm_numbers_are_those_of_the_committed_results(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    script = importlib.import_module("benchmarks.svm.readme")
-    section = script.readme_section(json.loads(script.RESULTS.read_text()))
-    assert "\n".join([script.MARKERS[0], section, script.MARKERS[1]]) in README
-
-
-def test_the_attack_numbers_are_those_of_the_committed_results(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    script = importlib.import_module("benchmarks.attacks.report")
-    results = script.load()
-    assert None not in results
-    section = script.readme_section(*results)
-    assert "\n".join([script.MARKERS[0], section, script.MARKERS[1]]) in README
-
-
-def test_in_the_recorded_run_the_worst_case_holds_every_attack(recorded_run):
-    curves, _ = load_results(recorded_run.RESULTS / "mnist-5k.json")
-    assert len(curves) == 3
-    for curve in curves.values():
-        assert len(curve.attacks) == 3
-        for attack in curve.attacks.values():
-            for eps, worst, alone in zip(
-                curve.eps, curve.predictions, attack.predictions, strict=True
-            ):
-                if eps > 0:
-                    harmful = evaded(torch.as_tensor(alone), curve.labels)
-                    assert evaded(torch.as_tensor(worst), curve.labels)[harmful].all()
-
-
-def test_no_recorded_attack_of_another_library_evades_where_ours_does_not():
-    peers = json.loads((ROOT / "benchmarks/results/peers-cpu.json").read_text())["peers"]
-    assert len(peers) == 10
-    for entry in peers.values():
-        assert entry["table"].keys() == {"1.5", "2"}
-        assert all(row["peer_only"] == [] for row in entry["table"].values())
-
-
-def test_the_files_it_links_to_exist():
-    links = re.findall(r"\]\((?!http)([^)]+)\)", README)
-    assert len(links) == 31
-    assert all((ROOT / link).exists() for link in links)
-
-
-def test_the_python_example_runs(tmp_path, monkeypatch):
-    code, svm_code, layers_code, detector_code = re.findall(r"```python\n(.*?)```", README, re.S)
+def test_the_example_of_a_run_runs(examples, tmp_path, monkeypatch):
+    code = examples["run"]
     for given, small in [
         ("svm=1200", "svm=150"),
         ("threshold=500", "threshold=40"),
@@ -89,15 +40,19 @@ def test_the_python_example_runs(tmp_path, monkeypatch):
     exec(code, variables)
     assert variables["model"].predict(variables["images"]).shape == (100,)
     assert len(variables["curve"].accuracy) == 3
+
+
+def test_the_example_of_svms_runs(examples):
     features = torch.randn(40, 3)
     variables = {"features": features, "classes": (features[:, 0] > 0).long()}
-    exec(svm_code, variables)
+    exec(examples["svm"], variables)
     assert variables["search"].svm(features).shape == (40, 2)
-    run_layers_example(layers_code)
-    run_detector_example(detector_code)
 
 
-def run_layers_example(code):
+@pytest.mark.slow
+def test_the_example_of_layers_runs(examples, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code = examples["layers"]
     labels = torch.arange(24) % 2
     images = torch.rand(24, 3, 32, 32) / 2 + labels[:, None, None, None] / 2
     net = resnet18(num_classes=2)
@@ -115,7 +70,7 @@ def run_layers_example(code):
     torch.testing.assert_close(found["scores"], model.scores(images), atol=1e-4, rtol=1e-4)
 
 
-def run_detector_example(code):
+def test_the_example_of_a_detector_runs(examples):
     images = torch.rand(12, 5)
     weight = torch.randn(5, 3)
     variables = {
@@ -125,7 +80,7 @@ def run_detector_example(code):
         "images": images,
         "labels": ((images - 0.5) @ weight).argmax(dim=1),
     }
-    exec(code, variables)
+    exec(examples["detector"], variables)
     assert set(variables["curve"].attacks) == {"line-search PGD", "boundary walk", "APGD", "Square"}
     assert variables["report"].status in {"pass", "warn", "fail"}
 
