@@ -8,13 +8,13 @@ from collections.abc import Sequence
 # Importing gpytorch makes torch announce the end of torch.jit.script: no news for our users.
 warnings.filterwarnings("ignore", r"`torch\.jit\.script` is deprecated", FutureWarning)
 
-from torchdnr.cli import Console, run_command  # noqa: E402 - after the filter
-from torchdnr.cli_evaluation import Evaluation, plan  # noqa: E402
-from torchdnr.cli_options import attack_parser  # noqa: E402
-from torchdnr.cli_report import FILES, find_report, write_report  # noqa: E402
-from torchdnr.cli_settings import find_device, prepare  # noqa: E402
-from torchdnr.pipeline import make_classifiers, summarise  # noqa: E402
-from torchdnr.processes import Processes, joined  # noqa: E402
+from torchdnr.cli.attack import Evaluation, plan  # noqa: E402
+from torchdnr.cli.classifiers import make_classifiers, summarise  # noqa: E402
+from torchdnr.cli.console import Console, run_command  # noqa: E402 - after the filter
+from torchdnr.cli.options import attack_parser  # noqa: E402
+from torchdnr.cli.report import FILES, find_report, write_report  # noqa: E402
+from torchdnr.cli.run_folder import find_device, prepare  # noqa: E402
+from torchdnr.distributed.processes import Processes, joined  # noqa: E402
 
 
 def attack(options: argparse.Namespace, processes: Processes, console: Console) -> None:
@@ -28,7 +28,7 @@ def attack(options: argparse.Namespace, processes: Processes, console: Console) 
     console.say(clean.text)
     evaluation = Evaluation(job, settings, classifiers, clean.classifiers, processes, console)
     report = find_report(evaluation) if processes.first else None
-    if processes.share_text("done" if report else "", 0):
+    if processes.broadcast_text("done" if report else ""):
         console.say(f"the attacks are done already: this is {job.folder}/results.json")
     else:
         report = evaluate(evaluation, console)

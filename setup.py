@@ -1,19 +1,17 @@
 """Packaging metadata of torchdnr: its only home."""
 
-import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
-VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "torchdnr/__init__.py").read_text()).group(1)
 DEMO = ["mlxtend>=0.23.1"]
 SKLEARN = ["scikit-learn>=1.6"]
 TABULATE = "tabulate>=0.9"
 
 setup(
     name="torchdnr",
-    version=VERSION,
+    version="0.1.0",
     description="Deep Neural Rejection in pure PyTorch, and its honest evaluation",
     long_description=(ROOT / "README.md").read_text(),
     long_description_content_type="text/markdown",
@@ -42,6 +40,14 @@ setup(
             "pytorch-ood>=0.4.0",
         ],
         "bench": [*SKLEARN, TABULATE, "scikit-learn-intelex>=2026.2", "torchkm>=4.3.2"],
-        "test": [*DEMO, *SKLEARN, TABULATE, "pytest>=8", "hypothesis>=6.100", "ruff>=0.17"],
+        "test": [
+            *DEMO,
+            *SKLEARN,
+            TABULATE,
+            "pytest>=8",
+            "pytest-xdist>=3.6",
+            "hypothesis>=6.100",
+            "ruff>=0.17",
+        ],
     },
 )

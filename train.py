@@ -8,11 +8,11 @@ from collections.abc import Sequence
 # Importing gpytorch makes torch announce the end of torch.jit.script: no news for our users.
 warnings.filterwarnings("ignore", r"`torch\.jit\.script` is deprecated", FutureWarning)
 
-from torchdnr.cli import Console, run_command  # noqa: E402 - after the filter
-from torchdnr.cli_options import train_parser  # noqa: E402
-from torchdnr.cli_settings import find_device, prepare  # noqa: E402
-from torchdnr.pipeline import make_classifiers, summarise  # noqa: E402
-from torchdnr.processes import Processes, joined  # noqa: E402
+from torchdnr.cli.classifiers import make_classifiers, summarise  # noqa: E402
+from torchdnr.cli.console import Console, run_command  # noqa: E402 - after the filter
+from torchdnr.cli.options import train_parser  # noqa: E402
+from torchdnr.cli.run_folder import find_device, prepare  # noqa: E402
+from torchdnr.distributed.processes import Processes, joined  # noqa: E402
 
 
 def train(options: argparse.Namespace, processes: Processes, console: Console) -> None:

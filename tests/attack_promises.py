@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from torchdnr.attacks import evades
-from torchdnr.attacks.objectives import decision_objective, split_scores, succeeds
+from torchdnr.attacks.objectives import decision_objective
+from torchdnr.decisions import split_scores, succeeds
 
 NORMS = (1, 2, math.inf)
 EPS = {1: 0.3, 2: 0.25, math.inf: 0.2}

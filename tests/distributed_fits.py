@@ -1,4 +1,4 @@
-"""Fits that are made alone, and by two processes when this file is run: `FOLDER`."""
+"""Fits that are made alone, and by two processes when this file is run: `FOLDER [NAME ...]`."""
 
 import sys
 import warnings
@@ -10,14 +10,15 @@ from gpytorch.kernels import MaternKernel
 from torch.utils.data import DataLoader, TensorDataset
 
 from torchdnr import DNR, NR
+from torchdnr.distributed import alone, current, joined
+from torchdnr.distributed.sharing import Partition, ShardedFeatures
 from torchdnr.files import save_tensors
-from torchdnr.processes import default_processes, joined
-from torchdnr.shared_features import SharedFeatures, Shares
-from torchdnr.svm import RBFSVM, descent, grid_search, out_of_fold_scores, solve_dual
-from torchdnr.svm.gram import KernelRows
-from torchdnr.svm.memory_plan import MemoryPlan
-from torchdnr.svm.rbf_rows import FeaturePlan, rbf_rows
-from torchdnr.svm.strategies import one_vs_rest
+from torchdnr.svm import RBFSVM, grid_search, out_of_fold_scores, solve_dual
+from torchdnr.svm import solver as descent
+from torchdnr.svm.gram import rbf_rows
+from torchdnr.svm.kernel_rows import KernelRows
+from torchdnr.svm.memory_plan import FeaturePlan, MemoryPlan
+from torchdnr.svm.multiclass import one_vs_rest
 
 GIVEN = {"conv": (3.0, 0.05), "logits": (10.0, 0.5), "combiner": (1.0, 0.2)}
 FINE = 1e-6
@@ -53,8 +54,8 @@ def points(n, classes, d=6, spread=0.8):
 
 
 def shared(features):
-    shares = Shares.even(len(features), default_processes())
-    return SharedFeatures(features[shares.own].clone(), shares)
+    partition = Partition.even(len(features), current())
+    return ShardedFeatures(features[partition.local].clone(), partition)
 
 
 def state(model):
@@ -131,9 +132,9 @@ def two_variable_updates(folder):
         return _machine(RBFSVM(1.0, 0.1, tol=FINE).fit(shared(x), y))
 
 
-def _unsolved(kernels, gradient, dual_coef, *_):
-    count = torch.zeros(len(dual_coef), dtype=torch.int64)
-    return dual_coef.clone(), count.bool(), count + 1
+def _unsolved(kernels, points, *_):
+    count = torch.zeros(len(kernels), dtype=torch.int64)
+    return points.dual_coef.clone(), count.bool(), count + 1
 
 
 def another_kernel_and_weights(folder):
@@ -145,6 +146,16 @@ def another_kernel_and_weights(folder):
 def one_vs_one(folder):
     x, y = points(120, 4)
     return _machine(RBFSVM(1.0, strategy="one-vs-one", tol=FINE).fit(shared(x), y))
+
+
+def coarse_points():
+    """Make classes that overlap so much that the solver stops well before the optimum."""
+    return points(400, 3, spread=0.4)
+
+
+def coarse_tolerance(folder):
+    x, y = coarse_points()
+    return _machine(RBFSVM(10.0, 0.1, tol=1e-3).fit(shared(x.float()), y))
 
 
 def search_of_features(folder):
@@ -159,7 +170,7 @@ def _machine(svm):
 
 
 def _solution(solution):
-    names = ("dual_coef", "intercept", "objective", "scores", "converged")
+    names = ("dual_coef", "intercept", "objective", "duality_gap", "scores", "converged")
     return {f"solution {name}": getattr(solution, name) for name in names}
 
 
@@ -177,8 +188,10 @@ FITS = {
         another_kernel_and_weights,
         one_vs_one,
         search_of_features,
+        coarse_tolerance,
     )
 }
+COARSE = coarse_tolerance.__name__
 
 
 @contextmanager
@@ -234,15 +247,19 @@ def refused(processes):
             case()
         except ValueError as error:
             said[name] = str(error)
-    return said
+    with alone():  # what is refused above
+        model.fit(x, shuffled).calibrate(x[own])
+        other.fit(x, y)
+        inside = current().count
+    return said | {"alone": f"{inside} process instead of {current().count}"}
 
 
-def main(folder):
-    """Make all fits together with the other process."""
+def main(folder, *names):
+    """Make fits, by default all of them, together with the other process."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     with joined(torch.device("cpu")) as processes:
-        for name in FITS:
+        for name in names or FITS:
             found = make(name, folder)
             save_tensors(f"{folder}/{name}-{processes.rank}", found, {}, "fit")
         save_tensors(f"{folder}/refused-{processes.rank}", {}, refused(processes), "refused")

@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 from unittest import mock
 
-from torchdnr import svm_options
 from torchdnr.svm import grid_search
+from torchdnr.svm import stack as svm_options
 
 _SPEC = importlib.util.spec_from_file_location("train", Path(__file__).parents[1] / "train.py")
 train = importlib.util.module_from_spec(_SPEC)
@@ -33,6 +33,6 @@ def _die(*_, **__):
 if __name__ == "__main__":
     stage, rank, *arguments = sys.argv[1:]
     if os.environ["RANK"] == rank:  # DNR: in the middle of its fit
-        where = {"DNR": "torchdnr.dnr.SharedFeatures", "NR": "torchdnr.NR.fit"}[stage]
+        where = {"DNR": "torchdnr.dnr.ShardedFeatures", "NR": "torchdnr.NR.fit"}[stage]
         mock.patch(where, _die).start()
     sys.exit(main(arguments))

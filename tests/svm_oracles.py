@@ -5,7 +5,7 @@ import torch
 from sklearn.svm import SVC
 
 from torchdnr.kernels import squared_distances
-from torchdnr.svm.gram import KernelRows
+from torchdnr.svm.kernel_rows import KernelRows
 from torchdnr.svm.memory_plan import MemoryPlan
 
 

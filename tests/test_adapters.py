@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 from torchdnr.adapters import (
-    SuspicionDetector,
     as_classifier,
     attack_all_targets,
     attack_per_label,
@@ -17,8 +16,9 @@ from torchdnr.adapters import (
     suspicion,
     with_reject,
 )
+from torchdnr.adapters.suspicion import suspicion_of_array
 from torchdnr.attacks import evades
-from torchdnr.rejection import REJECT, predict_with_rejection
+from torchdnr.decisions import REJECT, predict_with_rejection
 
 CLASSES = 5
 ROWS = 500_000
@@ -72,7 +72,7 @@ def random_rows(dtype, reject=True):
 
 @DTYPES
 @pytest.mark.parametrize("reject", [True, False])
-def test_argmax_for_a_label_differs_from_it_iff_accepted_and_wrong(dtype, reject):
+def test_argmax_for_a_label_differs_from_it_iff_is_evasion(dtype, reject):
     rows, labels = random_rows(dtype, reject)
     model = Given(reject)
     expected = evades(rows, labels, reject)
@@ -90,7 +90,7 @@ def test_argmax_for_a_label_differs_from_it_iff_accepted_and_wrong(dtype, reject
 
 @DTYPES
 @pytest.mark.parametrize("reject", [True, False])
-def test_some_target_is_reached_iff_accepted_and_wrong(dtype, reject):
+def test_some_target_is_reached_iff_is_evasion(dtype, reject):
     rows, labels = random_rows(dtype, reject)
     reached = torch.zeros(ROWS, dtype=torch.bool)
     ties = torch.zeros(ROWS, dtype=torch.bool)
@@ -285,22 +285,19 @@ def test_loops_refuse_what_does_not_fit(loop):
         loop(lambda view, x, y: x, model, inputs, labels + 3)
 
 
-def test_suspicion_and_the_detector_say_what_is_rejected():
+def test_suspicion_says_what_is_rejected():
     inputs, _ = plane()
     model = Linear(threshold=0.2).train()
-    detector = SuspicionDetector(model, batch_size=7, name="linear")
-    found = detector.predict(inputs.numpy())
+    by_batch = suspicion_of_array(model, inputs.numpy(), 7)
     assert model.training and model.dropout.training
     model.eval()
     output = model(inputs)
     rejected = output[:, :3].amax(dim=1) <= output[:, 3]
     assert 0 < rejected.sum() < len(inputs)
     assert torch.equal(suspicion(model, inputs) >= 0, rejected)
-    assert found["data"]["is_adversarial"].tolist() == rejected.int().tolist()
+    assert torch.equal(by_batch >= 0, rejected)
     expected = (output[:, 3] - output[:, :3].amax(dim=1)).detach()
-    torch.testing.assert_close(torch.from_numpy(found["data"]["instance_score"]), expected)
-    assert found["meta"]["name"] == "linear"
-    assert detector.predict(inputs.numpy(), False)["data"]["instance_score"] is None
+    torch.testing.assert_close(by_batch, expected)
 
 
 @pytest.mark.parametrize(
@@ -330,7 +327,7 @@ def test_a_missing_package_is_named(name, package, monkeypatch):
 
 def test_importing_the_adapters_imports_no_other_library():
     code = (
-        "import sys, torchdnr.adapters, torchdnr.detectors; "
+        "import sys, torchdnr.adapters, torchdnr.rejection; "
         "print(sorted({'foolbox', 'art', 'pytorch_ood', 'eagerpy'} & set(sys.modules)))"
     )
     command = [sys.executable, "-W", "ignore", "-c", code]

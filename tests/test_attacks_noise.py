@@ -22,7 +22,7 @@ from attack_promises import (
 
 from torchdnr.attacks import evades, noise
 from torchdnr.attacks.noise import _at_any_distance, _at_surface
-from torchdnr.attacks.points import Region
+from torchdnr.attacks.projections import Region
 
 
 @pytest.mark.parametrize("norm", NORMS)

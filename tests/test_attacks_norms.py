@@ -8,9 +8,9 @@ from attack_toys import NORMS, RBFMap
 from test_attacks import problem
 
 from torchdnr.attacks import apgd, boundary_walk, ddn, evades, fmn, line_search_pgd, pgd
-from torchdnr.attacks.objectives import succeeds
-from torchdnr.attacks.points import Region
-from torchdnr.attacks.steps import random_points, steepest
+from torchdnr.attacks.directions import steepest
+from torchdnr.attacks.projections import Region, random_points
+from torchdnr.decisions import succeeds
 
 RADIUS = {1: 0.9, 2: 0.6, math.inf: 0.4}
 

@@ -41,6 +41,7 @@ FIXED_EPS = {
     ),
     "ensemble": EnsembleAttack({"PGD": pgd, "APGD": partial(apgd, restarts=2)}),
 }
+SLOW = pytest.mark.slow
 GRID_SIDE = 1000
 CELL = 1 / GRID_SIDE / 20  # of the finest grid: it misses the optimum by up to that
 CASES = [
@@ -72,7 +73,7 @@ def test_minimum_norm_attacks_cross_a_reject_band_at_its_nearest_point(name, nor
 
 
 @pytest.mark.parametrize(("name", "norm"), CASES)
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [0, *(pytest.param(s, marks=SLOW) for s in (1, 2))])
 def test_minimum_norm_attacks_find_the_nearest_point_of_an_rbf_map(name, norm, seed):
     toy, inputs, labels, pool, optimum = rbf_problem(seed, norm)
     found = MINIMUM_NORM[name](toy, inputs, labels, pool, **({} if norm == 2 else {"norm": norm}))
@@ -81,11 +82,14 @@ def test_minimum_norm_attacks_find_the_nearest_point_of_an_rbf_map(name, norm, s
     assert (norms <= 1.02 * optimum + CELL).all()
 
 
-@pytest.mark.parametrize("name", FIXED_EPS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=SLOW) if n == "Square attack" else n for n in FIXED_EPS]
+)
 @pytest.mark.parametrize("norm", NORMS)
-def test_fixed_eps_attacks_succeed_where_success_exists(name, norm):
+@pytest.mark.parametrize("seeds", [(0,), pytest.param((0, 1, 2), marks=SLOW)], ids=len)
+def test_fixed_eps_attacks_succeed_where_success_exists(name, norm, seeds):
     evading, count = 0, 0
-    for seed in (0, 1, 2):
+    for seed in seeds:
         toy, inputs, labels, pool, optimum = rbf_problem(seed, norm)
         eps = 1.02 * optimum + CELL
         found = FIXED_EPS[name](toy, inputs, labels, eps, norm=norm, init_inputs=pool)
@@ -101,7 +105,7 @@ def test_fixed_eps_attacks_succeed_where_success_exists(name, norm):
     found = FIXED_EPS[name](toy, inputs, labels, eps, norm=norm, init_inputs=pool)
     evading += int(evades(toy(found), labels, True).sum())
     count += len(inputs)
-    assert evading >= 0.98 * count
+    assert count - evading <= 3  # of 80 or 160
 
 
 @pytest.mark.parametrize("norm", NORMS)

@@ -21,9 +21,15 @@ from attack_promises import (
 )
 
 from torchdnr.attacks import evades, square
-from torchdnr.attacks.points import Region
-from torchdnr.attacks.square import _next_length, _some_local
-from torchdnr.attacks.windows import _patterns, _window_sides, changed_window, first_pattern
+from torchdnr.attacks.projections import Region
+from torchdnr.attacks.square import (
+    _next_length,
+    _patterns,
+    _some_local,
+    _window_sides,
+    changed_window,
+    first_pattern,
+)
 
 
 def generator():

@@ -5,14 +5,14 @@ import math
 import pytest
 import torch
 
-from torchdnr.attacks.target import unit
+from torchdnr.attacks.directions import unit
 
 
 @pytest.fixture(params=["looks", "never looks"], autouse=True)
 def path(request, monkeypatch):
     """Both ways through the code: that of a CPU, and that of a device where a look waits."""
     if request.param == "never looks":
-        monkeypatch.setattr("torchdnr.attacks.waiting.free_to_look", lambda _: False)
+        monkeypatch.setattr("torchdnr.attacks.directions.reading_is_free", lambda _: False)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import save_file
 from torchvision import models
 
-from torchdnr.backbones import build_backbone, load_weights
+from torchdnr.models.backbones import build_backbone, load_weights
 
 KEPT = [0, 217, 999]
 

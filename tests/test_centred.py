@@ -8,10 +8,8 @@ import weakref
 import pytest
 import torch
 
-from torchdnr.centred import centred
 from torchdnr.kernels import rbf_gamma
-from torchdnr.rbf import rbf_scores
-from torchdnr.rbf_tiles import cut_tiles
+from torchdnr.kernels.rbf import centred, cut_tiles, rbf_scores
 from torchdnr.svm import RBFSVM
 
 
@@ -127,7 +125,7 @@ def test_gradients_by_the_vectors_are_those_of_the_plain_formula(svm, few):
 
 def test_many_rows_keep_nothing(svm, few, monkeypatch):
     asked = []
-    monkeypatch.setattr("torchdnr.rbf.centred", lambda *given: asked.append(given))
+    monkeypatch.setattr("torchdnr.kernels.rbf.centred", lambda *given: asked.append(given))
     svm(torch.randn(600, 5).double())
     assert not asked
     svm(few)

@@ -10,13 +10,13 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchdnr import DNR
-from torchdnr.backbones import build_backbone
-from torchdnr.cli import Console
-from torchdnr.cli_options import train_parser
-from torchdnr.cli_settings import prepare
-from torchdnr.features import LayerFeatures
+from torchdnr.cli.console import Console
+from torchdnr.cli.options import train_parser
+from torchdnr.cli.predict import parser as predict_parser
+from torchdnr.cli.run_folder import prepare
+from torchdnr.features.layers import LayerFeatures
 from torchdnr.models import load_network, save_network
-from torchdnr.predict import parser as predict_parser
+from torchdnr.models.backbones import build_backbone
 
 CHANNELS_LAST = torch.channels_last
 LAYERS = {"relu1": "flatten", "relu2": ("grid", 2), "conv3": "avg", "relu3": ("project", 40)}

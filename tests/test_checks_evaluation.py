@@ -141,7 +141,7 @@ def test_a_success_that_is_not_returned_is_silent(data):
 
 
 def test_a_nearer_success_that_is_not_returned_is_silent(data):
-    def wasteful(model, inputs, labels):
+    def wasteful(model, inputs, labels, eps, start):
         points = inputs.clone()
         points[:, 0] = 0.5 + 1.01 * BAND * (1 - 2 * labels.to(inputs))
         model(points)

@@ -71,7 +71,7 @@ def line_up(walk=True):
     def descend(model, inputs, labels, eps, start):
         return pgd(model, inputs, labels, eps, steps=15, start=start, init_inputs=TRAIN[0])
 
-    def approach(model, inputs, labels):
+    def approach(model, inputs, labels, eps, start):
         return boundary_walk(model, inputs, labels, TRAIN[0], steps=50)
 
     attacks = {"PGD": Attack(descend)}

@@ -18,15 +18,15 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 
-import torchdnr.cli_evaluation
-import torchdnr.cli_report
-import torchdnr.cli_settings
+import torchdnr.cli.attack
+import torchdnr.cli.classifiers
+import torchdnr.cli.report
+import torchdnr.cli.run_folder
 import torchdnr.evaluation.checkpoint
 import torchdnr.evaluation.security
-import torchdnr.pipeline
-import torchdnr.training
-from torchdnr.cli_evaluation import plan
-from torchdnr.cli_options import attack_parser, train_parser
+import torchdnr.models.training
+from torchdnr.cli.attack import plan
+from torchdnr.cli.options import attack_parser, train_parser
 
 ROOT = Path(__file__).parents[1]
 FILES = {
@@ -69,8 +69,8 @@ def _short():
             ("line_search_pgd", {"steps": 2}),
             ("run_checks", few),
         ):
-            original = getattr(torchdnr.cli_evaluation, name)
-            patch.setattr(torchdnr.cli_evaluation, name, partial(original, **options))
+            original = getattr(torchdnr.cli.attack, name)
+            patch.setattr(torchdnr.cli.attack, name, partial(original, **options))
         yield
     torch.set_num_threads(threads)
 
@@ -167,9 +167,9 @@ def test_rerun_is_quick_and_shows_the_same_table(run, monkeypatch, capsys):
     def refuse(*_, **__):
         raise AssertionError("done once more")
 
-    monkeypatch.setattr(torchdnr.pipeline, "train_network", refuse)
-    monkeypatch.setattr(torchdnr.cli_evaluation, "security_evaluations", refuse)
-    monkeypatch.setattr(torchdnr.cli_evaluation, "run_checks", refuse)
+    monkeypatch.setattr(torchdnr.cli.classifiers, "train_network", refuse)
+    monkeypatch.setattr(torchdnr.cli.attack, "security_evaluations", refuse)
+    monkeypatch.setattr(torchdnr.cli.attack, "run_checks", refuse)
     before = (run / "results.json").read_bytes()
     # options of the run folder need not be repeated, only those of the attack
     assert attack.main(["--run", str(run), *ATTACKING]) == 0
@@ -205,18 +205,19 @@ def _interrupt(monkeypatch, owner, name, call, after=False):
     monkeypatch.setattr(owner, name, stopping)
 
 
+@pytest.mark.slow
 def test_stopped_in_every_stage_and_resumed_equals_never_stopped(
     digits, finished, tmp_path, monkeypatch, capsys
 ):
     run = tmp_path / "run"
     command = ["--quiet", *_making(digits, run), *ATTACKING]
     stops = [
-        (torchdnr.training, "save_state", 2, True, {"training.safetensors"}),
+        (torchdnr.models.training, "save_state", 2, True, {"training.safetensors"}),
         (torchdnr.RBFSVM, "fit", 2, False, {"network.safetensors"}),
         (torchdnr.NR, "calibrate", 1, False, {"dnr.safetensors"}),
         (torchdnr.evaluation.checkpoint.Checkpoint, "add", 5, True, {"nr.safetensors"}),
-        (torchdnr.cli_evaluation, "run_checks", 2, False, {"checks-dnn.json"}),
-        (torchdnr.cli_report, "save_results", 1, False, {"curve.png", "report.html"}),
+        (torchdnr.cli.attack, "run_checks", 2, False, {"checks-dnn.json"}),
+        (torchdnr.cli.report, "save_results", 1, False, {"curve.png", "report.html"}),
     ]
     for owner, name, call, after, files in stops:
         with monkeypatch.context() as patch:
@@ -334,7 +335,7 @@ def test_unforeseen_error_keeps_its_traceback(digits, tmp_path, monkeypatch):
     def broken(*_, **__):
         raise ValueError("a bug")
 
-    monkeypatch.setattr(torchdnr.pipeline, "train_network", broken)
+    monkeypatch.setattr(torchdnr.cli.classifiers, "train_network", broken)
     with pytest.raises(ValueError, match="a bug"):
         train.main(["--quiet", *_making(digits, tmp_path / "run")])
 
@@ -425,7 +426,7 @@ def test_a_report_that_fails_leaves_the_earlier_one(run, monkeypatch, capsys):
 
     names = "report.html", "results.json", "results.csv", "curve.png"
     before = {name: (run / name).read_bytes() for name in names}
-    monkeypatch.setattr(torchdnr.cli_report, "plot_curves", full)
+    monkeypatch.setattr(torchdnr.cli.report, "plot_curves", full)
     arguments = ["--quiet", "--run", str(run), *ATTACKING, "--no-checks"]
     assert attack.main(arguments) == 2
     assert "No space left" in capsys.readouterr().err
@@ -464,6 +465,7 @@ def test_the_command_of_the_report_makes_the_same_settings(finished):
     assert options.attack == settings["attack"]["attacks"]
 
 
+@pytest.mark.slow
 def test_two_processes_report_what_one_does(run, digits, tmp_path):
     for path in [*run.glob("attack-*"), *run.glob("checks-*"), run / "results.json"]:
         path.unlink()
@@ -494,7 +496,7 @@ def test_help_names_every_option_and_its_default(command, capsys):
 
 def test_splits_fit_the_data_sets_of_the_paper():
     for source, available in {"mnist-5k": 5_000, "mnist": 60_000, "cifar10": 50_000}.items():
-        sizes = torchdnr.cli_settings.SPLIT_SIZES[source]
+        sizes = torchdnr.cli.run_folder.SPLIT_SIZES[source]
         assert sum(sizes) <= available - (1_300 if source == "mnist-5k" else 0)
 
 
@@ -504,6 +506,7 @@ def test_classifiers_without_the_settings_they_were_made_with_are_refused(run, c
     assert "no settings.json" in message and "--run" in message
 
 
+@pytest.mark.slow
 def test_a_first_run_that_fails_does_not_bind_the_folder(digits, tmp_path, capsys):
     folder = tmp_path / "run"
     arguments = [*_making(digits, folder), "--network-samples", "0"]

@@ -14,10 +14,11 @@ import torch
 from torchvision import models
 from torchvision.io import write_jpeg
 
-from torchdnr import DNR, predict
-from torchdnr.cli import Console
-from torchdnr.cli_options import attack_parser
-from torchdnr.cli_settings import prepare
+from torchdnr import DNR
+from torchdnr.cli import predict
+from torchdnr.cli.console import Console
+from torchdnr.cli.options import attack_parser
+from torchdnr.cli.run_folder import prepare
 from torchdnr.data import load_dataset
 from torchdnr.files import load_tensors
 from torchdnr.models import load_network
@@ -141,6 +142,7 @@ def test_predict_labels_files_as_the_classifier_does(made, photographs, tmp_path
     torch.testing.assert_close(best, model.scores(images).amax(dim=1).detach(), atol=1e-4, rtol=0)
 
 
+@pytest.mark.slow
 def test_without_layers_three_are_chosen_and_remembered(photographs, weights, tmp_path):
     folder = tmp_path / "run"
     with pytest.warns(UserWarning, match="unreadable"):

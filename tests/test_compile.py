@@ -13,19 +13,26 @@ from torchvision import models
 
 from torchdnr import DNR, NR
 from torchdnr.attacks import line_search_pgd
-from torchdnr.centred import centred
-from torchdnr.features import LayerFeatures
-from torchdnr.rbf import rbf_scores
-from torchdnr.rbf_operator import compiled_rbf_scores, scores_and_kernel
-from torchdnr.rbf_traced import traced_rbf_scores
-from torchdnr.rejection import NotFittedError
+from torchdnr.decisions import NotFittedError
+from torchdnr.features.layers import LayerFeatures
+from torchdnr.kernels.rbf import (
+    centred,
+    compiled_rbf_scores,
+    rbf_scores,
+    scores_and_kernel,
+    traced_rbf_scores,
+)
 from torchdnr.svm import RBFSVM
 
 INDUCTOR = pytest.param(
     "inductor",
-    marks=pytest.mark.skipif(
-        not any(map(shutil.which, ("g++", "clang++", "cl"))), reason="inductor needs a C++ compiler"
-    ),
+    marks=[
+        pytest.mark.slow,
+        pytest.mark.skipif(
+            not any(map(shutil.which, ("g++", "clang++", "cl"))),
+            reason="inductor needs a C++ compiler",
+        ),
+    ],
 )
 
 
@@ -36,14 +43,21 @@ def _afresh():
     torch.compiler.reset()
 
 
-@pytest.fixture
-def images():
-    return make_images(30)
+@pytest.fixture(scope="module")
+def fitted_once():
+    torch.manual_seed(0)
+    images = make_images(30)
+    return images, small_dnr(images)
 
 
 @pytest.fixture
-def model(images):
-    return small_dnr(images)
+def images(fitted_once):
+    return fitted_once[0].clone()
+
+
+@pytest.fixture
+def model(fitted_once):
+    return copy.deepcopy(fitted_once[1])
 
 
 def scores_and_gradient(model, images):
@@ -70,6 +84,7 @@ def test_compiled_scores_and_gradients_are_the_eager_ones(model, images, backend
         assert_same([compiled(images[:8])], expected[:1])
 
 
+@pytest.mark.slow
 def test_recompiled_once_for_the_smaller_last_batch_and_never_again(model, images):
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, backend=counter)
@@ -119,6 +134,7 @@ def test_layer_under_two_names_and_deep_copy():
     assert_same(compiled(inputs).values(), copy.deepcopy(features)(inputs).values())
 
 
+@pytest.mark.slow
 def test_torchvision_network():
     layers = ["features.10", "classifier"]
     net = models.squeezenet1_1(weights=None, num_classes=3).eval()
@@ -131,6 +147,7 @@ def test_torchvision_network():
     assert_same(scores_and_gradient(model, channels_last), expected)
 
 
+@pytest.mark.slow
 def test_nr_compiled_in_place_serves_predict_and_attacks(images):
     model = fitted(NR(small_network(), "logits", **options("logits", gamma=1.0)), images)
     labels = model.predict(images)
@@ -152,6 +169,7 @@ def test_model_from_a_file_is_compiled_whole(model, images, tmp_path):
     assert_same([compiled(images)], [model(images)])
 
 
+@pytest.mark.slow
 def test_missing_threshold_is_told_by_the_compiled_model_too(model, images):
     model.reset_threshold()
     with pytest.raises(NotFittedError, match="threshold is not set"):
@@ -168,6 +186,7 @@ def test_a_change_between_forward_and_backward_is_refused(model, images):
         scores.sum().backward()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kernel", [None, "matern"])
 def test_svm_alone(kernel):
     features = torch.randn(20, 4)
@@ -210,6 +229,7 @@ def test_operator_is_sound(keep_kernel):
     torch.library.opcheck(scores_and_kernel, (*leaves, center, keep_kernel))
 
 
+@pytest.mark.slow
 def test_no_kernel_is_kept_where_no_gradient_is_wanted(model, images):
     sizes = []
     keep = lambda graph, _: sizes.append(kernel_sizes(graph)) or graph.forward  # noqa: E731
@@ -235,7 +255,7 @@ def test_centred_vectors_are_made_once_for_all_compiled_calls(model, images, mon
     compiled = torch.compile(model, backend=backend)
     seen = []
     monkeypatch.setattr(
-        "torchdnr.rbf.centred", lambda *given: seen.append(given) or centred(*given)
+        "torchdnr.kernels.rbf.centred", lambda *given: seen.append(given) or centred(*given)
     )
     scores_and_gradient(compiled, images[:8])
     assert len(seen) == 6  # three SVMs, forward and backward
@@ -274,6 +294,7 @@ def test_neither_the_global_switch_nor_autocast_reaches_compiled_scores():
         assert g.dtype == torch.float32 and torch.equal(g, e)
 
 
+@pytest.mark.slow
 def test_autocast_is_for_the_network_alone(images):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         model = small_dnr(images)

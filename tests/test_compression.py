@@ -10,10 +10,18 @@ from torch import nn
 from torch.autograd import gradcheck
 
 from torchdnr import DNR, NR, RBFSVM
-from torchdnr.compression import CompressionWarning, compression_losses, compression_report
-from torchdnr.svm import NotFittedError, reduced_set
-from torchdnr.svm.compression import compress_svm, score_bound
-from torchdnr.svm.reduced_set import KernelSum, ReducedSet, greedy_choice, minimise
+from torchdnr.dnr import compression_losses
+from torchdnr.svm import NotFittedError
+from torchdnr.svm import compression as reduced_set
+from torchdnr.svm.compression import (
+    KernelSum,
+    ReducedSet,
+    compress_svm,
+    greedy_choice,
+    minimise,
+    score_bound,
+)
+from torchdnr.svm.stack import CompressionWarning, compression_report
 
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 LAYERS = ["relu", "head"]

@@ -29,7 +29,8 @@ def test_one_name_is_one_entry():
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_memory_of_a_stage_is_its_own_peak_and_that_of_the_stages_inside():
     def take():
-        return torch.ones(60 * 2**18).sum()  # 60 MiB, freed at once
+        # 256 MiB, freed at once: much more than a system under pressure takes away meanwhile
+        return torch.ones(256 * 2**18).sum()
 
     with record_costs() as costs:
         with stage("small before"):
@@ -41,9 +42,9 @@ def test_memory_of_a_stage_is_its_own_peak_and_that_of_the_stages_inside():
     peaks = {name: cost.peak_memory_mib for name, cost in costs.items()}
     if peaks["small after"] is None:
         pytest.skip("this system does not forget the peak of a process")
-    assert peaks["inner"] > peaks["small before"] + 50
+    assert peaks["inner"] > peaks["small before"] + 200
     assert peaks["outer"] >= peaks["inner"]
-    assert peaks["small after"] < peaks["inner"] - 50
+    assert peaks["small after"] < peaks["inner"] - 200
 
 
 def test_a_peak_that_the_system_keeps_counts_only_where_it_rises(monkeypatch, tmp_path):

@@ -3,9 +3,10 @@ import sys
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from property_examples import up_to
 
 from torchdnr.data import SOURCES, Dataset, load_dataset, split
 
@@ -18,7 +19,7 @@ def pool(labels, test=None):
     return Dataset("set", ("0", "1", "2"), images, labels, images[: len(test)], test)
 
 
-@settings(max_examples=60, deadline=None)
+@up_to(60)
 @given(
     labels=st.lists(st.integers(0, 2), min_size=8, max_size=80),
     shares=st.tuples(*[st.integers(0, 20)] * 4),
@@ -97,7 +98,7 @@ def test_download_that_fails(source, tmp_path, monkeypatch):
         raise RuntimeError("no network")
 
     name = "MNIST" if source == "mnist" else "CIFAR10"
-    monkeypatch.setattr(f"torchdnr.data.datasets.{name}", fail)
+    monkeypatch.setattr(f"torchdnr.data.sources.datasets.{name}", fail)
     with pytest.raises(ConnectionError, match=f"cannot download {source}.*choose mnist-5k"):
         load_dataset(source, tmp_path)
 
@@ -110,7 +111,7 @@ def test_torchvision_sets_become_nchw(tmp_path, monkeypatch):
         def __init__(self, *_, **__):
             self.targets = [0, 1]
 
-    monkeypatch.setattr("torchdnr.data.datasets.CIFAR10", Fake)
+    monkeypatch.setattr("torchdnr.data.sources.datasets.CIFAR10", Fake)
     data = load_dataset("cifar10", tmp_path)
     assert data.classes == ("cat", "dog")
     assert data.images_test.shape == (2, 3, 4, 5)

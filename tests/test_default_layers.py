@@ -2,7 +2,8 @@ import pytest
 import torch
 from torch import nn
 
-from torchdnr import DNR, NR, default_layers
+from torchdnr import DNR, NR
+from torchdnr.features import choice as default_layers
 from torchdnr.svm import NotFittedError
 
 

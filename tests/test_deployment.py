@@ -11,7 +11,7 @@ from torch import nn
 
 import torchdnr
 from torchdnr import NR, REJECT, WithReject, export_program
-from torchdnr.rejection import NotFittedError
+from torchdnr.decisions import NotFittedError
 
 
 @pytest.fixture
@@ -56,6 +56,7 @@ def test_program_has_the_gradients_of_the_classifier(images):
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-4 * expected.abs().max().item())
 
 
+@pytest.mark.slow
 def test_program_runs_from_a_file_without_this_package(images, tmp_path):
     model = fitted(NR(small_network(), "logits", **options("logits", gamma=1.0)), images)
     program = export_program(model, images)

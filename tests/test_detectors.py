@@ -8,8 +8,8 @@ from torch import nn
 
 from torchdnr.attacks import evades, line_search_pgd
 from torchdnr.attacks.objectives import decision_objective
-from torchdnr.detectors import WithReject, spacing
-from torchdnr.rejection import REJECT
+from torchdnr.decisions import REJECT
+from torchdnr.rejection import WithReject, spacing
 
 
 class Columns(nn.Module):
@@ -94,7 +94,7 @@ def test_gradient_is_the_detectors_where_the_class_is_wrong():
     torch.testing.assert_close(mine, theirs)
 
 
-def test_decision_objective_is_negative_iff_accepted_and_wrong():
+def test_decision_objective_is_negative_iff_is_evasion():
     generator = torch.Generator().manual_seed(1)
     rows = torch.randint(-2, 3, (100_000, 5), generator=generator).float()  # many ties
     labels = torch.randint(4, (100_000,), generator=generator)

@@ -1,4 +1,10 @@
-"""Fits by two processes: what one process finds, half the work each, and what a lost one leaves."""
+"""Fits by two processes: what one process finds, half the work each, and what a lost one leaves.
+
+Two processes round otherwise than one, and the solver may stop elsewhere within its tolerance. So
+what was fitted is the same up to rounding where the tolerance is fine. Where it is not, each of the
+two solutions is as near to the optimum as its duality gap says, and dual coefficients say less
+than scores: they may differ by more than the tolerance where the kernel is nearly singular.
+"""
 
 import os
 import shutil
@@ -12,12 +18,13 @@ import numpy as np
 import pytest
 import small_train
 import torch
-from distributed_fits import FITS, make
+from distributed_fits import COARSE, FITS, coarse_points, make
 from sklearn.datasets import load_digits
 
+from torchdnr.cli.predict import load_classifier
+from torchdnr.distributed import ALONE, Processes
+from torchdnr.distributed.sharing import Partition, ShardedFeatures
 from torchdnr.files import load_tensors
-from torchdnr.processes import ALONE, Processes
-from torchdnr.shared_features import SharedFeatures, Shares
 
 ROOT = Path(__file__).parents[1]
 TORCHRUN = [
@@ -59,9 +66,7 @@ def found_by(folder, name, rank):
     return load_tensors(folder / f"{name}-{rank}", "fit")[0]
 
 
-@pytest.mark.parametrize("name", FITS)
-def test_two_processes_find_what_one_finds(by_two, alone, name):
-    one, two = alone[name], found_by(by_two, name, 0)
+def assert_alike(one, two):
     assert one.keys() == two.keys() and len(one) > 5
     for key in one.keys() - set(WORK):
         torch.testing.assert_close(
@@ -71,6 +76,40 @@ def test_two_processes_find_what_one_finds(by_two, alone, name):
     assert all(torch.equal(one[key], two[key]) for key in supports)
 
 
+def test_two_processes_fit_one_dnr(tmp_path):
+    name = "given_hyperparameters"
+    both = start_two(ROOT / "tests" / "distributed_fits.py", [str(tmp_path), name])
+    said = [process.communicate(timeout=200)[1] for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    assert_alike(make(name, tmp_path), found_by(tmp_path, name, 1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in FITS if name != COARSE])
+def test_two_processes_find_what_one_finds(by_two, alone, name):
+    assert_alike(alone[name], found_by(by_two, name, 0))
+
+
+@pytest.mark.slow
+def test_at_a_coarse_tolerance_the_duality_gaps_bound_how_far_two_are_from_one(by_two, alone):
+    fits = alone[COARSE], found_by(by_two, COARSE, 0)
+    coef, gaps, objectives = (
+        [fit[f"solution {name}"] for fit in fits]
+        for name in ("dual_coef", "duality_gap", "objective")
+    )
+    x, _ = coarse_points()
+    kernel = torch.exp(-0.1 * torch.cdist(x, x).square())
+    difference = coef[0] - coef[1]
+    distance = (difference * (kernel @ difference)).sum(dim=0).sqrt()
+    # The primal objective is strongly convex: half the squared distance of a solution's weights to
+    # those of the optimum is at most its duality gap.
+    assert (distance <= sum((2 * gap).sqrt() for gap in gaps)).all()
+    rounding = 1e-6 * objectives[0].abs()
+    assert ((objectives[0] - objectives[1]).abs() <= torch.maximum(*gaps) + rounding).all()
+    assert all(fit["solution converged"].all() for fit in fits)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FITS)
 def test_both_processes_have_the_same_to_the_last_bit(by_two, name):
     first, second = (found_by(by_two, name, rank) for rank in range(2))
@@ -79,6 +118,7 @@ def test_both_processes_have_the_same_to_the_last_bit(by_two, name):
         torch.testing.assert_close(first[key], second[key], rtol=0, atol=0, equal_nan=True, msg=key)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FITS)
 def test_each_process_evaluates_half_of_the_kernel(by_two, alone, name):
     whole = alone[name][WORK[0]].item()
@@ -89,6 +129,7 @@ def test_each_process_evaluates_half_of_the_kernel(by_two, alone, name):
     assert shares == pytest.approx([first, 1 - first], abs=0.03)
 
 
+@pytest.mark.slow
 def test_the_blocks_are_shared_too(by_two, alone):
     name = "searched"  # many problems, so many blocks
     whole = alone[name][WORK[1]].item()
@@ -96,33 +137,36 @@ def test_the_blocks_are_shared_too(by_two, alone):
     assert sum(shares) == pytest.approx(1, rel=0.05) and max(shares) < 0.7
 
 
+@pytest.mark.slow
 def test_images_that_differ_between_processes_are_refused_by_all(by_two):
     for rank in range(2):
         said = load_tensors(by_two / f"refused-{rank}", "refused")[1]
         for case in ("shuffled", "sampled by process"):
             assert "the same images and labels in the same order" in said[case]
         assert "the same network, got others" in said["another network"]
+        assert said["alone"] == "1 process instead of 2"
         assert "must tell its number of batches" in said["no length"]
         assert "2 processes need as many batches at least, got 1" in said["one batch"]
 
 
-def test_shares_follow_each_other_and_differ_by_one_at_most():
-    several = [Shares.even(11, Processes(rank, 3)) for rank in range(3)]
-    assert [list(range(11))[shares.own] for shares in several] == [
+def test_parts_follow_each_other_and_differ_by_one_at_most():
+    parts = [Partition.even(11, Processes(rank, 3)) for rank in range(3)]
+    assert [list(range(11))[part.local] for part in parts] == [
         [0, 1, 2, 3],
         [4, 5, 6, 7],
         [8, 9, 10],
     ]
-    assert several[1].n == 11 and several[1].largest == 4
-    places, here = several[1].places(torch.tensor([9, 5, 4, 0]))
-    assert here.tolist() == [False, True, True, False] and places[here].tolist() == [1, 0]
+    assert parts[1].n == 11 and parts[1].largest == 4
+    positions, is_local = parts[1].locate(torch.tensor([9, 5, 4, 0]))
+    assert is_local.tolist() == [False, True, True, False]
+    assert positions[is_local].tolist() == [1, 0]
 
 
 def test_one_process_shares_with_itself():
     x = torch.rand(7, 3, dtype=torch.float64)
-    features = SharedFeatures.from_own(x, ALONE)
-    assert features.shape == (7, 3) and torch.equal(features.take(torch.tensor([4, 0])), x[[4, 0]])
-    assert torch.equal(features.select(torch.tensor([1, 6])).own, x[[1, 6]])
+    features = ShardedFeatures.from_local(x, ALONE)
+    assert features.shape == (7, 3) and torch.equal(features.rows(torch.tensor([4, 0])), x[[4, 0]])
+    assert torch.equal(features.select(torch.tensor([1, 6])).local, x[[1, 6]])
     assert features.variance() == pytest.approx(x.var(correction=0).item(), rel=1e-12)
     torch.testing.assert_close(features.means(), x.mean(dim=0))
 
@@ -165,6 +209,7 @@ def made_by_one(making, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("victim", "stage"), [(0, "DNR"), (1, "NR")])
 def test_a_lost_process_ends_the_other_and_the_same_command_goes_on(
     making, made_by_one, tmp_path, victim, stage
@@ -187,17 +232,18 @@ def test_a_lost_process_ends_the_other_and_the_same_command_goes_on(
     assert done.stderr.count("clean accuracy") == 1  # the first process talks
     assert all((run / name).read_bytes() == content for name, content in made.items())
     assert {path.name for path in run.iterdir()} == {path.name for path in made_by_one.iterdir()}
-    for kind in ("DNR", "NR"):
+    images = torch.from_numpy(np.load(making[1].removeprefix("npz:"))["x_train"])
+    # The tolerance of each problem is 1e-3, and DNR stacks two: its combiner learns from scores
+    # that differ. Any one of the 30 samples left out moves the scores by 0.05 and more.
+    for kind, tolerance in {"DNR": 5e-3, "NR": 2e-3}.items():
         one, two = (
-            load_tensors(folder / f"{kind.lower()}.safetensors", kind)[0]
+            load_classifier(folder, kind, torch.device("cpu"))(images).detach()
             for folder in (made_by_one, run)
         )
-        assert one.keys() == two.keys()
-        assert torch.equal(one["base_svms.0.support"], two["base_svms.0.support"])
-        for key in one:
-            torch.testing.assert_close(two[key], one[key], rtol=1e-3, atol=1e-3, msg=key)
+        torch.testing.assert_close(two, one, rtol=0, atol=tolerance, msg=kind)
 
 
+@pytest.mark.slow
 def test_train_py_finds_what_is_finished(making, made_by_one):
     before = {path.name: path.read_bytes() for path in made_by_one.glob("*.safetensors")}
     done = run_two(ROOT / "train.py", *making, "--run", made_by_one)
@@ -213,7 +259,7 @@ warnings.simplefilter("ignore")
 import torch
 from distributed_fits import images, small_net
 from torchdnr import NR
-from torchdnr.processes import PeerError, joined
+from torchdnr.distributed import PeerError, joined
 folder, victim = sys.argv[1:]
 PREPARING = 6  # batches in which all look at the first 64 images
 net, batches = small_net(), []
@@ -232,6 +278,7 @@ print("BATCHES", batches.count(10) - PREPARING, flush=True)
 """
 
 
+@pytest.mark.slow
 def test_features_of_the_process_that_lived_are_found_again(tmp_path):
     script, folder = tmp_path / "extraction.py", tmp_path / "features"
     script.write_text(EXTRACTION)

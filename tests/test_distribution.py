@@ -9,16 +9,16 @@ import time
 import pytest
 import torch
 
+from torchdnr.distributed import ALONE, Processes, local_device
 from torchdnr.evaluation import SecurityCurve
 from torchdnr.files import load_tensors
-from torchdnr.processes import ALONE, Processes, local_device
 
 # A toy evaluation that the processes share; {fail} may break one of them.
 JOB = """
 import os, sys, warnings
 warnings.filterwarnings("ignore")
 import torch
-from torchdnr.processes import PeerError, joined
+from torchdnr.distributed import PeerError, joined
 from torchdnr.evaluation.line_up import build_line_up
 from torchdnr.evaluation.security import security_evaluations
 from torchdnr.files import save_tensors
@@ -60,7 +60,7 @@ with joined(torch.device("cpu")) as processes:
     except PeerError as error:
         print("PEER", error, flush=True)
         sys.exit(2)
-    text = processes.share_text("from the last \\u20ac" * processes.rank, processes.count - 1)
+    text = processes.broadcast_text("from the last \\u20ac" * processes.rank, processes.count - 1)
     assert text == "from the last \\u20ac" * (processes.count - 1), text
     for name, curve in curves.items():
         curve.save(f"{folder}/{name}-{processes.rank}-of-{processes.count}.json")
@@ -94,6 +94,7 @@ def both(tmp_path_factory):
     return folders
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["first", "second"])
 @pytest.mark.parametrize("rank", [0, 1])
 def test_two_processes_find_what_one_finds(both, name, rank):
@@ -116,11 +117,13 @@ def test_two_processes_find_what_one_finds(both, name, rank):
     assert torch.equal(*points)
 
 
+@pytest.mark.slow
 def test_no_process_writes_the_file_of_another(both):
     names = [sorted(path.name for path in folder.glob("*.safetensors")) for folder in both]
     assert names[0] == names[1] and len(names[0]) == 10  # a file per classifier and attack
 
 
+@pytest.mark.slow
 def test_what_two_processes_have_finished_one_goes_on_with(both, tmp_path):
     before = {path.name: path.read_bytes() for path in both[1].glob("*.safetensors")}
     for name, content in before.items():
@@ -131,6 +134,7 @@ def test_what_two_processes_have_finished_one_goes_on_with(both, tmp_path):
     assert one.seconds == two.seconds  # not run again: the times are those of the file
 
 
+@pytest.mark.slow
 def test_an_error_in_one_process_ends_all(tmp_path):
     began = time.monotonic()
     failed = run(tmp_path, 2, fail="error")
@@ -143,7 +147,7 @@ def test_an_error_in_one_process_ends_all(tmp_path):
 def test_one_process_shares_with_itself(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     tensor = torch.rand(3)
-    assert ALONE.share(tensor, 0) is tensor and ALONE.share_text("text", 0) == "text"
+    assert ALONE.broadcast(tensor) is tensor and ALONE.broadcast_text("text") == "text"
     assert ALONE.first and ALONE.mine(7)
     ALONE.wait()
     with ALONE.first_alone():
@@ -151,7 +155,7 @@ def test_one_process_shares_with_itself(monkeypatch):
     assert local_device(torch.device("cuda")) == torch.device("cuda")
 
 
-def test_units_are_dealt_in_turn():
+def test_units_are_assigned_in_turn():
     several = [Processes(rank, 3) for rank in range(3)]
     assert [[one.mine(unit) for one in several].index(True) for unit in range(5)] == [0, 1, 2, 0, 1]
     assert all(sum(one.mine(unit) for one in several) == 1 for unit in range(5))

@@ -10,7 +10,7 @@ from torch.autograd import gradcheck
 from torch.utils.data import DataLoader, TensorDataset
 
 from torchdnr import DNR, NR, REJECT
-from torchdnr.features import LayerFeatures
+from torchdnr.features.layers import LayerFeatures
 from torchdnr.files import CheckpointError, DamagedFileError
 from torchdnr.svm import RBFSVM, NotFittedError
 from torchdnr.svm.model_selection import stratified_folds

@@ -6,9 +6,9 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from torchdnr import DNR, NR
-from torchdnr.features import LayerFeatures
+from torchdnr.features.extraction import ProjectionWarning
+from torchdnr.features.layers import LayerFeatures
 from torchdnr.files import CheckpointError, load_tensors, save_tensors
-from torchdnr.preparation import ProjectionWarning
 
 PAIR = (10.0, 0.05)
 

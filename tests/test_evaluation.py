@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from torchdnr.attacks.projections import project
+from torchdnr.decisions import REJECT
 from torchdnr.evaluation import (
     BOUNDARY_WALK,
     LINE_SEARCH_PGD,
@@ -15,7 +16,6 @@ from torchdnr.evaluation import (
     security_evaluation,
 )
 from torchdnr.evaluation.judging import CountedModel
-from torchdnr.rejection import REJECT
 
 EPS = [0, 0.1, 0.2, 0.4, 0.8, 1.6]
 
@@ -51,7 +51,7 @@ def erratic(model, inputs, labels, eps, start):
     return project(inputs + torch.tensor([0.0, 1.0]), inputs, eps, 2, (0, 1))
 
 
-def jump(model, inputs, labels):
+def jump(model, inputs, labels, eps, start):
     """Find the nearest point on the other side for half of the inputs."""
     points = inputs.clone()
     points[:, 0] = 0.5 + 0.0501 * (1 - 2 * labels.to(inputs))
@@ -128,13 +128,13 @@ def test_a_minimum_norm_attack_runs_once_and_counts_where_its_norm_allows(data):
     inputs, labels = data
     calls = []
 
-    def counted(model, inputs, labels):
-        calls.append(1)
-        return jump(model, inputs, labels)
+    def counted(model, inputs, labels, eps, start):
+        calls.append(eps)
+        return jump(model, inputs, labels, eps, start)
 
     curve = evaluate(data, {"jump": Attack(counted, minimum_norm=True)})
-    assert len(calls) == 1
-    points = jump(None, inputs, labels)
+    assert calls == [math.inf]
+    points = jump(None, inputs, labels, math.inf, inputs)
     output = Classifier().eval()(points)
     evades = (output[:, :2].amax(1) > output[:, 2]) & (output[:, :2].argmax(1) != labels)
     clean = curve.predictions[0]

@@ -2,8 +2,9 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from property_examples import up_to
 from scipy import stats
 from sklearn.metrics import roc_auc_score
 
@@ -58,7 +59,7 @@ def test_the_interval_covers_the_truth_as_often_as_it_says():
 SCORES = st.lists(st.integers(-3, 3), min_size=3, max_size=3)
 
 
-@settings(max_examples=60, deadline=None)
+@up_to(60)
 @given(SCORES, SCORES, SCORES, SCORES)
 def test_to_swap_the_scores_turns_the_interval_round(a, b, c, d):
     a, b, c, d = (torch.tensor(values, **DOUBLE) for values in (a, b, c, d))

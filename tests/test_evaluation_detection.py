@@ -3,10 +3,12 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from property_examples import up_to
 from sklearn.metrics import roc_auc_score
 
+from torchdnr.decisions import REJECT
 from torchdnr.evaluation import (
     detection_scores,
     measure_detection,
@@ -16,8 +18,8 @@ from torchdnr.evaluation import (
     share,
     threshold_at_tpr,
 )
-from torchdnr.evaluation.decisions import decide, worst_predictions
-from torchdnr.rejection import REJECT, rejection_threshold
+from torchdnr.evaluation.judging import decide, worst_predictions
+from torchdnr.rejection import rejection_threshold
 
 # two classes, theta = 0.5; clean: right, right but rejected, wrong, right
 CLEAN = torch.tensor([[0.9, 0.1, 0.5], [0.4, 0.2, 0.5], [0.2, 0.8, 0.5], [0.1, 0.7, 0.5]])
@@ -88,7 +90,7 @@ def random_outputs(seed, n=40, attacks=3):
     return scores[0], scores[1:], labels
 
 
-@settings(max_examples=25, deadline=None)
+@up_to(25)
 @given(st.integers(0, 10_000))
 def test_more_attacks_never_help_the_defence(seed):
     _, adversarial, labels = random_outputs(seed)
@@ -100,7 +102,7 @@ def test_more_attacks_never_help_the_defence(seed):
     assert (counts[0] <= counts[1]).all() and (counts[1] <= counts[2]).all()
 
 
-@settings(max_examples=25, deadline=None)
+@up_to(25)
 @given(st.integers(0, 10_000), st.floats(-5, 5))
 def test_worst_predictions_are_those_found_one_by_one(seed, theta):
     _, adversarial, labels = random_outputs(seed)
@@ -125,7 +127,7 @@ def robust_error_by_loop(clean, adversarial, labels, theta):
     return (above / below if below else math.nan), below
 
 
-@settings(max_examples=25, deadline=None)
+@up_to(25)
 @given(st.integers(0, 10_000), st.floats(-4.5, 4.5))
 def test_robust_error_is_its_formula(seed, theta):
     clean, adversarial, labels = random_outputs(seed)
@@ -147,7 +149,7 @@ def test_robust_error_by_hand():
     assert robust_error(CLEAN[:, :2], BOTH[..., :2], LABELS, False).value == 1.0
 
 
-@settings(max_examples=40, deadline=None)
+@up_to(40)
 @given(st.integers(0, 10_000), st.sampled_from([0.01, 0.5, 0.95, 0.98, 0.99, 1.0]))
 def test_threshold_is_the_highest_that_accepts_the_share(seed, tpr):
     clean, _, labels = random_outputs(seed)

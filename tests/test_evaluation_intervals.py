@@ -2,12 +2,13 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from property_examples import up_to
 from scipy import stats
 
 from torchdnr.evaluation import median_of, share, wilson_interval
-from torchdnr.evaluation.intervals import quantile_ranks, square_and_add
+from torchdnr.evaluation.metrics import quantile_ranks, square_and_add
 
 YES, NO = True, False
 
@@ -27,7 +28,7 @@ def test_share_of_nothing_is_unknown():
     assert math.isnan(found.value) and (found.low, found.high, found.n) == (0, 1, 0)
 
 
-@settings(max_examples=60, deadline=None)
+@up_to(60)
 @given(st.integers(0, 50), st.integers(1, 50), st.floats(0.5, 0.99))
 def test_share_interval_is_the_wilson_interval_of_scipy(hits, n, confidence):
     hits = min(hits, n)
@@ -37,7 +38,7 @@ def test_share_interval_is_the_wilson_interval_of_scipy(hits, n, confidence):
     assert 0 <= found.low <= found.value <= found.high <= 1
 
 
-@settings(max_examples=50, deadline=None)
+@up_to(50)
 @given(st.integers(1, 400), st.floats(0.05, 0.95), st.sampled_from([0.8, 0.95, 0.99]))
 def test_quantile_ranks_are_those_of_the_binomial_distribution(n, q, confidence):
     low, high = quantile_ranks(n, q, confidence)
@@ -64,7 +65,7 @@ def test_median_with_infinite_values_and_few_samples():
     assert (found.value, found.low, found.high) == (1.0, 1.0, math.inf)
 
 
-@settings(max_examples=60, deadline=None)
+@up_to(60)
 @given(st.lists(st.floats(0, 100), min_size=1, max_size=60))
 def test_median_lies_in_its_interval_and_scales(values):
     values = torch.tensor(values, dtype=torch.float64)

@@ -8,7 +8,7 @@ from torch import nn
 
 from torchdnr.evaluation import ATTACKS, build_line_up, default_line_up, security_evaluations
 from torchdnr.evaluation.judging import CountedModel
-from torchdnr.evaluation.known_attacks import DEFAULT_ATTACKS, choose_attacks
+from torchdnr.evaluation.line_up import DEFAULT_ATTACKS, choose_attacks
 
 QUICK = {name: {"steps": 4} for name, entry in ATTACKS.items() if "steps" in entry.accepts}
 QUICK |= {"square": {"queries": 9}, "noise": {"draws": 5}}

@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 
+from torchdnr.decisions import REJECT
 from torchdnr.evaluation import (
     accuracy_under_attack,
     evasion_rate,
@@ -10,7 +11,6 @@ from torchdnr.evaluation import (
     rejection_rate,
     wilson_interval,
 )
-from torchdnr.rejection import REJECT
 
 LABELS = torch.tensor([0, 1, 2, 0])
 PREDICTIONS = torch.tensor([0, REJECT, 1, REJECT])

@@ -2,9 +2,11 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from property_examples import up_to
 
+from torchdnr.decisions import REJECT
 from torchdnr.evaluation import (
     AttackCurve,
     SecurityCurve,
@@ -17,7 +19,6 @@ from torchdnr.evaluation import (
     rejection_rate,
     wilson_interval,
 )
-from torchdnr.rejection import REJECT
 
 LABELS = torch.tensor([0, 1, 2, 0])
 CLEAN = torch.tensor([0, REJECT, 1, 0])
@@ -38,7 +39,7 @@ def test_rates_by_hand():
     assert math.isnan(nothing.value) and nothing.n == 0
 
 
-@settings(max_examples=60, deadline=None)
+@up_to(60)
 @given(st.integers(0, 1000), st.sampled_from([0.0, 0.5]))
 def test_rates_are_the_metrics(seed, eps):
     generator = torch.Generator().manual_seed(seed)

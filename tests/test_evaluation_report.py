@@ -8,6 +8,7 @@ import torch
 from matplotlib.image import imread
 from sklearn.metrics import roc_auc_score
 
+from torchdnr.decisions import REJECT
 from torchdnr.evaluation import (
     LINE_SEARCH_PGD,
     Attack,
@@ -23,7 +24,6 @@ from torchdnr.evaluation import (
     save_results,
     security_evaluation,
 )
-from torchdnr.rejection import REJECT
 
 EPS = [0.0, 0.5, 1.0, 2.0]
 

@@ -2,8 +2,9 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from property_examples import up_to
 from scipy import stats
 from sklearn import metrics as sk
 
@@ -34,7 +35,7 @@ def test_curve_and_area_by_hand():
     assert fpr_at_tpr(negatives, positives, 0.51).value == pytest.approx(2 / 3)
 
 
-@settings(max_examples=60, deadline=None)
+@up_to(60)
 @given(SCORES, SCORES)
 def test_curve_and_area_are_those_of_scikit_learn(negatives, positives):
     negatives, positives = groups(negatives, positives)
@@ -47,7 +48,7 @@ def test_curve_and_area_are_those_of_scikit_learn(negatives, positives):
     assert 0 <= found.low <= found.value <= found.high <= 1
 
 
-@settings(max_examples=60, deadline=None)
+@up_to(60)
 @given(SCORES, SCORES, st.sampled_from([0.05, 0.5, 0.9, 0.95, 1.0]))
 def test_fpr_is_the_least_at_which_the_curve_reaches_the_tpr(negatives, positives, tpr):
     negatives, positives = groups(negatives, positives)
@@ -59,7 +60,7 @@ def test_fpr_is_the_least_at_which_the_curve_reaches_the_tpr(negatives, positive
     assert found.n == len(negatives)
 
 
-@settings(max_examples=60, deadline=None)
+@up_to(60)
 @given(SCORES, SCORES)
 def test_only_the_order_of_the_scores_counts(negatives, positives):
     first, second = groups(negatives, positives)
@@ -136,7 +137,7 @@ def test_intervals_cover_the_truth_as_often_as_they_say(shift, sizes):
     assert coverage(fpr80, rate, *sizes, shift) >= 0.92
 
 
-@settings(max_examples=30, deadline=None)
+@up_to(30)
 @given(SCORES, SCORES)
 def test_float32_scores_give_the_same(negatives, positives):
     double = groups(negatives, positives)

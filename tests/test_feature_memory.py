@@ -7,9 +7,10 @@ import sys
 import pytest
 import torch
 
-from torchdnr.row_blocks import all_finite, column_means, entry_variance, row_blocks
+from torchdnr.kernels.row_blocks import all_finite, column_means, entry_moments, row_blocks
 from torchdnr.svm import RBFSVM, grid_search
-from torchdnr.svm.rbf_rows import all_distances, plan_features, rbf_rows
+from torchdnr.svm.gram import all_distances, rbf_rows
+from torchdnr.svm.memory_plan import plan_features
 
 MIB = 2**20
 
@@ -22,20 +23,19 @@ def wide(n=300, d=4000, seed=0):
     return x, y
 
 
-def test_sums_in_blocks_are_those_of_the_whole(monkeypatch):
-    x = wide(60, 500)[0]
-    whole = column_means(x), entry_variance(x)
-    for name in ("BLOCK_BYTES", "COPIED_BYTES"):
-        monkeypatch.setattr(f"torchdnr.row_blocks.{name}", 7 * 2000)
-    assert len(row_blocks(x, 7 * 2000)) == 9
-    torch.testing.assert_close(column_means(x), x.double().mean(dim=0).float())
-    torch.testing.assert_close(column_means(x), whole[0])
-    assert entry_variance(x) == pytest.approx(x.double().var(correction=0).item(), rel=1e-12)
-    assert entry_variance(x) == pytest.approx(whole[1], rel=1e-12)
-    assert all_finite(x)
+def test_sums_in_blocks_are_those_of_the_whole():
+    x, block = wide(60, 500)[0], {"block_bytes": 7 * 2000}
+    assert len(row_blocks(x, **block)) == 9
+    means, (variance, mean) = column_means(x, **block), entry_moments(x, **block).tolist()
+    torch.testing.assert_close(means, x.double().mean(dim=0).float())
+    torch.testing.assert_close(means, column_means(x))
+    assert variance == pytest.approx(x.double().var(correction=0).item(), rel=1e-12)
+    assert mean == pytest.approx(x.double().mean().item(), rel=1e-12)
+    assert [variance, mean] == pytest.approx(entry_moments(x).tolist(), rel=1e-12)
+    assert all_finite(x, **block)
     for bad in (torch.nan, -torch.inf):
         x[-1, -1] = bad
-        assert not all_finite(x)
+        assert not all_finite(x, **block)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -55,7 +55,7 @@ def test_kernel_rows_from_blocks_are_those_of_the_whole():
     whole = rbf_rows(x, 1e-3, center)
     plan = plan_features(x, 3, 45 * MIB)
     assert plan.block_bytes < x.numel() * 8 / 2 and plan.rows < 300
-    parts = rbf_rows(x, 1e-3, center, blocks=plan)
+    parts = rbf_rows(x, 1e-3, center, copies=plan)
     every = torch.arange(300)
     expected = (-1e-3 * (x[index].unsqueeze(1) - x).square().sum(dim=2)).exp()
     for rows in (whole, parts):
@@ -114,6 +114,7 @@ GIVEN = "{'hyperparameters': {'1': (1.0, 1e-4), 'combiner': (1.0, 1.0)}}"
 SEARCHED = "{'C_grid': [0.1, 1.0], 'gamma_grid': [1.0]}"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.parametrize(("options", "keep"), [(GIVEN, True), (SEARCHED, False)])
 def test_a_fit_on_mapped_features_keeps_to_its_limit(tmp_path, options, keep):

@@ -14,9 +14,9 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from torchdnr import DNR
-from torchdnr.extraction import extract
-from torchdnr.feature_store import LABELS, RECORD
-from torchdnr.features import LayerFeatures
+from torchdnr.features.extraction import extract
+from torchdnr.features.layers import LayerFeatures
+from torchdnr.features.storage import LABELS, RECORD
 from torchdnr.files import CheckpointError, load_tensors
 
 LAYERS = ["0", "2/x", "3"]
@@ -216,7 +216,7 @@ def test_damaged_files_are_made_again_with_a_warning(tmp_path, damage, stopped):
     else:
         file.write_bytes(b"\0" * 8 + file.read_bytes()[8:])
     net = Counted()
-    with pytest.warns(UserWarning, match="taken again from the start"):
+    with pytest.warns(UserWarning, match="extracted again from the start"):
         found = extract(features_of(net), loader(), folder=tmp_path)[0]
     assert net.calls == 4
     assert_same(found, extract(features_of(Counted()), loader())[0])
@@ -241,8 +241,8 @@ def test_a_disk_without_room_is_seen_at_the_first_batch(tmp_path, monkeypatch):
 FULL = """
 import resource, sys, torch
 from torch import nn
-from torchdnr.extraction import extract
-from torchdnr.features import LayerFeatures
+from torchdnr.features.extraction import extract
+from torchdnr.features.layers import LayerFeatures
 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
 net = nn.Sequential(nn.Linear(6, 100, bias=False))
 nn.init.ones_(net[0].weight)

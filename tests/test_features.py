@@ -7,8 +7,9 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchvision import models
 from torchvision.models.feature_extraction import create_feature_extractor
 
-from torchdnr.extraction import extract
-from torchdnr.features import LayerFeatures, evaluation_mode
+from torchdnr.decisions import evaluation_mode
+from torchdnr.features.extraction import extract
+from torchdnr.features.layers import LayerFeatures
 
 # Network, size of its images, layers: some of each are followed by an in-place operation.
 NETWORKS = {

@@ -3,8 +3,9 @@ import os
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from property_examples import up_to
 from safetensors.torch import save_file
 
 from torchdnr.files import (
@@ -60,7 +61,7 @@ def test_file_mode_follows_the_umask(saved, tmp_path):
     assert saved[0].stat().st_mode == plain.stat().st_mode
 
 
-@settings(max_examples=30, deadline=None)
+@up_to(30)
 @given(data=st.data())
 def test_no_changed_or_missing_byte_goes_unnoticed(tmp_path_factory, data):
     path = tmp_path_factory.mktemp("damage") / "file"

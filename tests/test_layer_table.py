@@ -4,7 +4,7 @@ from torch import nn
 from torchvision.models import resnet18, swin_t
 
 from torchdnr import layer_table
-from torchdnr.features import LayerFeatures
+from torchdnr.features.layers import LayerFeatures
 
 
 def test_sizes_are_those_that_features_have():

@@ -2,8 +2,9 @@ import json
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from property_examples import up_to
 from sklearn.datasets import load_digits
 from sklearn.model_selection import PredefinedSplit, cross_val_predict
 from sklearn.multiclass import OneVsRestClassifier
@@ -12,7 +13,7 @@ from sklearn.svm import SVC
 from torchdnr.kernels import scale_gamma, squared_distances
 from torchdnr.svm import RBFSVM, ConvergenceWarning, grid_search, out_of_fold_scores, solve_dual
 from torchdnr.svm.model_selection import stratified_folds
-from torchdnr.svm.module import one_vs_rest
+from torchdnr.svm.multiclass import one_vs_rest
 
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 
@@ -31,7 +32,7 @@ def digits(n=160, noise=0.6):
     folds=st.integers(2, 6),
     seed=st.integers(0, 1000),
 )
-@settings(max_examples=60, deadline=None)
+@up_to(60)
 def test_folds_share_each_class_and_all_samples_evenly(counts, folds, seed):
     labels = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
     labels = labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(1))]
@@ -140,7 +141,8 @@ def test_features_with_a_gradient_leave_no_graph_behind():
 
 @pytest.mark.filterwarnings("ignore::torchdnr.svm.ConvergenceWarning")  # those of other fits
 def test_missed_tolerances_are_counted_and_warned_of(monkeypatch):
-    from torchdnr.svm import solver, warm_start
+    from torchdnr.svm import model_selection as warm_start
+    from torchdnr.svm import solver
 
     def hasty(*args, **options):
         return solver.solve_dual(*args, **options, max_steps=1)

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-import torchdnr.training_checkpoint as training_checkpoint
-from torchdnr.features import LayerFeatures
+import torchdnr.models.training as training_checkpoint
+from torchdnr.features.layers import LayerFeatures
 from torchdnr.files import CheckpointError, DamagedFileError, load_tensors, save_tensors
 from torchdnr.models import (
     CIFAR10_LAYERS,
@@ -12,7 +12,12 @@ from torchdnr.models import (
     load_network,
     save_network,
 )
-from torchdnr.training import CIFAR10_TRAINING, MNIST_TRAINING, TrainingSettings, train_network
+from torchdnr.models.training import (
+    CIFAR10_TRAINING,
+    MNIST_TRAINING,
+    TrainingSettings,
+    train_network,
+)
 
 
 @pytest.fixture(autouse=True)

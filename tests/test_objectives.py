@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from torchdnr.attacks import OBJECTIVES, evades, objectives, split_scores
-from torchdnr.attacks.objectives import NEGATIVE_IF_SUCCESSFUL, find_objective, succeeds
+from torchdnr.attacks.objectives import NEGATIVE_IF_SUCCESSFUL, find_objective
+from torchdnr.decisions import succeeds
 
 LABELS = torch.tensor([0, 0, 0, 0, 0])
 SCORES = torch.tensor(
@@ -49,7 +50,7 @@ def test_without_threshold_all_are_equation_2(name):
     assert torch.equal(OBJECTIVES[name](scores, None, labels), expected)
 
 
-def test_evades_means_accepted_and_wrong():
+def test_evades_means_is_evasion():
     assert evades(OUTPUT, LABELS, reject=True).tolist() == [False, True, False, False, False]
     assert evades(SCORES, LABELS, reject=False).tolist() == [False, True, True, False, True]
     assert evades(torch.full((1, 3), torch.nan), LABELS[:1], reject=False).tolist() == [False]

@@ -14,10 +14,11 @@ from PIL import Image
 from small_models import make_images, options
 from torchvision.transforms.functional import to_pil_image
 
-from torchdnr import DNR, NR, predict
-from torchdnr.cli import Console
-from torchdnr.cli_options import train_parser
-from torchdnr.cli_settings import prepare
+from torchdnr import DNR, NR
+from torchdnr.cli import predict
+from torchdnr.cli.console import Console
+from torchdnr.cli.options import train_parser
+from torchdnr.cli.run_folder import prepare
 from torchdnr.models import MNISTNet, load_network, save_network
 
 ROOT = Path(__file__).parents[1]

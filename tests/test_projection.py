@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from torchdnr.projection import projection_distortion, random_rows, sparse_projection
+from torchdnr.features.reductions import projection_distortion, random_rows, sparse_projection
 
 
 def dense(rows, size):

@@ -4,8 +4,9 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from property_examples import up_to
 
 from torchdnr.attacks.projections import project, project_box, project_l2
 
@@ -16,7 +17,7 @@ BOUNDS = (0.0, 1.0)
 def path(request, monkeypatch):
     """Both ways through the code: that of a CPU, and that of a device where a look waits."""
     if request.param == "never looks":
-        monkeypatch.setattr("torchdnr.attacks.waiting.free_to_look", lambda _: False)
+        monkeypatch.setattr("torchdnr.attacks.projections.reading_is_free", lambda _: False)
 
 
 def by_bisection(points, center, eps):
@@ -41,7 +42,7 @@ def by_bisection(points, center, eps):
     spread=st.sampled_from([1e-3, 0.3, 30.0]),
     heavy=st.booleans(),
 )
-@settings(max_examples=30, deadline=None)
+@up_to(30)
 def test_project_l2_matches_bisection(seed, d, spread, heavy):
     generator = torch.Generator().manual_seed(seed)
     center = torch.rand(8, d, generator=generator).double()
@@ -145,5 +146,5 @@ def test_both_ways_through_the_code_end_at_the_same_points(monkeypatch):
     center = torch.rand(60, 30)
     points, eps = center + torch.randn(60, 30), 3 * torch.rand(60)
     looking = project_l2(points, center, eps, BOUNDS)
-    monkeypatch.setattr("torchdnr.attacks.waiting.free_to_look", lambda _: False)
+    monkeypatch.setattr("torchdnr.attacks.projections.reading_is_free", lambda _: False)
     torch.testing.assert_close(project_l2(points, center, eps, BOUNDS), looking)

@@ -4,16 +4,11 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from property_examples import up_to
 
-from torchdnr.attacks.projections import (
-    NORMS,
-    project,
-    project_box,
-    project_l1,
-    project_linf,
-)
+from torchdnr.attacks.projections import NORMS, project, project_box, project_l1, project_linf
 
 BOUNDS = (0.0, 1.0)
 
@@ -41,7 +36,7 @@ def l1_by_bisection(points, center, eps):
     spread=st.sampled_from([1e-3, 0.3, 30.0]),
     ties=st.booleans(),
 )
-@settings(max_examples=40, deadline=None)
+@up_to(40)
 def test_project_l1_matches_bisection(seed, d, spread, ties):
     generator = torch.Generator().manual_seed(seed)
     center = torch.rand(8, d, generator=generator).double()

@@ -89,4 +89,4 @@ def test_the_example_of_a_detector_runs(examples):
 
 def test_versions_agree():
     assert f"## {torchdnr.__version__}\n" in (ROOT / "CHANGELOG.md").read_text()
-    assert f'__version__ = "{torchdnr.__version__}"' in (ROOT / "torchdnr/__init__.py").read_text()
+    assert f'version="{torchdnr.__version__}"' in (ROOT / "setup.py").read_text()

@@ -2,10 +2,14 @@ import pytest
 import torch
 from torch import nn
 
-from torchdnr.channels import find_channels
-from torchdnr.features import LayerFeatures
-from torchdnr.preparation import ProjectionWarning, distortions, peek, prepare_features
-from torchdnr.reductions import build_reduction
+from torchdnr.features.extraction import (
+    ProjectionWarning,
+    distortions,
+    first_images,
+    prepare_features,
+)
+from torchdnr.features.layers import LayerFeatures
+from torchdnr.features.reductions import build_reduction, find_channels
 
 
 class Maps(nn.Module):
@@ -84,7 +88,7 @@ def test_a_projection_is_drawn_once_and_belongs_to_its_size(net):
         LayerFeatures(net, {"head": ("project", 64)})(images)
 
 
-@pytest.mark.filterwarnings("ignore::torchdnr.preparation.ProjectionWarning")
+@pytest.mark.filterwarnings("ignore::torchdnr.features.extraction.ProjectionWarning")
 def test_gradients_flow_through_every_reduction(net):
     net = net.double()
     images = torch.rand(2, 3, 4, 4, dtype=torch.float64, requires_grad=True)
@@ -211,12 +215,12 @@ def test_a_network_that_fails_is_told_with_its_images(net):
 
 def test_looking_at_the_first_batches_loses_none():
     batches = [(torch.full((30, 1), float(i)), None) for i in range(5)]
-    sample, again = peek(iter(batches))
+    sample, again = first_images(iter(batches))
     assert [len(part) for part in sample] == [30, 30, 4]  # no larger than the user's batches
     assert torch.cat(sample).unique().tolist() == [0.0, 1.0, 2.0]
     assert [batch[0][0, 0].item() for batch in again] == [0.0, 1.0, 2.0, 3.0, 4.0]
-    sample, again = peek(iter([(torch.arange(1000.0).view(-1, 1), None)]))
+    sample, again = first_images(iter([(torch.arange(1000.0).view(-1, 1), None)]))
     assert len(list(again)) == 1
     assert sample[0].shape == (64, 1) and sample[0].max() > 900  # not the first 64 alone
     mixed = [(torch.rand(2, 3), None), (torch.rand(2, 4), None)]
-    assert [part.shape for part in peek(iter(mixed))[0]] == [(2, 3)]
+    assert [part.shape for part in first_images(iter(mixed))[0]] == [(2, 3)]

@@ -3,16 +3,14 @@ from fractions import Fraction
 
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
+from property_examples import up_to
 
 from torchdnr import REJECT
-from torchdnr.rejection import (
-    RejectingClassifier,
-    checked_batches,
-    predict_with_rejection,
-    rejection_threshold,
-)
+from torchdnr.decisions import predict_with_rejection
+from torchdnr.distributed.sharing import checked_batches
+from torchdnr.rejection import RejectingClassifier, rejection_threshold
 from torchdnr.svm import NotFittedError
 
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
@@ -44,7 +42,7 @@ def distinct_scores(n, c, seed, dtype):
     dtype=st.sampled_from([torch.float32, torch.float64]),
 )
 @example(n=100, c=2, percent=29, seed=0, dtype=torch.float32)  # 0.29 * 100 is 28.999...
-@settings(max_examples=150, deadline=None)
+@up_to(150)
 def test_exactly_the_share_with_the_lowest_best_scores_is_rejected(n, c, percent, seed, dtype):
     scores, winner = distinct_scores(n, c, seed, dtype)
     threshold = rejection_threshold(scores, percent / 100)
@@ -62,7 +60,7 @@ def test_exactly_the_share_with_the_lowest_best_scores_is_rejected(n, c, percent
 
 
 @given(seed=st.integers(0, 1000), rate=st.floats(0.0, 0.999), levels=st.integers(1, 5))
-@settings(max_examples=60, deadline=None)
+@up_to(60)
 def test_equal_scores_are_rejected_together_and_never_too_few(seed, rate, levels):
     generator = torch.Generator().manual_seed(seed)
     scores = torch.randint(levels, (50, 3), generator=generator).double()

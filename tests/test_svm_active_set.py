@@ -2,18 +2,19 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from property_examples import up_to
 from svm_oracles import gram
 
-from torchdnr.svm.active_set import multiply, newton_blocks
-from torchdnr.svm.dual import to_double
+from torchdnr.svm.dual import Points, to_double
+from torchdnr.svm.newton import multiply, newton_blocks
 from torchdnr.svm.working_set import (
     common_sample,
     first_sets,
     largest_violators,
+    make_feasible,
     select_working_sets,
-    settle,
     solve_blocks,
 )
 
@@ -39,14 +40,19 @@ def newton(kernels, gradient, b, lower, upper, damping=1e-2, tol=1e-6, most=30):
     like = torch.ones_like(gradient[:, 0])
     steps = torch.full((len(b),), most, device=b.device)
     return newton_blocks(
-        kernels, gradient, b, lower, upper, 0 * like, damping * like, tol * like, steps
+        kernels,
+        Points(gradient, b, lower, upper),
+        0 * like,
+        damping * like,
+        tol * like,
+        steps,
     )
 
 
 def updates(kernels, gradient, b, lower, upper, tol=1e-10):
     tols = torch.full_like(gradient[:, 0], tol)
     most = torch.full((len(b),), 200_000, device=b.device)
-    return solve_blocks(kernels, gradient, b, lower, upper, tols, most)
+    return solve_blocks(kernels, Points(gradient, b, lower, upper), tols, most)
 
 
 def damped(kernels, damping):
@@ -59,7 +65,7 @@ def damped(kernels, damping):
     gamma=st.sampled_from([0.1, 0.4, 50.0]),
     at_bounds=st.booleans(),
 )
-@settings(max_examples=25, deadline=None)
+@up_to(25)
 def test_solved_blocks_are_those_of_two_variable_updates(seed, C, gamma, at_bounds):
     block = blocks(4, 20, seed, C, gamma, at_bounds)
     damping = 1e-2
@@ -115,10 +121,10 @@ def test_padded_entries_change_nothing(device):
 def test_newton_steps_are_limited_block_by_block(most):
     *_, steps = newton(*blocks(20, 60, seed=5, C=100.0), most=most)
     assert steps.max() == most
-    block = blocks(2, 60, seed=5, C=100.0)
+    kernels, *points = blocks(2, 60, seed=5, C=100.0)
     like = torch.ones(2, dtype=torch.float64)
     limits = torch.tensor([1, 3])
-    *_, steps = newton_blocks(*block, 0 * like, 1e-2 * like, 1e-6 * like, limits)
+    *_, steps = newton_blocks(kernels, Points(*points), 0 * like, 1e-2 * like, 1e-6 * like, limits)
     assert (steps <= limits).all() and steps[1] > 1
 
 
@@ -160,7 +166,7 @@ def test_two_variable_updates_reach_their_tolerance_and_keep_the_sum():
     spread=st.sampled_from([0.0, 6.0]),
     wildness=st.sampled_from([0.0, 1e-12, 1.0, 1e6]),
 )
-@settings(max_examples=60, deadline=None)
+@up_to(60)
 def test_settled_values_are_feasible_and_stay_on_their_bounds(seed, size, spread, wildness):
     generator = torch.Generator().manual_seed(seed)
 
@@ -173,7 +179,7 @@ def test_settled_values_are_feasible_and_stay_on_their_bounds(seed, size, spread
     feasible = lower + (1.5 * draw() - 0.25).clamp(0, 1) * (upper - lower)
     total = feasible.sum(dim=1)
     values = feasible + wildness * limit * (draw() - 0.5)
-    settled = settle(values, draw() - 0.5, lower, upper, total)
+    settled = make_feasible(values, draw() - 0.5, lower, upper, total)
     assert ((settled >= lower) & (settled <= upper)).all()
     # What the sum of the bounds rounds to, and twice a slack of 1e-9 that cannot be undone.
     assert (settled.sum(dim=1) - total).abs().max() <= 1e-12 * limit.sum(dim=1).max()
@@ -186,14 +192,16 @@ def test_settled_values_are_feasible_and_stay_on_their_bounds(seed, size, spread
 def test_a_missing_sum_is_taken_from_the_samples_that_win_most():
     lower, upper = torch.zeros(1, 4).double(), torch.ones(1, 4).double()
     cost = torch.tensor([[3.0, -2.0, 1.0, -1.0]]).double()
-    settled = settle(torch.zeros(1, 4).double(), cost, lower, upper, torch.tensor([1.5]).double())
+    settled = make_feasible(
+        torch.zeros(1, 4).double(), cost, lower, upper, torch.tensor([1.5]).double()
+    )
     assert settled.tolist() == [[0.0, 1.0, 0.0, 0.5]]
-    settled = settle(upper, cost, lower, upper, torch.tensor([2.5]).double())
+    settled = make_feasible(upper, cost, lower, upper, torch.tensor([2.5]).double())
     assert settled.tolist() == [[0.0, 1.0, 0.5, 1.0]]
 
 
 @given(seed=st.integers(0, 10_000), largest=st.sampled_from([3, 7, 40, 128, 500]))
-@settings(max_examples=30, deadline=None)
+@up_to(30)
 def test_working_sets_hold_the_worst_pair_within_their_limit(seed, largest):
     _, gradient, b, lower, upper = blocks(5, 200, seed, at_bounds=seed % 2 == 0)
     free = torch.rand(5, 200, generator=torch.Generator().manual_seed(seed)) < 0.1
@@ -201,8 +209,8 @@ def test_working_sets_hold_the_worst_pair_within_their_limit(seed, largest):
     free = (b > lower) & (b < upper)
     up = (-gradient).masked_fill(b >= upper, -torch.inf).max(dim=1)
     down = (-gradient).masked_fill(b <= lower, torch.inf).min(dim=1)
-    middle = (up.values + down.values) / 2
-    index, valid = largest_violators(gradient, b, lower, upper, middle, largest)
+    middle, points = (up.values + down.values) / 2, Points(gradient, b, lower, upper)
+    index, valid = largest_violators(points, middle, largest)
     for k in range(5):
         chosen = index[k][valid[k]].tolist()
         assert len(set(chosen)) == len(chosen) <= largest
@@ -210,7 +218,7 @@ def test_working_sets_hold_the_worst_pair_within_their_limit(seed, largest):
         # Of free samples there may be too many for the set: one is there then, the other maybe.
         assert {i for i in pair if not free[k, i] or largest >= 200} <= set(chosen)
         assert set(pair) & set(chosen)
-    pairs = select_working_sets(gradient, b, lower, upper, 20)
+    pairs = select_working_sets(points, 20)
     for k in range(5):
         assert len(set(pairs[k].tolist())) == 20
         assert {up.indices[k].item(), down.indices[k].item()} <= set(pairs[k].tolist())

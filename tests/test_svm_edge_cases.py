@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 import torch
 from gpytorch.kernels import MaternKernel
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from property_examples import up_to
 from sklearn.svm import SVC
 
 from torchdnr.files import CheckpointError
 from torchdnr.svm import RBFSVM, NotFittedError
-from torchdnr.svm.strategies import class_pairs
+from torchdnr.svm.multiclass import class_pairs
 
 STRATEGIES = ["one-vs-rest", "one-vs-one"]
 GRID = [-2.0, -1.0, 0.0, 1.0, 2.0]
@@ -83,7 +84,7 @@ def gamma_of(svm):
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-@settings(max_examples=15, deadline=None)
+@up_to(15)
 @given(
     x=st.lists(st.tuples(st.sampled_from(GRID), st.sampled_from(GRID)), min_size=6, max_size=20),
     C=st.sampled_from([0.1, 1.0, 50.0]),
@@ -100,7 +101,7 @@ def test_any_small_problem_is_that_of_scikit_learn(strategy, x, C, seed):
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-@settings(max_examples=10, deadline=None)
+@up_to(10)
 @given(seed=st.integers(0, 999))
 def test_the_order_of_the_samples_does_not_matter(strategy, seed):
     x, y = noisy()

@@ -2,14 +2,14 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from property_examples import up_to
 from svm_oracles import check_solution, gram, held, noisy
 
-from torchdnr.svm import gram as gram_module
 from torchdnr.svm import solve_dual
-from torchdnr.svm.gram import KernelRows
-from torchdnr.svm.rbf_rows import distance_rows, rbf_rows
+from torchdnr.svm.gram import distance_rows, rbf_rows
+from torchdnr.svm.kernel_rows import KernelRows
 
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 
@@ -27,7 +27,7 @@ def counting(kernel, capacity, log):
 
 
 @given(seed=st.integers(0, 10_000), capacity=st.sampled_from([7, 12, 29, 30, 99]))
-@settings(max_examples=40, deadline=None)
+@up_to(40)
 def test_any_sequence_of_requests_gets_the_right_rows(seed, capacity):
     kernel = torch.rand(30, 30, generator=torch.Generator().manual_seed(seed))
     log, generator = [], torch.Generator().manual_seed(seed)
@@ -75,8 +75,7 @@ def test_blocks_hold_the_kernels_between_their_samples(capacity, device):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("capacity", [10, 45, 60])
 @pytest.mark.parametrize("share", [0.0, 0.05, 0.4, 1.0])
-def test_products_are_exact_whichever_rows_are_held(share, capacity, dtype, device, monkeypatch):
-    monkeypatch.setattr(gram_module, "EXACT_ELEMENTS", 60 * 7)  # several parts
+def test_products_are_exact_whichever_rows_are_held(share, capacity, dtype, device):
     generator = torch.Generator().manual_seed(1)
     kernel = gram(torch.randn(60, 4, generator=generator), 0.5).to(device, dtype)
     vectors = torch.randn(3, 60, generator=generator, dtype=torch.float64)
@@ -84,6 +83,7 @@ def test_products_are_exact_whichever_rows_are_held(share, capacity, dtype, devi
     vectors = vectors.to(device)
     expected = vectors @ kernel.double()
     for rows in (held(kernel, capacity), KernelRows.dense(kernel)):
+        rows.exact_elements = 60 * 7  # more than one part
         for index in (range(0), range(0, 60, 9), range(capacity)):
             rows.slots(torch.tensor(list(index), dtype=torch.int64, device=device))
             product = rows.product(vectors)

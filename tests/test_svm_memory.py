@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from torchdnr.svm import RBFSVM, ConvergenceWarning, grid_search, solve_dual
-from torchdnr.svm.gram import KernelRows
+from torchdnr.svm.kernel_rows import KernelRows
 from torchdnr.svm.memory_plan import MemoryPlan, column_groups, plan_memory
-from torchdnr.svm.strategies import one_vs_rest
+from torchdnr.svm.multiclass import one_vs_rest
 
 MIB = 2**20
 # Of a fit whose Gram matrix takes 256 MiB; libraries take their own memory in a small one before.
@@ -141,6 +141,7 @@ def test_groups_keep_the_names_of_their_problems():
         solve_dual(kernel, targets, 10.0, max_steps=0)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.parametrize(
     ("script", "limit", "needed"),

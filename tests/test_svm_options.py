@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from property_examples import up_to
 from sklearn.metrics.pairwise import rbf_kernel
 from sklearn.multiclass import OneVsRestClassifier
 from sklearn.svm import SVC
@@ -14,8 +15,12 @@ from torch.autograd import gradcheck
 
 from torchdnr.kernels import scale_gamma
 from torchdnr.svm import RBFSVM
-from torchdnr.svm.strategies import class_pairs, classes_of_pairs, votes_and_confidence
-from torchdnr.svm.weights import balanced_weights
+from torchdnr.svm.multiclass import (
+    balanced_weights,
+    class_pairs,
+    classes_of_pairs,
+    votes_and_confidence,
+)
 
 TOL = 1e-6
 CLOSE = {"atol": 2e-5, "rtol": 0}
@@ -172,7 +177,7 @@ def test_a_precomputed_kernel_is_the_kernel(strategy, dtype):
 
 @pytest.mark.parametrize("kernel", [None, "precomputed"])
 @pytest.mark.parametrize("strategy", STRATEGIES)
-@settings(max_examples=10, deadline=None)
+@up_to(10)
 @given(zeros=st.sets(st.integers(3, 29)), seed=st.integers(0, 99))
 def test_a_weight_of_zero_removes_the_sample(kernel, strategy, zeros, seed):
     x, y = noisy(30, seed=seed)
@@ -195,7 +200,7 @@ def test_a_weight_of_zero_removes_the_sample(kernel, strategy, zeros, seed):
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-@settings(max_examples=10, deadline=None)
+@up_to(10)
 @given(times=arrays(np.int64, 20, elements=st.integers(0, 3)), balanced=st.booleans())
 def test_a_whole_weight_repeats_the_sample(strategy, times, balanced):
     x, y = noisy(20)
@@ -214,7 +219,7 @@ def test_gamma_scale_heeds_zero_weights_only():
     assert gamma.item() == pytest.approx(scale_gamma(torch.tensor(x[weight > 0])), rel=1e-6)
 
 
-@settings(max_examples=60, deadline=None)
+@up_to(60)
 @given(c=st.integers(3, 6), data=st.data())
 def test_votes_are_those_of_scikit_learn(c, data):
     pairs = c * (c - 1) // 2

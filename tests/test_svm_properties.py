@@ -8,13 +8,15 @@ import warnings
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from property_examples import up_to
 from svm_oracles import check_solution, gram, held, libsvm, noisy
 
-from torchdnr.svm import ConvergenceWarning, descent, solve_dual
+from torchdnr.svm import ConvergenceWarning, solve_dual
+from torchdnr.svm import solver as descent
 from torchdnr.svm.dual import dual_bounds
-from torchdnr.svm.gram import KernelRows
+from torchdnr.svm.kernel_rows import KernelRows
 from torchdnr.svm.projected_gradient import (
     SMALLEST,
     bounded_start,
@@ -38,7 +40,7 @@ def many(n, problems, noise=0.25):
 
 
 @given(seed=SEEDS, C=st.sampled_from(CS), gamma=st.sampled_from(GAMMAS), n=st.integers(2, 90))
-@settings(max_examples=60, deadline=None)
+@up_to(60)
 def test_any_problem_gets_a_true_certificate(seed, C, gamma, n):
     x, targets = noisy(n, seed=seed)
     kernel = gram(x, gamma)
@@ -46,7 +48,7 @@ def test_any_problem_gets_a_true_certificate(seed, C, gamma, n):
 
 
 @given(seed=SEEDS, C=st.sampled_from([0.1, 1.0, 30.0]), gamma=st.sampled_from([0.1, 0.5, 3.0]))
-@settings(max_examples=25, deadline=None)
+@up_to(25)
 def test_order_and_signs_of_the_samples_do_not_matter(seed, C, gamma):
     x, targets = noisy(90, seed=seed)
     kernel, order = gram(x, gamma), torch.randperm(90)
@@ -62,7 +64,7 @@ def test_order_and_signs_of_the_samples_do_not_matter(seed, C, gamma):
 
 
 @given(seed=SEEDS, C=st.sampled_from([0.1, 1.0, 100.0]), fold=st.integers(0, 3))
-@settings(max_examples=25, deadline=None)
+@up_to(25)
 def test_a_masked_fold_is_the_fit_on_the_other_samples(seed, C, fold):
     x, targets = noisy(90, seed=seed)
     kernel, kept = gram(x, 0.3), torch.arange(90) % 4 != fold
@@ -78,7 +80,7 @@ def test_a_masked_fold_is_the_fit_on_the_other_samples(seed, C, fold):
 
 
 @given(seed=SEEDS, zeros=st.sampled_from([0.0, 0.3]), spread=st.sampled_from([0.5, 3.0]))
-@settings(max_examples=25, deadline=None)
+@up_to(25)
 def test_weighted_samples_are_those_of_libsvm(seed, zeros, spread):
     generator = torch.Generator().manual_seed(seed)
     x, targets = noisy(80, seed=seed)
@@ -135,7 +137,7 @@ def test_the_same_problem_gives_the_same_bits(dtype, device):
 
 
 @given(seed=SEEDS, C=st.sampled_from([0.1, 1.0, 1e3]), gamma=st.sampled_from([1e-2, 0.3, 1e4]))
-@settings(max_examples=25, deadline=None)
+@up_to(25)
 def test_float32_kernels_are_solved_as_exactly_as_float64_ones(seed, C, gamma):
     x, targets = noisy(90, seed=seed)
     kernel = gram(x, gamma).float()
@@ -237,7 +239,7 @@ KINDS = "huge|within|nearly at bounds|just outside|all at the upper bound|one cl
 
 @pytest.mark.parametrize("kind", [*KINDS.split("|"), "tiny", "float32"])
 @given(seed=SEEDS, C=st.sampled_from([1e-3, 1.0, 100.0]))
-@settings(max_examples=6, deadline=None)
+@up_to(6)
 def test_any_start_leads_to_the_optimum(kind, seed, C):
     x, targets = noisy(90, seed=seed)
     kernel = gram(x, 0.3)
@@ -340,7 +342,7 @@ def test_projected_gradients_lower_the_objective_and_stay_feasible():
 
 
 @given(seed=SEEDS, n=st.integers(2, 60), size=st.sampled_from([1e-3, 1.0, 1e3]))
-@settings(max_examples=40, deadline=None)
+@up_to(40)
 def test_projections_are_the_nearest_feasible_points(seed, n, size):
     generator = torch.Generator().manual_seed(seed)
     y = (torch.rand(3, n, generator=generator) < 0.5).double() * 2 - 1
@@ -354,8 +356,8 @@ def test_projections_are_the_nearest_feasible_points(seed, n, size):
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
 
 
-def unsolved(_kernels, _gradient, dual_coef, *_):
-    count = len(dual_coef)
+def unsolved(_kernels, points, *_):
+    dual_coef, count = points.dual_coef, len(points.dual_coef)
     flags = torch.zeros(count, dtype=torch.bool, device=dual_coef.device)
     return dual_coef.clone(), flags, torch.ones(count, dtype=torch.int64, device=dual_coef.device)
 

@@ -1,14 +1,15 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from property_examples import up_to
 from sklearn.datasets import load_breast_cancer, load_digits
 from svm_oracles import gram, libsvm, noisy
 
 from torchdnr.kernels import scale_gamma
 from torchdnr.svm import ConvergenceWarning, solve_dual
-from torchdnr.svm.strategies import one_vs_rest
+from torchdnr.svm.multiclass import one_vs_rest
 
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 
@@ -41,7 +42,7 @@ def test_solutions_are_those_of_libsvm(name, C, multiple, device):
     C=st.sampled_from([0.03, 1.0, 100.0]),
     gamma=st.sampled_from([0.01, 0.3, 5.0]),
 )
-@settings(max_examples=25, deadline=None)
+@up_to(25)
 def test_solutions_are_feasible_and_their_certificate_is_true(seed, C, gamma):
     x, targets = noisy(seed=seed)
     kernel = gram(x, gamma)

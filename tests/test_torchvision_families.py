@@ -40,6 +40,8 @@ FAMILIES: dict[str, tuple] = {
     "vit_": ("vit_b_32", {"image_size": 64}, 64),
     "wide_resnet": ("wide_resnet50_2", {}, 32),
 }
+IN_NO_TIME = {"mobilenet_v3_", "squeezenet"}
+SLOW = pytest.mark.slow
 # A search over one pair of multiples of gamma = "scale" is none, and fits a layer of any size.
 QUICK = {"C_grid": [10.0], "gamma_grid": [0.2], "folds": 2, "stacking_folds": 2}
 
@@ -77,7 +79,10 @@ def state_of(net):
     return digest(net.state_dict()), hooks, flags, all(p.grad is None for p in net.parameters())
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family",
+    [family if family in IN_NO_TIME else pytest.param(family, marks=SLOW) for family in FAMILIES],
+)
 def test_dnr_on_its_own_choice_of_layers(family, tmp_path):
     build, options, size = FAMILIES[family]
     images, labels = images_of_three_classes(size)

@@ -4,11 +4,15 @@ import pytest
 import torch
 from torch import nn
 
-from torchdnr.augmentation import SHIFT, shift_and_mirror
-from torchdnr.features import LayerFeatures
-from torchdnr.learning_rate import relative_learning_rate
+from torchdnr.features.layers import LayerFeatures
 from torchdnr.models import ZOO_MNIST_LAYERS, ZooMNISTNet
-from torchdnr.training import TrainingSettings, train_network
+from torchdnr.models.training import (
+    SHIFT,
+    TrainingSettings,
+    relative_learning_rate,
+    shift_and_mirror,
+    train_network,
+)
 
 
 def test_constant_rises_over_the_warm_up_and_stays():

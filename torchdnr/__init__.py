@@ -1,19 +1,20 @@
 """Deep Neural Rejection in pure PyTorch, and its honest evaluation."""
 
 import warnings
+from importlib.metadata import version
 
 with warnings.catch_warnings():
     # Importing gpytorch makes torch announce the end of torch.jit.script: no news for our users.
     warnings.filterwarnings("ignore", r"`torch\.jit\.script` is deprecated", FutureWarning)
-    from torchdnr.default_layers import default_layers
-    from torchdnr.deployment import export_onnx, export_program
-    from torchdnr.detectors import WithReject
+    from torchdnr.decisions import REJECT
     from torchdnr.dnr import DNR, NR
-    from torchdnr.layer_table import layer_table
-    from torchdnr.rejection import REJECT
-    from torchdnr.svm import RBFSVM, solve_dual
+    from torchdnr.export import export_onnx, export_program
+    from torchdnr.features.choice import default_layers, layer_table
+    from torchdnr.rejection import WithReject
+    from torchdnr.svm.rbf_svm import RBFSVM
+    from torchdnr.svm.solver import solve_dual
 
-__version__ = "0.1.0"
+__version__ = version("torchdnr")
 __all__ = [
     "DNR",
     "NR",

@@ -1,8 +1,11 @@
 """Tensors on disk: safetensors with JSON metadata, written whole or not at all, never pickle."""
 
+from __future__ import annotations
+
 import errno
 import hashlib
 import json
+import math
 import os
 import uuid
 from collections.abc import Iterator, Mapping
@@ -14,6 +17,36 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+
+def write_json(path: str | Path, content: Mapping[str, Any]) -> None:
+    """Write strict JSON atomically; infinity, paths, devices and the like become text."""
+    text = json.dumps(plain_json(content), indent=1, allow_nan=False) + "\n"
+    atomic_write_bytes(path, text.encode())
+
+
+def read_json(path: str | Path) -> Any:  # noqa: ANN401 - whatever the file holds
+    """Read a JSON file.
+
+    Raises:
+        ValueError: If the file is not JSON.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not a JSON file: {error}") from None
+
+
+def plain_json(value: object) -> Any:  # noqa: ANN401 - as the value
+    """Convert to what strict JSON holds: infinity, paths, devices and the like become text."""
+    if isinstance(value, Mapping):
+        return {str(key): plain_json(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain_json(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value if isinstance(value, str | int | float | None) else str(value)
+
 
 METADATA_KEY = "torchdnr"
 FORMAT_VERSION = 1

@@ -1,37 +1,18 @@
 """The rejection rule, its threshold, and the classifier that carries both."""
 
 import math
+import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from torchdnr.costs import stage
-from torchdnr.inputs import check_images
-from torchdnr.processes import Processes, default_processes
-from torchdnr.shared_data import check_same
-from torchdnr.svm import NotFittedError
-
-REJECT = -1
-"""Label of a rejected input."""
-
-
-def predict_with_rejection(scores: Tensor, threshold: Tensor | float) -> Tensor:
-    """Predict labels, rejecting every input whose best score is not above the threshold.
-
-    Args:
-        scores: Class scores, ``(n, c)``.
-        threshold: Rejection threshold theta, a scalar.
-
-    Returns:
-        Labels 0..c-1, or ``REJECT``, int64 ``(n,)``. A tie with the threshold rejects.
-
-    Source: Sotgiu et al., Sec. II: rejected if the maximum score "is not higher than" theta.
-    """
-    best, labels = scores.max(dim=1)
-    return torch.where(best > threshold, labels, REJECT)
+from torchdnr.decisions import NotFittedError, check_images, evaluation_mode, predict_with_rejection
+from torchdnr.distributed import current
+from torchdnr.distributed.sharing import check_same, checked_batches
 
 
 def rejection_threshold(scores: Tensor, rejection_rate: float) -> Tensor:
@@ -151,8 +132,6 @@ class RejectingClassifier(nn.Module, ABC):
         self,
         inputs: Tensor | Iterable[Any],
         rejection_rate: float = 0.10,
-        *,
-        processes: Processes | None = None,
     ) -> "RejectingClassifier":
         """Set the threshold so that a given share of clean images is rejected.
 
@@ -163,8 +142,6 @@ class RejectingClassifier(nn.Module, ABC):
             inputs: Images ``(n, ...)`` in [0, 1], or a loader of batches (labels are ignored),
                 used for nothing else: neither fitted on nor tested on.
             rejection_rate: Share to reject, in [0, 1).
-            processes: Those that share the work; default: torch.distributed's default group, if
-                there is one. ``processes.ALONE``: this one calibrates by itself.
 
         Returns:
             The classifier itself.
@@ -174,19 +151,17 @@ class RejectingClassifier(nn.Module, ABC):
             NotFittedError: If the classifier is not fitted.
             PeerError: If another of the processes has ended.
         """
-        processes = default_processes() if processes is None else processes
         batch_size = self.batch_size
         if isinstance(inputs, Tensor):  # a batch for each process at least
-            batch_size = max(1, min(batch_size, math.ceil(len(inputs) / processes.count)))
+            batch_size = max(1, min(batch_size, math.ceil(len(inputs) / current().count)))
         with stage("threshold"):
-            scores = self._shared_scores(checked_batches(inputs, batch_size), processes)
+            scores = self._all_scores(checked_batches(inputs, batch_size))
             self.set_threshold(rejection_threshold(scores, rejection_rate))
         return self
 
-    def _shared_scores(
-        self, batches: Iterator[tuple[Tensor, Tensor | None]], processes: Processes
-    ) -> Tensor:
-        """Score all batches, which are dealt to the processes; in any order, ``(n, c)``."""
+    def _all_scores(self, batches: Iterator[tuple[Tensor, Tensor | None]]) -> Tensor:
+        """Score all batches, which the processes take in turn; in any order, ``(n, c)``."""
+        processes = current()
         labels: list[Tensor | None] = []
         own: list[Tensor] = []
         first = torch.empty(0)  # there is a batch at least
@@ -241,36 +216,136 @@ class RejectingClassifier(nn.Module, ABC):
             self._threshold_seen = True
 
 
-def checked_batches(
-    data: Tensor | Iterable[Any], batch_size: int
-) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """Yield checked batches of images, with their labels where there are any.
+def spacing(values: Tensor) -> Tensor:
+    """Compute the least that, added or taken away, makes another number of each value.
+
+    Never below the smallest normal number: hardware may take smaller ones for zero.
+    """
+    values = values.detach()
+    size = values.abs()
+    step = torch.nextafter(size, torch.full_like(size, torch.inf)) - size
+    return step.clamp_min(torch.finfo(values.dtype).tiny)
+
+
+class WithReject(nn.Module):
+    """Put a detector's decision beside the scores of a classifier, as a column that rejects.
+
+    The last column is ``max_k s_k + scale * (score - threshold)``: above the best class score by as
+    much as the detector's score is above its threshold. So every attack and evaluation for models
+    that may reject works on the pair, and their "decision" objective is, on wrong inputs, the
+    detector's own margin.
+
+    An input is accepted if and only if its score does not exceed the threshold, which is what
+    detectors mean by one; where rounding would decide otherwise, the column is moved to the next
+    number that decides rightly.
 
     Args:
-        data: Images ``(n, ...)``, or an iterable such as a ``DataLoader`` that yields images or
-            ``(images, labels)``.
-        batch_size: Images per batch where ``data`` is a tensor.
-
-    Yields:
-        Images in [0, 1], and labels or None.
+        classifier: Maps inputs ``(n, ...)`` to class scores ``(n, c)``, best logits: probabilities
+            saturate, and flatten the gradient.
+        score_fn: Maps inputs to ``(n,)``, higher for a more suspicious input, such as a detector of
+            pytorch-ood. A gradient must lead through it, or gradient attacks are blind to the
+            detector; a warning tells where none does.
+        threshold: An input is rejected iff its score is above; finite.
+        scale: What a unit of the detector's score is worth in units of the class scores; > 0. It
+            changes no decision, but how much an attack cares for either side.
+        batch_size: Inputs per forward pass in ``predict``.
 
     Raises:
-        ValueError: If a batch is not as said above, or there is none.
+        ValueError: If a part is not callable, or a number is out of range.
+
+    Modules among the two are registered: their parameters and buffers are those of the pair.
     """
-    if isinstance(data, Tensor):
-        check_images("inputs", data)
-        yield from ((batch, None) for batch in data.split(batch_size))
-        return
-    count = 0
-    for batch in data:
-        images, *rest = batch if isinstance(batch, Sequence) and batch else (batch,)
-        if not isinstance(images, Tensor):
+
+    def __init__(
+        self,
+        classifier: Callable[[Tensor], Tensor],
+        score_fn: Callable[[Tensor], Tensor],
+        threshold: float,
+        *,
+        scale: float = 1.0,
+        batch_size: int = 256,
+    ) -> None:
+        super().__init__()
+        for name, part in (("classifier", classifier), ("score_fn", score_fn)):
+            if not callable(part):
+                raise ValueError(f"{name} must be callable, got {type(part).__name__}")
+        self.threshold, self.scale, self.batch_size = float(threshold), float(scale), batch_size
+        if not math.isfinite(self.threshold):
+            raise ValueError(f"threshold must be finite, got {threshold}")
+        if not 0 < self.scale < math.inf:
+            raise ValueError(f"scale must be finite and > 0, got {scale}")
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be >= 1, got {batch_size}")
+        self.classifier = classifier
+        self.score_fn = score_fn
+        # Whoever puts the pair back into the mode it was in must not train the classifier.
+        self.training = getattr(classifier, "training", False)
+        self._num_classes: int | None = None
+
+    @property
+    def reject_index(self) -> int:
+        """Column of the rejection: c, or -1, the last one, before any input was seen."""
+        return -1 if self._num_classes is None else self._num_classes
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Compute class scores and the column that rejects.
+
+        Args:
+            inputs: ``(n, ...)``.
+
+        Returns:
+            ``(n, c + 1)``, a fresh tensor.
+
+        Raises:
+            ValueError: If the class scores are not ``(n, c)``, or the detector's not ``(n,)``.
+
+        Warns (``UserWarning``) if a gradient leads to the class scores but not to the detector's.
+        """
+        scores = self.classifier(inputs)
+        suspicion = self.score_fn(inputs)
+        n = inputs.shape[0]  # not len: torch.export would fix it
+        if scores.ndim != 2 or scores.shape[0] != n:
             raise ValueError(
-                "each batch of the loader must be images, or (images, labels), as tensors; got "
-                f"{type(images).__name__}"
+                f"classifier must return (n, c) with n = {n} inputs, got {tuple(scores.shape)}"
             )
-        check_images("inputs", images)
-        count += 1
-        yield images, torch.as_tensor(rest[0]) if rest else None
-    if count == 0:
-        raise ValueError("the loader yielded no batch: expected at least one image")
+        if suspicion.shape != (n,):
+            raise ValueError(
+                f"score_fn must return (n,) with n = {n} inputs, got {tuple(suspicion.shape)}; "
+                "flatten its result to one score per input"
+            )
+        if torch.is_grad_enabled() and scores.requires_grad and not suspicion.requires_grad:
+            warnings.warn(
+                "no gradient leads through score_fn, so gradient attacks cannot see the detector "
+                "and will overrate it; use its differentiable score, or attacks without gradients",
+                stacklevel=2,
+            )
+        self._num_classes = scores.shape[1]
+        return torch.cat([scores, self._column(scores, suspicion)[:, None]], dim=1)
+
+    def _column(self, scores: Tensor, suspicion: Tensor) -> Tensor:
+        """Compute the column that is above the best score iff the detector rejects."""
+        best = scores.amax(dim=1)
+        # Compared in the detector's own precision: a cast could move a score onto the threshold.
+        rejected = suspicion.detach() > self.threshold
+        column = best + (self.scale * (suspicion - self.threshold)).to(scores)
+        # A score just below the threshold may leave no trace in the sum: it must stay below.
+        lost = ~rejected & (column.detach() == best.detach())
+        return torch.where(lost, column - spacing(best), column)
+
+    @torch.no_grad()
+    def predict(self, inputs: Tensor) -> Tensor:
+        """Predict labels or reject, batch by batch, in evaluation mode.
+
+        Args:
+            inputs: Images in [0, 1], ``(n, ...)``.
+
+        Returns:
+            0..c-1, or ``REJECT`` = -1, int64 ``(n,)``.
+
+        Raises:
+            ValueError: If the images are empty, not floating point, outside [0, 1] or NaN.
+        """
+        check_images("inputs", inputs)
+        with evaluation_mode(self):
+            output = torch.cat([self(batch) for batch in inputs.split(self.batch_size)])
+        return predict_with_rejection(output[:, :-1], output[:, -1])

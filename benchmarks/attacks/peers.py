@@ -31,7 +31,6 @@ from torchdnr.attacks import evades, project
 from torchdnr.attacks.starts import nearest_other_class
 from torchdnr.attacks.target import has_reject_column
 from torchdnr.evaluation import SecurityCurve, load_results, predict_labels
-from torchdnr.evaluation.curve import read_json, write_json
 from torchdnr.evaluation.environment import describe_environment
 from torchdnr.evaluation.judging import outputs
 from torchdnr.evaluation.metrics import evaded
@@ -244,7 +243,8 @@ def ours_evading(curve: SecurityCurve, eps: Sequence[float], count: int) -> dict
     """Read from a curve where our line-up evades, by eps, for the first samples."""
     rows = {value: curve.eps.index(value) for value in eps}
     return {
-        value: evaded(curve.predictions[row], curve.labels)[:count] for value, row in rows.items()
+        value: is_evasion(curve.predictions[row], curve.labels)[:count]
+        for value, row in rows.items()
     }
 
 

@@ -32,13 +32,12 @@ from torchdnr import DNR, NR
 from torchdnr.cli_settings import Job
 from torchdnr.compression import CompressionWarning, compression_losses
 from torchdnr.evaluation import SecurityCurve, security_evaluation
-from torchdnr.evaluation.curve import plain_json
 from torchdnr.evaluation.environment import describe_environment
 from torchdnr.evaluation.line_up import build_line_up
 from torchdnr.evaluation.metrics import accuracy_under_attack, evaded, rejection_rate
 from torchdnr.files import atomic_write_bytes
 from torchdnr.svm.compression import SMOOTHNESS, STEPS
-from torchdnr.svm.joint_compression import stack_scores
+from torchdnr.svm.stack import CompressionWarning, stack_scores
 
 EPS = (0.0, 1.0, 1.5, 2.0)
 FACTORS = {"DNR": (5, 10, 20, 50, 100), "NR": (10,)}
@@ -101,7 +100,7 @@ def clean(model: DNR | NR, job: Job) -> dict[str, Any]:
         "test_samples": len(labels),
         "test_accuracy": accuracy_under_attack(predicted, labels, eps=0),
         "test_rejection_rate": rejection_rate(predicted),
-        "test_evasion_rate": evaded(predicted, labels).double().mean().item(),
+        "test_evasion_rate": is_evasion(predicted, labels).double().mean().item(),
         "calibration_rejection_rate": rejection_rate(model.predict(job.images("threshold")[0])),
     }
 
@@ -201,10 +200,10 @@ def against_original(
     counts: dict[str, list[int]] = {"newly_evaded": [], "no_longer_evaded": [], "transferred": []}
     labels = labels.cpu()
     for index in range(len(curve.eps)):
-        own = evaded(curve.predictions[index], labels)
-        before = evaded(original.predictions[index], labels)
+        own = is_evasion(curve.predictions[index], labels)
+        before = is_evasion(original.predictions[index], labels)
         # A model that is only harder to attack, not stronger, still falls to these points.
-        moved = evaded(model.predict(original.adversarial[index]).cpu(), labels)
+        moved = is_evasion(model.predict(original.adversarial[index]).cpu(), labels)
         counts["newly_evaded"].append((own & ~before).sum().item())
         counts["no_longer_evaded"].append((before & ~own).sum().item())
         counts["transferred"].append((moved & ~own).sum().item())

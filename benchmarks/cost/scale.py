@@ -30,6 +30,7 @@ import torch
 from benchmarks.common import RESULTS, ROOT, busy_cores, commit, load_results
 from torchdnr.evaluation.curve import write_json
 from torchdnr.evaluation.environment import describe_environment
+from torchdnr.files import write_json
 
 SIZES = (1_000, 2_000, 4_000, 8_000, 16_000, 32_000, 64_000)
 LAYER_SIZES = (1_000, 2_000, 4_000, 8_000, 16_000, 32_000, 64_000, 100_000)

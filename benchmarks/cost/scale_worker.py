@@ -13,7 +13,7 @@ from torchvision.transforms import v2
 from torchdnr.costs import record_costs, stage
 from torchdnr.data import Dataset, load_dataset
 from torchdnr.svm import RBFSVM
-from torchdnr.svm.gram import KernelRows
+from torchdnr.svm.kernel_rows import KernelRows
 
 C = 10.0
 CLUSTER_DIMENSION = 64

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torchdnr import DNR, NR
 from torchdnr.adapters.pytorch_ood_detectors import RejectionDetector
 from torchdnr.evaluation.judging import outputs
-from torchdnr.extraction import extract
+from torchdnr.features.extraction import extract
 
 BATCH_SIZE = 256
 ALL_LAYERS = "all layers"

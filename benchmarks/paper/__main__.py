@@ -29,9 +29,9 @@ from benchmarks.paper.settings import PROTOCOLS, QUICK_TRAININGS, Protocol, quic
 from torchdnr.cli import Console, run_command
 from torchdnr.cli_settings import find_device
 from torchdnr.data import load_dataset
-from torchdnr.evaluation.known_attacks import ATTACKS, DEFAULT, FULL, choose_attacks
+from torchdnr.evaluation.line_up import ATTACKS, DEFAULT, FULL, choose_attacks
 from torchdnr.files import atomic_write_bytes
-from torchdnr.training import TrainingSettings
+from torchdnr.models.training import TrainingSettings
 
 STAGES = "network", "fit", "attack", "report"
 

@@ -13,9 +13,9 @@ import torch
 from scipy.stats import binomtest
 from torch import Tensor
 
+from torchdnr.decisions import REJECT
 from torchdnr.evaluation.curve import Predictions
 from torchdnr.evaluation.metrics import wilson_interval
-from torchdnr.rejection import REJECT
 
 HOLDS, PARTLY, FAILS, OPEN = "holds", "holds partly", "does not hold", "cannot be told"
 LEVEL = 0.05

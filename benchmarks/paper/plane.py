@@ -12,11 +12,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Circle, Polygon, Rectangle
 from torch import Tensor
 
-from torchdnr.attacks.objectives import find_objective, split_scores
-from torchdnr.attacks.target import has_reject_column
-from torchdnr.evaluation.metrics import predict_labels
+from torchdnr.attacks.objectives import find_objective
+from torchdnr.decisions import REJECT, has_reject_column, predict_labels, split_scores
 from torchdnr.files import atomic_path
-from torchdnr.rejection import REJECT
 
 PALE = "#9ecae1", "#fdae6b", "#a1d99b", "#d4b9da", "#fdd0a2", "#c6dbef"
 DARK = "#08519c", "#a63603", "#006d2c", "#762a83", "#8c6d31", "#2171b5"

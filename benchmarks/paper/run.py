@@ -32,9 +32,9 @@ from torchdnr.evaluation.rates import decision_rates
 from torchdnr.evaluation.report import load_results, save_results
 from torchdnr.evaluation.security import security_evaluations
 from torchdnr.evaluation.threshold_sweep import threshold_sweep, thresholds_at_rates
-from torchdnr.files import digest, save_tensors
+from torchdnr.files import digest, plain_json, read_json, save_tensors, write_json
 from torchdnr.models import load_network, save_network
-from torchdnr.training import train_network
+from torchdnr.models.training import train_network
 
 BATCH_SIZE = 256
 REJECTION_RATE = 0.10

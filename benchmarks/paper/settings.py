@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from torchdnr.evaluation.known_attacks import DEFAULT_ATTACKS, FULL, choose_attacks
+from torchdnr.evaluation.line_up import DEFAULT_ATTACKS, FULL, choose_attacks
 from torchdnr.models import (
     CIFAR10_LAYERS,
     MNIST_LAYERS,
@@ -14,7 +14,7 @@ from torchdnr.models import (
     MNISTNet,
     ZooMNISTNet,
 )
-from torchdnr.training import CIFAR10_TRAINING, MNIST_TRAINING, TrainingSettings
+from torchdnr.models.training import CIFAR10_TRAINING, MNIST_TRAINING, TrainingSettings
 
 PAPER, LATER = "paper", "later"
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from torchdnr.data import Dataset, load_dataset, split
-from torchdnr.extraction import extract
-from torchdnr.features import LayerFeatures
+from torchdnr.features.extraction import extract
+from torchdnr.features.layers import LayerFeatures
 from torchdnr.models import MNIST_LAYERS, MNISTNet, load_network, save_network
-from torchdnr.training import TrainingSettings, train_network
+from torchdnr.models.training import TrainingSettings, train_network
 
 DATASETS = ("raw", *MNIST_LAYERS, "cifar10", "noise")
 NETWORK_SAMPLES = 20_000

@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from small_models import fading, fitted, make_images, options, small_dnr
 from test_deployment import assert_decides_alike
 
-import torchdnr.deployment
+import torchdnr.export
 from torchdnr import DNR, export_onnx
 from torchdnr.models import MNISTNet
 
@@ -88,7 +88,7 @@ def test_weights_too_large_for_one_file(tmp_path, monkeypatch):
     path = tmp_path / "dnr.onnx"
     export_onnx(model, path, images)
     whole, expected = path.stat().st_size, runner(path)(images)["scores"]
-    monkeypatch.setattr(torchdnr.deployment, "ONNX_FILE_LIMIT", 1000)
+    monkeypatch.setattr(torchdnr.export, "ONNX_FILE_LIMIT", 1000)
     export_onnx(model, path, images)
     assert {entry.name for entry in tmp_path.iterdir()} == {"dnr.onnx", "dnr.onnx.data"}
     assert path.stat().st_size < whole

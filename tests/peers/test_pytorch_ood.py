@@ -12,7 +12,7 @@ from sklearn.metrics import roc_auc_score
 from torchdnr import NR
 from torchdnr.adapters import RejectionDetector, SVMDetector
 from torchdnr.attacks import line_search_pgd
-from torchdnr.detectors import WithReject
+from torchdnr.rejection import WithReject
 
 
 @pytest.fixture

@@ -8,11 +8,10 @@ Those that need another package are imported when they are first asked for (extr
 from importlib import import_module
 
 from torchdnr.adapters.loops import attack_all_targets, attack_per_label
-from torchdnr.adapters.suspicion import SuspicionDetector, suspicion
+from torchdnr.adapters.suspicion import suspicion
 from torchdnr.adapters.views import as_classifier, for_label, for_target, with_reject
 
 __all__ = [
-    "SuspicionDetector",
     "as_classifier",
     "attack_all_targets",
     "attack_per_label",

@@ -5,13 +5,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from torchdnr.adapters.packages import require
 from torchdnr.adapters.suspicion import suspicion_of_array
+from torchdnr.adapters.views import require
 
 if TYPE_CHECKING:
     import numpy as np
 
-detectors = require("art.defences.detector.evasion", "adversarial-robustness-toolbox")
+detectors: Any = require("art.defences.detector.evasion", "adversarial-robustness-toolbox")
 
 
 class ARTDetector(detectors.EvasionDetector):
@@ -23,7 +23,7 @@ class ARTDetector(detectors.EvasionDetector):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.model = model
+        self.model: Any = model  # with a method ``fit``
 
     def fit(
         self,

@@ -1,13 +1,15 @@
 """Foolbox's idea of success, corrected: accepted and wrong."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from torchdnr.adapters.packages import require
-from torchdnr.attacks import evades
+from torchdnr.adapters.views import require
+from torchdnr.decisions import evades
 
-criteria = require("foolbox.criteria", "foolbox")
-eagerpy = require("eagerpy", "foolbox")
+criteria: Any = require("foolbox.criteria", "foolbox")
+eagerpy: Any = require("eagerpy", "foolbox")
 
 
 class AcceptedMisclassification(criteria.Misclassification):
@@ -15,8 +17,8 @@ class AcceptedMisclassification(criteria.Misclassification):
 
     For a ``foolbox.PyTorchModel`` around a model with the threshold in its last column. It makes
     success exact in every attack that takes a ``Misclassification``, and is all that decision-based
-    attacks need. Gradient attacks of foolbox also follow a loss of their own, in which rejection is
-    one more class to run to: give them ``for_label(model, labels)`` instead, and the labels.
+    attacks need. Gradient attacks of foolbox follow a loss as well, in which rejection is one more
+    class to run to: give them ``for_label(model, labels)`` instead, and the labels.
 
     Args:
         labels: True classes, a torch tensor ``(n,)``.
@@ -39,5 +41,5 @@ class AcceptedMisclassification(criteria.Misclassification):
         """
         scores, restore = eagerpy.astensor_(outputs)
         with torch.no_grad():
-            found = evades(scores.raw, self.labels.raw.to(scores.raw.device), reject=True)
-        return restore(eagerpy.astensor(found))
+            evading = evades(scores.raw, self.labels.raw.to(scores.raw.device), reject=True)
+        return restore(eagerpy.astensor(evading))

@@ -1,4 +1,4 @@
-"""Any attack, of whatever library, run so that only accepted and wrong points count."""
+"""Attacks of other libraries, run so that only accepted and wrong points count."""
 
 from collections.abc import Callable
 
@@ -8,13 +8,8 @@ from torch import Tensor, nn
 from torchdnr.adapters.views import for_label, for_target
 from torchdnr.attacks.checks import check_inputs
 from torchdnr.attacks.objectives import decision_objective
-from torchdnr.attacks.target import (
-    Target,
-    check_classes,
-    evaluate,
-    has_reject_column,
-    left_as_found,
-)
+from torchdnr.attacks.target import Target, check_classes, evaluate
+from torchdnr.decisions import evaluation_mode, has_reject_column
 
 ForeignAttack = Callable[[nn.Module, Tensor, Tensor], Tensor]
 """``attack(view, inputs, classes) -> points``: the view returns logits, all classes are equal."""
@@ -34,8 +29,8 @@ def attack_per_label(
     Args:
         attack: Called as ``attack(view, inputs, labels)`` with the inputs of one class, on
             ``for_label(model, y)``; returns points like the inputs.
-        model: Returns ``(n, c)``, or ``(n, c + 1)`` with the threshold in the last column. Left as
-            found; in evaluation mode while it is attacked.
+        model: Returns ``(n, c)``, or ``(n, c + 1)`` with the threshold in the last column. In
+            evaluation mode while it is attacked, and then in its mode again.
         inputs: ``(n, ...)`` in ``bounds``.
         labels: True classes, int64 ``(n,)``.
         bounds: Smallest and largest value of an input.
@@ -49,7 +44,7 @@ def attack_per_label(
     """
     reject = _checked(model, inputs, labels, bounds, reject, 1).reject
     points = inputs.clone()
-    with left_as_found(model):
+    with evaluation_mode(model):
         for label in labels.unique().tolist():
             rows = (labels == label).nonzero()[:, 0]
             view = for_label(model, label, reject=reject)
@@ -73,14 +68,14 @@ def attack_all_targets(
     Args:
         attack: Called as ``attack(view, inputs, targets)`` with all inputs of other classes, on
             ``for_target(model, t)``, every target being t; returns points like the inputs.
-        model: Returns ``(n, c)``, or ``(n, c + 1)`` with the threshold in the last column. Left as
-            found; in evaluation mode while it is attacked.
+        model: Returns ``(n, c)``, or ``(n, c + 1)`` with the threshold in the last column. In
+            evaluation mode while it is attacked, and then in its mode again.
         inputs: ``(n, ...)`` in ``bounds``.
         labels: True classes, int64 ``(n,)``.
         norm: Norm by which evading points are compared: 1, 2 or infinity.
         bounds: Smallest and largest value of an input.
         reject: Whether the last column is the threshold; ``None`` asks ``model.reject_index``.
-        batch_size: Rows in one forward when points are judged.
+        batch_size: Rows in one forward when points are compared.
 
     Returns:
         The evading point of smallest norm. Where none evades, that of the lowest "decision"
@@ -90,7 +85,7 @@ def attack_all_targets(
         ValueError: If an argument is not as described, or the attack returns other shapes.
     """
     target = _checked(model, inputs, labels, bounds, reject, batch_size)
-    with left_as_found(model):
+    with evaluation_mode(model):
         values, evading = evaluate(target, inputs, labels)
         done, best = evading.clone(), inputs.clone()
         sizes = torch.zeros(len(inputs), dtype=torch.float64, device=inputs.device)
@@ -99,8 +94,8 @@ def attack_all_targets(
             if len(rows) == 0:
                 continue
             view = for_target(model, wanted, reject=target.reject)
-            found = attack(view, inputs[rows], torch.full_like(labels[rows], wanted))
-            points = _points(found, inputs[rows])
+            returned = attack(view, inputs[rows], torch.full_like(labels[rows], wanted))
+            points = _points(returned, inputs[rows])
             new_values, new_evading = evaluate(target, points, labels[rows])
             shift = (points.double() - inputs[rows].double()).flatten(1)
             new_sizes = torch.linalg.vector_norm(shift, norm, dim=1)
@@ -121,10 +116,10 @@ def _checked(
     reject: bool | None,
     batch_size: int,
 ) -> Target:
-    """Check what the caller gave, and return the model with the objective that judges points."""
+    """Check the arguments, and return the model with the objective by which points are compared."""
     check_inputs(inputs, labels, 2, bounds)
     target = Target(model, decision_objective, has_reject_column(model, reject), batch_size)
-    with left_as_found(model):
+    with evaluation_mode(model):
         check_classes(target, inputs, labels)
     return target
 
@@ -134,12 +129,12 @@ def _count_classes(target: Target, inputs: Tensor) -> int:
     return target.model(inputs[:1]).shape[1] - target.reject
 
 
-def _points(found: Tensor, inputs: Tensor) -> Tensor:
+def _points(returned: object, inputs: Tensor) -> Tensor:
     """Check what an attack returned, and bring it to the dtype and device of the inputs."""
-    if not isinstance(found, Tensor) or found.shape != inputs.shape:
-        kind = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+    if not isinstance(returned, Tensor) or returned.shape != inputs.shape:
+        kind = tuple(returned.shape) if isinstance(returned, Tensor) else type(returned).__name__
         raise ValueError(
             f"attack must return a tensor like its inputs, {tuple(inputs.shape)}, got {kind}; "
             "choose from what the library returns, or convert, within the function"
         )
-    return found.detach().to(inputs)
+    return returned.detach().to(inputs)

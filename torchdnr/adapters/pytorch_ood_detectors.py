@@ -6,11 +6,11 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from torchdnr.adapters.packages import require
 from torchdnr.adapters.suspicion import suspicion
-from torchdnr.svm import RBFSVM
+from torchdnr.adapters.views import require
+from torchdnr.svm.rbf_svm import RBFSVM
 
-api = require("pytorch_ood.api", "pytorch-ood")
+api: Any = require("pytorch_ood.api", "pytorch-ood")
 
 
 class RejectionDetector(api.Detector):
@@ -22,7 +22,7 @@ class RejectionDetector(api.Detector):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.model = model
+        self.model: Any = model  # with methods ``fit`` and ``scores``
 
     def fit(self, data_loader: Iterable[Any]) -> Self:
         """Fit the model anew on the inputs of known class; its threshold is dropped.

@@ -5,96 +5,51 @@ columns, an untargeted attack counts rejections as successes; shown the class sc
 at points that are rejected. Two views make ``argmax`` say just what evasion is, accepted and wrong:
 ``for_label`` for untargeted attacks on inputs of one class, ``for_target`` for targeted ones.
 
-Each is a module with the model inside, so that its parameters, device and mode are found, and
-returns a fresh tensor, into which a library may write. NaN is left to whoever judges the points.
+Each is a module with the model inside, so that it has its parameters, device and mode, and returns
+a fresh tensor, into which a library may write. NaN is left to the code that evaluates the points.
 """
+
+from importlib import import_module
+from types import ModuleType
 
 import torch
 from torch import Tensor, nn
 
-from torchdnr.attacks import split_scores
-from torchdnr.attacks.target import has_reject_column
-from torchdnr.detectors import spacing
+from torchdnr.attacks.view import ModelView
+from torchdnr.decisions import has_reject_column, split_scores
+from torchdnr.rejection import spacing
 
 
-class _View(nn.Module):
-    """What all views share: the model, and whether its last column is the threshold."""
+def require(module: str, package: str) -> ModuleType:
+    """Import a module of an optional package.
 
-    def __init__(self, model: nn.Module, reject: bool | None) -> None:
-        super().__init__()
-        if not isinstance(model, nn.Module):
-            raise ValueError(
-                f"model must be a torch.nn.Module, got {type(model).__name__}: attack libraries "
-                "look for its parameters and its mode; call it in the forward of a module"
-            )
-        self.model = model
-        self.reject = has_reject_column(model, reject)
-        # A library that puts the view back into its mode must not train the model.
-        self.training = model.training
+    Args:
+        module: Its dotted name.
+        package: Name under which it is installed.
 
-    def _split(self, inputs: Tensor) -> tuple[Tensor, Tensor | None]:
-        return split_scores(self.model(inputs), self.reject)
+    Returns:
+        The module.
 
-
-class _ClassifierView(_View):
-    def forward(self, inputs: Tensor) -> Tensor:
-        return self._split(inputs)[0].clone()
+    Raises:
+        ImportError: If it is not installed; the message says how to install it.
+    """
+    try:
+        return import_module(module)
+    except ImportError as error:
+        raise ImportError(
+            f"this adapter needs {package}, which is not installed or cannot be imported "
+            f"({error}): pip install 'torchdnr[peers]', or {package} alone"
+        ) from error
 
 
-class _RejectView(_View):
-    def __init__(self, model: nn.Module, reject: bool | None) -> None:
-        super().__init__(model, reject)
-        if not self.reject:
-            raise ValueError(
-                "model must have the threshold as the last column of its output, got one without "
-                "reject_index; pass reject=True if it has, or use as_classifier"
-            )
-        self.reject_index = getattr(model, "reject_index", -1)
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        scores, threshold = self._split(inputs)
-        tie = scores.detach().amax(dim=1) == threshold.detach()
-        threshold = torch.where(tie, threshold + spacing(threshold), threshold)
-        return torch.cat([scores, threshold[:, None]], dim=1)
-
-
-class _LabelView(_View):
-    def __init__(self, model: nn.Module, labels: int | Tensor, reject: bool | None) -> None:
-        super().__init__(model, reject)
-        labels = torch.as_tensor(labels)
-        if labels.dtype != torch.int64 or labels.ndim > 1 or (labels < 0).any():
-            raise ValueError(
-                "labels must be a class >= 0, or int64 (n,), got "
-                f"{labels.dtype} {tuple(labels.shape)}"
-            )
-        self.register_buffer("labels", labels, persistent=False)
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        scores, threshold = self._split(inputs)
-        labels = _each(self.labels, scores)
-        own = scores.gather(1, labels)[:, 0]
-        if threshold is not None:
-            own = torch.maximum(own, threshold)
-        tie = own.detach() == _best_other(scores, labels)
-        own = torch.where(tie, own + spacing(own), own)  # argmax would take the first of equals
-        return scores.scatter(1, labels, own[:, None])
-
-
-class _TargetView(_View):
-    def __init__(self, model: nn.Module, target: int, reject: bool | None) -> None:
-        super().__init__(model, reject)
-        if target < 0:
-            raise ValueError(f"target must be a class >= 0, got {target}")
-        self.target = target
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        scores, threshold = self._split(inputs)
-        columns = scores if threshold is None else torch.cat([scores, threshold[:, None]], dim=1)
-        targets = _each(torch.as_tensor(self.target, device=scores.device), columns)
-        wanted = columns.gather(1, targets)[:, 0]
-        tie = wanted.detach() == _best_other(columns, targets)
-        wanted = torch.where(tie, wanted - spacing(wanted), wanted)
-        return columns.scatter(1, targets, wanted[:, None])
+def _checked(model: nn.Module, reject: bool | None) -> bool:
+    """Refuse a model that is no module, and decide whether its last column is the threshold."""
+    if not isinstance(model, nn.Module):
+        raise ValueError(
+            f"model must be a torch.nn.Module, got {type(model).__name__}: attack libraries look "
+            "for its parameters and its mode; call it in the forward of a module"
+        )
+    return has_reject_column(model, reject)
 
 
 def _each(classes: Tensor, scores: Tensor) -> Tensor:
@@ -102,9 +57,9 @@ def _each(classes: Tensor, scores: Tensor) -> Tensor:
     if classes.ndim and len(classes) != len(scores):
         raise ValueError(
             f"for_label was given {len(classes)} labels and then {len(scores)} inputs: what calls "
-            "it takes batches apart; use attack_per_label, or one label per view"
+            "it splits batches; use attack_per_label, or one label per view"
         )
-    return classes.expand(len(scores))[:, None]
+    return classes.to(scores.device).expand(len(scores))[:, None]
 
 
 def _best_other(columns: Tensor, classes: Tensor) -> Tensor:
@@ -128,7 +83,8 @@ def as_classifier(model: nn.Module, *, reject: bool | None = None) -> nn.Module:
     Raises:
         ValueError: If the model is no module.
     """
-    return _ClassifierView(model, reject)
+    reject = _checked(model, reject)
+    return ModelView(model, lambda _, output: split_scores(output, reject)[0].clone(), False)
 
 
 def with_reject(model: nn.Module, *, reject: bool | None = None) -> nn.Module:
@@ -147,7 +103,19 @@ def with_reject(model: nn.Module, *, reject: bool | None = None) -> nn.Module:
     Raises:
         ValueError: If the model is no module, or has no threshold.
     """
-    return _RejectView(model, reject)
+    if not _checked(model, reject):
+        raise ValueError(
+            "model must have the threshold as the last column of its output, got one without "
+            "reject_index; pass reject=True if it has, or use as_classifier"
+        )
+
+    def change(_: Tensor, output: Tensor) -> Tensor:
+        scores, threshold = output[:, :-1], output[:, -1]
+        tie = scores.detach().amax(dim=1) == threshold.detach()
+        threshold = torch.where(tie, threshold + spacing(threshold), threshold)
+        return torch.cat([scores, threshold[:, None]], dim=1)
+
+    return ModelView(model, change, True)
 
 
 def for_label(model: nn.Module, labels: int | Tensor, *, reject: bool | None = None) -> nn.Module:
@@ -169,7 +137,25 @@ def for_label(model: nn.Module, labels: int | Tensor, *, reject: bool | None = N
     Raises:
         ValueError: If the model is no module, or the labels are no classes.
     """
-    return _LabelView(model, labels, reject)
+    reject = _checked(model, reject)
+    classes = torch.as_tensor(labels)
+    if classes.dtype != torch.int64 or classes.ndim > 1 or (classes < 0).any():
+        raise ValueError(
+            "labels must be a class >= 0, or int64 (n,), got "
+            f"{classes.dtype} {tuple(classes.shape)}"
+        )
+
+    def change(_: Tensor, output: Tensor) -> Tensor:
+        scores, threshold = split_scores(output, reject)
+        each = _each(classes, scores)
+        true = scores.gather(1, each)[:, 0]
+        if threshold is not None:
+            true = torch.maximum(true, threshold)
+        tie = true.detach() == _best_other(scores, each)
+        true = torch.where(tie, true + spacing(true), true)  # argmax would choose the first
+        return scores.scatter(1, each, true[:, None])
+
+    return ModelView(model, change, False)
 
 
 def for_target(model: nn.Module, target: int, *, reject: bool | None = None) -> nn.Module:
@@ -189,4 +175,15 @@ def for_target(model: nn.Module, target: int, *, reject: bool | None = None) -> 
     Raises:
         ValueError: If the model is no module, or the target no class.
     """
-    return _TargetView(model, target, reject)
+    _checked(model, reject)
+    if target < 0:
+        raise ValueError(f"target must be a class >= 0, got {target}")
+
+    def change(_: Tensor, output: Tensor) -> Tensor:
+        targets = _each(torch.tensor(target), output)
+        wanted = output.gather(1, targets)[:, 0]
+        tie = wanted.detach() == _best_other(output, targets)
+        wanted = torch.where(tie, wanted - spacing(wanted), wanted)
+        return output.scatter(1, targets, wanted[:, None])
+
+    return ModelView(model, change, reject)

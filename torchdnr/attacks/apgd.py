@@ -1,13 +1,29 @@
 """Auto-PGD at a given eps: momentum, and steps that shrink when progress stalls."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import NamedTuple, Unpack
 
+import torch
 from torch import Tensor
 
-from torchdnr.attacks.apgd_loop import descend_adaptively, descend_adaptively_l1
 from torchdnr.attacks.checks import check_count
-from torchdnr.attacks.fixed_eps import FixedEps, Run
-from torchdnr.attacks.points import Points
+from torchdnr.attacks.directions import steepest
+from torchdnr.attacks.fixed_eps import Run, best_within
+from torchdnr.attacks.objectives import find_objective
+from torchdnr.attacks.options import FixedEpsOptions, resolve
+from torchdnr.attacks.points import Points, choose, evaluated, keep_better
+from torchdnr.attacks.problem import problem
+from torchdnr.attacks.projections import Region, per_row, project
+from torchdnr.attacks.target import slope_at
+
+_MOMENTUM = 0.75  # share of the new step; the rest is the last move
+_WINDOWS = (0.22, 0.03, 0.06)  # first window, decrease of each, and the least, as shares of steps
+_IMPROVING = 0.75  # share of the steps of a window that have to improve
+# l1: window, share of coordinates at first, divisor of share and step, least share of the step,
+# and the radii with the share of steps spent at each.
+_L1_WINDOW, _L1_FIRST, _L1_SHRINK, _L1_LEAST = 0.04, 0.2, 1.5, 0.1
+_L1_RADII = ((3.0, 0.3), (2.0, 0.3), (1.0, 0.4))
 
 
 def apgd(
@@ -16,20 +32,10 @@ def apgd(
     labels: Tensor,
     eps: float | Tensor,
     *,
-    norm: float = 2,
     objective: str = "decision",
-    targets: Tensor | None = None,
     steps: int = 100,
-    start: Tensor | None = None,
-    init_inputs: Tensor | None = None,
-    init_labels: Tensor | None = None,
-    restarts: int = 0,
     random_start: bool = False,
-    bounds: tuple[float, float] = (0.0, 1.0),
-    batch_size: int = 256,
-    reject: bool | None = None,
-    seed: int = 0,
-    progress: bool = False,
+    **shared: Unpack[FixedEpsOptions],
 ) -> Tensor:
     """Minimise the objective within ``eps`` of each input by Auto-PGD; keep the best point.
 
@@ -43,28 +49,15 @@ def apgd(
     and the length of the gradient does not matter here.
 
     Args:
-        model: Maps inputs to scores ``(n, c)``, or ``(n, c + 1)`` with the rejection threshold in
-            the last column; differentiable. Left as found; evaluated in evaluation mode.
+        model: Maps inputs to scores ``(n, c)``, or ``(n, c + 1)`` with the threshold last;
+            differentiable.
         inputs: ``(n, ...)`` in ``bounds``, float32 or float64.
         labels: True classes, int64 ``(n,)``.
         eps: Largest perturbation >= 0, a number or ``(n,)``; several sizes can share a batch.
-        norm: Norm of the perturbation; 1, 2 or infinity.
         objective: Name in ``OBJECTIVES``.
-        targets: Class wanted for each input, int64 ``(n,)``; ``None``: any but the true one.
         steps: Number of steps of each run.
-        start: Where to start, ``(n, ...)``, for instance the result at a smaller eps; projected,
-            and used where it is better than the input itself.
-        init_inputs: Samples of any class, ``(m, ...)``: the best one that is accepted as another
-            class starts a second run of those that did not evade.
-        init_labels: Class that the model assigns to each of them, -1 where it rejects, ``(m,)``.
-        restarts: Further runs, from random points of the ball, of those that did not evade.
         random_start: Whether the first run starts at a random point too.
-        bounds: Smallest and largest value of an input.
-        batch_size: Rows in one forward, and inputs attacked at a time.
-        reject: Whether the last column of the output is the threshold; ``None`` asks whether
-            ``model.reject_index`` is set.
-        seed: Of the random points.
-        progress: Whether to show a progress bar.
+        **shared: See ``FixedEpsOptions``.
 
     Returns:
         Adversarial inputs, like ``inputs``: the best point evaluated. One that evades (accepted and
@@ -72,32 +65,155 @@ def apgd(
 
     Raises:
         ValueError: If an argument is out of range, or shapes, dtypes or devices disagree.
+        TypeError: If there is no such option.
 
     Source: Croce and Hein, "Reliable evaluation of adversarial robustness with an ensemble of
     diverse parameter-free attacks", ICML 2020; l1: "Mind the box", ICML 2021.
     """
+    options = resolve(apgd, shared)
     check_count("steps", steps, 1)
-    common = FixedEps(
-        model=model,
-        inputs=inputs,
-        labels=labels,
-        eps=eps,
-        norm=norm,
-        objective=objective,
-        targets=targets,
-        start=start,
-        init_inputs=init_inputs,
-        init_labels=init_labels,
-        restarts=restarts,
-        bounds=bounds,
-        batch_size=batch_size,
-        reject=reject,
-        seed=seed,
-        progress=progress,
+    descend = partial(_descend_l1 if options.norm == 1 else _descend, steps=steps)
+    with problem(model, inputs, labels, eps, options, find_objective(objective)) as attacked:
+        return best_within(attacked, descend, steps=steps, name="APGD", random_start=random_start)
+
+
+class _State(NamedTuple):
+    """Where each row is, where it was, and the lowest point with its direction."""
+
+    points: Tensor
+    before: Tensor
+    direction: Tensor
+    values: Tensor
+    lowest: Points
+    lowest_direction: Tensor
+    best: Points
+
+
+def _descend(run: Run, *, steps: int) -> Points:
+    """Descend with momentum, and halve the step of a row at a checkpoint where it stalled."""
+    eps = torch.where(
+        run.region.eps.isfinite(), run.region.eps, run.region.bounds[1] - run.region.bounds[0]
+    )
+    state, size = _begin(run, run.first), 2 * eps
+    improved = torch.zeros_like(size)  # steps of this window that went down
+    reduced = torch.ones_like(size, dtype=torch.bool)  # whether the last checkpoint halved
+    level = state.lowest.values
+    checks = set(_checkpoints(steps))
+    window_begin = 0
+    for step in range(steps):
+        state, went_down = _advance(run, run.region, state, size, first=step == 0)
+        improved = improved + went_down
+        if step + 1 in checks:
+            length, window_begin = step + 1 - window_begin, step + 1
+            stuck = ~reduced & (state.lowest.values >= level)
+            reduced = (improved <= _IMPROVING * length) | stuck
+            size = torch.where(reduced, size / 2, size)
+            state = _back_to_lowest(state, reduced)
+            level, improved = state.lowest.values, torch.zeros_like(improved)
+        run.bar.update()
+    return state.best
+
+
+def _descend_l1(run: Run, *, steps: int) -> Points:
+    """Descend in the l1 norm, within 3 eps, then 2 eps, then eps; only points in eps count."""
+    first = best = run.first
+    left = steps
+    for factor, share in _L1_RADII:
+        region = run.region._replace(eps=run.region.eps * factor)
+        count = left if factor == 1 else min(left, int(steps * share))
+        left -= count
+        if count == 0:
+            continue
+        first = evaluated(run.target, project(first.inputs, *region), run.labels)
+        first, reached = _sparse_descent(run, region, first, count)
+        if factor == 1:
+            best = keep_better(best, reached)
+    return best
+
+
+def _sparse_descent(run: Run, region: Region, first: Points, steps: int) -> tuple[Points, Points]:
+    """Move few coordinates a step, and fewer as the lowest point gets sparse.
+
+    Returns:
+        The lowest points, and the best in the order of ``better``.
+    """
+    eps = torch.where(region.eps.isfinite(), region.eps, region.center[0].numel())
+    state, size = _begin(run, first), eps
+    d = region.center[0].numel()
+    share = torch.full_like(eps, _L1_FIRST)
+    nonzero = torch.full_like(eps, d)
+    window = max(1, int(_L1_WINDOW * steps))
+    for step in range(steps):
+        state, _ = _advance(run, region, state, size, first=step == 0, share=share)
+        if (step + 1) % window == 0:
+            now = (state.lowest.inputs != region.center).flatten(1).sum(dim=1).to(eps)
+            sparser = now < 0.95 * nonzero
+            share = (now / d / _L1_SHRINK).clamp_min(1 / d)
+            smaller = (size / _L1_SHRINK).maximum(_L1_LEAST * eps)
+            size = torch.where(sparser, eps, smaller)
+            state = _back_to_lowest(state, sparser)
+            nonzero = now
+        run.bar.update()
+    return state.lowest, state.best
+
+
+def _checkpoints(steps: int) -> Iterator[int]:
+    """Yield the steps after which rows are checked for stalling; they come closer and closer."""
+    window, decrease, least = (max(1, int(share * steps)) for share in _WINDOWS)
+    step = window
+    while step < steps:
+        yield step
+        window = max(window - decrease, least)
+        step += window
+
+
+def _begin(run: Run, first: Points) -> _State:
+    slope = slope_at(run.target, first.inputs, run.labels)
+    return _State(
+        first.inputs, first.inputs, slope.direction, slope.values, first, slope.direction, first
     )
 
-    def loop(run: Run) -> Points:
-        descend = descend_adaptively_l1 if norm == 1 else descend_adaptively
-        return descend(run, steps)
 
-    return common.run(loop, steps=steps, name="APGD", random_start=random_start)
+def _advance(
+    run: Run,
+    region: Region,
+    state: _State,
+    size: Tensor,
+    *,
+    first: bool,
+    share: Tensor | float = 1.0,
+) -> tuple[_State, Tensor]:
+    """Move every row; return the new state, and 1 where the objective fell, ``(n,)``."""
+    points = state.points
+    direction = steepest(state.direction, points, region.norm, region.bounds, share)
+    ahead = project(points + per_row(size, points) * direction, *region)
+    if not first and region.norm != 1:
+        mixed = points + _MOMENTUM * (ahead - points) + (1 - _MOMENTUM) * (points - state.before)
+        ahead = project(mixed, *region)
+    slope = slope_at(run.target, ahead, run.labels)
+    new = Points(ahead, slope.values, slope.evading)
+    lower = slope.values < state.lowest.values
+    moved = _State(
+        points=ahead,
+        before=points,
+        direction=slope.direction,
+        values=slope.values,
+        lowest=choose(lower, new, state.lowest),
+        lowest_direction=torch.where(
+            per_row(lower, points), slope.direction, state.lowest_direction
+        ),
+        best=keep_better(state.best, new),
+    )
+    return moved, (slope.values < state.values).to(size.dtype)
+
+
+def _back_to_lowest(state: _State, rows: Tensor) -> _State:
+    """Put some rows, bool ``(n,)``, back to their lowest points."""
+    wide = per_row(rows, state.points)
+    points = torch.where(wide, state.lowest.inputs, state.points)
+    return state._replace(
+        points=points,
+        before=torch.where(wide, points, state.before),
+        direction=torch.where(wide, state.lowest_direction, state.direction),
+        values=torch.where(rows, state.lowest.values, state.values),
+    )

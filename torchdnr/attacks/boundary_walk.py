@@ -1,12 +1,34 @@
 """Minimum-norm evasion: a walk along the boundary from accepted samples of other classes."""
 
+import math
 from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple, Unpack
 
+import torch
 from torch import Tensor
 
 from torchdnr.attacks.checks import check_count
-from torchdnr.attacks.minimum_norm import MinimumNorm
-from torchdnr.attacks.walk import walk
+from torchdnr.attacks.directions import unit_step
+from torchdnr.attacks.minimum_norm import (
+    Nearest,
+    NearRun,
+    nearest_evading,
+    safe_decision_objective,
+)
+from torchdnr.attacks.options import EvasionOptions, resolve
+from torchdnr.attacks.problem import problem
+from torchdnr.attacks.projections import per_row, project
+from torchdnr.attacks.starts import bisect, keep_nearest, lengths
+from torchdnr.attacks.target import evaluate, slope_at
+
+# The schedule is a function of the step alone, never of their number: more steps only add to it.
+_FIRST_CYCLE = 100  # steps of the first cosine cycle; each later one is twice as long
+_STEP_SIZE = (0.4, 0.004)  # first and last step of a cycle, relative to the best norm so far
+_SHRINKAGE = (0.05, 0.001)  # the same for the relative change of the radius
+_MAX_RATE = 0.3  # largest relative change of the radius in one step
+_HALVE_AT = (15, 30, 45)  # steps after which the farther half of each input's starts is dropped
+_HALVINGS = 10  # bisections towards the input at the end of a cycle
 
 
 def boundary_walk(
@@ -15,19 +37,11 @@ def boundary_walk(
     labels: Tensor,
     init_inputs: Tensor,
     *,
-    init_labels: Tensor | None = None,
-    targets: Tensor | None = None,
     eps: float | Tensor | None = None,
-    norm: float = 2,
     steps: int = 100,
     neighbours: int = 60,
     starts: int = 20,
-    restarts: int = 0,
-    bounds: tuple[float, float] = (0.0, 1.0),
-    reject: bool | None = None,
-    batch_size: int = 256,
-    seed: int = 0,
-    progress: bool = False,
+    **shared: Unpack[EvasionOptions],
 ) -> Tensor:
     """Find the nearest evading (accepted and wrong) point of each input.
 
@@ -47,36 +61,27 @@ def boundary_walk(
     it is evaluated in another batch. An input that is wrong and accepted is returned as it is.
 
     Args:
-        model: Maps inputs to scores ``(n, c)``, or ``(n, c + 1)`` with the rejection threshold in
-            the last column; differentiable. Left as found; evaluated in evaluation mode.
-        inputs: ``(n, ...)`` in ``bounds``, floating point.
+        model: Maps inputs to scores ``(n, c)``, or ``(n, c + 1)`` with the threshold last;
+            differentiable.
+        inputs: ``(n, ...)`` in ``bounds``, float32 or float64.
         labels: True classes, int64 ``(n,)``.
         init_inputs: Samples to start from, of all classes, for instance training samples,
             ``(m, ...)``.
-        init_labels: Class that the model assigns to each of them, -1 where it rejects, int64
-            ``(m,)``; saves one forward over them. Their true classes serve as well.
         eps: Project farther points onto this radius, a number or ``(n,)``; they do not evade then.
-            ``None`` returns the nearest evading points at any distance.
-        targets: Class wanted for each input, int64 ``(n,)``; ``None``: any but the true one.
-        norm: Norm of the perturbation; 1, 2 or infinity.
+            None returns the nearest evading points at any distance.
         steps: Steps of the walk.
         neighbours: Pool samples tried per input, half of them the nearest of each of the nearest
             classes.
         starts: Starts per input, of different classes as far as there are; half of them are dropped
             after 15, 30 and 45 steps.
-        restarts: Further walks, each from the nearest of another random half of the pool.
-        bounds: Smallest and largest value of an input.
-        batch_size: Rows in one forward, and inputs attacked at a time.
-        reject: Whether the last column of the output is the threshold; ``None`` asks whether
-            ``model.reject_index`` is set.
-        seed: Of the halves of the pool.
-        progress: Whether to show a progress bar.
+        **shared: See ``EvasionOptions``.
 
     Returns:
         Adversarial inputs, like ``inputs``. An input without any start is returned as it is.
 
     Raises:
         ValueError: If an argument is out of range, or shapes, dtypes or devices disagree.
+        TypeError: If there is no such option.
 
     Warns once (``UserWarning``) with the number of inputs without a start: give a larger pool.
 
@@ -84,25 +89,90 @@ def boundary_walk(
     norm constraints", NeurIPS 2021; starts on the far side as in Brendel et al., "Accurate,
     reliable and fast robustness evaluation", NeurIPS 2019.
     """
+    options = resolve(boundary_walk, shared, init_inputs=init_inputs)
     check_count("steps", steps, 0)
-    common = MinimumNorm(
-        model=model,
-        inputs=inputs,
-        labels=labels,
-        norm=norm,
-        init_inputs=init_inputs,
-        eps=eps,
-        targets=targets,
-        init_labels=init_labels,
-        neighbours=neighbours,
-        starts=starts,
-        restarts=restarts,
-        bounds=bounds,
-        batch_size=batch_size,
-        reject=reject,
-        seed=seed,
-        progress=progress,
+    radius = math.inf if eps is None else eps
+    with problem(model, inputs, labels, radius, options, safe_decision_objective) as attacked:
+        return nearest_evading(
+            attacked,
+            partial(_walk, steps=steps),
+            neighbours=neighbours,
+            starts=starts,
+            steps=steps,
+            name="boundary walk",
+            from_inputs=False,
+        )
+
+
+class _Walks(NamedTuple):
+    """Walks under way, one per row; an input may have more than one."""
+
+    owner: Tensor
+    point: Tensor
+    radius: Tensor
+    streak: Tensor  # evading steps in a row; not evading counts below zero
+    best: Tensor
+    best_norm: Tensor
+
+    def rows(self, rows: Tensor) -> "_Walks":
+        """Return some rows."""
+        return _Walks(*(field[rows] for field in self))
+
+
+def _walk(run: NearRun, *, steps: int) -> Nearest:
+    """Walk from evading points to nearer ones, one forward and backward a step."""
+    length = lengths(run.first, run.center[run.owner], run.norm)
+    state = _Walks(run.owner, run.first, length, torch.zeros_like(length), run.first, length)
+    starts = run.starts
+    for step in range(steps if len(run.owner) else 0):
+        if step in _HALVE_AT:
+            starts = (starts + 1) // 2
+            state = state.rows(keep_nearest(state.owner, state.best_norm, starts))
+        size, shrinkage, first, last = _schedule(step)
+        if first:
+            state = state._replace(point=state.best, radius=state.best_norm)
+        state = _step(run, state, size, shrinkage)
+        if last:
+            state = _approach(run, state)
+        run.bar.update()
+    nearest = state.rows(keep_nearest(state.owner, state.best_norm, 1))
+    return Nearest(nearest.owner, nearest.best, nearest.best_norm)
+
+
+def _schedule(step: int) -> tuple[float, float, bool, bool]:
+    """Return step size, shrinkage, and whether the step begins and ends a cycle."""
+    begin, length = 0, _FIRST_CYCLE
+    while step >= begin + length:
+        begin, length = begin + length, 2 * length
+    fade = (1 + math.cos(math.pi * (step - begin) / (length - 1))) / 2
+    size, shrinkage = (low + (high - low) * fade for high, low in (_STEP_SIZE, _SHRINKAGE))
+    return size, shrinkage, step == begin, step == begin + length - 1
+
+
+def _step(run: NearRun, state: _Walks, size: float, shrinkage: float) -> _Walks:
+    """Evaluate every point, keep it if it is the nearest that evades, and move on."""
+    owner, point, radius, streak, best, best_norm = state
+    center = run.center[owner]
+    slope = slope_at(run.target, point, run.labels[owner])
+    evading = slope.values < 0
+    length = lengths(point, center, run.norm)
+    nearer = evading & (length < best_norm)
+    best = torch.where(per_row(nearer, point), point, best)
+    best_norm = torch.where(nearer, length, best_norm)
+    # The rate doubles while success or failure repeats: far starts come near in a few steps.
+    sign = torch.where(evading, 1.0, -1.0).to(length.dtype)
+    streak = torch.where(streak * sign > 0, streak + sign, sign)
+    rate = (shrinkage * torch.exp2(streak.abs() - 1)).clamp_max(_MAX_RATE)
+    radius = torch.where(evading, best_norm * (1 - rate), radius * (1 + rate)).minimum(best_norm)
+    point = point + per_row(size * best_norm, point) * unit_step(slope.direction, run.norm)
+    point = project(point, center, radius, run.norm, run.bounds)
+    return _Walks(owner, point, radius, streak, best, best_norm)
+
+
+def _approach(run: NearRun, state: _Walks) -> _Walks:
+    """Move the best points straight towards the inputs while they evade."""
+    center, labels = run.center[state.owner], run.labels[state.owner]
+    best = bisect(
+        lambda points: evaluate(run.target, points, labels)[0] < 0, center, state.best, _HALVINGS
     )
-    return common.run(
-        lambda run: walk(run, steps), steps=steps, name="boundary walk", from_inputs=False
-    )
+    return state._replace(best=best, best_norm=lengths(best, center, run.norm))

@@ -1,10 +1,10 @@
-"""Checks of what an attack is given, once per call."""
+"""Checks of the arguments of an attack, made once per call."""
 
 import torch
 from torch import Tensor
 
 from torchdnr.attacks.projections import check_norm
-from torchdnr.inputs import check_images
+from torchdnr.decisions import check_images
 
 
 def check_inputs(inputs: Tensor, labels: Tensor, norm: float, bounds: tuple[float, float]) -> None:
@@ -53,6 +53,27 @@ def check_like(name: str, images: Tensor, inputs: Tensor, *, same_length: bool =
         raise ValueError(
             f"{name} must be like inputs, {inputs.dtype} on {inputs.device}, "
             f"got {images.dtype} on {images.device}"
+        )
+
+
+def check_pool(
+    pool: Tensor, classes: Tensor | None, inputs: Tensor, bounds: tuple[float, float]
+) -> None:
+    """Refuse a pool of starting points that does not fit the attacked inputs.
+
+    Raises:
+        ValueError: If the images are unlike the inputs, or the classes are not ``(m,)``.
+    """
+    check_images("init_inputs", pool, bounds)
+    check_like("init_inputs", pool, inputs)
+    if classes is not None and (
+        classes.shape != pool.shape[:1]
+        or classes.dtype != torch.int64
+        or classes.device != pool.device
+    ):
+        raise ValueError(
+            f"init_labels must be int64 (m,) with m = {len(pool)} rows of init_inputs on "
+            f"{pool.device}, got {classes.dtype} {tuple(classes.shape)} on {classes.device}"
         )
 
 

@@ -1,14 +1,26 @@
 """Minimum-norm evasion by decoupled direction and norm (DDN)."""
 
+import math
 from collections.abc import Callable
+from functools import partial
+from typing import Unpack
 
 import torch
 from torch import Tensor
 
 from torchdnr.attacks.checks import check_count, check_step_size
-from torchdnr.attacks.minimum_norm import MinimumNorm, Nearest, NearRun, lengths
-from torchdnr.attacks.nearest import Kept, cosine
-from torchdnr.attacks.projections import project_box
+from torchdnr.attacks.directions import cosine
+from torchdnr.attacks.minimum_norm import (
+    Kept,
+    Nearest,
+    NearRun,
+    nearest_evading,
+    safe_decision_objective,
+)
+from torchdnr.attacks.options import EvasionOptions, resolve
+from torchdnr.attacks.problem import problem
+from torchdnr.attacks.projections import per_row, project_box
+from torchdnr.attacks.starts import lengths
 from torchdnr.attacks.target import slope_at
 
 _STEP_FADE = 0.01  # last step relative to the first
@@ -21,19 +33,12 @@ def ddn(
     labels: Tensor,
     init_inputs: Tensor | None = None,
     *,
-    init_labels: Tensor | None = None,
-    targets: Tensor | None = None,
     eps: float | Tensor | None = None,
     steps: int = 100,
     step_size: float = 1.0,
     neighbours: int = 20,
     starts: int = 3,
-    restarts: int = 0,
-    bounds: tuple[float, float] = (0.0, 1.0),
-    batch_size: int = 256,
-    reject: bool | None = None,
-    seed: int = 0,
-    progress: bool = False,
+    **shared: Unpack[EvasionOptions],
 ) -> Tensor:
     """Find the nearest evading point of each input: a direction by gradients, a norm by success.
 
@@ -45,71 +50,54 @@ def ddn(
     Alone it starts at the input, where RBF scores may be flat: pass ``init_inputs``.
 
     Args:
-        model: Maps inputs to scores ``(n, c)``, or ``(n, c + 1)`` with the rejection threshold in
-            the last column; differentiable. Left as found; evaluated in evaluation mode.
+        model: Maps inputs to scores ``(n, c)``, or ``(n, c + 1)`` with the threshold last;
+            differentiable.
         inputs: ``(n, ...)`` in ``bounds``, float32 or float64.
         labels: True classes, int64 ``(n,)``.
         init_inputs: Samples of all classes, ``(m, ...)``, near which further runs start, at points
-            that evade already; ``None``: from the inputs only.
-        init_labels: Class that the model assigns to each of them, -1 where it rejects, ``(m,)``.
-        targets: Class wanted for each input, int64 ``(n,)``; ``None``: any but the true one.
+            that evade already; None: from the inputs only.
         eps: Project farther points onto this radius, a number or ``(n,)``; they do not evade then.
-            ``None`` returns the nearest evading points at any distance.
+            None returns the nearest evading points at any distance.
         steps: Steps of each run.
-        step_size: l2 length of the first step, in input units; it falls to a
-            hundredth of it.
+        step_size: Length of the first step; it falls to a hundredth of it.
         neighbours: Samples of ``init_inputs`` tried per input.
         starts: Runs per input that start near them, at the most.
-        restarts: Further rounds: from random points no farther than what was found, and from the
-            nearest of another random half of ``init_inputs``.
-        bounds: Smallest and largest value of an input.
-        batch_size: Rows in one forward, and inputs attacked at a time.
-        reject: Whether the last column of the output is the threshold; ``None`` asks whether
-            ``model.reject_index`` is set.
-        seed: Of the restarts.
-        progress: Whether to show a progress bar.
+        **shared: See ``EvasionOptions``.
 
     Returns:
-        Adversarial inputs, like ``inputs``: the nearest evading (accepted and wrong) point found,
-        or the input itself where there is none.
+        Adversarial inputs, like ``inputs``: the nearest evading (accepted and wrong) point, or the
+        input itself where there is none.
 
     Raises:
         ValueError: If an argument is out of range, or shapes, dtypes or devices disagree.
+        TypeError: If there is no such option.
 
-    Warns once (``UserWarning``) with the number of inputs for which no point was found.
+    Warns once (``UserWarning``) with the number of inputs without an evading point.
 
     Source: Rony et al., "Decoupling direction and norm for efficient gradient-based L2 adversarial
     attacks and defenses", CVPR 2019; without its rounding to 256 levels.
     """
+    options = resolve(ddn, shared, init_inputs=init_inputs)
+    if options.norm != 2:
+        raise ValueError(f"norm must be 2 for DDN, got {options.norm}; fmn knows other norms")
     check_count("steps", steps, 1)
     check_step_size(step_size)
-    common = MinimumNorm(
-        model=model,
-        inputs=inputs,
-        labels=labels,
-        norm=2,
-        init_inputs=init_inputs,
-        eps=eps,
-        targets=targets,
-        init_labels=init_labels,
-        neighbours=neighbours,
-        starts=starts,
-        restarts=restarts,
-        bounds=bounds,
-        batch_size=batch_size,
-        reject=reject,
-        seed=seed,
-        progress=progress,
-    )
-    return common.run(
-        lambda run: _descend(run, steps, step_size), steps=steps, name="DDN", from_inputs=True
-    )
+    radius = math.inf if eps is None else eps
+    with problem(model, inputs, labels, radius, options, safe_decision_objective) as attacked:
+        return nearest_evading(
+            attacked,
+            partial(_descend, steps=steps, step_size=step_size),
+            neighbours=neighbours,
+            starts=starts,
+            steps=steps,
+            name="DDN",
+            from_inputs=True,
+        )
 
 
-def _descend(run: NearRun, steps: int, step_size: float) -> Nearest:
+def _descend(run: NearRun, *, steps: int, step_size: float) -> Nearest:
     center, labels = run.center[run.owner], run.labels[run.owner]
     kept, points = Kept.nothing(run.first), run.first
-    shape = (-1, *[1] * (center.ndim - 1))
     length = lengths(points, center, 2)
     radius = torch.where(length > 0, length, 1.0)
     for step in range(steps):
@@ -121,7 +109,7 @@ def _descend(run: NearRun, steps: int, step_size: float) -> Nearest:
         change = points + size * slope.direction - center
         norm = change.flatten(1).norm(dim=1)
         scale = radius / torch.where(norm > 0, norm, 1)
-        points = project_box(center + scale.view(shape) * change, run.bounds)
+        points = project_box(center + per_row(scale, change) * change, run.bounds)
         length = lengths(points, center, 2)
         run.bar.update()
     return kept.finish(run, points)

@@ -1,15 +1,15 @@
-"""Several attacks as one: the worst case per sample, and which of them found it."""
+"""An ensemble of attacks: the worst case per sample, and which of them reached it."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from torchdnr.attacks.candidates import Judge, call_attack, make_judge, unsolved
-from torchdnr.attacks.checks import check_like
-from torchdnr.attacks.points import Points, better, put
-from torchdnr.attacks.target import left_as_found
+from torchdnr.attacks.options import only_shared
+from torchdnr.attacks.points import unsolved
+from torchdnr.attacks.problem import call_member, problem
 
 NO_MEMBER = -1
 """Winner of a row whose input, or start, no member improved."""
@@ -17,13 +17,13 @@ NO_MEMBER = -1
 
 @dataclass(frozen=True, eq=False)
 class EnsembleResult:
-    """What a line-up of attacks found.
+    """The worst case over the members of an ensemble.
 
     Attributes:
         points: The best point of each row, like the inputs.
         evading: Whether it is accepted and wrong, or accepted as the target, bool ``(n,)``.
         values: Its decision objective, ``(n,)``.
-        winner: Number of the member that found it, -1 where none improved on the input or the
+        winner: Number of the member that reached it, -1 where none improved on the input or the
             start, int64 ``(n,)``.
         names: Names of the members, by number.
     """
@@ -47,9 +47,9 @@ class EnsembleAttack:
     A sample that is accepted and wrong is finished. A rejected one is not: the next member goes on
     with it. Members are called as
     ``member(model, inputs, labels, eps, start=..., norm=..., targets=..., bounds=...,
-    batch_size=..., reject=..., **options)``; attacks of this package take these, others can be
-    wrapped in a function that drops what they do not know. Options of one member are bound with
-    ``functools.partial``.
+    batch_size=..., reject=..., **options)``; the attacks at a given eps of this package accept
+    these, others can be wrapped in a function that drops what they do not know. Options of one
+    member are bound with ``functools.partial``.
 
     Attributes:
         members: Attacks by name, in the order in which they run.
@@ -68,7 +68,7 @@ class EnsembleAttack:
         labels: Tensor,
         eps: float | Tensor,
         start: Tensor | None = None,
-        **options: object,
+        **options: Any,  # noqa: ANN401 - see ``run``
     ) -> Tensor:
         """Return the best points; the arguments are those of ``run``."""
         return self.run(model, inputs, labels, eps, start, **options).points
@@ -80,30 +80,18 @@ class EnsembleAttack:
         labels: Tensor,
         eps: float | Tensor,
         start: Tensor | None = None,
-        *,
-        norm: float = 2,
-        targets: Tensor | None = None,
-        bounds: tuple[float, float] = (0.0, 1.0),
-        batch_size: int = 256,
-        reject: bool | None = None,
-        **options: object,
+        **options: Any,  # noqa: ANN401 - documented below
     ) -> EnsembleResult:
         """Run the members and keep per sample the best point by the decision objective.
 
         Args:
-            model: Maps inputs to scores ``(n, c)``, or ``(n, c + 1)`` with the rejection threshold
-                in the last column. Left as found; evaluated in evaluation mode.
+            model: Maps inputs to scores ``(n, c)``, or ``(n, c + 1)`` with the threshold last.
             inputs: ``(n, ...)`` in ``bounds``, float32 or float64.
             labels: True classes, int64 ``(n,)``.
             eps: Largest perturbation >= 0, a number or ``(n,)``.
             start: Points to begin with, ``(n, ...)``; projected.
-            norm: Norm of the perturbation; 1, 2 or infinity.
-            targets: Class wanted for each input, int64 ``(n,)``; None: any but the true one.
-            bounds: Smallest and largest value of an input.
-            batch_size: Rows in one forward.
-            reject: Whether the last column of the output is the threshold; None asks whether
-                ``model.reject_index`` is set.
-            **options: Passed to every member as they are: ``init_inputs``, ``seed``, ...
+            **options: Passed to every member: the shared ones, see ``FixedEpsOptions``, and any
+                other that all members have.
 
         Returns:
             ``EnsembleResult``. Points are never worse than the input and the start.
@@ -114,40 +102,22 @@ class EnsembleAttack:
         """
         if not self.members:
             raise ValueError("members must name at least one attack, got none")
-        shared = {"norm": norm, "bounds": bounds, "batch_size": batch_size}
-        with left_as_found(model), torch.no_grad():
-            judge = make_judge(model, inputs, labels, eps, targets=targets, reject=reject, **shared)
-            best = Points(*(field.clone() for field in judge.points(inputs)))
-            if start is not None:
-                check_like("start", start, inputs, same_length=True)
-                _take(best, judge, start)
+        shared = only_shared({**options, "start": start})
+        with problem(model, inputs, labels, eps, shared) as attacked:
+            best = attacked.best_given()
             winner = torch.full_like(labels, NO_MEMBER)
             for number, member in enumerate(self.members.values()):
                 if len(rows := unsolved(best)) == 0:  # waits for the device, once per member
                     break
-                first = best.inputs if self.chain else start
-                found = call_attack(
+                points = call_member(
                     member,
-                    model,
-                    inputs[rows],
-                    labels[rows],
-                    judge.region.eps[rows],
-                    start=None if first is None else first[rows],
-                    targets=None if targets is None else targets[rows],
-                    reject=judge.target.reject,
-                    **shared,
-                    **options,
+                    attacked,
+                    labels,
+                    rows,
+                    options,
+                    targets=shared.targets,
+                    start=best.inputs if self.chain else start,
                 )
-                improved = _take(best, judge, found, rows)
+                improved = attacked.improve(best, points, rows)
                 winner[rows] = torch.where(improved, number, winner[rows])
         return EnsembleResult(best.inputs, best.evading, best.values, winner, tuple(self.members))
-
-
-def _take(best: Points, judge: Judge, points: Tensor, rows: Tensor | None = None) -> Tensor:
-    """Put points in the place of worse ones; return where, bool."""
-    if rows is None:
-        rows = torch.arange(len(best.inputs), device=best.inputs.device)
-    found = judge.points(points, rows)
-    improved = better(found, best.rows(rows))
-    put(best, rows, found, improved)
-    return improved

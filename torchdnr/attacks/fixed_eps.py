@@ -1,44 +1,35 @@
-"""What all attacks at a given eps share: checks, batches, starts and restarts, the best point kept.
+"""Attacks at a given eps: a descent that is run from several starts, and the best point it reaches.
 
-An attack of this kind is a loop that goes on from first points. It is run from the input (or a
-given start), from the best accepted sample of another class, and from random points of the ball;
-the best point that any of these runs evaluated is returned.
+It is run from the input (or a given start), from the best accepted sample of another class, and
+from random points of the ball; the best point that any of these runs evaluated is returned.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from torchdnr.attacks.checks import (
-    check_count,
-    check_eps,
-    check_inputs,
-    check_like,
-    check_targets,
-)
-from torchdnr.attacks.objectives import find_objective
 from torchdnr.attacks.points import (
     Points,
-    Region,
     best_column,
     better,
     evaluated,
+    keep_better,
     put,
+    unsolved,
 )
-from torchdnr.attacks.projections import project
-from torchdnr.attacks.starts import assigned_classes, check_pool, nearest_other_class
-from torchdnr.attacks.steps import random_points
-from torchdnr.attacks.target import Target, check_classes, has_reject_column, left_as_found
+from torchdnr.attacks.problem import Problem
+from torchdnr.attacks.projections import Region, project, random_points
+from torchdnr.attacks.starts import Pool, make_pool, nearest_other_class
+from torchdnr.attacks.target import Target
 
 _CANDIDATES = 10  # pool samples tried per input as its second start
 
 
-@dataclass(frozen=True)
-class Run:
-    """What a loop is given: one batch, where it starts, and what it may draw from.
+class Run(NamedTuple):
+    """What a descent is given: one batch, where it starts, and its random numbers.
 
     Attributes:
         target: Model and objective.
@@ -59,177 +50,100 @@ class Run:
     bar: tqdm
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class FixedEps:
-    """The options that all attacks at a given eps have; see the attacks for what they mean."""
+def best_within(
+    problem: Problem,
+    descend: Callable[[Run], Points],
+    *,
+    steps: int,
+    name: str,
+    after_evasion: bool = False,
+    random_start: bool = False,
+) -> Tensor:
+    """Run a descent from every start, batch by batch, and return the best points.
 
-    model: Callable[[Tensor], Tensor]
-    inputs: Tensor
-    labels: Tensor
-    eps: float | Tensor
-    norm: float
-    objective: str
-    targets: Tensor | None = None
-    start: Tensor | None = None
-    init_inputs: Tensor | None = None
-    init_labels: Tensor | None = None
-    restarts: int = 0
-    bounds: tuple[float, float] = (0.0, 1.0)
-    batch_size: int = 256
-    reject: bool | None = None
-    seed: int = 0
-    progress: bool = False
+    Args:
+        problem: What is attacked.
+        descend: The attack: returns the best point of each row that it evaluated.
+        steps: Its steps, for the progress bar.
+        name: Its name, for the progress bar.
+        after_evasion: Whether rows that evade already are attacked from further starts too.
+        random_start: Whether the first start is a random point of the ball as well, unless
+            ``start`` is given; the input itself is evaluated in any case.
 
-    def run(
-        self,
-        loop: Callable[[Run], Points],
-        *,
-        steps: int,
-        name: str,
-        go_on: bool = False,
-        random_start: bool = False,
-    ) -> Tensor:
-        """Check the options, run a loop from every start, and return the best points.
-
-        Args:
-            loop: The attack.
-            steps: Its steps, for the progress bar.
-            name: Its name, for the progress bar.
-            go_on: Whether rows that succeed already are attacked from further starts too.
-            random_start: Whether the first start is a random point of the ball as well, unless
-                ``start`` is given; the input itself is evaluated in any case.
-
-        Returns:
-            Adversarial inputs, like ``inputs``.
-
-        Raises:
-            ValueError: If an option is out of range, or shapes, dtypes or devices disagree.
-        """
-        eps, target = self._checked()
-        classes = self.labels if self.targets is None else self.targets
-        generator = torch.Generator(device=self.inputs.device).manual_seed(self.seed)
-        with left_as_found(self.model), torch.no_grad():
-            check_classes(target, self.inputs, classes)
-            pool = None
-            if self.init_inputs is not None:
-                given = self.init_labels
-                given = assigned_classes(target, self.init_inputs) if given is None else given
-                pool = (self.init_inputs, given)
-            results = []
-            for rows in torch.arange(len(self.inputs), device=eps.device).split(self.batch_size):
-                region = Region(self.inputs[rows], eps[rows], self.norm, self.bounds)
-                own = None if self.start is None else self.start[rows]
-                batch = _Batch(target, region, classes[rows], own, pool, generator)
-                results.append(self._attack(batch, loop, steps, name, go_on, random_start))
-        return torch.cat(results)
-
-    def _checked(self) -> tuple[Tensor, Target]:
-        check_inputs(self.inputs, self.labels, self.norm, self.bounds)
-        check_count("restarts", self.restarts, 0)
-        check_count("batch_size", self.batch_size, 1)
-        check_targets(self.targets, self.labels)
-        if self.start is not None:
-            check_like("start", self.start, self.inputs, same_length=True)
-        if self.init_inputs is not None:
-            check_pool(self.init_inputs, self.init_labels, self.inputs, self.bounds)
-        target = Target(
-            self.model,
-            find_objective(self.objective),
-            has_reject_column(self.model, self.reject),
-            self.batch_size,
-            self.targets is not None,
-        )
-        return check_eps(self.eps, self.inputs), target
-
-    def _attack(
-        self,
-        batch: "_Batch",
-        loop: Callable[[Run], Points],
-        steps: int,
-        name: str,
-        go_on: bool,
-        random_start: bool,
-    ) -> Tensor:
-        best = evaluated(batch.target, batch.region.center, batch.labels)
-        reference = best.values.clone()
-        best = Points(*(field.clone() for field in best))
-        for rows, first in batch.starts(best, self.restarts, go_on, random_start):
-            with tqdm(total=steps, disable=not self.progress, desc=name, leave=False) as bar:
-                found = loop(
-                    Run(
-                        batch.target,
-                        batch.region.rows(rows),
-                        batch.labels[rows],
-                        first,
-                        reference[rows],
-                        batch.generator,
-                        bar,
-                    )
-                )
-            put(best, rows, found, better(found, best.rows(rows)))
-        return best.inputs
+    Returns:
+        Adversarial inputs, like the inputs.
+    """
+    target, region, labels, options = problem
+    generator = torch.Generator(device=labels.device).manual_seed(options.seed)
+    pool = make_pool(target, options.init_inputs, options.init_labels)
+    results = []
+    for rows in torch.arange(len(labels), device=labels.device).split(options.batch_size):
+        start = None if options.start is None else options.start[rows]
+        batch = _Batch(target, region.rows(rows), labels[rows], start, pool, generator)
+        clean = evaluated(target, batch.region.center, batch.labels)
+        best = clean.clone()
+        for some, first in batch.starts(best, options.restarts, after_evasion, random_start):
+            part = target, batch.region.rows(some), batch.labels[some], first, clean.values[some]
+            with tqdm(total=steps, disable=not options.progress, desc=name, leave=False) as bar:
+                reached = descend(Run(*part, generator, bar))
+            put(best, some, reached, better(reached, best.rows(some)))
+        results.append(best.inputs)
+    return torch.cat(results)
 
 
-@dataclass(frozen=True)
-class _Batch:
+class _Batch(NamedTuple):
+    """The rows of one batch with everything that starting points depend on."""
+
     target: Target
     region: Region
     labels: Tensor
     start: Tensor | None
-    pool: tuple[Tensor, Tensor] | None
+    pool: Pool | None
     generator: torch.Generator
 
     def starts(
-        self, best: Points, restarts: int, go_on: bool, random_start: bool
+        self, best: Points, restarts: int, after_evasion: bool, random_start: bool
     ) -> Iterator[tuple[Tensor, Points]]:
-        """Yield rows and where to start them; ``best`` grows in between."""
-        rows = self._unsolved(best, go_on)
-        if len(rows):
+        """Yield rows and where to start them; the caller updates ``best`` in between."""
+
+        def left() -> Tensor:
+            every = torch.arange(len(self.labels), device=self.labels.device)
+            return every if after_evasion else unsolved(best)  # waits, once per start
+
+        if len(rows := left()):
             first = best.rows(rows)
             if self.start is not None:
-                warm = project(self.start[rows], *self.region.rows(rows))
-                warm = evaluated(self.target, warm, self.labels[rows])
-                first = Points(*(field.clone() for field in first))
-                put(first, torch.arange(len(rows), device=rows.device), warm, better(warm, first))
+                start = project(self.start[rows], *self.region.rows(rows))
+                first = keep_better(first, evaluated(self.target, start, self.labels[rows]))
             elif random_start:
                 first = self._random(rows)
             yield rows, first
-        if self.pool is not None and len(rows := self._unsolved(best, go_on)):
-            owner, first = self._pool_points(rows)
+        if self.pool is not None and len(rows := left()):
+            owner, first = self._from_pool(self.pool, rows)
             if len(owner):
                 yield rows[owner], first
         for _ in range(restarts):
-            if len(rows := self._unsolved(best, go_on)):
+            if len(rows := left()):
                 yield rows, self._random(rows)
-
-    def _unsolved(self, best: Points, go_on: bool) -> Tensor:
-        """Return the rows that are not done; waits for the device, once per start."""
-        if go_on:
-            return torch.arange(len(self.labels), device=self.labels.device)
-        return (~best.evading).nonzero()[:, 0]
 
     def _random(self, rows: Tensor) -> Points:
         points = random_points(self.region.rows(rows), self.generator)
         return evaluated(self.target, points, self.labels[rows])
 
-    def _pool_points(self, rows: Tensor) -> tuple[Tensor, Points]:
+    def _from_pool(self, pool: Pool, rows: Tensor) -> tuple[Tensor, Points]:
         """Find the best pool sample for each row after projection; rows without one are absent."""
-        pool, classes = self.pool
         region, labels, targeted = self.region.rows(rows), self.labels[rows], self.target.targeted
-        nearest, usable = nearest_other_class(
-            region.center, labels, pool, classes, _CANDIDATES, targeted
-        )
+        nearest, usable = nearest_other_class(region.center, labels, *pool, _CANDIDATES, targeted)
         owner = usable.any(dim=1).nonzero()[:, 0]
         nearest, usable = nearest[owner], usable[owner]
         count = nearest.shape[1]
-        found = [Points(region.center[:0], region.center.new_zeros(0), usable[:0, 0])]
+        chosen = [Points(region.center[:0], region.center.new_zeros(0), usable[:0, 0])]
         at_once = max(1, self.target.batch_size // count)
         for part in torch.arange(len(owner), device=owner.device).split(at_once):
             repeated = owner[part].repeat_interleave(count)
-            points = project(pool[nearest[part].flatten()], *region.rows(repeated))
+            points = project(pool.samples[nearest[part].flatten()], *region.rows(repeated))
             tried = evaluated(self.target, points, labels[repeated])
             values = torch.where(usable[part], tried.values.view(-1, count), torch.inf)
             column = best_column(values, tried.evading.view(-1, count) & usable[part])
-            chosen = torch.arange(len(part), device=owner.device) * count + column
-            found.append(tried.rows(chosen))
-        return owner, Points(*map(torch.cat, zip(*found, strict=True)))
+            chosen.append(tried.rows(torch.arange(len(part), device=owner.device) * count + column))
+        return owner, Points(*map(torch.cat, zip(*chosen, strict=True)))

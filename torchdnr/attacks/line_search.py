@@ -2,14 +2,24 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple, Unpack
 
 import torch
 from torch import Tensor
 
 from torchdnr.attacks.checks import check_count, check_step_size
-from torchdnr.attacks.descent import descend
-from torchdnr.attacks.fixed_eps import FixedEps, Run
-from torchdnr.attacks.points import Points
+from torchdnr.attacks.directions import steepest
+from torchdnr.attacks.fixed_eps import Run, best_within
+from torchdnr.attacks.objectives import find_objective
+from torchdnr.attacks.options import FixedEpsOptions, resolve
+from torchdnr.attacks.points import Points, best_column, better, evaluated, put
+from torchdnr.attacks.problem import problem
+from torchdnr.attacks.projections import Region, per_row, project
+from torchdnr.attacks.target import Target, slope_at
+
+_PATIENCE = 3  # consecutive small changes that end a descent
+
 
 STEP_SIZES = {1: 1.0, 2: 0.1, math.inf: 0.005}
 """Smallest step tried at first, by norm, for images in [0, 1]."""
@@ -21,23 +31,13 @@ def line_search_pgd(
     labels: Tensor,
     eps: float | Tensor,
     *,
-    norm: float = 2,
     objective: str = "paper",
-    targets: Tensor | None = None,
     steps: int = 20,
     step_size: float | None = None,
     doublings: int = 10,
     halvings: int = 5,
     tol: float = 1e-3,
-    start: Tensor | None = None,
-    init_inputs: Tensor | None = None,
-    init_labels: Tensor | None = None,
-    restarts: int = 0,
-    bounds: tuple[float, float] = (0.0, 1.0),
-    batch_size: int = 256,
-    reject: bool | None = None,
-    seed: int = 0,
-    progress: bool = False,
+    **shared: Unpack[FixedEpsOptions],
 ) -> Tensor:
     """Minimise the objective within ``eps`` of each input.
 
@@ -50,80 +50,131 @@ def line_search_pgd(
     What is returned is the best point evaluated: an evading point (accepted and wrong) beats any
     other, then the lower objective counts. More steps, or a start, never make it worse.
 
-    RBF scores are flat far from the training data, so a descent from the input alone stalls and
-    flatters the defence: pass ``init_inputs`` for a second descent from accepted samples of other
-    classes, and ``start`` when eps grows.
+    Where scores are flat a descent from the input alone stalls: pass ``init_inputs`` for a second
+    one from an accepted sample of another class, and ``start`` when eps grows.
 
     Args:
-        model: Maps inputs to scores ``(n, c)``, or ``(n, c + 1)`` with the rejection threshold in
-            the last column; differentiable. Left as found; evaluated in evaluation mode.
-        inputs: ``(n, ...)`` in ``bounds``, floating point.
+        model: Maps inputs to scores ``(n, c)``, or ``(n, c + 1)`` with the threshold last;
+            differentiable.
+        inputs: ``(n, ...)`` in ``bounds``, float32 or float64.
         labels: True classes, int64 ``(n,)``.
         eps: Largest perturbation >= 0, a number or ``(n,)``.
-        norm: Norm of the perturbation; 1, 2 or infinity.
         objective: Name in ``OBJECTIVES``: "paper", "decision", "secml", ...
-        targets: Class wanted for each input, int64 ``(n,)``; ``None``: any but the true one.
         steps: Largest number of steps of a descent.
-        step_size: Smallest step tried at first, length in ``norm``; ``None``: ``STEP_SIZES``.
+        step_size: Smallest step tried at first, length in ``norm``; None: ``STEP_SIZES``.
         doublings: Times the step is doubled.
         halvings: Times the step is halved where no larger one improves.
         tol: Change of the objective that counts as small, relative to the descent so far.
-        start: Where to start, ``(n, ...)``, for instance the result at a smaller eps; projected,
-            and used where it is better than the input itself.
-        init_inputs: Samples of any class to take a second start from, ``(m, ...)``.
-        init_labels: Class that the model assigns to each of them, -1 where it rejects, int64
-            ``(m,)``; saves one forward over them. Their true classes serve as well.
-        restarts: Further descents, from random points of the ball.
-        bounds: Smallest and largest value of an input.
-        batch_size: Rows in one forward, and inputs attacked at a time.
-        reject: Whether the last column of the output is the threshold; ``None`` asks whether
-            ``model.reject_index`` is set.
-        seed: Of the random points.
-        progress: Whether to show a progress bar.
+        **shared: See ``FixedEpsOptions``.
 
     Returns:
         Adversarial inputs, like ``inputs``.
 
     Raises:
         ValueError: If an argument is out of range, or shapes, dtypes or devices disagree.
+        TypeError: If there is no such option.
 
     Source: Sotgiu et al., "Deep neural rejection against adversarial examples", Algorithm 1; step
     sizes and second start as in the authors' library ``secml``.
     """
-    _check_options(steps, step_size, doublings, halvings, tol)
-    common = FixedEps(
-        model=model,
-        inputs=inputs,
-        labels=labels,
-        eps=eps,
-        norm=norm,
-        objective=objective,
-        targets=targets,
-        start=start,
-        init_inputs=init_inputs,
-        init_labels=init_labels,
-        restarts=restarts,
-        bounds=bounds,
-        batch_size=batch_size,
-        reject=reject,
-        seed=seed,
-        progress=progress,
-    )
-
-    def loop(run: Run) -> Points:
-        exponents = torch.arange(-halvings, doublings + 1, device=run.labels.device)
-        smallest = STEP_SIZES[norm] if step_size is None else step_size
-        sizes = smallest * torch.exp2(exponents.to(run.reference.dtype))
-        return descend(run, (sizes[halvings:], sizes[:halvings]), steps=steps, tol=tol)
-
-    return common.run(loop, steps=steps, name="line search", go_on=True)
-
-
-def _check_options(
-    steps: int, step_size: float | None, doublings: int, halvings: int, tol: float
-) -> None:
+    options = resolve(line_search_pgd, shared)
     for name, value in (("steps", steps), ("doublings", doublings), ("halvings", halvings)):
         check_count(name, value, 0)
     check_step_size(step_size)
     if not tol >= 0:
         raise ValueError(f"tol must be >= 0, got {tol}")
+    with problem(model, inputs, labels, eps, options, find_objective(objective)) as attacked:
+        smallest = STEP_SIZES[options.norm] if step_size is None else step_size
+        exponents = torch.arange(-halvings, doublings + 1, device=inputs.device)
+        sizes = smallest * torch.exp2(exponents.to(inputs.dtype))
+        first, shorter = sizes[halvings:], sizes[:halvings]
+        descend = partial(_descend, first=first, shorter=shorter, steps=steps, tol=tol)
+        return best_within(attacked, descend, steps=steps, name="line search", after_evasion=True)
+
+
+def _descend(run: Run, *, first: Tensor, shorter: Tensor, steps: int, tol: float) -> Points:
+    """Descend from the first points and return the best point evaluated, row by row.
+
+    Args:
+        run: What is attacked, and from where.
+        first: Step sizes that are tried together.
+        shorter: Step sizes that are tried where none of those improves.
+        steps: Largest number of steps.
+        tol: Change that counts as small, relative to the descent below the reference.
+
+    Returns:
+        Best points, in the order of ``better``.
+    """
+    target, labels = run.target, run.labels
+    current, best = run.first.clone(), run.first.clone()
+    small = torch.zeros_like(labels)  # small changes in a row
+    running = torch.arange(len(labels), device=labels.device)
+    for _ in range(steps):
+        if len(running) == 0:
+            break
+        here, row_labels, region = current.rows(running), labels[running], run.region.rows(running)
+        direction = slope_at(target, here.inputs, row_labels).direction
+        direction = steepest(direction, here.inputs, region.norm, region.bounds)
+        line = _Line(target, region, row_labels, here.inputs, direction)
+        lowest, reached = line.try_steps(first)
+        stuck = (~(lowest.values < here.values)).nonzero()[:, 0]  # waits for the device
+        if len(stuck) and len(shorter):
+            low, good = line.rows(stuck).try_steps(shorter)
+            put(lowest, stuck, low, low.values < lowest.values[stuck])
+            put(reached, stuck, good, better(good, reached.rows(stuck)))
+        put(best, running, reached, better(reached, best.rows(running)))
+        moved = lowest.values < here.values
+        put(current, running, lowest, moved)
+        # Relative to its own descent: a combiner may live within 0.1 of its intercept.
+        scale = (run.reference[running] - lowest.values).abs()
+        slow = here.values - lowest.values <= tol * scale
+        small[running] = torch.where(slow, small[running] + 1, 0)
+        # A row that did not move would repeat this step. Selecting the others waits for the
+        # device, once per step, and saves a dozen forwards of every row that has stopped.
+        running = running[moved & (small[running] < _PATIENCE)]
+        run.bar.update()
+    return best
+
+
+class _Line(NamedTuple):
+    """Where each row stands, and the direction along which steps are tried."""
+
+    target: Target
+    region: Region
+    labels: Tensor
+    inputs: Tensor
+    direction: Tensor
+
+    def rows(self, rows: Tensor) -> "_Line":
+        """Return some rows."""
+        region, labels = self.region.rows(rows), self.labels[rows]
+        return _Line(self.target, region, labels, self.inputs[rows], self.direction[rows])
+
+    def try_steps(self, sizes: Tensor) -> tuple[Points, Points]:
+        """Evaluate all steps of all rows, in batches.
+
+        Returns:
+            Per row the point of the lowest objective, and the best in the order of ``better``.
+        """
+        at_once = max(1, self.target.batch_size // len(sizes))
+        if len(self.inputs) <= at_once:
+            return self._try_batch(sizes)
+        parts = torch.arange(len(self.inputs), device=self.inputs.device).split(at_once)
+        lowest, best = zip(*(self.rows(part)._try_batch(sizes) for part in parts), strict=True)
+        return (
+            Points(*map(torch.cat, zip(*lowest, strict=True))),
+            Points(*map(torch.cat, zip(*best, strict=True))),
+        )
+
+    def _try_batch(self, sizes: Tensor) -> tuple[Points, Points]:
+        n, count = len(self.inputs), len(sizes)
+        rows = torch.arange(n, device=self.inputs.device).repeat_interleave(count)
+        steps = per_row(sizes.repeat(n), self.inputs) * self.direction[rows]
+        trials = project(self.inputs[rows] + steps, *self.region.rows(rows))
+        tried = evaluated(self.target, trials, self.labels[rows])
+        values, evading = tried.values.view(-1, count), tried.evading.view(-1, count)
+        offset = torch.arange(n, device=self.inputs.device) * count
+        return (
+            tried.rows(offset + values.argmin(dim=1)),
+            tried.rows(offset + best_column(values, evading)),
+        )

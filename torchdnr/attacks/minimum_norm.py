@@ -1,43 +1,60 @@
-"""What all minimum-norm attacks share: checks, batches, starts, restarts, the nearest point kept.
+"""Minimum-norm attacks: a descent that is run from several starts, and the nearest evading point.
 
-An attack of this kind is a loop that goes on from first points, the inputs themselves or evading
-points near samples of other classes, and returns the nearest evading point of each input.
+A descent goes on from first points, the inputs themselves or evading points near samples of other
+classes, and returns the nearest evading point of each input that it reaches.
 """
 
+import math
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from torchdnr.attacks.checks import check_count, check_eps, check_inputs, check_targets
+from torchdnr.attacks.checks import check_count
 from torchdnr.attacks.objectives import decision_objective
-from torchdnr.attacks.points import Region
-from torchdnr.attacks.projections import project
-from torchdnr.attacks.starts import assigned_classes, check_pool, evading_starts
-from torchdnr.attacks.steps import random_points
-from torchdnr.attacks.target import (
-    Target,
-    check_classes,
-    evaluate,
-    has_reject_column,
-    left_as_found,
+from torchdnr.attacks.problem import Problem
+from torchdnr.attacks.projections import Region, per_row, project, random_points
+from torchdnr.attacks.starts import (
+    Pool,
+    bisect,
+    evading_starts,
+    keep_nearest,
+    lengths,
+    make_pool,
 )
+from torchdnr.attacks.target import Target, evaluate
 
 _SLACK = 512  # roundings of the spread of the scores by which an evading point must evade
-_FLOOR = 4  # roundings of the largest score, the least that can be told apart
+_FLOOR = 4  # roundings of the largest score, the least difference that counts
+_HALVINGS = 10  # bisections towards the input in the end
+
+
+def safe_decision_objective(
+    scores: Tensor, threshold: Tensor | None, classes: Tensor, targeted: bool = False
+) -> Tensor:
+    """Compute the "decision" objective plus a slack that rounding of the scores does not exceed.
+
+    It is relative to their spread: a constant added to all scores decides nothing.
+    """
+    values = scores.detach()
+    if threshold is not None:
+        values = torch.cat([values, threshold.detach()[:, None]], dim=1)
+    spread = values.amax(dim=1) - values.amin(dim=1)
+    slack = _SLACK * spread + _FLOOR * values.abs().amax(dim=1)
+    slack = slack * torch.finfo(scores.dtype).eps
+    return decision_objective(scores, threshold, classes, targeted) + slack
 
 
 class NearRun(NamedTuple):
-    """What a loop is given: the inputs of a batch, and points to start from.
+    """What a descent is given: the inputs of a batch, and points to start from.
 
     Attributes:
         target: Model, with an objective that is negative iff a point evades.
         center: Attacked inputs, ``(n, ...)``.
-        labels: Their true classes, or targets, ``(n,)``.
+        labels: True classes, or targets, ``(n,)``.
         owner: Input that each start belongs to, ``(r,)``.
         first: Where to start, ``(r, ...)``.
         starts: Largest number of starts of one input.
@@ -65,162 +82,118 @@ class Nearest(NamedTuple):
     norms: Tensor
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class MinimumNorm:
-    """The options that all minimum-norm attacks have; see the attacks for what they mean."""
-
-    model: Callable[[Tensor], Tensor]
-    inputs: Tensor
-    labels: Tensor
-    norm: float
-    init_inputs: Tensor | None
-    eps: float | Tensor | None = None
-    targets: Tensor | None = None
-    init_labels: Tensor | None = None
-    neighbours: int = 20
-    starts: int = 1
-    restarts: int = 0
-    bounds: tuple[float, float] = (0.0, 1.0)
-    batch_size: int = 256
-    reject: bool | None = None
-    seed: int = 0
-    progress: bool = False
-
-    def run(
-        self,
-        loop: Callable[[NearRun], Nearest],
-        *,
-        steps: int,
-        name: str,
-        from_inputs: bool,
-    ) -> Tensor:
-        """Check the options, run a loop from every start, and return the nearest evading points.
-
-        Args:
-            loop: The attack.
-            steps: Its steps, for the progress bar.
-            name: Its name, for the progress bar.
-            from_inputs: Whether it can start at the inputs too, that do not evade.
-
-        Returns:
-            Points, like ``inputs``. An input that evades, or for which no evading point was found,
-            is returned as it is.
-
-        Raises:
-            ValueError: If an option is out of range, or shapes, dtypes or devices disagree.
-        """
-        radius, target = self._checked()
-        classes = self.labels if self.targets is None else self.targets
-        generator = torch.Generator(device=self.inputs.device).manual_seed(self.seed)
-        nearest, lost = self.inputs.clone(), 0
-        with left_as_found(self.model), torch.no_grad():
-            check_classes(target, self.inputs, classes)
-            pool = None
-            if self.init_inputs is not None:
-                given = self.init_labels
-                given = assigned_classes(target, self.init_inputs) if given is None else given
-                pool = (self.init_inputs, given)
-            unsolved = (~evaluate(target, self.inputs, classes)[1]).nonzero()[:, 0]
-            for rows in unsolved.split(self.batch_size) if len(unsolved) else ():
-                batch = _Batch(self, target, self.inputs[rows], classes[rows], pool, generator)
-                points, norms = batch.attack(loop, steps, name, from_inputs)
-                nearest[rows], lost = points, lost + (~norms.isfinite()).sum()
-        if lost:
-            warnings.warn(
-                f"found no evading point for {int(lost)} of {len(self.inputs)} inputs, returned as "
-                "they are; pass init_inputs with more samples of all classes, or more steps",
-                stacklevel=3,
-            )
-        if radius is None:
-            return nearest
-        return project(nearest, self.inputs, radius, self.norm, self.bounds)
-
-    def _checked(self) -> tuple[Tensor | None, Target]:
-        check_inputs(self.inputs, self.labels, self.norm, self.bounds)
-        check_targets(self.targets, self.labels)
-        check_count("restarts", self.restarts, 0)
-        for name in ("neighbours", "starts", "batch_size"):
-            check_count(name, getattr(self, name), 1)
-        if self.init_inputs is not None:
-            check_pool(self.init_inputs, self.init_labels, self.inputs, self.bounds)
-        reject = has_reject_column(self.model, self.reject)
-        targeted = self.targets is not None
-        target = Target(self.model, _safe_decision, reject, self.batch_size, targeted)
-        return None if self.eps is None else check_eps(self.eps, self.inputs), target
-
-
-class _Batch(NamedTuple):
-    options: MinimumNorm
-    target: Target
-    center: Tensor
-    labels: Tensor
-    pool: tuple[Tensor, Tensor] | None
-    generator: torch.Generator
-
-    def attack(
-        self, loop: Callable[[NearRun], Nearest], steps: int, name: str, from_inputs: bool
-    ) -> tuple[Tensor, Tensor]:
-        """Return the nearest points of all starts ``(n, ...)``, and their norms ``(n,)``."""
-        best = self.center.clone()
-        norms = torch.full_like(self.center.flatten(1)[:, 0], torch.inf)
-        for restart in range(1 + self.options.restarts):
-            owner, first = self._starts(restart, from_inputs, norms)
-            with tqdm(
-                total=steps, disable=not self.options.progress, desc=name, leave=False
-            ) as bar:
-                shared = (self.options.starts, self.options.norm, self.options.bounds, bar)
-                found = loop(NearRun(self.target, self.center, self.labels, owner, first, *shared))
-            nearer = found.norms < norms[found.owner]
-            rows = found.owner[nearer]
-            best[rows], norms[rows] = found.points[nearer], found.norms[nearer]
-        return best, norms
-
-    def _starts(self, restart: int, from_inputs: bool, norms: Tensor) -> tuple[Tensor, Tensor]:
-        """Return where to start: near other classes, and, for loops that can, elsewhere too."""
-        rows = torch.arange(len(self.center), device=self.center.device)
-        options, owner, first = self.options, rows[:0], self.center[:0]
-        if self.pool is not None:
-            pool, classes = self.pool
-            if restart:  # the nearest of a random half: others than before
-                half = torch.rand(len(pool), generator=self.generator, device=rows.device) < 0.5
-                half = half | ~half.any()  # none is no pool
-                pool, classes = pool[half], classes[half]
-            owner, first = evading_starts(
-                self.target,
-                self.center,
-                self.labels,
-                pool,
-                classes,
-                options.neighbours,
-                options.starts,
-                options.norm,
-                options.bounds,
-            )
-        if from_inputs:
-            own = self.center
-            if restart:
-                region = Region(self.center, norms, options.norm, options.bounds)
-                own = random_points(region, self.generator)
-            owner, first = torch.cat([rows, owner]), torch.cat([own, first])
-        return owner, first
-
-
-def lengths(points: Tensor, center: Tensor, norm: float) -> Tensor:
-    """Compute the norm of each perturbation, ``(n,)``."""
-    return torch.linalg.vector_norm((points - center).flatten(1), norm, dim=1)
-
-
-def _safe_decision(
-    scores: Tensor, threshold: Tensor | None, classes: Tensor, targeted: bool = False
+def nearest_evading(
+    problem: Problem,
+    descend: Callable[[NearRun], Nearest],
+    *,
+    neighbours: int,
+    starts: int,
+    steps: int,
+    name: str,
+    from_inputs: bool,
 ) -> Tensor:
-    """Compute the "decision" objective plus a slack that rounding of the scores does not exceed.
+    """Run a descent from every start, batch by batch, and return the nearest evading points.
 
-    It is relative to their spread: a constant added to all scores decides nothing.
+    Args:
+        problem: What is attacked, with ``safe_decision_objective``; points farther than its eps are
+            projected on it in the end.
+        descend: The attack.
+        neighbours: Pool samples tried per input.
+        starts: Starts per input near them, at the most.
+        steps: Steps of the attack, for the progress bar.
+        name: Its name, for the progress bar.
+        from_inputs: Whether it can start at the inputs too, which do not evade.
+
+    Returns:
+        Points, like the inputs. An input that evades, or for which there is no evading point, is
+        returned as it is; a warning counts the latter.
+
+    Raises:
+        ValueError: If ``neighbours`` or ``starts`` is below 1.
     """
-    values = scores.detach()
-    if threshold is not None:
-        values = torch.cat([values, threshold.detach()[:, None]], dim=1)
-    spread = values.amax(dim=1) - values.amin(dim=1)
-    slack = _SLACK * spread + _FLOOR * values.abs().amax(dim=1)
-    slack = slack * torch.finfo(scores.dtype).eps
-    return decision_objective(scores, threshold, classes, targeted) + slack
+    check_count("neighbours", neighbours, 1)
+    check_count("starts", starts, 1)
+    target, region, labels, options = problem
+    inputs = region.center
+    generator = torch.Generator(device=inputs.device).manual_seed(options.seed)
+    pool = make_pool(target, options.init_inputs, options.init_labels)
+    nearest, without = inputs.clone(), torch.zeros_like(labels[0])
+    unsolved = (~evaluate(target, inputs, labels)[1]).nonzero()[:, 0]
+    for rows in unsolved.split(options.batch_size) if len(unsolved) else ():
+        center, classes = inputs[rows], labels[rows]
+        norms = torch.full_like(center.flatten(1)[:, 0], torch.inf)
+        best = center.clone()
+        for restart in range(1 + options.restarts):
+            reach = Region(center, norms, options.norm, options.bounds)
+            owner, first = rows[:0], center[:0]
+            if pool is not None:
+                some = _half(pool, generator) if restart else pool
+                owner, first = evading_starts(target, reach, classes, some, neighbours, starts)
+            if from_inputs:
+                elsewhere = random_points(reach, generator) if restart else center
+                every = torch.arange(len(center), device=center.device)
+                owner, first = torch.cat([every, owner]), torch.cat([elsewhere, first])
+            with tqdm(total=steps, disable=not options.progress, desc=name, leave=False) as bar:
+                shared = (starts, options.norm, options.bounds, bar)
+                reached = descend(NearRun(target, center, classes, owner, first, *shared))
+            nearer = reached.norms < norms[reached.owner]
+            owner = reached.owner[nearer]
+            best[owner], norms[owner] = reached.points[nearer], reached.norms[nearer]
+        nearest[rows], without = best, without + (~norms.isfinite()).sum()
+    if without:
+        warnings.warn(
+            f"found no evading point for {int(without)} of {len(inputs)} inputs, returned as they "
+            "are; pass init_inputs with more samples of all classes, or more steps",
+            stacklevel=3,
+        )
+    return project(nearest, *region)
+
+
+def _half(pool: Pool, generator: torch.Generator) -> Pool:
+    """Draw a random half of the pool: the nearest of it are others than before."""
+    samples, classes = pool
+    half = torch.rand(len(samples), generator=generator, device=samples.device) < 0.5
+    half = half | ~half.any()  # none is no pool
+    return Pool(samples[half], classes[half])
+
+
+class Kept(NamedTuple):
+    """The nearest evading point of each row, and its norm: infinite where there is none."""
+
+    points: Tensor
+    norms: Tensor
+
+    @classmethod
+    def nothing(cls, first: Tensor) -> "Kept":
+        """Begin without any evading point, beside points ``(r, ...)``."""
+        return cls(first, torch.full_like(first.flatten(1)[:, 0], torch.inf))
+
+    def update(self, points: Tensor, norms: Tensor, evading: Tensor) -> "Kept":
+        """Keep the points that evade and are nearer."""
+        nearer = evading & (norms < self.norms)
+        return Kept(
+            torch.where(per_row(nearer, points), points, self.points),
+            torch.where(nearer, norms, self.norms),
+        )
+
+    def finish(self, run: NearRun, last: Tensor) -> Nearest:
+        """Evaluate the last points too, then move the best straight towards the inputs."""
+        center, labels = run.center[run.owner], run.labels[run.owner]
+
+        def evading(points: Tensor) -> Tensor:
+            return evaluate(run.target, points, labels)[0] < 0
+
+        kept = self.update(last, lengths(last, center, run.norm), evading(last))
+        # Where nothing evades there is nothing to move: the far end is where it stays.
+        exists = kept.norms.isfinite()
+        far = torch.where(per_row(exists, center), kept.points, center)
+        nearer = bisect(evading, center, far, _HALVINGS)
+        norms = torch.where(exists, lengths(nearer, center, run.norm), torch.inf)
+        first = keep_nearest(run.owner, norms, 1)
+        return Nearest(run.owner[first], nearer[first], norms[first])
+
+
+def dual_norm(vectors: Tensor, norm: float) -> Tensor:
+    """Compute the norm dual to that of the attack, ``(n,)``."""
+    dual = {1: math.inf, 2: 2, math.inf: 1}[norm]
+    return torch.linalg.vector_norm(vectors.flatten(1), dual, dim=1)

@@ -1,16 +1,18 @@
 """One targeted attack for each of the other classes, the most promising first."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from torchdnr.attacks.candidates import call_attack, make_judge, unsolved
-from torchdnr.attacks.checks import check_count, check_like
-from torchdnr.attacks.objectives import split_scores
+from torchdnr.attacks.checks import check_count
+from torchdnr.attacks.options import only_shared
 from torchdnr.attacks.pgd import pgd
-from torchdnr.attacks.points import Points, better, keep_better, put
-from torchdnr.attacks.target import Target, left_as_found
+from torchdnr.attacks.points import unsolved
+from torchdnr.attacks.problem import call_member, problem
+from torchdnr.attacks.target import Target
+from torchdnr.decisions import split_scores
 
 
 def multi_target(
@@ -21,12 +23,7 @@ def multi_target(
     *,
     attack: Callable[..., Tensor] = pgd,
     classes: int | None = None,
-    norm: float = 2,
-    start: Tensor | None = None,
-    bounds: tuple[float, float] = (0.0, 1.0),
-    batch_size: int = 256,
-    reject: bool | None = None,
-    **options: object,
+    **options: Any,  # noqa: ANN401 - documented below
 ) -> Tensor:
     """Attack towards every other class in turn, and keep the best point.
 
@@ -35,21 +32,14 @@ def multi_target(
     one, in the order of their scores at the input, until it evades.
 
     Args:
-        model: Maps inputs to scores ``(n, c)``, or ``(n, c + 1)`` with the rejection threshold in
-            the last column. Left as found; evaluated in evaluation mode.
+        model: Maps inputs to scores ``(n, c)``, or ``(n, c + 1)`` with the threshold last.
         inputs: ``(n, ...)`` in ``bounds``, float32 or float64.
         labels: True classes, int64 ``(n,)``.
         eps: Largest perturbation >= 0, a number or ``(n,)``.
         attack: ``attack(model, inputs, labels, eps, targets=..., norm=..., ...) -> points``.
-        classes: Classes tried per sample, at most c - 1; ``None``: all of them.
-        norm: Norm of the perturbation; 1, 2 or infinity.
-        start: Where each attack starts, ``(n, ...)``.
-        bounds: Smallest and largest value of an input.
-        batch_size: Rows in one forward.
-        reject: Whether the last column of the output is the threshold; ``None`` asks whether
-            ``model.reject_index`` is set.
-        **options: Further options of the attack: ``objective``, ``steps``, ``init_inputs``,
-            ``restarts``, ``seed``, ...
+        classes: Classes tried per sample, at most c - 1; None: all of them.
+        **options: Options of the attack, except ``targets``: the shared ones, see
+            ``FixedEpsOptions``, and its own.
 
     Returns:
         Adversarial inputs, like ``inputs``: by the untargeted decision objective never worse than
@@ -62,34 +52,19 @@ def multi_target(
     """
     if "targets" in options:
         raise ValueError("targets are chosen by multi_target; call the attack itself for one class")
-    shared = {"norm": norm, "bounds": bounds, "batch_size": batch_size}
     if classes is not None:
         check_count("classes", classes, 1)
-    with left_as_found(model), torch.no_grad():
-        judge = make_judge(model, inputs, labels, eps, targets=None, reject=reject, **shared)
-        best = judge.points(inputs)
-        if start is not None:
-            check_like("start", start, inputs, same_length=True)
-            best = keep_better(best, judge.points(start))
-        best = Points(*(field.clone() for field in best))
-        order = _other_classes(judge.target, inputs, labels)
+    with problem(model, inputs, labels, eps, only_shared(options)) as attacked:
+        best = attacked.best_given()
+        order = _other_classes(attacked.target, inputs, labels)
         for wanted in order[:, :classes].unbind(dim=1):
             if len(rows := unsolved(best)) == 0:  # waits for the device, once per class
                 break
-            points = call_attack(
-                attack,
-                model,
-                inputs[rows],
-                labels[rows],
-                judge.region.eps[rows],
-                targets=wanted[rows],
-                start=None if start is None else start[rows],
-                reject=judge.target.reject,
-                **shared,
-                **options,
+            start = attacked.options.start
+            points = call_member(
+                attack, attacked, labels, rows, options, targets=wanted, start=start
             )
-            found = judge.points(points, rows)
-            put(best, rows, found, better(found, best.rows(rows)))
+            attacked.improve(best, points, rows)
     return best.inputs
 
 

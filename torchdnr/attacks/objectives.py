@@ -14,6 +14,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from torchdnr.decisions import accepted, opposing_scores
+
 TEMPERATURE = 0.1
 """Of the log-sum-exp objective, as a share of the spread of the scores."""
 
@@ -27,19 +29,6 @@ class ObjectiveFunction(Protocol):
         """Compute the objective, ``(n,)``."""
 
 
-def split_scores(output: Tensor, reject: bool) -> tuple[Tensor, Tensor | None]:
-    """Split a model output into class scores and rejection threshold.
-
-    Args:
-        output: ``(n, c)``, or ``(n, c + 1)`` with theta in the last column.
-        reject: Whether the last column is theta.
-
-    Returns:
-        Scores ``(n, c)`` and the threshold of every row ``(n,)``, ``None`` without a reject column.
-    """
-    return (output[:, :-1], output[:, -1]) if reject else (output, None)
-
-
 def paper_objective(
     scores: Tensor, threshold: Tensor | None, classes: Tensor, targeted: bool = False
 ) -> Tensor:
@@ -49,7 +38,7 @@ def paper_objective(
 
     Source: Sotgiu et al., "Deep neural rejection against adversarial examples", Eq. (2).
     """
-    against, toward = _sides(scores, classes, targeted)
+    against, toward = opposing_scores(scores, classes, targeted)
     return against - toward
 
 
@@ -60,7 +49,7 @@ def decision_objective(
 
     Without a threshold it equals Eq. (2). Targeted it is negative iff accepted as the target.
     """
-    against, toward = _sides(scores, classes, targeted)
+    against, toward = opposing_scores(scores, classes, targeted)
     return (against if threshold is None else torch.maximum(against, threshold)) - toward
 
 
@@ -74,11 +63,12 @@ def secml_objective(
 
     Source: the objective that the authors' library ``secml`` minimises.
     """
-    against, toward = _sides(scores, classes, targeted)
+    against, toward = opposing_scores(scores, classes, targeted)
     if threshold is None:
         return against - toward
-    rejected = torch.maximum(against, toward) <= threshold
-    return torch.where(rejected, threshold, against) - toward
+    best = torch.maximum(against, toward)
+    answered = accepted(best, threshold) | best.isnan()  # a NaN must show
+    return torch.where(answered, against, threshold) - toward
 
 
 def cross_entropy_objective(
@@ -145,51 +135,3 @@ def find_objective(name: str) -> ObjectiveFunction:
     if name not in OBJECTIVES:
         raise ValueError(f"no objective {name!r}; choose from: {', '.join(OBJECTIVES)}")
     return OBJECTIVES[name]
-
-
-def evades(output: Tensor, labels: Tensor, reject: bool) -> Tensor:
-    """Tell which inputs are accepted and assigned to a wrong class.
-
-    Equal scores of the true and another class count as right, a tie with theta as rejected, a NaN
-    as no evasion.
-
-    Args:
-        output: Model output, ``(n, c)``, or ``(n, c + 1)`` with theta in the last column.
-        labels: True classes, ``(n,)``.
-        reject: Whether the last column is theta.
-
-    Returns:
-        Evasions, bool ``(n,)``.
-    """
-    return succeeds(output, labels, reject)
-
-
-def succeeds(output: Tensor, classes: Tensor, reject: bool, targeted: bool = False) -> Tensor:
-    """Tell which inputs are accepted as another class than the true one, or as the target.
-
-    Args:
-        output: Model output, ``(n, c)``, or ``(n, c + 1)`` with theta in the last column.
-        classes: True classes, or targets, ``(n,)``.
-        reject: Whether the last column is theta.
-        targeted: Whether ``classes`` are targets.
-
-    Returns:
-        Successes, bool ``(n,)``. A tie or a NaN is none.
-    """
-    scores, threshold = split_scores(output, reject)
-    against, toward = _sides(scores, classes, targeted)
-    better = toward > against
-    return better if threshold is None else better & (toward > threshold)
-
-
-def true_and_best_other(scores: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the score of the true class and the best score of another class, each ``(n,)``."""
-    labels = labels[:, None]
-    true = scores.gather(1, labels)[:, 0]
-    return true, scores.scatter(1, labels, -torch.inf).max(dim=1).values
-
-
-def _sides(scores: Tensor, classes: Tensor, targeted: bool) -> tuple[Tensor, Tensor]:
-    """Return what the attack wants low and what it wants high, each ``(n,)``."""
-    chosen, other = true_and_best_other(scores, classes)
-    return (other, chosen) if targeted else (chosen, other)

@@ -1,24 +1,22 @@
 """Selective and orthogonal PGD: two gradients, one to be misclassified and one to be accepted."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from functools import partial
+from typing import NamedTuple, Unpack
 
 import torch
 from torch import Tensor
 
 from torchdnr.attacks.checks import check_count, check_step_size
-from torchdnr.attacks.fixed_eps import FixedEps, Run
-from torchdnr.attacks.objectives import (
-    decision_objective,
-    paper_objective,
-    split_scores,
-    succeeds,
-    true_and_best_other,
-)
+from torchdnr.attacks.directions import steepest, step_sizes, unit
+from torchdnr.attacks.fixed_eps import Run, best_within
+from torchdnr.attacks.objectives import decision_objective, paper_objective
+from torchdnr.attacks.options import FixedEpsOptions, resolve
 from torchdnr.attacks.points import Points, evaluated, keep_better
-from torchdnr.attacks.projections import project
-from torchdnr.attacks.steps import steepest
-from torchdnr.attacks.target import Target, input_gradient, unit
+from torchdnr.attacks.problem import problem
+from torchdnr.attacks.projections import per_row, project
+from torchdnr.attacks.target import Target, input_gradient
+from torchdnr.decisions import split_scores, succeeds, true_and_best_other
 
 PROJECTED = ("none", "class", "rejection", "both")
 """Which of the two gradients are made orthogonal to the other one."""
@@ -32,23 +30,13 @@ def orthogonal_pgd(
     labels: Tensor,
     eps: float | Tensor,
     *,
-    norm: float = 2,
     projected: str = "rejection",
     selective: bool = False,
     margin: float = 0.05,
-    targets: Tensor | None = None,
     steps: int = 100,
     step_size: float | None = None,
-    start: Tensor | None = None,
-    init_inputs: Tensor | None = None,
-    init_labels: Tensor | None = None,
-    restarts: int = 0,
     random_start: bool = False,
-    bounds: tuple[float, float] = (0.0, 1.0),
-    batch_size: int = 256,
-    reject: bool | None = None,
-    seed: int = 0,
-    progress: bool = False,
+    **shared: Unpack[FixedEpsOptions],
 ) -> Tensor:
     """Descend the class margin and the rejection margin without undoing one by the other.
 
@@ -66,32 +54,20 @@ def orthogonal_pgd(
     Both gradients come from one forward. Nothing in a step waits for the device.
 
     Args:
-        model: Maps inputs to scores ``(n, c)``, or ``(n, c + 1)`` with the rejection threshold in
-            the last column; differentiable. Left as found; evaluated in evaluation mode.
+        model: Maps inputs to scores ``(n, c)``, or ``(n, c + 1)`` with the threshold last;
+            differentiable.
         inputs: ``(n, ...)`` in ``bounds``, float32 or float64.
         labels: True classes, int64 ``(n,)``.
         eps: Largest perturbation >= 0, a number or ``(n,)``.
-        norm: Norm of the perturbation; 1, 2 or infinity.
         projected: Which gradients lose their component along the other: ``"none"``, ``"class"``,
             ``"rejection"``, or ``"both"``.
         selective: Whether a step follows one of them; else the sum of both, each of unit length.
         margin: How far a point has to be on the other side of the class margin for a selective step
             to follow the rejection margin, as a share of the spread of its scores.
-        targets: Class wanted for each input, int64 ``(n,)``; ``None``: any but the true one.
         steps: Number of steps of each run.
-        step_size: Length of a step in ``norm``; ``None``: 2.5 eps / steps, per input.
-        start: Where to start, ``(n, ...)``; projected, and used where it is better than the input.
-        init_inputs: Samples of any class, ``(m, ...)``: the best one that is accepted as another
-            class starts a second run of those that did not evade.
-        init_labels: Class that the model assigns to each of them, -1 where it rejects, ``(m,)``.
-        restarts: Further runs, from random points of the ball, of those that did not evade.
+        step_size: Length of a step in ``norm``; None: 2.5 eps / steps, per input.
         random_start: Whether the first run starts at a random point too.
-        bounds: Smallest and largest value of an input.
-        batch_size: Rows in one forward, and inputs attacked at a time.
-        reject: Whether the last column of the output is the threshold; ``None`` asks whether
-            ``model.reject_index`` is set.
-        seed: Of the random points.
-        progress: Whether to show a progress bar.
+        **shared: See ``FixedEpsOptions``.
 
     Returns:
         Adversarial inputs, like ``inputs``: the best point evaluated by the decision objective,
@@ -99,57 +75,51 @@ def orthogonal_pgd(
 
     Raises:
         ValueError: If an argument is out of range, or shapes, dtypes or devices disagree.
+        TypeError: If there is no such option.
 
     Source: Bryniarski et al., "Evading adversarial example detection defenses with orthogonal
     projected gradient descent", ICLR 2022.
     """
+    options = resolve(orthogonal_pgd, shared)
     check_count("steps", steps, 1)
     check_step_size(step_size)
     if projected not in PROJECTED:
         raise ValueError(f"projected must be one of {PROJECTED}, got {projected!r}")
     if not 0 <= margin < 1:
         raise ValueError(f"margin must be in [0, 1), got {margin}")
-    common = FixedEps(
-        model=model,
-        inputs=inputs,
-        labels=labels,
-        eps=eps,
-        norm=norm,
-        objective="decision",
-        targets=targets,
-        start=start,
-        init_inputs=init_inputs,
-        init_labels=init_labels,
-        restarts=restarts,
-        bounds=bounds,
-        batch_size=batch_size,
-        reject=reject,
-        seed=seed,
-        progress=progress,
+    descend = partial(
+        _descend,
+        steps=steps,
+        step_size=step_size,
+        projected=projected,
+        selective=selective,
+        margin=margin,
     )
-
-    def loop(run: Run) -> Points:
-        return _descend(run, steps, step_size, projected, selective, margin)
-
-    return common.run(loop, steps=steps, name="orthogonal PGD", random_start=random_start)
+    with problem(model, inputs, labels, eps, options) as attacked:
+        return best_within(
+            attacked, descend, steps=steps, name="orthogonal PGD", random_start=random_start
+        )
 
 
 def _descend(
-    run: Run, steps: int, step_size: float | None, projected: str, selective: bool, margin: float
+    run: Run,
+    *,
+    steps: int,
+    step_size: float | None,
+    projected: str,
+    selective: bool,
+    margin: float,
 ) -> Points:
+    """Follow both margins, or one of them, and return the best points evaluated."""
     center, eps, norm, bounds = run.region
-    if step_size is None:
-        sizes = 2.5 / steps * torch.where(eps.isfinite(), eps, bounds[1] - bounds[0])
-    else:
-        sizes = torch.full_like(eps, step_size)
-    sizes = _wide(sizes, center)
+    sizes = per_row(step_sizes(step_size, steps, eps, bounds), center)
     best, points = run.first, run.first.inputs
     for _ in range(steps):
         slopes = _slopes_at(run.target, points, run.labels, margin)
         best = keep_better(best, Points(points, slopes.values, slopes.evading))
         by_class, by_rejection = _orthogonalised(slopes, projected)
         if selective:
-            direction = torch.where(_wide(slopes.crossed, points), by_rejection, by_class)
+            direction = torch.where(per_row(slopes.crossed, points), by_rejection, by_class)
         else:
             direction = unit(by_class + by_rejection)[0]
         direction = steepest(direction, points, norm, bounds)
@@ -159,7 +129,7 @@ def _descend(
 
 
 class _Slopes(NamedTuple):
-    """Unit directions down both margins, decision objective, success, and whether to go on."""
+    """Unit directions down both margins, decision objective and success, from one forward."""
 
     by_class: Tensor
     by_rejection: Tensor
@@ -170,7 +140,8 @@ class _Slopes(NamedTuple):
 
 def _slopes_at(target: Target, points: Tensor, labels: Tensor, margin: float) -> _Slopes:
     """Evaluate both margins and their gradients from one forward, in chunks."""
-    found, size = [], target.batch_size
+    parts: list[tuple[Tensor, ...]] = []
+    size = target.batch_size
     for chunk, classes in zip(points.split(size), labels.split(size), strict=True):
         with torch.enable_grad():
             chunk = chunk.detach().requires_grad_()
@@ -189,12 +160,12 @@ def _slopes_at(target: Target, points: Tensor, labels: Tensor, margin: float) ->
         evading = succeeds(output, classes, target.reject, target.targeted)
         spread = scores.amax(dim=1) - scores.amin(dim=1)
         crossed = by_class < -margin * spread
-        found.append((down_class, down_rejection, values, evading, crossed))
-    return _Slopes(*(torch.cat(parts) for parts in zip(*found, strict=True)))
+        parts.append((down_class, down_rejection, values, evading, crossed))
+    return _Slopes(*map(torch.cat, zip(*parts, strict=True)))
 
 
 def _orthogonalised(slopes: _Slopes, projected: str) -> tuple[Tensor, Tensor]:
-    """Return unit directions down the class and the rejection margin, projected as told."""
+    """Return unit directions down the class and the rejection margin, projected as named."""
     by_class, by_rejection = slopes.by_class, slopes.by_rejection
     if projected in ("class", "both"):
         by_class = _without(slopes.by_class, slopes.by_rejection)
@@ -209,9 +180,5 @@ def _without(direction: Tensor, other: Tensor) -> Tensor:
     A vector that is parallel to the other is returned as it is: what is left of it is rounding.
     """
     along = (direction.flatten(1) * other.flatten(1)).sum(dim=1)
-    rest, length = unit(direction - _wide(along, direction) * other)
-    return torch.where(_wide(length > _PARALLEL, direction), rest, direction)
-
-
-def _wide(values: Tensor, like: Tensor) -> Tensor:
-    return values.view(-1, *[1] * (like.ndim - 1))
+    rest, length = unit(direction - per_row(along, direction) * other)
+    return torch.where(per_row(length > _PARALLEL, direction), rest, direction)

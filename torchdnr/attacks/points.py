@@ -1,24 +1,12 @@
-"""Points under attack with what the model makes of them, and which of two is better."""
+"""Points with their objective and success: which of two is better, and how the best are kept."""
 
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from torchdnr.attacks.projections import per_row
 from torchdnr.attacks.target import Target, evaluate
-
-
-class Region(NamedTuple):
-    """Where the points of each row may lie: ball and box."""
-
-    center: Tensor
-    eps: Tensor
-    norm: float
-    bounds: tuple[float, float]
-
-    def rows(self, rows: Tensor) -> "Region":
-        """Return the regions of some rows."""
-        return self._replace(center=self.center[rows], eps=self.eps[rows])
 
 
 class Points(NamedTuple):
@@ -32,9 +20,18 @@ class Points(NamedTuple):
         """Return some rows."""
         return Points(*(field[rows] for field in self))
 
+    def clone(self) -> "Points":
+        """Return a copy that ``put`` can write into."""
+        return Points(*(field.clone() for field in self))
+
+
+def evaluated(target: Target, inputs: Tensor, labels: Tensor) -> Points:
+    """Evaluate inputs ``(n, ...)`` for their true classes, or targets, ``(n,)``."""
+    return Points(inputs, *evaluate(target, inputs, labels))
+
 
 def better(new: Points, old: Points) -> Tensor:
-    """Tell where ``new`` beats ``old``: evading first, then the lower objective, bool ``(n,)``."""
+    """Compare points: evading comes first, then the lower objective; True where ``new`` wins."""
     lower = (new.evading == old.evading) & (new.values < old.values)
     return (new.evading > old.evading) | lower
 
@@ -45,24 +42,26 @@ def best_column(values: Tensor, evading: Tensor) -> Tensor:
     return ranked.argmin(dim=1)
 
 
-def put(points: Points, rows: Tensor, new: Points, where: Tensor) -> None:
-    """Overwrite ``points[rows]`` by ``new`` where told, in place."""
-    for field, values in zip(points, new, strict=True):  # no row twice: nothing waits
-        mask = where.view(-1, *[1] * (field.ndim - 1))
-        field[rows] = torch.where(mask, values, field[rows])
-
-
-def evaluated(target: Target, inputs: Tensor, labels: Tensor) -> Points:
-    """Evaluate inputs ``(n, ...)`` for their true classes, or targets, ``(n,)``."""
-    return Points(inputs, *evaluate(target, inputs, labels))
+def choose(where: Tensor, new: Points, old: Points) -> Points:
+    """Combine points: ``new`` where a mask ``(n,)`` is true, else ``old``."""
+    return Points(
+        torch.where(per_row(where, new.inputs), new.inputs, old.inputs),
+        torch.where(where, new.values, old.values),
+        torch.where(where, new.evading, old.evading),
+    )
 
 
 def keep_better(best: Points, new: Points) -> Points:
-    """Take the better of two points in each row, without waiting for the device."""
-    take = better(new, best)
-    shape = (-1, *[1] * (new.inputs.ndim - 1))
-    return Points(
-        torch.where(take.view(shape), new.inputs, best.inputs),
-        torch.where(take, new.values, best.values),
-        torch.where(take, new.evading, best.evading),
-    )
+    """Keep the better of two points in each row, without waiting for the device."""
+    return choose(better(new, best), new, best)
+
+
+def put(points: Points, rows: Tensor, new: Points, where: Tensor) -> None:
+    """Overwrite ``points[rows]`` by ``new`` where a mask is true, in place."""
+    for field, values in zip(points, new, strict=True):  # no row twice: nothing waits
+        field[rows] = torch.where(per_row(where, field), values, field[rows])
+
+
+def unsolved(best: Points) -> Tensor:
+    """Return the rows that do not evade; waits for the device."""
+    return (~best.evading).nonzero()[:, 0]

@@ -1,11 +1,34 @@
-"""Euclidean projections onto the inputs that an attack may use."""
+"""Where the points of an attack may lie: a ball and a box, and Euclidean projections on both."""
 
 import math
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from torchdnr.attacks import waiting
+
+class Region(NamedTuple):
+    """Where the points of each row may lie: ball and box."""
+
+    center: Tensor
+    eps: Tensor
+    norm: float
+    bounds: tuple[float, float]
+
+    def rows(self, rows: Tensor) -> "Region":
+        """Return the regions of some rows."""
+        return self._replace(center=self.center[rows], eps=self.eps[rows])
+
+
+def per_row(values: Tensor, like: Tensor) -> Tensor:
+    """View one value per row, ``(n,)``, so that it broadcasts to ``like``, ``(n, ...)``."""
+    return values.view(-1, *[1] * (like.ndim - 1))
+
+
+def reading_is_free(tensor: Tensor) -> bool:
+    """Tell whether Python may branch on the values: on a CPU they are there, elsewhere it waits."""
+    return tensor.device.type == "cpu"
+
 
 NORMS = (1, 2, math.inf)
 """Norms of the perturbation that the attacks support."""
@@ -65,73 +88,65 @@ def project_l2(
     ``mu = 1`` is inside the ball that is it; else ``mu`` solves ``||clip(mu * p)|| = eps``. The
     squared norm is concave and piecewise linear in ``mu^2``: its tangent at any ``mu`` crosses
     ``eps^2`` at or below the root, so Newton's method, from 1 first down and then up, reaches the
-    root in as many steps as the set of clipped coordinates changes. Twelve are taken at the most:
+    root in as many steps as the set of clipped coordinates changes. There are twelve at the most:
     sizes that span many powers of two may end inside the ball.
 
     The result aims a few roundings inside the ball, so that the norm measured afterwards does not
-    exceed ``eps``; points in the ball and the box are returned unchanged.
-
-    Args:
-        points: Points to project, ``(n, ...)``.
-        center: Centre of each ball, inside ``bounds``, ``(n, ...)``.
-        eps: Radius >= 0, a number or ``(n,)``; infinity leaves the box alone.
-        bounds: Smallest and largest value of an input.
-
-    Returns:
-        Projected points, ``(n, ...)``.
+    exceed ``eps``; points in the ball and the box are returned unchanged. Arguments and result are
+    those of ``project``.
     """
     boxed = project_box(points, bounds)
     origin = center.flatten(1)
-    # What the box leaves of the step is all the room that a shorter step can meet.
-    room = (boxed.flatten(1) - origin).abs_()
-    eps = _per_row(eps, points).flatten(1)
-    inside = torch.linalg.vector_norm(room, dim=1, keepdim=True) <= eps
+    # What the box leaves of the step limits every shorter step too.
+    limit = (boxed.flatten(1) - origin).abs_()
+    eps = _radii(eps, points).flatten(1)
+    inside = torch.linalg.vector_norm(limit, dim=1, keepdim=True) <= eps
     # Adding the centre rounds every coordinate; along the perturbation that hardly adds up. Rows
     # inside the ball get a radius that keeps the arithmetic below finite; it is not used.
     rounding = torch.finfo(points.dtype).eps
     radius = (eps * (1 - 8 * rounding) - rounding * max(map(abs, bounds))).clamp_min_(0)
     radius.masked_fill_(inside, 0)
-    if not waiting.free_to_look(points):
-        shorter = _shorten(points.flatten(1), origin, room, radius, bounds).view_as(points)
-        return torch.where(inside.view(-1, *[1] * (points.ndim - 1)), boxed, shorter)
+    if not reading_is_free(points):
+        shorter = _shorten(points.flatten(1), origin, limit, radius, bounds).view_as(points)
+        return torch.where(per_row(inside, points), boxed, shorter)
     rows = (~inside[:, 0]).nonzero()[:, 0]
     if len(rows) > 0:
-        parts = (part[rows] for part in (points.flatten(1), origin, room, radius))
-        boxed[rows] = _shorten(*parts, bounds).view(-1, *points.shape[1:])
+        shorter = _shorten(points.flatten(1)[rows], origin[rows], limit[rows], radius[rows], bounds)
+        boxed[rows] = shorter.view(-1, *points.shape[1:])
     return boxed
 
 
 def _shorten(
-    points: Tensor, origin: Tensor, room: Tensor, radius: Tensor, bounds: tuple[float, float]
+    points: Tensor, origin: Tensor, limit: Tensor, radius: Tensor, bounds: tuple[float, float]
 ) -> Tensor:
     """Project rows that are outside their ball, all ``(n, d)``, radius ``(n, 1)``."""
     step = points - origin
-    moved = _shrink_to_radius(step.abs(), room, radius)
+    moved = _shrink_to_radius(step.abs(), limit, radius)
     norm = torch.linalg.vector_norm(moved, dim=1, keepdim=True)
     moved *= (radius / norm.masked_fill_(norm == 0, 1)).clamp_max_(1)
     return moved.copysign_(step).add_(origin).clamp_(*bounds)
 
 
-def _shrink_to_radius(size: Tensor, room: Tensor, radius: Tensor) -> Tensor:
-    """Find ``min(mu * size, room)`` of norm ``radius``, which is at most its norm at ``mu = 1``."""
+def _shrink_to_radius(size: Tensor, limit: Tensor, radius: Tensor) -> Tensor:
+    """Find ``min(mu * size, limit)`` of norm ``radius``, at most its norm at ``mu = 1``."""
     largest = torch.linalg.vector_norm(size, torch.inf, dim=1, keepdim=True)
     largest.masked_fill_(largest == 0, 1)
     mu = torch.ones_like(radius)
     # No root lies below: without the box, and were every coordinate as large as the largest.
     least = radius / (size.shape[1] ** 0.5 * largest)
     goal, close = radius.square(), 4 * torch.finfo(size.dtype).eps * radius
-    reach, moved = size, torch.minimum(size, room)
+    reach, moved = size, torch.minimum(size, limit)
     for _ in range(_NEWTON_STEPS):
         norm = torch.linalg.vector_norm(moved, dim=1, keepdim=True)
         done = (norm - radius).abs_() <= close
-        if waiting.free_to_look(done) and done.all():
+        if reading_is_free(done) and done.all():
             break
-        free = torch.linalg.vector_norm(moved.masked_fill(reach > room, 0), dim=1, keepdim=True)
+        free = torch.linalg.vector_norm(moved.masked_fill(reach > limit, 0), dim=1, keepdim=True)
         left = goal - (norm.square() - free.square())
         root = mu * left.clamp_min_(0).sqrt_() / free.masked_fill_(free == 0, 1)
         mu = torch.where(done, mu, torch.maximum(root, least))
         reach = size * mu
-        moved = torch.minimum(reach, room)
+        moved = torch.minimum(reach, limit)
     return moved
 
 
@@ -140,17 +155,10 @@ def project_linf(
 ) -> Tensor:
     """Project points onto the intersection of an l-infinity ball and a box.
 
-    Args:
-        points: Points to project, ``(n, ...)``.
-        center: Centre of each ball, inside ``bounds``, ``(n, ...)``.
-        eps: Radius >= 0, a number or ``(n,)``; infinity leaves the box alone.
-        bounds: Smallest and largest value of an input.
-
-    Returns:
-        Projected points, ``(n, ...)``. Where ``center + eps`` is rounded away from the centre the
-        value below it is taken, so that no difference exceeds ``eps``.
+    Where ``center + eps`` is rounded away from the centre the value below it is used, so that no
+    difference exceeds ``eps``. Arguments and result are those of ``project``.
     """
-    eps = _per_row(eps, points)
+    eps = _radii(eps, points)
     low, high = center - eps, center + eps
     low = torch.where(center - low > eps, torch.nextafter(low, center), low)
     high = torch.where(high - center > eps, torch.nextafter(high, center), high)
@@ -162,19 +170,11 @@ def project_l1(
 ) -> Tensor:
     """Project points onto the intersection of an l1 ball and a box.
 
-    The nearest point moves coordinate i by ``clip(|p_i| - lambda, 0, r_i)``, where r_i is the room
-    to the box. The sum of these falls piecewise linearly in lambda; sorting the 2 d kinks finds the
-    piece on which it is ``eps``, and on it lambda is a quotient. Points in the ball and the box
-    are returned unchanged, others aim a few roundings inside.
-
-    Args:
-        points: Points to project, ``(n, ...)``.
-        center: Centre of each ball, inside ``bounds``, ``(n, ...)``.
-        eps: Radius >= 0, a number or ``(n,)``; infinity leaves the box alone.
-        bounds: Smallest and largest value of an input.
-
-    Returns:
-        Projected points, ``(n, ...)``.
+    The nearest point moves coordinate i by ``clip(|p_i| - lambda, 0, r_i)``, where r_i is how far
+    the box lets it move. The sum of these falls piecewise linearly in lambda; sorting the 2 d kinks
+    finds the piece on which it is ``eps``, and on it lambda is a quotient. Points in the ball and
+    the box are returned unchanged, others aim a few roundings inside. Arguments and result are
+    those of ``project``.
 
     Source: Duchi et al., "Efficient projections onto the l1-ball for learning in high dimensions",
     ICML 2008, for the ball alone; with the box as in Croce and Hein, "Mind the box", ICML 2021.
@@ -182,10 +182,10 @@ def project_l1(
     boxed = project_box(points, bounds)
     origin = center.flatten(1)
     step = points.flatten(1) - origin
-    room = torch.where(step > 0, bounds[1] - origin, origin - bounds[0]).clamp_min(0)
-    eps = _per_row(eps, points).flatten(1)
+    limit = torch.where(step > 0, bounds[1] - origin, origin - bounds[0]).clamp_min(0)
+    eps = _radii(eps, points).flatten(1)
     size = step.abs()
-    reach = torch.minimum(size, room)
+    reach = torch.minimum(size, limit)
     inside = reach.sum(dim=1, keepdim=True) <= eps
     # Adding the centre rounds every coordinate, and the errors of d of them add up like noise.
     rounding = torch.finfo(points.dtype).eps
@@ -193,11 +193,11 @@ def project_l1(
     radius = (eps * (1 - 8 * rounding) - noise).clamp_min(0)
     radius = torch.where(inside, 0, radius)  # finite; not used where inside
     shift = _soft_threshold(size, reach, radius)
-    moved = torch.minimum((size - shift).clamp_min(0), room)
+    moved = torch.minimum((size - shift).clamp_min(0), limit)
     total = moved.sum(dim=1, keepdim=True)
     moved = moved * (radius / torch.where(total > 0, total, 1)).clamp_max(1)
     projected = project_box(origin + moved.copysign(step), bounds).reshape(points.shape)
-    return torch.where(inside.reshape(-1, *[1] * (points.ndim - 1)), boxed, projected)
+    return torch.where(per_row(inside, points), boxed, projected)
 
 
 def _soft_threshold(size: Tensor, reach: Tensor, radius: Tensor) -> Tensor:
@@ -219,10 +219,43 @@ def _soft_threshold(size: Tensor, reach: Tensor, radius: Tensor) -> Tensor:
     return torch.where(count > 0, torch.maximum(exact, shift), shift)
 
 
-def _per_row(eps: float | Tensor, points: Tensor) -> Tensor:
+def _radii(eps: float | Tensor, points: Tensor) -> Tensor:
     """Return the radii, broadcastable to the points."""
     eps = torch.as_tensor(eps, dtype=points.dtype, device=points.device)
-    return eps.expand(len(points)).reshape(-1, *[1] * (points.ndim - 1))
+    return per_row(eps.expand(len(points)), points)
 
 
 _PROJECTIONS = {1: project_l1, 2: project_l2, math.inf: project_linf}
+
+
+def random_points(region: Region, generator: torch.Generator) -> Tensor:
+    """Draw a point of each ball, uniformly, and project it on the box.
+
+    Args:
+        region: Ball and box of each row; a radius of infinity draws from the box.
+        generator: On the device of the region.
+
+    Returns:
+        Points, ``(n, ...)``.
+    """
+    center, eps, norm, bounds = region
+    flat = center.flatten(1)
+    options: dict[str, Any] = {
+        "generator": generator,
+        "dtype": flat.dtype,
+        "device": flat.device,
+    }
+    boxed = bounds[0] + (bounds[1] - bounds[0]) * torch.rand(flat.shape, **options)
+    if norm == math.inf:
+        move = 2 * torch.rand(flat.shape, **options) - 1
+    else:
+        # Gaussian for l2 and Laplace for l1 directions, lengths by the volume of the ball.
+        move = torch.randn(flat.shape, **options)
+        if norm == 1:
+            move = torch.empty_like(flat).exponential_(generator=generator) * move.sign()
+        length = torch.linalg.vector_norm(move, norm, dim=1, keepdim=True)
+        share = torch.rand((len(flat), 1), **options) ** (1 / flat.shape[1])
+        move = move * (share / length)
+    finite = eps.isfinite()[:, None]
+    points = torch.where(finite, flat + torch.where(finite, eps[:, None], 0) * move, boxed)
+    return project(points.view_as(center), center, eps, norm, bounds)

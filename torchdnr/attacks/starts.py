@@ -5,52 +5,40 @@ stalls; a sample that the model accepts as another class is on the far side alre
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from torchdnr.attacks.checks import check_like
-from torchdnr.attacks.objectives import split_scores
+from torchdnr.attacks.projections import Region, per_row
 from torchdnr.attacks.target import Target, evaluate
-from torchdnr.inputs import check_images
+from torchdnr.decisions import REJECT, predict_labels
 
 _DISTANCES = 1 << 22  # entries of the distance matrix held at once
 LINE_HALVINGS = 6
 """Bisections of the line to each pool sample; the walk does the rest."""
-_NO_CLASS = -1  # a rejected sample; the library's REJECT
 
 
-def check_pool(
-    pool: Tensor, classes: Tensor | None, inputs: Tensor, bounds: tuple[float, float]
-) -> None:
-    """Refuse a pool of starting points that does not fit the attacked inputs.
+class Pool(NamedTuple):
+    """Samples to start from, ``(m, ...)``, and their assigned classes, -1 for none, ``(m,)``."""
 
-    Raises:
-        ValueError: If the images are unlike the inputs, or the classes are not ``(m,)``.
-    """
-    check_images("init_inputs", pool, bounds)
-    check_like("init_inputs", pool, inputs)
-    if classes is not None and (
-        classes.shape != pool.shape[:1]
-        or classes.dtype != torch.int64
-        or classes.device != pool.device
-    ):
-        raise ValueError(
-            f"init_labels must be int64 (m,) with m = {len(pool)} rows of init_inputs on "
-            f"{pool.device}, got {classes.dtype} {tuple(classes.shape)} on {classes.device}"
-        )
+    samples: Tensor
+    classes: Tensor
+
+
+def make_pool(target: Target, samples: Tensor | None, classes: Tensor | None) -> Pool | None:
+    """Join samples and their classes, which the model assigns where they are not given."""
+    if samples is None:
+        return None
+    return Pool(samples, assigned_classes(target, samples) if classes is None else classes)
 
 
 @torch.no_grad()
 def assigned_classes(target: Target, pool: Tensor) -> Tensor:
-    """Return the class that the model assigns to each sample, -1 where it rejects, ``(m,)``."""
+    """Return the class that the model assigns to each sample, or ``REJECT``, ``(m,)``."""
     classes = []
     for chunk in pool.split(target.batch_size):
-        scores, threshold = split_scores(target.model(chunk), target.reject)
-        best, chunk_classes = scores.max(dim=1)
-        if threshold is not None:
-            chunk_classes = torch.where(best > threshold, chunk_classes, _NO_CLASS)
-        classes.append(chunk_classes)
+        classes.append(predict_labels(target.model(chunk), target.reject))
     return torch.cat(classes)
 
 
@@ -79,17 +67,17 @@ def nearest_other_class(
         Indices into the pool ``(n, k)``, and whether there is such a sample, bool ``(n, k)``.
     """
     points, samples = inputs.flatten(1), pool.flatten(1)
-    present = classes[classes != _NO_CLASS].unique()
+    present = classes[classes != REJECT].unique()
     members = classes == present[:, None]
     neighbours = min(neighbours, len(samples))
-    indices, found = [], []
+    indices, usable = [], []
     rows = max(1, _DISTANCES // (len(samples) * max(1, len(present))))
     for chunk, chunk_labels in zip(points.split(rows), labels.split(rows), strict=True):
         # Differences, not a matrix product: an input's neighbours do not depend on its batch.
         distances = torch.cdist(chunk, samples, compute_mode="donot_use_mm_for_euclid_dist")
         fits = (classes == chunk_labels[:, None]) == targeted
-        usable = fits & (classes != _NO_CLASS)
-        distances = torch.where(usable, distances, torch.inf)
+        fits = fits & (classes != REJECT)
+        distances = torch.where(fits, distances, torch.inf)
         if len(present):
             per_class = torch.where(members, distances[:, None], torch.inf).min(dim=2)
             leaders = per_class.values.topk(min((neighbours + 1) // 2, len(present)), largest=False)
@@ -99,15 +87,15 @@ def nearest_other_class(
             distances = distances.scatter_reduce(1, picked, leading, "amin")
         nearest = distances.topk(neighbours, largest=False)
         indices.append(nearest.indices)
-        found.append(nearest.values.isfinite())
-    return torch.cat(indices), torch.cat(found)
+        usable.append(nearest.values.isfinite())
+    return torch.cat(indices), torch.cat(usable)
 
 
 def bisect(evading: Callable[[Tensor], Tensor], near: Tensor, far: Tensor, halvings: int) -> Tensor:
     """Move each far point towards its near point while it evades.
 
     Args:
-        evading: Tells which of n points evade, bool ``(n,)``.
+        evading: Maps n points to whether each evades, bool ``(n,)``.
         near: Ends that do not evade, ``(n, ...)``.
         far: Ends that evade, ``(n, ...)``.
         halvings: Evaluations of each row.
@@ -115,15 +103,14 @@ def bisect(evading: Callable[[Tensor], Tensor], near: Tensor, far: Tensor, halvi
     Returns:
         Evading points on the segments, ``(n, ...)``.
     """
-    shape = (-1, *[1] * (far.ndim - 1))
     low = far.new_zeros(len(far))
     high = far.new_ones(len(far))
     for _ in range(halvings):
         middle = (low + high) / 2
-        good = evading(near + middle.view(shape) * (far - near))
+        good = evading(near + per_row(middle, far) * (far - near))
         low, high = torch.where(good, low, middle), torch.where(good, middle, high)
-    reached = near + high.view(shape) * (far - near)
-    return torch.where((high == 1).view(shape), far, reached)
+    reached = near + per_row(high, far) * (far - near)
+    return torch.where(per_row(high == 1, far), far, reached)
 
 
 def keep_nearest(groups: Tensor, distances: Tensor, count: int) -> Tensor:
@@ -137,46 +124,44 @@ def keep_nearest(groups: Tensor, distances: Tensor, count: int) -> Tensor:
 
 def evading_starts(
     target: Target,
-    center: Tensor,
+    region: Region,
     labels: Tensor,
-    pool: Tensor,
-    classes: Tensor,
+    pool: Pool,
     neighbours: int,
     starts: int,
-    norm: float,
-    bounds: tuple[float, float],
 ) -> tuple[Tensor, Tensor]:
     """Find evading points near each input: the nearest of each class, then the nearest of all.
 
     Args:
         target: Model, with an objective that is negative iff a point evades.
-        center: Attacked inputs, ``(n, ...)``.
-        labels: Their true classes, or targets, ``(n,)``.
-        pool: Samples, ``(m, ...)``.
-        classes: Class assigned to each of them, -1 for none, ``(m,)``.
+        region: Attacked inputs, the norm in which points are near, and the box.
+        labels: True classes, or targets, ``(n,)``.
+        pool: Samples and their classes.
         neighbours: Pool samples tried per input.
         starts: Points wanted per input, at the most.
-        norm: Norm in which they are near.
-        bounds: Smallest and largest value of an input.
 
     Returns:
         The input that each of them belongs to ``(r,)``, and the points ``(r, ...)``.
     """
-    nearest, usable = nearest_other_class(
-        center, labels, pool, classes, neighbours, target.targeted
-    )
+    center, _, norm, bounds = region
+    nearest, usable = nearest_other_class(center, labels, *pool, neighbours, target.targeted)
     owner, column = usable.nonzero(as_tuple=True)
     sample = nearest[owner, column]
 
     def evading(points: Tensor) -> Tensor:
         return evaluate(target, points, labels[owner])[0] < 0
 
-    good = evading(pool[sample])
+    good = evading(pool.samples[sample])
     owner, sample = owner[good], sample[good]
-    points = bisect(evading, center[owner], pool[sample], LINE_HALVINGS)
-    lengths = torch.linalg.vector_norm((points - center[owner]).flatten(1), norm, dim=1)
-    leaders = keep_nearest(owner * (classes.max() + 1) + classes[sample], lengths, 1)
+    points = bisect(evading, center[owner], pool.samples[sample], LINE_HALVINGS)
+    distance = lengths(points, center[owner], norm)
+    leaders = keep_nearest(owner * (pool.classes.max() + 1) + pool.classes[sample], distance, 1)
     diameter = (bounds[1] - bounds[0]) * max(1.0, center[0].numel() ** (1 / norm))
-    rank = (lengths + diameter).index_copy(0, leaders, lengths[leaders])  # leaders come first
+    rank = (distance + diameter).index_copy(0, leaders, distance[leaders])  # leaders come first
     keep = keep_nearest(owner, rank, starts)
     return owner[keep], points[keep]
+
+
+def lengths(points: Tensor, center: Tensor, norm: float) -> Tensor:
+    """Compute the norm of each perturbation, ``(n,)``."""
+    return torch.linalg.vector_norm((points - center).flatten(1), norm, dim=1)

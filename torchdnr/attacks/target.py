@@ -1,20 +1,14 @@
-"""The model under attack, as the attacks see it: values to lower and the way down."""
+"""The model under attack with its objective: values and directions of descent at points."""
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from torchdnr.attacks import waiting
-from torchdnr.attacks.objectives import (
-    NEGATIVE_IF_SUCCESSFUL,
-    ObjectiveFunction,
-    split_scores,
-    succeeds,
-)
-from torchdnr.features import evaluation_mode
+from torchdnr.attacks.directions import unit
+from torchdnr.attacks.objectives import NEGATIVE_IF_SUCCESSFUL, ObjectiveFunction
+from torchdnr.decisions import split_scores, succeeds
 
 
 class Target(NamedTuple):
@@ -25,7 +19,7 @@ class Target(NamedTuple):
         objective: Maps scores, threshold and labels to ``(n,)``.
         reject: Whether the model returns theta.
         batch_size: Rows in one forward.
-        targeted: Whether the classes of the rows are wanted, not to be left.
+        targeted: Whether the classes given with the points are targets, not the true ones.
     """
 
     model: Callable[[Tensor], Tensor]
@@ -33,16 +27,6 @@ class Target(NamedTuple):
     reject: bool
     batch_size: int
     targeted: bool = False
-
-
-def has_reject_column(model: Callable[[Tensor], Tensor], reject: bool | None) -> bool:
-    """Decide whether the last column of the output is theta; ``None`` asks ``reject_index``."""
-    return getattr(model, "reject_index", None) is not None if reject is None else reject
-
-
-def left_as_found(model: Callable[[Tensor], Tensor]) -> AbstractContextManager[None]:
-    """Evaluate a module in evaluation mode and put it back afterwards; a function needs nothing."""
-    return evaluation_mode(model) if isinstance(model, nn.Module) else nullcontext()
 
 
 @torch.no_grad()
@@ -70,7 +54,7 @@ def evaluate(target: Target, points: Tensor, labels: Tensor) -> tuple[Tensor, Te
 
 
 class Slope(NamedTuple):
-    """What one forward and backward tells of each point.
+    """Objective and direction of descent at each point, from one forward and backward.
 
     Attributes:
         direction: Of steepest descent, of unit l2 norm, ``(n, ...)``; zero where the gradient is
@@ -89,8 +73,8 @@ class Slope(NamedTuple):
 def slope_at(target: Target, points: Tensor, labels: Tensor) -> Slope:
     """Evaluate objective, success and gradient of each point, in chunks.
 
-    The gradient of an RBF score vanishes far from the support vectors, so its length tells
-    little; rows of very small or large ones are scaled by their largest entry before squaring.
+    The gradient of an RBF score vanishes far from the support vectors, so its direction counts and
+    its length does not; very short or long ones are scaled by their largest entry before squaring.
 
     Args:
         target: Model and objective.
@@ -103,7 +87,7 @@ def slope_at(target: Target, points: Tensor, labels: Tensor) -> Slope:
     Raises:
         ValueError: If no gradient leads from the output to the input.
     """
-    found = []
+    parts: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
     size = target.batch_size
     for chunk, chunk_labels in zip(points.split(size), labels.split(size), strict=True):
         with torch.enable_grad():
@@ -117,10 +101,10 @@ def slope_at(target: Target, points: Tensor, labels: Tensor) -> Slope:
         else:
             evading = succeeds(output.detach(), chunk_labels, target.reject, target.targeted)
         direction, length = unit(descent)
-        found.append((direction, _worst_if_nan(value), evading, length))
-    if len(found) == 1:
-        return Slope(*found[0])
-    return Slope(*(torch.cat(parts) for parts in zip(*found, strict=True)))
+        parts.append((direction, _worst_if_nan(value), evading, length))
+    if len(parts) == 1:
+        return Slope(*parts[0])
+    return Slope(*map(torch.cat, zip(*parts, strict=True)))
 
 
 def input_gradient(value: Tensor, points: Tensor, *, retain: bool = False) -> Tensor:
@@ -143,7 +127,7 @@ def input_gradient(value: Tensor, points: Tensor, *, retain: bool = False) -> Te
 
 
 def check_classes(target: Target, inputs: Tensor, labels: Tensor) -> None:
-    """Refuse a model output, or labels, that do not fit, by a look at the first input.
+    """Refuse a model output, or labels, that do not fit; evaluates the first input.
 
     Raises:
         ValueError: If the output is not ``(n, c)``, or ``(n, c + 1)`` for a rejecting model, with
@@ -171,32 +155,3 @@ def _objective(target: Target, output: Tensor, labels: Tensor) -> Tensor:
 
 def _worst_if_nan(values: Tensor) -> Tensor:
     return values.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
-
-
-def unit(vectors: Tensor) -> tuple[Tensor, Tensor]:
-    """Scale each row to unit l2 norm; zero, NaN and infinite entries do no harm.
-
-    Returns:
-        Unit rows ``(n, ...)``, and the norms they had ``(n,)``.
-    """
-    flat = vectors.flatten(1)
-    if not waiting.free_to_look(flat):
-        scaled, length = _unit_of_any(flat)
-        return scaled.view_as(vectors), length[:, 0]
-    # Nearly all rows allow the short way.
-    length = torch.linalg.vector_norm(flat, dim=1, keepdim=True)
-    limits = torch.finfo(flat.dtype)
-    usual = (length > limits.tiny**0.25) & (length < limits.max**0.25)  # not where it is NaN
-    scaled = flat / length
-    if not usual.all():
-        odd = (~usual[:, 0]).nonzero()[:, 0]
-        scaled[odd], length[odd] = _unit_of_any(flat[odd])
-    return scaled.view_as(vectors), length[:, 0]
-
-
-def _unit_of_any(flat: Tensor) -> tuple[Tensor, Tensor]:
-    flat = flat.nan_to_num()
-    largest = torch.linalg.vector_norm(flat, torch.inf, dim=1, keepdim=True)
-    flat = flat / torch.where(largest > 0, largest, 1)
-    length = torch.linalg.vector_norm(flat, dim=1, keepdim=True)
-    return flat / torch.where(length > 0, length, 1), length * largest

@@ -1,45 +1,61 @@
 """Evaluation of classifiers that may reject, under attack."""
 
-from torchdnr.evaluation.curve import AttackCurve, SecurityCurve
+from torchdnr.decisions import predict_labels
+from torchdnr.evaluation.curve import AttackCurve, SecurityCurve, median_evasion_norm
 from torchdnr.evaluation.detection import (
     Detection,
+    Measures,
     detection_scores,
+    measure,
     measure_detection,
     rejection_scores,
+    robust_error,
+    robust_errors,
+    threshold_at_tpr,
 )
-from torchdnr.evaluation.intervals import Estimate, median_of, share
-from torchdnr.evaluation.known_attacks import ATTACKS, BOUNDARY_WALK, LINE_SEARCH_PGD, Attack
-from torchdnr.evaluation.line_up import build_line_up, default_line_up
-from torchdnr.evaluation.measures import Measures, measure
+from torchdnr.evaluation.figures import plot_curves, plot_examples
+from torchdnr.evaluation.line_up import (
+    ATTACKS,
+    BOUNDARY_WALK,
+    LINE_SEARCH_PGD,
+    Attack,
+    build_line_up,
+    default_line_up,
+)
 from torchdnr.evaluation.metrics import (
+    DecisionRates,
+    Estimate,
     accuracy_under_attack,
+    decision_rates,
     evasion_rate,
-    predict_labels,
+    median_of,
     rejection_rate,
+    share,
     wilson_interval,
 )
-from torchdnr.evaluation.plots import plot_curves, plot_examples
-from torchdnr.evaluation.plots_rejection import plot_roc, plot_stratified, plot_threshold_sweep
-from torchdnr.evaluation.rates import (
-    DecisionRates,
+from torchdnr.evaluation.report.html import save_html
+from torchdnr.evaluation.report.rejection_figures import (
+    plot_roc,
+    plot_stratified,
+    plot_threshold_sweep,
+)
+from torchdnr.evaluation.report.table import (
     attack_costs,
     attack_rates,
-    decision_rates,
-    median_evasion_norm,
+    format_table,
+    load_results,
+    save_csv,
+    save_results,
 )
-from torchdnr.evaluation.report import format_table, load_results, save_results
-from torchdnr.evaluation.report_csv import save_csv
-from torchdnr.evaluation.report_html import save_html
-from torchdnr.evaluation.robust_error import robust_error, robust_errors, threshold_at_tpr
 from torchdnr.evaluation.roc import ROC, auroc, auroc_difference, fpr_at_tpr, roc_curve
 from torchdnr.evaluation.security import security_evaluation, security_evaluations
 from torchdnr.evaluation.stratified import ALPHAS, StratifiedCurve, stratified_curve
 from torchdnr.evaluation.threshold_sweep import (
     ThresholdSweep,
+    WithThreshold,
     threshold_sweep,
     thresholds_at_rates,
 )
-from torchdnr.evaluation.threshold_view import WithThreshold
 
 __all__ = [
     "ALPHAS",

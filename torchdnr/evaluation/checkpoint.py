@@ -1,18 +1,20 @@
-"""Finished steps of one attack on disk, so that a stopped evaluation goes on where it was."""
+"""Finished steps of one attack on disk, and how a later run recognises them."""
 
 import json
 import os
 import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from torchdnr.files import CheckpointError, load_tensors, save_tensors
-from torchdnr.processes import Processes
+from torchdnr.distributed.processes import Processes
+from torchdnr.evaluation.judging import Task, outputs
+from torchdnr.files import CheckpointError, digest, load_tensors, save_tensors
 
 KIND = "torchdnr security evaluation"
 CLEAN_OUTPUT = "clean output"  # no step has this name
@@ -22,14 +24,14 @@ COSTS = "seconds", "forwards", "backwards"
 class Checkpoint:
     """Points and costs of the finished steps of an attack, in memory and, given a path, in a file.
 
-    Opening it reads the steps of an earlier run with the same settings and the same model. The
-    model is recognised by its output, up to rounding. Any other file there is
-    moved aside with a warning, and the attack starts again.
+    Opening it reads the steps of an earlier run with the same settings and the same model, which is
+    recognised by its output, up to rounding. Any other file there is moved aside with a warning,
+    and the attack starts again.
 
     Args:
         path: File of the checkpoint, or None to keep the steps in memory only.
         fingerprint: Everything besides the model that the points depend on; JSON values.
-        output: Output of the model by which it is known again, ``(m, c)`` or ``(m, c + 1)``.
+        output: Output of the model by which it is recognised, ``(m, c)`` or ``(m, c + 1)``.
 
     Raises:
         OSError: If the file cannot be written: at once, not after the first step.
@@ -44,7 +46,7 @@ class Checkpoint:
         self.points: dict[str, Tensor] = {}
         self.costs: dict[str, dict[str, float]] = {}
         if self.path is not None:
-            problem = self._read() if self.path.exists() else None
+            problem = self._read(self.path) if self.path.exists() else None
             if problem:
                 aside = self.path.with_name(self.path.name + ".unused")
                 os.replace(self.path, aside)
@@ -74,10 +76,10 @@ class Checkpoint:
         for step in steps:
             points = self.points[step].to(like.device) if here else torch.empty_like(like)
             spent = [self.costs[step][key] if here else 0.0 for key in COSTS]
-            points = processes.share(points, owner)
+            points = processes.broadcast(points, owner)
             # float64 holds counts exactly up to 2^53
             cost = torch.tensor(spent, dtype=torch.float64, device=like.device)
-            seconds, *counts = processes.share(cost, owner).tolist()
+            seconds, *counts = processes.broadcast(cost, owner).tolist()
             if not here:
                 self.points[step] = points.cpu()
                 self.costs[step] = dict(zip(COSTS, [seconds, *map(int, counts)], strict=True))
@@ -88,10 +90,10 @@ class Checkpoint:
         metadata = {"fingerprint": self.fingerprint, "costs": self.costs}
         save_tensors(self.path, {CLEAN_OUTPUT: self.output, **self.points}, metadata, KIND)
 
-    def _read(self) -> str | None:
-        """Read the file, or tell why it cannot be used."""
+    def _read(self, path: Path) -> str | None:
+        """Read the file, or return why it cannot be used."""
         try:
-            tensors, metadata = load_tensors(self.path, KIND)
+            tensors, metadata = load_tensors(path, KIND)
             output = tensors.pop(CLEAN_OUTPUT)
             costs = metadata["costs"]
             if metadata["fingerprint"] != self.fingerprint:
@@ -113,7 +115,7 @@ class Checkpoint:
 def attack_paths(path: str | Path | None, attacks: Iterable[str]) -> dict[str, Path | None]:
     """Name a checkpoint for each attack: ``dnr.safetensors`` becomes ``dnr-boundary-walk...``.
 
-    A file each: attacks can be added to the line-up, and run in several processes, without any of
+    A file each: attacks can be added to the line-up, and run in different processes, without any of
     them touching what another has finished.
 
     Raises:
@@ -130,3 +132,33 @@ def attack_paths(path: str | Path | None, attacks: Iterable[str]) -> dict[str, P
         name: path.with_name(f"{path.stem}-{slug}{path.suffix}")
         for name, slug in zip(names, slugs, strict=True)
     }
+
+
+def fingerprint(
+    task: Task, model: Callable[[Tensor], Tensor], init_inputs: Tensor | None
+) -> dict[str, Any]:
+    """Collect what the points of every attack depend on, as JSON values."""
+    tensors = {"inputs": task.inputs, "labels": task.labels}
+    if init_inputs is not None:
+        tensors["init_inputs"] = init_inputs
+    return {
+        "tensors": digest(tensors),
+        "norm": task.norm,
+        "bounds": task.bounds,
+        "reject": task.reject,
+        "torchdnr": version("torchdnr"),
+        "model": [type(model).__qualname__, digest(model.state_dict())]
+        if isinstance(model, nn.Module)
+        else None,
+    }
+
+
+def behaviour(task: Task) -> Tensor:
+    """Run the model on the inputs and on noise around them, to recognise it.
+
+    The noise tells apart models that agree on clean images only, such as one that quantises.
+    """
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(task.inputs.shape, generator=generator).to(task.inputs)
+    noisy = (task.inputs + 0.1 * (task.bounds[1] - task.bounds[0]) * noise).clamp(*task.bounds)
+    return outputs(task.model, torch.cat([task.inputs, noisy]), task.batch_size)

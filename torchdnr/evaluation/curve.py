@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,10 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchdnr.evaluation import metrics
-from torchdnr.files import atomic_write_bytes
+from torchdnr.evaluation.figures import plot_curves
+from torchdnr.evaluation.metrics import DecisionRates, Estimate, decision_rates, median_of
+from torchdnr.files import read_json, write_json
 
 FORMAT = 1
+PER_EPS = "seconds", "forwards", "backwards", "violations"
 
 
 @dataclass(eq=False)
@@ -34,38 +35,42 @@ class Predictions:
     predictions: Tensor
     mean_norm: list[float]
 
-    @property
-    def accuracy(self) -> list[float]:
-        """Accuracy under attack, one per eps (see ``metrics.accuracy_under_attack``)."""
+    def estimates(self, confidence: float = 0.95) -> list[DecisionRates]:
+        """Measure every rate, with its confidence interval, at each eps."""
         return [
-            metrics.accuracy_under_attack(row, self.labels, eps)
+            decision_rates(row, self.labels, eps, confidence=confidence)
             for row, eps in zip(self.predictions, self.eps, strict=True)
         ]
 
     @property
+    def accuracy(self) -> list[float]:
+        """Accuracy under attack, one per eps."""
+        return [rates.accuracy.value for rates in self.estimates()]
+
+    @property
     def rejection_rate(self) -> list[float]:
         """Share of rejected samples, one per eps."""
-        return [metrics.rejection_rate(row) for row in self.predictions]
+        return [rates.rejection.value for rates in self.estimates()]
 
     @property
     def evasion_rate(self) -> list[float]:
         """Share of samples accepted and wrong, one per eps."""
-        return [metrics.evasion_rate(row, self.labels) for row in self.predictions]
+        return [rates.evasion.value for rates in self.estimates()]
 
     @property
     def accuracy_interval(self) -> list[tuple[float, float]]:
         """95 % confidence interval of the accuracy, one per eps."""
-        return [metrics.wilson_interval(rate, len(self.labels)) for rate in self.accuracy]
+        return [(rates.accuracy.low, rates.accuracy.high) for rates in self.estimates()]
 
     @property
     def rejection_interval(self) -> list[tuple[float, float]]:
         """95 % confidence interval of the rejection rate, one per eps."""
-        return [metrics.wilson_interval(rate, len(self.labels)) for rate in self.rejection_rate]
+        return [(rates.rejection.low, rates.rejection.high) for rates in self.estimates()]
 
     @property
     def evasion_interval(self) -> list[tuple[float, float]]:
         """95 % confidence interval of the evasion rate, one per eps."""
-        return [metrics.wilson_interval(rate, len(self.labels)) for rate in self.evasion_rate]
+        return [(rates.evasion.low, rates.evasion.high) for rates in self.estimates()]
 
     def rates(self) -> dict[str, list]:
         """Collect every rate for a reader of the JSON file; loading computes them afresh."""
@@ -127,9 +132,7 @@ class SecurityCurve(Predictions):
     @property
     def median_evasion_norm(self) -> float:
         """Median over the samples of ``evasion_norm``; infinite if half were never evaded."""
-        ordered = self.evasion_norm.sort().values
-        n = len(ordered)
-        return ((ordered[(n - 1) // 2] + ordered[n // 2]) / 2).item()
+        return median_of(self.evasion_norm).value
 
     def to_dict(self) -> dict[str, Any]:
         """Convert to numbers, lists and dictionaries: everything but ``adversarial``."""
@@ -150,10 +153,7 @@ class SecurityCurve(Predictions):
                     **attack.rates(),
                     "mean_norm": attack.mean_norm,
                     "minimum_norm": attack.minimum_norm,
-                    "seconds": attack.seconds,
-                    "forwards": attack.forwards,
-                    "backwards": attack.backwards,
-                    "violations": attack.violations,
+                    **{key: getattr(attack, key) for key in PER_EPS},
                     "settings": attack.settings,
                     "predictions": attack.predictions.tolist(),
                 }
@@ -174,26 +174,28 @@ class SecurityCurve(Predictions):
         if not isinstance(content, Mapping) or content.get("format") != FORMAT:
             raise ValueError(f"not a security curve of format {FORMAT}: evaluate the model again")
         try:
-            shared = {"eps": list(content["eps"]), "labels": torch.tensor(content["labels"])}
-            names = "mean_norm", "minimum_norm", "seconds", "forwards", "backwards", "violations"
+            shared: dict[str, Any] = {
+                "eps": list(content["eps"]),
+                "labels": torch.tensor(content["labels"]),
+            }
+            attacks = {
+                name: AttackCurve(
+                    **shared,
+                    predictions=torch.tensor(attack["predictions"]),
+                    **{key: attack[key] for key in ("mean_norm", "minimum_norm", *PER_EPS)},
+                    settings=attack["settings"],
+                )
+                for name, attack in content["attacks"].items()
+            }
+            norms = [float(value) for value in content["evasion_norm"]]
+            names = "mean_norm", "name", "rejects", "seconds", "settings", "environment"
             return cls(
                 **shared,
                 predictions=torch.tensor(content["predictions"]),
-                **{key: content[key] for key in ("mean_norm", "name", "rejects", "seconds")},
                 norm=float(content["norm"]),
-                attacks={
-                    name: AttackCurve(
-                        **shared,
-                        predictions=torch.tensor(attack["predictions"]),
-                        **{key: attack[key] for key in (*names, "settings")},
-                    )
-                    for name, attack in content["attacks"].items()
-                },
-                evasion_norm=torch.tensor(
-                    [float(value) for value in content["evasion_norm"]], dtype=torch.float64
-                ),
-                settings=content["settings"],
-                environment=content["environment"],
+                attacks=attacks,
+                evasion_norm=torch.tensor(norms, dtype=torch.float64),
+                **{key: content[key] for key in names},
             )
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"not a security curve, {error!r}: evaluate the model again") from None
@@ -208,36 +210,30 @@ class SecurityCurve(Predictions):
         return cls.from_dict(read_json(path))
 
     def plot(self, path: str | Path) -> None:
-        """Draw the curve to an image file (see ``plots.plot_curves``)."""
-        from torchdnr.evaluation.plots import plot_curves  # it imports this file
-
+        """Draw the curve to an image file; see ``figures.plot_curves``."""
         plot_curves({self.name or "classifier": self}, path)
 
 
-def write_json(path: str | Path, content: Mapping[str, Any]) -> None:
-    """Write strict JSON atomically; infinity, paths, devices and the like become text."""
-    text = json.dumps(plain_json(content), indent=1, allow_nan=False) + "\n"
-    atomic_write_bytes(path, text.encode())
+def median_evasion_norm(curve: SecurityCurve, *, confidence: float = 0.95) -> Estimate:
+    """Measure the median norm at which samples are evaded, with its interval.
 
+    Args:
+        curve: Security evaluation; a sample that was never evaded counts as infinite.
+        confidence: Coverage of the interval, in (0, 1).
 
-def read_json(path: str | Path) -> Any:  # noqa: ANN401 - whatever the file holds
-    """Read a JSON file.
-
-    Raises:
-        ValueError: If the file is not JSON.
+    Returns:
+        ``Estimate``; its value is ``curve.median_evasion_norm``, and infinite ends are possible.
     """
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not a JSON file: {error}") from None
+    if len(curve.evasion_norm) == 0:
+        return Estimate(math.nan, 0.0, math.inf, 0)
+    return median_of(curve.evasion_norm, confidence=confidence)
 
 
-def plain_json(value: object) -> Any:  # noqa: ANN401 - as the value
-    """Convert to what strict JSON holds: infinity, paths, devices and the like become text."""
-    if isinstance(value, Mapping):
-        return {str(key): plain_json(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain_json(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    return value if isinstance(value, str | int | float | None) else str(value)
+def most_telling_eps(curve: SecurityCurve) -> float | None:
+    """Return the positive eps at which accuracy is nearest to one half; None if there is none."""
+    positive = [
+        (abs(rate - 0.5), eps)
+        for rate, eps in zip(curve.accuracy, curve.eps, strict=True)
+        if eps > 0
+    ]
+    return min(positive)[1] if positive else None

@@ -1,17 +1,20 @@
-"""How well rejection tells adversarial from clean inputs, at every threshold."""
+"""Rejection as a detector of adversarial inputs: how well it does at every threshold."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from torchdnr.evaluation.decisions import check_labels, decide, stacked
-from torchdnr.evaluation.intervals import Estimate, share
-from torchdnr.evaluation.roc import ROC, auroc, fpr_at_tpr, roc_curve
+from torchdnr.decisions import evaluation_mode
+from torchdnr.evaluation.curve import SecurityCurve, median_evasion_norm
+from torchdnr.evaluation.judging import check_labels, decide, outputs, stacked
+from torchdnr.evaluation.metrics import Estimate, share, to_plain
+from torchdnr.evaluation.roc import ROC, auroc, fpr_at_tpr, needed_rank, roc_curve
 
 CLEAN_TPR = 0.99, 0.98, 0.95
 ADVERSARIALS = "successful", "all"
@@ -25,39 +28,28 @@ class Detection:
     Attributes:
         adversarials: Which adversarial inputs are counted: "successful" or "all".
         cleans: Which clean inputs are counted: "correct" or "all".
-        roc: Curve of the rejection score; adversarial inputs are positive.
-        auroc: Area under it.
+        auroc: Area under the ROC curve.
         fpr_at_tpr: Share of clean inputs rejected where 95 % of the adversarial ones are.
         accepted_at_tpr: Share of adversarial inputs accepted where a given share (the key) of the
             clean ones is; here, as in CCAT, accepted clean inputs are the true positives.
-        detected: Share of adversarial inputs rejected at the classifier's own theta; None if it
-            has none.
+        detected: Share of adversarial inputs rejected at the classifier's theta; None if it has
+            none.
         false_rejection: Share of clean inputs rejected at that theta; None if it has none.
+        roc: ROC curve of the rejection score; adversarial inputs are positive.
     """
 
     adversarials: str
     cleans: str
-    roc: ROC
     auroc: Estimate
     fpr_at_tpr: Estimate
     accepted_at_tpr: dict[float, Estimate]
     detected: Estimate | None
     false_rejection: Estimate | None
+    roc: ROC
 
     def to_dict(self) -> dict[str, Any]:
         """Convert to numbers, lists and dictionaries."""
-        return {
-            "adversarials": self.adversarials,
-            "cleans": self.cleans,
-            "auroc": self.auroc.to_dict(),
-            "fpr_at_tpr": self.fpr_at_tpr.to_dict(),
-            "accepted_at_tpr": {
-                f"{tpr:g}": rate.to_dict() for tpr, rate in self.accepted_at_tpr.items()
-            },
-            "detected": self.detected and self.detected.to_dict(),
-            "false_rejection": self.false_rejection and self.false_rejection.to_dict(),
-            "roc": {name: values.tolist() for name, values in self.roc._asdict().items()},
-        }
+        return to_plain(self)
 
 
 def rejection_scores(output: Tensor, reject: bool) -> Tensor:
@@ -89,7 +81,7 @@ def detection_scores(
 
     By default, as in CCAT, an adversarial input counts if its best score is that of a wrong class,
     accepted or not, while the class of the clean input was right; and a clean input if its class is
-    right. Of several attacks the counted point that is rejected least stands for its sample.
+    right. Of k attacks the counted point that is rejected least stands for its sample.
 
     Args:
         clean: Output for the clean inputs, ``(n, c)``, or with ``reject`` ``(n, c + 1)``.
@@ -113,11 +105,11 @@ def detection_scores(
             f"got {adversarials!r} and {cleans!r}"
         )
     check_labels(labels, clean)
-    several = stacked(adversarial, clean)
+    attacks = stacked(adversarial, clean)
     right = decide(clean, reject).classes == labels
-    negatives, positives = rejection_scores(clean, reject), rejection_scores(several, reject)
+    negatives, positives = rejection_scores(clean, reject), rejection_scores(attacks, reject)
     if adversarials == "successful":
-        counted = right & (decide(several, reject).classes != labels)
+        counted = right & (decide(attacks, reject).classes != labels)
         positives = torch.where(counted, positives, torch.inf).amin(dim=0)
         positives = positives[counted.any(dim=0)]
     else:
@@ -144,7 +136,7 @@ def measure_detection(
     clean_tpr: Sequence[float] = CLEAN_TPR,
     confidence: float = 0.95,
 ) -> Detection:
-    """Measure how well the rejection score tells adversarial from clean inputs.
+    """Measure how well the rejection score separates adversarial from clean inputs.
 
     Args:
         clean: Output for the clean inputs, ``(n, c)``, or with ``reject`` ``(n, c + 1)``.
@@ -163,21 +155,208 @@ def measure_detection(
     Raises:
         ValueError: If an argument is not as described, or one of the groups is empty.
     """
-    options = {"adversarials": adversarials, "cleans": cleans}
-    negatives, positives = detection_scores(clean, adversarial, labels, reject, **options)
-    at_theta = [
-        share(scores >= 0, confidence=confidence) if reject else None
-        for scores in (positives, negatives)
-    ]
+    negatives, positives = detection_scores(
+        clean, adversarial, labels, reject, adversarials=adversarials, cleans=cleans
+    )
     return Detection(
-        **options,
-        roc=roc_curve(negatives, positives),
+        adversarials=adversarials,
+        cleans=cleans,
         auroc=auroc(negatives, positives, confidence=confidence),
         fpr_at_tpr=fpr_at_tpr(negatives, positives, tpr, confidence=confidence),
         accepted_at_tpr={
             value: fpr_at_tpr(-positives, -negatives, value, confidence=confidence)
             for value in clean_tpr
         },
-        detected=at_theta[0],
-        false_rejection=at_theta[1],
+        detected=share(positives >= 0, confidence=confidence) if reject else None,
+        false_rejection=share(negatives >= 0, confidence=confidence) if reject else None,
+        roc=roc_curve(negatives, positives),
+    )
+
+
+def robust_error(
+    clean: Tensor,
+    adversarial: Tensor,
+    labels: Tensor,
+    reject: bool,
+    *,
+    threshold: float | Tensor | None = None,
+    confidence: float = 0.95,
+) -> Estimate:
+    """Compute the confidence-thresholded robust error RTE(theta), of CCAT.
+
+    Of the samples that are accepted, clean or under at least one attack, the share that is accepted
+    and wrong there. With the clean output as the adversarial one too it is the error among the
+    accepted clean inputs.
+
+    Args:
+        clean: Output for the clean inputs, ``(n, c)``, or with ``reject`` ``(n, c + 1)``.
+        adversarial: Output for the perturbed ones, like ``clean`` or ``(k, ...)`` of k attacks; the
+            worst counts, per sample.
+        labels: True labels, ``(n,)``.
+        reject: Whether the last column is theta.
+        threshold: theta; None: that of the output, and if it has none everything is accepted.
+        confidence: Coverage of the interval, in (0, 1).
+
+    Returns:
+        ``Estimate``; ``n`` is the number of samples accepted. If there are none it is NaN.
+
+    Raises:
+        ValueError: If an argument is not as described.
+
+    Source: Stutz et al., "Confidence-calibrated adversarial training", ICML 2020, Sec. 4.
+    """
+    check_labels(labels, clean)
+    points = torch.cat([clean[None], stacked(adversarial, clean)])
+    decisions = decide(points, reject, threshold)
+    wrong = decisions.accepted & (decisions.classes != labels)
+    return share(wrong.any(dim=0), decisions.accepted.any(dim=0), confidence=confidence)
+
+
+def threshold_at_tpr(output: Tensor, labels: Tensor, reject: bool, tpr: float) -> float:
+    """Find the highest threshold that accepts at least a share of the inputs that are right.
+
+    It lies halfway between the lowest best score accepted and the next below it, or just below the
+    former where there is none.
+
+    Args:
+        output: Output for clean inputs that nothing else is measured on, ``(n, c)``, or with
+            ``reject`` ``(n, c + 1)``.
+        labels: Their true labels, ``(n,)``.
+        reject: Whether the last column is theta; it is not used.
+        tpr: Share to accept, in (0, 1].
+
+    Returns:
+        theta.
+
+    Raises:
+        ValueError: If an argument is not as described, or no input is right.
+
+    Source: Stutz et al., "Confidence-calibrated adversarial training", ICML 2020.
+    """
+    check_labels(labels, output)
+    if not 0 < tpr <= 1:
+        raise ValueError(f"tpr must be in (0, 1], got {tpr}")
+    decisions = decide(output, reject)
+    best = decisions.confidence[decisions.classes == labels].sort(descending=True).values
+    if len(best) == 0:
+        raise ValueError("no clean input is given its true class: no threshold accepts any")
+    lowest = best[needed_rank(len(best), tpr) - 1]
+    below = best[best < lowest]
+    if len(below) == 0:
+        return torch.nextafter(lowest, lowest.new_tensor(-math.inf)).item()
+    middle = below[0] + (lowest - below[0]) / 2
+    return torch.where(middle < lowest, middle, below[0]).item()
+
+
+def robust_errors(
+    clean: Tensor,
+    adversarial: Tensor,
+    labels: Tensor,
+    reject: bool,
+    *,
+    calibration: tuple[Tensor, Tensor],
+    tpr: Sequence[float] = CLEAN_TPR,
+    confidence: float = 0.95,
+) -> dict[float, Estimate]:
+    """Compute the robust error at the thresholds that accept given shares of right clean inputs.
+
+    Args:
+        clean: Output for the clean inputs, ``(n, c)``, or with ``reject`` ``(n, c + 1)``.
+        adversarial: Output for the perturbed ones, like ``clean`` or ``(k, ...)`` of k attacks.
+        labels: True labels, ``(n,)``.
+        reject: Whether the last column is theta; it is replaced.
+        calibration: Output and labels of further clean inputs that set the thresholds.
+        tpr: Shares of them to accept.
+        confidence: Coverage of the intervals, in (0, 1).
+
+    Returns:
+        ``Estimate`` by share.
+
+    Raises:
+        ValueError: If an argument is not as described.
+    """
+    arguments = clean, adversarial, labels, reject
+    return {
+        value: robust_error(
+            *arguments,
+            threshold=threshold_at_tpr(*calibration, reject, value),
+            confidence=confidence,
+        )
+        for value in tpr
+    }
+
+
+@dataclass(frozen=True, eq=False)
+class Measures:
+    """Measures of one classifier in the worst case over its attacks, with 95 % intervals.
+
+    Attributes:
+        median_evasion_norm: Norm at which half of the samples are evaded.
+        detection: Per positive eps how well rejection separates adversarial from clean inputs; None
+            where no clean input that is right becomes one that is wrong.
+        robust_error: Per positive eps, by the threshold at which it is read ("own", or the share
+            of right calibration inputs that it accepts), the error among the accepted.
+        error_if_accepted: Per eps the share of the accepted that is wrong.
+    """
+
+    median_evasion_norm: Estimate
+    detection: dict[float, Detection | None]
+    robust_error: dict[float, dict[str, Estimate]]
+    error_if_accepted: dict[float, Estimate]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Convert to numbers, lists and dictionaries."""
+        return to_plain(self)
+
+
+def measure(
+    model: Callable[[Tensor], Tensor],
+    inputs: Tensor,
+    curve: SecurityCurve,
+    *,
+    calibration: tuple[Tensor, Tensor] | None = None,
+    batch_size: int = 256,
+) -> Measures:
+    """Measure detection and error at every eps of an evaluation.
+
+    Args:
+        model: The classifier that ``curve`` is of.
+        inputs: The clean inputs that were attacked, ``(n, ...)``.
+        curve: Its security evaluation, with ``adversarial``.
+        calibration: Further clean inputs and labels, on which thresholds are set that accept given
+            shares of them; None: only the threshold of the classifier counts.
+        batch_size: Inputs per batch.
+
+    Returns:
+        ``Measures``.
+
+    Raises:
+        ValueError: If the curve has been loaded from a file, without its adversarial points.
+    """
+    if curve.adversarial is None:
+        raise ValueError("curve must hold its adversarial points, got one without: evaluate again")
+    labels = curve.labels.to(inputs.device)
+    detection: dict[float, Detection | None] = {}
+    errors: dict[float, dict[str, Estimate]] = {}
+    with evaluation_mode(model):
+        clean = outputs(model, inputs, batch_size)
+        right = decide(clean, curve.rejects).classes == labels
+        calibrated = calibration and (outputs(model, calibration[0], batch_size), calibration[1])
+        for eps, points in zip(curve.eps, curve.adversarial, strict=True):
+            if eps == 0:
+                continue
+            output = outputs(model, points.to(inputs), batch_size)
+            arguments = clean, output, labels, curve.rejects
+            counted = right & (decide(output, curve.rejects).classes != labels)
+            detection[eps] = measure_detection(*arguments) if counted.any() else None
+            errors[eps] = {"own": robust_error(*arguments)}
+            if calibrated is not None:
+                by_tpr = robust_errors(*arguments, calibration=calibrated)
+                errors[eps] |= {f"{tpr:.0%}": rate for tpr, rate in by_tpr.items()}
+    among_accepted = [rates.error_if_accepted for rates in curve.estimates()]
+    return Measures(
+        median_evasion_norm(curve),
+        detection,
+        errors,
+        dict(zip(curve.eps, among_accepted, strict=True)),
     )

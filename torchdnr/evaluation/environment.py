@@ -6,8 +6,6 @@ from pathlib import Path
 
 import torch
 
-from torchdnr import __version__
-
 
 def describe_environment(device: torch.device | str) -> dict[str, object]:
     """Describe versions and hardware, to be stored beside the results.
@@ -21,7 +19,7 @@ def describe_environment(device: torch.device | str) -> dict[str, object]:
     device = torch.device(device)
     on_cuda = device.type == "cuda"
     return {
-        "torchdnr": __version__,
+        "torchdnr": version("torchdnr"),
         "torch": torch.__version__,
         "torchvision": _version("torchvision"),
         "cuda": torch.version.cuda if on_cuda else None,

@@ -1,4 +1,4 @@
-"""What becomes of points under attack: inside the ball or not, accepted, wrong, by which margin."""
+"""What a model makes of points: outputs, decisions, and the worst case of each sample."""
 
 import warnings
 from collections.abc import Callable
@@ -9,11 +9,143 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from torchdnr.attacks.objectives import decision_objective, split_scores
+from torchdnr.attacks.objectives import decision_objective
 from torchdnr.attacks.projections import project
-from torchdnr.evaluation.metrics import evaded, predict_labels
+from torchdnr.decisions import REJECT, accepted, is_evasion, predict_labels, split_scores
 
 TOLERANCE = 1e-5  # of float32 arithmetic, relative to the larger of eps and 1
+
+
+def outputs(model: Callable[[Tensor], Tensor], points: Tensor, batch_size: int) -> Tensor:
+    """Run the model without gradients in batches of a fixed size: rounding depends on it.
+
+    Raises:
+        ValueError: If an output is NaN: no decision can be read from it.
+    """
+    with torch.no_grad():
+        output = torch.cat([model(part) for part in points.split(batch_size)])
+    broken = output.flatten(1).isnan().any(dim=1)
+    if broken.any():
+        raise ValueError(
+            f"the model returned NaN for {int(broken.sum())} of {len(points)} samples, the first "
+            f"is number {int(broken.nonzero()[0])}: check its weights and its normalisation"
+        )
+    return output
+
+
+class Decisions(NamedTuple):
+    """What the classifier says of each point; the last dimension runs over the samples.
+
+    Attributes:
+        confidence: Best score, ``(..., n)``.
+        classes: Class of the best score, whether accepted or not, int64 ``(..., n)``.
+        accepted: Whether the best score is above theta, bool ``(..., n)``.
+    """
+
+    confidence: Tensor
+    classes: Tensor
+    accepted: Tensor
+
+    @property
+    def predictions(self) -> Tensor:
+        """Labels, or ``REJECT`` where not accepted, int64 ``(..., n)``."""
+        return torch.where(self.accepted, self.classes, REJECT)
+
+
+def decide(output: Tensor, reject: bool, threshold: float | Tensor | None = None) -> Decisions:
+    """Read the decisions from an output, at its threshold or at another.
+
+    Args:
+        output: Scores ``(..., n, c)``, or with ``reject`` ``(..., n, c + 1)`` with theta last.
+        reject: Whether the last column is theta.
+        threshold: theta instead of that of the output; None: that of the output, and if it has
+            none everything is accepted.
+
+    Returns:
+        ``Decisions``.
+
+    Raises:
+        ValueError: If there are fewer than two classes, or a score is NaN.
+    """
+    scores = output[..., :-1] if reject else output
+    if output.ndim < 2 or scores.shape[-1] < 2:
+        columns = "(..., n, c + 1) with theta last" if reject else "(..., n, c)"
+        raise ValueError(f"output must be {columns} and c >= 2, got {tuple(output.shape)}")
+    if output.isnan().any():
+        raise ValueError("output holds NaN, no decision can be read from it: check the model")
+    confidence, classes = scores.max(dim=-1)
+    if threshold is None:
+        threshold = output[..., -1] if reject else -torch.inf
+    return Decisions(confidence, classes, accepted(confidence, threshold))
+
+
+def worst_predictions(
+    output: Tensor, labels: Tensor, reject: bool, threshold: float | Tensor | None = None
+) -> Tensor:
+    """Predict labels in the worst case, per sample, over all points of each sample.
+
+    Args:
+        output: One output per attack, ``(k, n, c)``, or with ``reject`` ``(k, n, c + 1)``.
+        labels: True labels, ``(n,)``.
+        reject: Whether the last column is theta.
+        threshold: theta instead of that of the output.
+
+    Returns:
+        Labels 0..c-1, or ``REJECT``, int64 ``(n,)``; see ``worst_of`` for the order.
+    """
+    decisions = decide(output, reject, threshold)
+    scores, theta = split_scores(output.flatten(0, 1), reject)
+    if threshold is not None:
+        theta = torch.as_tensor(threshold).to(scores).expand(len(scores))
+    margin = decision_objective(scores, theta, labels.repeat(len(output)))
+    predictions = decisions.predictions
+    worst = worst_of(predictions, margin.view_as(decisions.confidence), labels)
+    return predictions.gather(0, worst[None])[0]
+
+
+def worst_of(predictions: Tensor, margins: Tensor, labels: Tensor) -> Tensor:
+    """Choose per sample the point that is worst for the classifier, among equals the first.
+
+    A point that evades is the worst, then that of the lowest margin.
+
+    Args:
+        predictions: Labels or ``REJECT``, ``(k, n)``.
+        margins: max(s_y, theta) - max_{j != y} s_j, ``(k, n)``.
+        labels: True labels, ``(n,)``.
+
+    Returns:
+        Which of the k points, int64 ``(n,)``.
+    """
+    evading = is_evasion(predictions, labels)
+    return torch.where(evading == evading.any(dim=0), margins, torch.inf).argmin(dim=0)
+
+
+def stacked(adversarial: Tensor, clean: Tensor) -> Tensor:
+    """View what belongs to one attack, ``(n, ...)``, as the first of k attacks, ``(k, n, ...)``.
+
+    Raises:
+        ValueError: If they are not like the clean ones.
+    """
+    attacks = adversarial if adversarial.ndim == clean.ndim + 1 else adversarial[None]
+    if attacks.shape[1:] != clean.shape or len(attacks) == 0:
+        raise ValueError(
+            f"adversarial must be like clean, {tuple(clean.shape)}, or k of these in one tensor "
+            f"(k, ...), got {tuple(adversarial.shape)}"
+        )
+    return attacks
+
+
+def check_labels(labels: Tensor, output: Tensor) -> None:
+    """Refuse labels that are not one class per row of a clean output ``(n, ...)``.
+
+    Raises:
+        ValueError: If they are not.
+    """
+    if labels.shape != output.shape[:1] or labels.dtype != torch.int64 or len(labels) == 0:
+        raise ValueError(
+            f"labels must be int64 (n,) with n = {len(output)} >= 1 rows of clean, "
+            f"got {labels.dtype} {tuple(labels.shape)}"
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,7 +172,7 @@ class Task:
 
 
 class Judged(NamedTuple):
-    """Points with what the model says of them, one entry per sample.
+    """Points and the decisions of the model on them, one entry per sample.
 
     Attributes:
         points: Perturbed inputs, on the CPU, ``(n, ...)``.
@@ -53,23 +185,6 @@ class Judged(NamedTuple):
     predictions: Tensor
     margin: Tensor
     size: Tensor
-
-
-def outputs(model: Callable[[Tensor], Tensor], points: Tensor, batch_size: int) -> Tensor:
-    """Run the model without gradients in batches of a fixed size: rounding depends on it.
-
-    Raises:
-        ValueError: If an output is NaN: no decision can be taken on it.
-    """
-    with torch.no_grad():
-        output = torch.cat([model(part) for part in points.split(batch_size)])
-    broken = output.flatten(1).isnan().any(dim=1)
-    if broken.any():
-        raise ValueError(
-            f"the model returned NaN for {int(broken.sum())} of {len(points)} samples, the first "
-            f"is number {int(broken.nonzero()[0])}: check its weights and its normalisation"
-        )
-    return output
 
 
 def judge(task: Task, points: Tensor) -> Judged:
@@ -92,18 +207,37 @@ def norms(task: Task, points: Tensor) -> Tensor:
 
 
 def worse(task: Task, first: Judged, second: Judged) -> Judged:
-    """Take per sample the point that is worse for the classifier; ``first`` if they are equal.
-
-    A point that evades is worse than one that does not, then the lower margin decides.
-    """
-    one, two = evaded(first.predictions, task.labels), evaded(second.predictions, task.labels)
-    take = (two & ~one) | ((two == one) & (second.margin < first.margin))
+    """Keep per sample the point that is worse for the classifier, by ``worst_of``."""
+    predictions, margins = (
+        torch.stack([getattr(one, key) for one in (first, second)])
+        for key in ("predictions", "margin")
+    )
+    replaced = worst_of(predictions, margins, task.labels) == 1
     return Judged(
         *(
-            torch.where(take.to(old.device).view(-1, *[1] * (old.ndim - 1)), new, old)
+            torch.where(replaced.to(old.device).view(-1, *[1] * (old.ndim - 1)), new, old)
             for old, new in zip(first, second, strict=True)
         )
     )
+
+
+def checked_points(points: Tensor, inputs: Tensor, name: str) -> Tensor:
+    """Detach the points that an attack returned, in the dtype of its inputs.
+
+    Raises:
+        ValueError: If they are not finite, or not shaped like the inputs.
+    """
+    if points.shape != inputs.shape or not points.isfinite().all():
+        raise ValueError(
+            f"{name} must return finite points like inputs, {tuple(inputs.shape)}, "
+            f"got {tuple(points.shape)} or NaN"
+        )
+    return points.detach().to(inputs)
+
+
+def in_ball(task: Task, points: Tensor, eps: float) -> Tensor:
+    """Tell which points lie within ``eps`` of their inputs, up to rounding, bool ``(n,)``."""
+    return norms(task, points) <= eps + TOLERANCE * max(1.0, eps)  # false for NaN
 
 
 def in_box(task: Task, points: Tensor) -> Tensor:
@@ -122,10 +256,9 @@ def keep_inside(task: Task, points: Tensor, eps: float, name: str) -> tuple[Tens
         name: Name of the attack, for the warning.
 
     Returns:
-        Points inside, and how many were outside. If any was, a warning tells it.
+        Points inside, and how many were outside. If any was, there is a warning.
     """
-    outside = norms(task, points) > eps + TOLERANCE * max(1.0, eps)
-    outside = outside | ~in_box(task, points)
+    outside = ~(in_ball(task, points, eps) & in_box(task, points))
     count = int(outside.sum())
     if count:
         warnings.warn(
@@ -194,10 +327,10 @@ class CountedModel(nn.Module):
             submodules = self.__dict__.get("_modules", {})  # none yet while it is being copied
             if "model" not in submodules and "model" not in self.__dict__:
                 raise
-            found = getattr(self.model, name)
+            value = getattr(self.model, name)
         if name == "smoothed":
-            return lambda *args, **options: CountedModel(found(*args, **options), self.count)
-        return found
+            return lambda *args, **options: CountedModel(value(*args, **options), self.count)
+        return value
 
     def _count_backwards(self, rows: int, _: Tensor) -> None:
         self.count.backwards += rows

@@ -1,12 +1,200 @@
 """The attacks of an evaluation: never one alone, as each has a weakness that flatters a defence."""
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from dataclasses import dataclass, field
+from inspect import signature
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from torchdnr.evaluation.known_attacks import ATTACKS, DEFAULT, Attack, choose_attacks
+from torchdnr.attacks.apgd import apgd
+from torchdnr.attacks.boundary_walk import boundary_walk
+from torchdnr.attacks.ddn import ddn
+from torchdnr.attacks.fmn import fmn
+from torchdnr.attacks.line_search import line_search_pgd
+from torchdnr.attacks.multi_target import multi_target
+from torchdnr.attacks.noise import noise
+from torchdnr.attacks.options import options_of
+from torchdnr.attacks.orthogonal import orthogonal_pgd
+from torchdnr.attacks.pgd import pgd
+from torchdnr.attacks.smoothing import smoothed_pgd
+from torchdnr.attacks.square import square
+from torchdnr.attacks.transfer import transfer
 from torchdnr.files import digest
+
+LINE_SEARCH_PGD = "line-search PGD"
+BOUNDARY_WALK = "boundary walk"
+DEFAULT, FULL = "default", "full"
+# What an attack is given with the inputs, and what does not change its points. It always goes on
+# from given points, at first the inputs, so that no run begins at random.
+_GIVEN = {
+    *("start", "init_inputs", "init_labels", "targets", "eps", "batch_size", "progress"),
+    *("attack", "surrogate", "smoothed", "random_start"),
+}
+
+
+@dataclass(frozen=True)
+class Attack:
+    """An attack of the line-up.
+
+    Attributes:
+        run: ``run(model, inputs, labels, eps, start) -> points``, each within ``eps`` of its
+            input. It is called with the samples that do not evade at a smaller eps; ``start``
+            holds their points there, at first the inputs themselves.
+        minimum_norm: Whether the points are the nearest evading ones, whatever their norm: ``run``
+            is called once, with an infinite ``eps``, and serves every eps.
+        settings: Every option that changes the points, seed included: stored with the results,
+            and a checkpoint is only resumed if they are the same.
+        needs: Name of a method without which a model cannot be attacked like this: it is left out.
+        fingerprint: Digests of the tensors that the points depend on beside the inputs; a
+            checkpoint is only resumed if they are the same too.
+    """
+
+    run: Callable[..., Tensor]
+    minimum_norm: bool = False
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    needs: str | None = None
+    fingerprint: Mapping[str, str] = field(default_factory=dict)
+
+    def fits(self, model: object) -> bool:
+        """Tell whether a model has what the attack needs."""
+        return self.needs is None or hasattr(model, self.needs)
+
+
+class Entry(NamedTuple):
+    """An attack that can be asked for by name.
+
+    Attributes:
+        label: Its name in results, tables and figures.
+        attack: The function of ``torchdnr.attacks``.
+        help: What it is, in a few words.
+        minimum_norm: Whether it finds the nearest evading points.
+        options: Its options where they are not the defaults.
+        inner: Attack that it runs within itself, whose options it has as well.
+        without: Options, of the inner attack or shared, that it cannot be given.
+        needs: See ``Attack``.
+    """
+
+    label: str
+    attack: Callable[..., Tensor]
+    help: str
+    minimum_norm: bool = False
+    options: Mapping[str, Any] = MappingProxyType({})
+    inner: Callable[..., Tensor] | None = None
+    without: frozenset[str] = frozenset()
+    needs: str | None = None
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """Its options, as far as they change its points, with the values they have if not given."""
+        names = self.accepts - _GIVEN
+        options = {} if self.inner is None else options_of(self.inner)
+        options |= options_of(self.attack)
+        return {key: value for key, value in options.items() if key in names} | dict(self.options)
+
+    @property
+    def accepts(self) -> set[str]:
+        """Names of everything that it can be given."""
+        both = [self.attack] if self.inner is None else [self.inner, self.attack]
+        names = (signature(one).parameters.keys() | options_of(one).keys() for one in both)
+        return set().union(*names) - self.without
+
+
+ATTACKS = {
+    "line-search-pgd": Entry(
+        LINE_SEARCH_PGD,
+        line_search_pgd,
+        "the paper's: descent with a line search, from the image and from another class",
+        options={"objective": "paper"},
+    ),
+    "boundary-walk": Entry(
+        BOUNDARY_WALK,
+        boundary_walk,
+        "a walk to the image from accepted ones",
+        minimum_norm=True,
+        # Other starts lead to other valleys: of sixty digits two to four more within eps 1.5.
+        options={"restarts": 1},
+    ),
+    "apgd": Entry("APGD", apgd, "descent with momentum and steps that adapt"),
+    "apgd-multi-target": Entry(
+        "multi-target APGD", multi_target, "APGD towards each other class in turn", inner=apgd
+    ),
+    "pgd": Entry("PGD", pgd, "plain projected descent"),
+    "fmn": Entry("FMN", fmn, "nearest evasion: a radius that adapts", minimum_norm=True),
+    "ddn": Entry(
+        "DDN",
+        ddn,
+        "nearest evasion: direction, then norm; l2 only",
+        minimum_norm=True,
+        without=frozenset({"norm"}),
+    ),
+    "selective-pgd": Entry(
+        "selective PGD",
+        orthogonal_pgd,
+        "first to another class, then to be accepted",
+        options={"projected": "none", "selective": True},
+    ),
+    "orthogonal-pgd": Entry(
+        "orthogonal PGD",
+        orthogonal_pgd,
+        "to another class and to be accepted at once, along gradients that do not disturb",
+    ),
+    "smoothed-pgd": Entry(
+        "smoothed PGD", smoothed_pgd, "on wider kernels first, for NR and DNR", needs="smoothed"
+    ),
+    "square": Entry("Square", square, "random search, without gradients"),
+    "transfer": Entry(
+        "transfer",
+        transfer,
+        "made on the network, tried on the others",
+        inner=pgd,
+        without=frozenset({"objective"}),  # it goes through several of its own
+    ),
+    "noise": Entry("noise", noise, "random points: what any attack has to beat"),
+}
+"""Attacks by the names that the command line knows, in the order in which they run."""
+
+DEFAULT_ATTACKS = "line-search-pgd", "boundary-walk", "apgd"
+
+
+def choose_attacks(names: Iterable[str], norm: float = 2, surrogate: bool = True) -> list[str]:
+    """Resolve names, "default" and "full" to attacks, each once, in the order in which they run.
+
+    Args:
+        names: Keys of ``ATTACKS``, "default" or "full".
+        norm: Norm of the perturbation: "full" are those attacks that can use it.
+        surrogate: Whether there is a surrogate, for those that need one.
+
+    Returns:
+        Keys of ``ATTACKS``.
+
+    Raises:
+        ValueError: If a name is unknown, or an attack named cannot do what is asked for.
+    """
+    usable = [name for name in ATTACKS if _problem(name, norm, surrogate) is None]
+    groups = {DEFAULT: DEFAULT_ATTACKS, FULL: usable}
+    wanted: set[str] = set()
+    for name in names:
+        if name not in ATTACKS and name not in groups:
+            choices = ", ".join([*groups, *ATTACKS])
+            raise ValueError(f"no attack {name!r}; choose from: {choices}")
+        for single in groups.get(name, [name]):
+            if problem := _problem(single, norm, surrogate):
+                raise ValueError(f"{single} {problem}; choose from: {', '.join(usable)}")
+            wanted.add(single)
+    if not wanted:
+        raise ValueError("no attack is named: give at least one, or 'default'")
+    return [name for name in ATTACKS if name in wanted]
+
+
+def _problem(name: str, norm: float, surrogate: bool) -> str | None:
+    has = ATTACKS[name].accepts
+    if "norm" not in has and norm != 2:
+        return f"is for the l2 norm only, got {norm}"
+    if "surrogate" in has and not surrogate:
+        return "needs a surrogate, a classifier without a reject option"
+    return None
 
 
 def default_line_up(init_inputs: Tensor, **options: Any) -> dict[str, Attack]:  # noqa: ANN401
@@ -79,28 +267,16 @@ def build_line_up(
         extra = {key: value for key, value in given.items() if key in entry.accepts}
         if entry.inner is not None:
             extra["attack"] = entry.inner
-        run = _nearest(entry.attack, settings, extra)
-        if not entry.minimum_norm:
-            run = _at_eps(entry.attack, settings, extra, "start" in entry.accepts)
+        run = _runner(entry, {**settings, **extra})
         line_up[entry.label] = Attack(run, entry.minimum_norm, settings, entry.needs, fingerprint)
     return line_up
 
 
-def _nearest(
-    attack: Callable[..., Tensor], settings: Mapping[str, Any], given: Mapping[str, Any]
-) -> Callable[..., Tensor]:
-    def run(model: Callable[[Tensor], Tensor], inputs: Tensor, labels: Tensor) -> Tensor:
-        return attack(model=model, inputs=inputs, labels=labels, **settings, **given)
+def _runner(entry: Entry, options: Mapping[str, Any]) -> Callable[..., Tensor]:
+    """Give an attack with its options the signature of ``Attack.run``."""
+    # A minimum-norm attack has no radius, and starts where it sees fit.
+    names = () if entry.minimum_norm else ("eps", "start") if "start" in entry.accepts else ("eps",)
 
-    return run
-
-
-def _at_eps(
-    attack: Callable[..., Tensor],
-    settings: Mapping[str, Any],
-    given: Mapping[str, Any],
-    goes_on: bool,
-) -> Callable[..., Tensor]:
     def run(
         model: Callable[[Tensor], Tensor],
         inputs: Tensor,
@@ -108,8 +284,8 @@ def _at_eps(
         eps: float,
         start: Tensor,
     ) -> Tensor:
-        own = {"start": start} if goes_on else {}
-        points = {"model": model, "inputs": inputs, "labels": labels, "eps": eps}
-        return attack(**points, **own, **settings, **given)
+        given = {"eps": eps, "start": start}
+        points = {"model": model, "inputs": inputs, "labels": labels}
+        return entry.attack(**points, **{key: given[key] for key in names}, **options)
 
     return run

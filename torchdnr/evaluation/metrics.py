@@ -1,77 +1,159 @@
-"""What is counted when a classifier may reject: each rate is defined here, once."""
+"""What is counted when a classifier may reject: each rate, and its confidence interval, once."""
 
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, is_dataclass
 from statistics import NormalDist
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
-from torchdnr.attacks.objectives import split_scores
-from torchdnr.rejection import REJECT, predict_with_rejection
+from torchdnr.decisions import REJECT, is_evasion
 
 
-def predict_labels(output: Tensor, reject: bool) -> Tensor:
-    """Predict labels from what a model returns.
+@dataclass(frozen=True)
+class Estimate:
+    """A value measured on samples, with its confidence interval.
+
+    Attributes:
+        value: What was measured; NaN if there was no sample to measure it on.
+        low: Lower end of the interval.
+        high: Upper end of the interval.
+        n: Samples it rests on; for a share of a part, the size of that part.
+    """
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+    def to_dict(self) -> dict[str, float | int]:
+        """Convert to a dictionary of numbers."""
+        return to_plain(self)
+
+
+def to_plain(value: Any) -> Any:  # noqa: ANN401 - results of any kind, as JSON would hold them
+    """Convert results to numbers, lists and dictionaries; a number that is a key becomes text."""
+    if isinstance(value, Tensor):
+        return value.tolist()
+    if is_dataclass(value):
+        value = vars(value)
+    elif hasattr(value, "_asdict"):  # a named tuple
+        value = value._asdict()
+    if isinstance(value, Mapping):
+        return {
+            key if isinstance(key, str) else f"{key:g}": to_plain(item)
+            for key, item in value.items()
+        }
+    return [to_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def share(which: Tensor, among: Tensor | None = None, *, confidence: float = 0.95) -> Estimate:
+    """Measure the share of samples for which something holds, among all or among some of them.
+
+    The interval is Wilson's. Among some of the samples it is conditional: it holds for further
+    samples of that part, and ``n`` is the size of the part.
 
     Args:
-        output: Scores ``(n, c)``, or with ``reject`` ``(n, c + 1)`` with theta in the last column.
-        reject: Whether the last column is the rejection threshold.
+        which: For which samples it holds, bool ``(n,)``.
+        among: Which samples are counted, bool ``(n,)``; None: all.
+        confidence: Coverage of the interval, in (0, 1).
 
     Returns:
-        Labels 0..c-1, or ``REJECT`` where no score is above theta, int64 ``(n,)``.
+        ``Estimate``. If no sample is counted the value is NaN and the interval [0, 1].
+
+    Raises:
+        ValueError: If the shapes differ, or there is no sample at all.
     """
-    scores, threshold = split_scores(output, reject)
-    if threshold is None:
-        return scores.argmax(dim=1)
-    return predict_with_rejection(scores, threshold)
+    if which.ndim != 1 or len(which) == 0 or which.dtype != torch.bool:
+        raise ValueError(
+            f"which must be bool (n,) with n >= 1, got {which.dtype} {tuple(which.shape)}"
+        )
+    if among is None:
+        among = torch.ones_like(which)
+    if among.shape != which.shape or among.dtype != torch.bool:
+        raise ValueError(
+            f"among must be bool like which, {tuple(which.shape)}, "
+            f"got {among.dtype} {tuple(among.shape)}"
+        )
+    n, hits = int(among.sum()), int((which & among).sum())
+    if n == 0:
+        return Estimate(math.nan, 0.0, 1.0, 0)
+    return Estimate(hits / n, *wilson_interval(hits / n, n, confidence), n)
 
 
-def accuracy_under_attack(predictions: Tensor, labels: Tensor, eps: float) -> float:
-    """Compute the share of correct decisions on inputs perturbed within ``eps``.
+class DecisionRates(NamedTuple):
+    """Rates of the decisions on the same samples.
 
-    Without a perturbation (``eps = 0``) to reject is an error. Under attack (``eps > 0``) every
-    input is an adversarial example, and to reject it is as correct as to find its true class.
+    Attributes:
+        accuracy: Accuracy under attack, in which a reject counts as correct iff eps > 0.
+        rejection: Share rejected.
+        evasion: Share accepted and wrong.
+        error_if_accepted: Share of the accepted that is wrong.
+        rejection_if_not_right: Share of those not given their true class that is rejected.
+    """
+
+    accuracy: Estimate
+    rejection: Estimate
+    evasion: Estimate
+    error_if_accepted: Estimate
+    rejection_if_not_right: Estimate
+
+
+def decision_rates(
+    predictions: Tensor, labels: Tensor, eps: float, *, confidence: float = 0.95
+) -> DecisionRates:
+    """Measure every rate of decisions on inputs perturbed within ``eps``.
+
+    Accuracy: without a perturbation (``eps = 0``) to reject is an error. Under attack (``eps > 0``)
+    every input is an adversarial example, and to reject it is as correct as to give its true class.
 
     Args:
         predictions: Labels or ``REJECT``, ``(n,)``.
         labels: True labels, ``(n,)``.
         eps: Perturbation size, >= 0.
+        confidence: Coverage of the intervals, in (0, 1).
 
     Returns:
-        Share in [0, 1].
+        ``DecisionRates``.
 
     Raises:
         ValueError: If the shapes differ, there is no sample, or ``eps`` is negative.
 
-    Source: Sotgiu et al., Sec. IV-A, "Security Evaluation".
+    Source: Sotgiu et al., Sec. IV-A, "Security Evaluation", for the first two.
     """
     if not eps >= 0:
         raise ValueError(f"eps must be >= 0, got {eps}")
-    correct = _same_length(predictions, labels) == labels
-    if eps > 0:
-        correct = correct | (predictions == REJECT)
-    return _share(correct)
+    if predictions.ndim != 1 or predictions.shape != labels.shape or len(predictions) == 0:
+        raise ValueError(
+            "predictions and labels must both be (n,) with n >= 1, "
+            f"got {tuple(predictions.shape)} and {tuple(labels.shape)}"
+        )
+    right, rejected = predictions == labels, predictions == REJECT
+    evading = is_evasion(predictions, labels)
+    return DecisionRates(
+        accuracy=share(right | rejected if eps > 0 else right, confidence=confidence),
+        rejection=share(rejected, confidence=confidence),
+        evasion=share(evading, confidence=confidence),
+        error_if_accepted=share(evading, ~rejected, confidence=confidence),
+        rejection_if_not_right=share(rejected, ~right, confidence=confidence),
+    )
+
+
+def accuracy_under_attack(predictions: Tensor, labels: Tensor, eps: float) -> float:
+    """Compute the share of correct decisions; see ``decision_rates`` for arguments and errors."""
+    return decision_rates(predictions, labels, eps).accuracy.value
 
 
 def rejection_rate(predictions: Tensor) -> float:
     """Compute the share of rejected inputs among ``predictions``, ``(n,)``."""
-    return _share(_same_length(predictions, predictions) == REJECT)
+    return decision_rates(predictions, predictions, 0.0).rejection.value
 
 
 def evasion_rate(predictions: Tensor, labels: Tensor) -> float:
-    """Compute the share of inputs that are accepted and wrong.
-
-    Args:
-        predictions: Labels or ``REJECT``, ``(n,)``.
-        labels: True labels, ``(n,)``.
-
-    Returns:
-        Share in [0, 1]. For ``eps > 0`` it is one minus the accuracy under attack.
-    """
-    return _share(evaded(_same_length(predictions, labels), labels))
-
-
-def evaded(predictions: Tensor, labels: Tensor) -> Tensor:
-    """Tell which inputs are accepted and wrong, bool ``(n,)``."""
-    return (predictions != REJECT) & (predictions != labels)
+    """Compute the share accepted and wrong: for ``eps > 0``, one minus the accuracy."""
+    return decision_rates(predictions, labels, 0.0).evasion.value
 
 
 def wilson_interval(rate: float, n: int, confidence: float = 0.95) -> tuple[float, float]:
@@ -100,14 +182,88 @@ def wilson_interval(rate: float, n: int, confidence: float = 0.95) -> tuple[floa
     return max(0.0, min(low, rate)), min(1.0, max(high, rate))
 
 
-def _same_length(predictions: Tensor, labels: Tensor) -> Tensor:
-    if predictions.ndim != 1 or predictions.shape != labels.shape or len(predictions) == 0:
+def median_of(values: Tensor, *, confidence: float = 0.95, smallest: float = 0.0) -> Estimate:
+    """Measure the median, with the interval that two of the ordered values span.
+
+    Nothing is assumed of the distribution, and the coverage is at least ``confidence``. Values may
+    be infinite, such as the evasion norm of a sample that no attack evaded.
+
+    Args:
+        values: One value per sample, ``(n,)``.
+        confidence: Coverage of the interval, in (0, 1).
+        smallest: Bound known beforehand, where the interval begins if n is too small for a lower
+            end; without an upper end it is infinite.
+
+    Returns:
+        ``Estimate``; for an even n the value is the mean of the middle two.
+
+    Raises:
+        ValueError: If there is no value, or a NaN.
+
+    Source: the sign test; David and Nagaraja, "Order statistics", 3rd ed., Sec. 7.1.
+    """
+    if values.ndim != 1 or len(values) == 0 or values.isnan().any():
         raise ValueError(
-            "predictions and labels must both be (n,) with n >= 1, "
-            f"got {tuple(predictions.shape)} and {tuple(labels.shape)}"
+            f"values must be (n,) with n >= 1 and no NaN, got {tuple(values.shape)} "
+            f"with {int(values.isnan().sum())} NaN"
         )
-    return predictions
+    ordered, n = values.double().sort().values, len(values)
+    middle = (ordered[(n - 1) // 2] + ordered[n // 2]) / 2
+    low, high = quantile_ranks(n, 0.5, confidence)
+    return Estimate(
+        middle.item(),
+        ordered[low - 1].item() if low > 0 else min(smallest, ordered[0].item()),
+        ordered[high - 1].item() if high <= n else math.inf,
+        n,
+    )
 
 
-def _share(which: Tensor) -> float:
-    return which.double().mean().item()
+def quantile_ranks(n: int, q: float, confidence: float = 0.95) -> tuple[int, int]:
+    """Find which two of n ordered samples enclose the q-quantile of their distribution.
+
+    Args:
+        n: Number of samples, >= 1.
+        q: Which quantile, in (0, 1).
+        confidence: Least coverage, in (0, 1).
+
+    Returns:
+        Ranks from 1 to n; 0 or n + 1 where n is too small for a lower or an upper end.
+
+    Raises:
+        ValueError: If an argument is out of range.
+
+    Source: David and Nagaraja, "Order statistics", 3rd ed., Sec. 7.1: the number of samples below
+    the quantile is binomial.
+    """
+    if n < 1 or not 0 < q < 1 or not 0 < confidence < 1:
+        raise ValueError(
+            f"expected n >= 1 and q and confidence in (0, 1), got {n}, {q} and {confidence}"
+        )
+    count = torch.arange(n + 1, dtype=torch.float64)
+    log_ways = math.lgamma(n + 1) - torch.lgamma(count + 1) - torch.lgamma(n - count + 1)
+    mass = (log_ways + count * math.log(q) + (n - count) * math.log1p(-q)).exp()
+    tail = (1 - confidence) / 2
+    low = int((mass.cumsum(0) <= tail).sum())  # P(at most low - 1 below) <= tail
+    above = int((mass.flip(0).cumsum(0) <= tail).sum())  # P(at least n + 1 - above below) <= tail
+    return low, n + 1 - above
+
+
+def square_and_add(
+    value: float, first: tuple[float, float], second: tuple[float, float]
+) -> tuple[float, float]:
+    """Combine the intervals of one value from two independent sources of error.
+
+    Args:
+        value: The value.
+        first: Interval that has the first error only.
+        second: Interval that has the second error only.
+
+    Returns:
+        Interval with both: the distances of its ends from the value add in squares.
+
+    Source: Zou and Donner, "Construction of confidence limits about effect measures", Statistics
+    in Medicine 27 (2008).
+    """
+    low = math.hypot(value - first[0], value - second[0])
+    high = math.hypot(first[1] - value, second[1] - value)
+    return value - low, value + high

@@ -11,8 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from torchdnr.evaluation.intervals import Estimate, quantile_ranks, square_and_add
-from torchdnr.evaluation.metrics import wilson_interval
+from torchdnr.evaluation.metrics import Estimate, quantile_ranks, square_and_add, wilson_interval
 
 
 class ROC(NamedTuple):
@@ -44,11 +43,13 @@ def roc_curve(negatives: Tensor, positives: Tensor) -> ROC:
     """
     _check(negatives, positives)
     values = torch.cat([negatives, positives]).unique().flip(0)
-    rates = []
-    for group in (negatives, positives):
+
+    def rates(group: Tensor) -> Tensor:
         at_least = len(group) - torch.searchsorted(group.sort().values, values)
-        rates.append(torch.cat([at_least.new_zeros(1), at_least]).double() / len(group))
-    return ROC(*rates, torch.cat([values.new_full((1,), torch.inf), values]))
+        return torch.cat([at_least.new_zeros(1), at_least]).double() / len(group)
+
+    thresholds = torch.cat([values.new_full((1,), torch.inf), values])
+    return ROC(rates(negatives), rates(positives), thresholds)
 
 
 def auroc(negatives: Tensor, positives: Tensor, *, confidence: float = 0.95) -> Estimate:
@@ -82,14 +83,15 @@ def auroc(negatives: Tensor, positives: Tensor, *, confidence: float = 0.95) -> 
     variance = _variance(below, above)
     if not 0 < area < 1:
         reach = ((1 - confidence) / 2) ** (1 / smaller)
-        return Estimate(area, *((reach, 1.0) if area == 1 else (0.0, 1 - reach)), total)
+        low, high = (reach, 1.0) if area == 1 else (0.0, 1 - reach)
+        return Estimate(area, low, high, total)
     if variance < 1e-15:  # all placements are equal but for rounding
         return Estimate(area, *wilson_interval(area, smaller, confidence), total)
     z = NormalDist().inv_cdf(0.5 + confidence / 2)
     logit = math.log(area) - math.log1p(-area)
     half = z * math.sqrt(variance) / (area * (1 - area))
-    ends = torch.tensor([logit - half, logit + half], dtype=torch.float64).sigmoid()
-    return Estimate(area, *ends.tolist(), total)
+    low, high = torch.tensor([logit - half, logit + half], dtype=torch.float64).sigmoid().tolist()
+    return Estimate(area, low, high, total)
 
 
 def auroc_difference(
@@ -98,7 +100,7 @@ def auroc_difference(
     """Compute by how much the area of one score exceeds that of another on the same samples.
 
     DeLong's interval, which knows that both scores are of the same samples. Where a score separates
-    the groups wholly, or the areas differ by nothing that varies, it has no variance to go by: the
+    the groups fully, or the areas differ by nothing that varies, it has no variance to go by: the
     intervals of the two areas are then combined as if they were independent.
 
     Args:
@@ -148,7 +150,7 @@ def fpr_at_tpr(
 
     No interpolation: the threshold is the highest that reaches ``tpr``, a score that occurs. The
     interval adds, in squares, Wilson's at that threshold and the range of the FPR over the interval
-    of the threshold, which was itself found on a sample of positives.
+    of the threshold, which is itself an estimate from a sample of positives.
 
     Which group is positive differs between authors. Outlier detection (pytorch-ood): adversarial
     inputs are, with the rejection score. CCAT: accepted clean inputs are; call with
@@ -157,7 +159,7 @@ def fpr_at_tpr(
     Args:
         negatives: Scores of negatives, ``(m,)``.
         positives: Scores of positives, ``(n,)``; higher means more positive.
-        tpr: Share of positives to be found, in (0, 1].
+        tpr: Share of positives to be called positive, in (0, 1].
         confidence: Coverage of the interval, in (0, 1).
 
     Returns:

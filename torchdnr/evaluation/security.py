@@ -1,28 +1,38 @@
 """Security evaluation: the accuracy of a classifier against perturbations of growing size."""
 
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from torchdnr.attacks.checks import check_inputs, check_like
 from torchdnr.attacks.objectives import decision_objective
-from torchdnr.attacks.target import Target, check_classes, has_reject_column, left_as_found
-from torchdnr.evaluation.checkpoint import Checkpoint, attack_paths
-from torchdnr.evaluation.curve import SecurityCurve
+from torchdnr.attacks.projections import project
+from torchdnr.attacks.target import Target, check_classes
+from torchdnr.decisions import check_images, evaluation_mode, has_reject_column, is_evasion
+from torchdnr.distributed.processes import ALONE, Processes
+from torchdnr.evaluation.checkpoint import Checkpoint, attack_paths, behaviour, fingerprint
+from torchdnr.evaluation.curve import PER_EPS, AttackCurve, SecurityCurve
 from torchdnr.evaluation.environment import describe_environment
-from torchdnr.evaluation.judging import CountedModel, Judged, Task, judge, worse
-from torchdnr.evaluation.known_attacks import Attack
-from torchdnr.evaluation.line_up import default_line_up
-from torchdnr.evaluation.running import AttackRun, what_happened
-from torchdnr.evaluation.units import Unit, behaviour, fingerprint, run_units
-from torchdnr.inputs import check_images
-from torchdnr.processes import ALONE, Processes
+from torchdnr.evaluation.judging import (
+    Count,
+    CountedModel,
+    Judged,
+    Task,
+    checked_points,
+    judge,
+    keep_inside,
+    worse,
+)
+from torchdnr.evaluation.line_up import Attack, default_line_up
 
 
 def security_evaluation(
@@ -86,19 +96,19 @@ def security_evaluations(
     processes: Processes = ALONE,
     progress: bool = True,
 ) -> dict[str, SecurityCurve]:
-    """Attack several classifiers at every ``eps`` with a line-up of attacks; keep the worst case.
+    """Attack classifiers at every ``eps`` with a line-up of attacks; keep the worst case.
 
     The worst case is taken per sample, over the attacks and over all smaller ``eps``: a point
     that evades stays inside every larger ball, so the accuracy never rises again for ``eps > 0``.
     A sample evades if it is accepted and wrong; one that is rejected is attacked further.
     At ``eps = 0`` the inputs are evaluated as they are.
 
-    Each attack on each classifier is a unit of work. Several processes take them in turn, and all
-    return the same results: those that one process finds, as no unit depends on another.
+    Processes share the work, one attack on one classifier each in turn. All return the same
+    results, those that a single process has, as no attack depends on another.
 
     Args:
         models: Classifiers by name, each from ``(n, ...)`` to scores ``(n, c)``, or ``(n, c + 1)``
-            with theta in the last column. A module is put into evaluation mode and left as found.
+            with theta in the last column. A module is put into evaluation mode and back.
         inputs: Clean inputs within ``bounds``, ``(n, ...)``.
         labels: True labels 0..c-1, int64 ``(n,)``.
         eps: Perturbation sizes, >= 0 and increasing.
@@ -122,7 +132,7 @@ def security_evaluations(
         ``SecurityCurve`` by name: worst case and each attack alone.
 
     Raises:
-        ValueError: If an argument is not as described, or a model or an attack returns NaN.
+        ValueError: If an argument is not as settings_of, or a model or an attack returns NaN.
         OSError: If a checkpoint cannot be written.
         PeerError: If another of the processes has ended.
 
@@ -135,55 +145,98 @@ def security_evaluations(
         check_like("init_inputs", init_inputs, inputs)
     if batch_size < 1:
         raise ValueError(f"batch_size must be >= 1, got {batch_size}")
-    shared = {"norm": norm, "bounds": bounds, "batch_size": batch_size}
-    pool = inputs if init_inputs is None else init_inputs
-    units: list[Unit] = []
-    left_out: dict[str, list[str]] = {}
-    clean: dict[str, tuple[Task, Judged]] = {}
+    jobs: list[_Job] = []
+    settings_of: dict[str, dict[str, Any]] = {}
     with ExitStack() as stack:
         for name, model in models.items():
-            options = {**shared, "reject": has_reject_column(model, reject)}
+            stack.enter_context(evaluation_mode(model))
+            rejects = has_reject_column(model, reject)
+            counted = CountedModel(model)
+            task = Task(counted, inputs, labels, norm, bounds, batch_size, rejects)
             line_up = attacks
             if line_up is None:
-                line_up = default_line_up(pool, progress=progress, **options)
-            left_out[name] = [key for key, attack in line_up.items() if not attack.fits(model)]
+                line_up = default_line_up(
+                    inputs if init_inputs is None else init_inputs,
+                    norm=norm,
+                    bounds=bounds,
+                    batch_size=batch_size,
+                    reject=rejects,
+                    progress=progress,
+                )
+            left_out = [key for key, attack in line_up.items() if not attack.fits(model)]
             line_up = {key: attack for key, attack in line_up.items() if attack.fits(model)}
             if not line_up:
                 raise ValueError(f"attacks is empty for {name}: give one, or None for the default")
-            task = Task(CountedModel(model), inputs, labels, **options)
-            stack.enter_context(left_as_found(model))
-            target = Target(task.model, decision_objective, task.reject, batch_size)
+            settings_of[name] = {
+                "norm": norm,
+                "bounds": list(bounds),
+                "batch_size": batch_size,
+                "reject": rejects,
+                "samples": len(inputs),
+                "init_inputs": None if init_inputs is None else len(init_inputs),
+                "left_out": left_out,
+                **(settings or {}),
+            }
+            target = Target(counted, decision_objective, rejects, batch_size)
             check_classes(target, inputs, labels)
-            clean[name] = task, judge(task, inputs)
+            clean, output = judge(task, inputs), behaviour(task)
             known = fingerprint(task, model, init_inputs)
             paths = attack_paths((checkpoints or {}).get(name), line_up)
             for key, attack in line_up.items():
-                number = len(units)
-                path = paths[key] if processes.mine(number) else None
-                own = {"attack": attack.settings, **attack.fingerprint}
-                own |= {} if attack.minimum_norm else {"eps": eps}  # each goes on from the last
-                steps = Checkpoint(path, known | own, behaviour(task))
-                units.append(Unit(number, name, key, attack, task, clean[name][1], steps))
-        runs = run_units(units, eps, processes, progress)
+                path = paths[key] if processes.mine(len(jobs)) else None
+                depends = {**known, "attack": attack.settings, **attack.fingerprint}
+                depends |= {} if attack.minimum_norm else {"eps": eps}  # each goes on from the last
+                steps = Checkpoint(path, depends, output)
+                jobs.append(_Job(name, key, attack, task, counted.count, clean, steps))
+        results: dict[int, _Result] = {}
+        mine = [number for number in range(len(jobs)) if processes.mine(number)]
+        with tqdm(total=len(eps) * len(mine), unit="step", disable=not progress) as bar:
+            for number in mine:
+                results[number] = _attack_at_every_eps(jobs[number], eps, bar)
+        processes.wait()
+        for number, job in enumerate(jobs):
+            job.steps.share(processes, processes.owner(number), _steps(job.attack, eps), inputs)
+            if number not in results:  # another process ran it: only judged here
+                results[number] = _attack_at_every_eps(job, eps, tqdm(disable=True))
     return {
-        name: SecurityCurve(
-            name=name,
-            norm=float(norm),
-            rejects=task.reject,
-            settings={
-                **shared,
-                "bounds": list(bounds),
-                "reject": task.reject,
-                "samples": len(inputs),
-                "init_inputs": None if init_inputs is None else len(init_inputs),
-                "left_out": left_out[name],
-                **(settings or {}),
-            },
-            environment=describe_environment(inputs.device),
-            **_combine(task, eps, judged, runs[name]),
+        name: _worst_case(
+            eps,
+            [(job, results[i]) for i, job in enumerate(jobs) if job.classifier == name],
+            content,
         )
-        for name, (task, judged) in clean.items()
+        for name, content in settings_of.items()
     }
+
+
+@dataclass(frozen=True, eq=False)
+class _Job:
+    """One attack on one classifier.
+
+    Attributes:
+        classifier: Name of the classifier.
+        name: Name of the attack.
+        attack: The attack.
+        task: What is attacked.
+        count: Input rows that its model has seen.
+        clean: The inputs themselves, judged.
+        steps: Points and costs of the steps that are done.
+    """
+
+    classifier: str
+    name: str
+    attack: Attack
+    task: Task
+    count: Count
+    clean: Judged
+    steps: Checkpoint
+
+
+class _Result(NamedTuple):
+    """One attack over all eps: its curve, its points, and the smallest norms that evade."""
+
+    curve: AttackCurve
+    judged: list[Judged]
+    evasion_norm: Tensor
 
 
 def _checked_eps(eps: Sequence[float]) -> list[float]:
@@ -194,21 +247,111 @@ def _checked_eps(eps: Sequence[float]) -> list[float]:
     return eps
 
 
-def _combine(
-    task: Task, eps: list[float], clean: Judged, runs: Mapping[str, AttackRun]
-) -> dict[str, Any]:
-    """Take the worst case per sample over the attacks, and over the smaller eps."""
-    worst, judged = clean, []
+def _attack_at_every_eps(job: _Job, eps: list[float], bar: tqdm) -> _Result:
+    """Run one attack at every eps, from the points of the previous eps.
+
+    Steps that the checkpoint holds are judged, not run again. A minimum-norm attack runs once, and
+    its points are projected on every ball.
+
+    A point that evades stays inside every larger ball: at the next eps only samples that do not
+    evade yet are attacked. Neither accuracy nor rejection rate depends on that; the time does.
+    """
+    task, attack, steps = job.task, job.attack, job.steps
+    device = task.inputs.device
+    bar.set_description(job.classifier)
+    judged: list[Judged] = []
+    costs: list[dict[str, Any]] = []
+    norms = [_evasion_norm(task, job.clean)]
+    last, nearest = job.clean, None  # nearest: points of a minimum-norm attack
+    for value in eps:
+        bar.set_postfix_str(f"{job.name}, eps {value:g}")
+        costs.append({"seconds": 0.0, "forwards": 0, "backwards": 0, "violations": 0})
+        if value > 0 and nearest is None:
+            size = math.inf if attack.minimum_norm else value
+            step, points = f"eps {size}", last.points.to(device)
+            if step not in steps.points:
+                before = _spent(job)
+                wanted = ~is_evasion(last.predictions, task.labels) | attack.minimum_norm
+                rows = wanted.nonzero()[:, 0]
+                if len(rows):
+                    inputs, labels = task.inputs[rows], task.labels[rows]
+                    new = attack.run(task.model, inputs, labels, size, points[rows])
+                    points = points.index_copy(0, rows, checked_points(new, inputs, job.name))
+                after = _spent(job)
+                steps.add(step, points, {key: after[key] - before[key] for key in before})
+            points, violations = keep_inside(task, steps.points[step].to(device), size, job.name)
+            costs[-1] |= {**steps.costs[step], "violations": violations}
+            if attack.minimum_norm:
+                nearest = points
+                norms.append(_evasion_norm(task, judge(task, nearest)))
+        if value > 0:
+            if nearest is not None:
+                points = project(nearest, task.inputs, value, task.norm, task.bounds)
+            last = judge(task, points)
+        judged.append(last)
+        norms.append(_evasion_norm(task, last))
+        bar.update()
+    per_eps: dict[str, Any] = {key: [cost[key] for cost in costs] for key in PER_EPS}
+    curve = AttackCurve(
+        **_predictions(task, eps, judged),
+        minimum_norm=attack.minimum_norm,
+        **per_eps,
+        settings=dict(attack.settings),
+    )
+    return _Result(curve, judged, torch.stack(norms).amin(dim=0))
+
+
+def _steps(attack: Attack, eps: list[float]) -> list[str]:
+    """Name the steps that an attack takes over all eps, as its checkpoint does."""
+    positive = [value for value in eps if value > 0]
+    return [
+        f"eps {value}" for value in ([math.inf] if attack.minimum_norm and positive else positive)
+    ]
+
+
+def _spent(job: _Job) -> dict[str, float]:
+    """Return the time, and the input rows that the model has seen so far."""
+    if job.task.inputs.device.type == "cuda":
+        torch.cuda.synchronize(job.task.inputs.device)  # kernels run on after their call
+    rows = {"forwards": job.count.forwards, "backwards": job.count.backwards}
+    return {"seconds": time.perf_counter(), **rows}
+
+
+def _evasion_norm(task: Task, judged: Judged) -> Tensor:
+    """Return the norm of each perturbation that evades, infinite elsewhere."""
+    return judged.size.masked_fill(~is_evasion(judged.predictions, task.labels), math.inf)
+
+
+def _predictions(task: Task, eps: list[float], judged: list[Judged]) -> dict[str, Any]:
+    """Collect the fields of ``Predictions``."""
+    return {
+        "eps": eps,
+        "labels": task.labels.cpu(),
+        "predictions": torch.stack([entry.predictions for entry in judged]).cpu(),
+        "mean_norm": [entry.size.mean().item() for entry in judged],
+    }
+
+
+def _worst_case(
+    eps: list[float], attacks: list[tuple[_Job, _Result]], settings: dict[str, Any]
+) -> SecurityCurve:
+    """Take the worst case per sample over the attacks on a classifier, and over the smaller eps."""
+    job, results = attacks[0][0], [result for _, result in attacks]
+    worst, judged = job.clean, []
     for index, value in enumerate(eps):
         if value > 0:
-            for run in runs.values():
-                worst = worse(task, worst, run.judged[index])
+            for result in results:
+                worst = worse(job.task, worst, result.judged[index])
         judged.append(worst)
-    norms = [run.evasion_norm for run in runs.values()]
-    return {
-        **what_happened(task, eps, judged),
-        "evasion_norm": torch.stack(norms).amin(dim=0).cpu(),
-        "attacks": {name: run.curve for name, run in runs.items()},
-        "seconds": sum(sum(run.curve.seconds) for run in runs.values()),
-        "adversarial": torch.stack([entry.points for entry in judged]),
-    }
+    return SecurityCurve(
+        **_predictions(job.task, eps, judged),
+        name=job.classifier,
+        norm=float(job.task.norm),
+        rejects=job.task.reject,
+        attacks={job.name: result.curve for job, result in attacks},
+        evasion_norm=torch.stack([result.evasion_norm for result in results]).amin(dim=0).cpu(),
+        settings=settings,
+        environment=describe_environment(job.task.inputs.device),
+        seconds=sum(sum(result.curve.seconds) for result in results),
+        adversarial=torch.stack([entry.points for entry in judged]),
+    )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
@@ -13,12 +13,9 @@ from tqdm import tqdm
 
 from torchdnr.attacks.checks import check_inputs
 from torchdnr.attacks.lowest_confidence import lowest_confidence
-from torchdnr.attacks.target import has_reject_column, left_as_found
-from torchdnr.evaluation.decisions import stacked
-from torchdnr.evaluation.intervals import Estimate, share
-from torchdnr.evaluation.judging import Task, judge, keep_inside
-from torchdnr.evaluation.metrics import evaded
-from torchdnr.rejection import REJECT
+from torchdnr.decisions import REJECT, evaluation_mode, has_reject_column, is_evasion
+from torchdnr.evaluation.judging import Task, judge, keep_inside, stacked
+from torchdnr.evaluation.metrics import Estimate, share, to_plain
 
 ALPHAS = 0.0, 0.01, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.5, 1.0
 
@@ -59,18 +56,8 @@ class StratifiedCurve:
 
     def to_dict(self) -> dict[str, Any]:
         """Convert to numbers, lists and dictionaries."""
-        return {
-            "name": self.name,
-            "eps": self.eps,
-            "norm": self.norm,
-            "alphas": self.alphas,
-            "robustness": [rate.to_dict() for rate in self.robustness],
-            "rejection": [rate.to_dict() for rate in self.rejection],
-            "evaded": self.evaded.tolist(),
-            "rejected": self.rejected.tolist(),
-            "confidence": self.confidence,
-            "settings": self.settings,
-        }
+        rates = {"robustness": self.robustness, "rejection": self.rejection}
+        return to_plain({**vars(self), **rates})
 
 
 def stratified_curve(
@@ -95,12 +82,12 @@ def stratified_curve(
     """Count per alpha the samples that are neither evaded nor rejected within ``alpha * eps``.
 
     An attack that wants to be rejected is run at every alpha, on the samples not rejected yet; what
-    is rejected stays so within every larger ball, so the curve falls. It is an upper bound, as each
-    attack only finds what it finds.
+    is rejected stays so within every larger ball, so the curve falls. It is an upper bound: a
+    stronger attack may lower it.
 
     Args:
         model: Maps ``(n, ...)`` to scores ``(n, c)``, or ``(n, c + 1)`` with theta in the last
-            column. A module is evaluated in evaluation mode and left as it was found.
+            column. A module is put into evaluation mode and back.
         inputs: Clean inputs within ``bounds``, ``(n, ...)``.
         labels: True labels 0..c-1, int64 ``(n,)``.
         adversarial: Points within ``eps`` that want to evade, ``(n, ...)`` or of k attacks
@@ -136,55 +123,44 @@ def stratified_curve(
         raise ValueError("reject_options belong to the default attack: leave out one of the two")
     reject = has_reject_column(model, reject)
     task = Task(model, inputs, labels, norm, bounds, batch_size, reject)
-    options = {"norm": norm, "bounds": bounds, "batch_size": batch_size, "reject": reject}
-    own = {**(reject_options or {})}
-
-    def attack(rows: Tensor, radius: float, start: Tensor) -> Tensor:
-        if reject_attack is not None:
-            return reject_attack(model, inputs[rows], labels[rows], radius)
-        return lowest_confidence(model, inputs[rows], radius, start=start, **options, **own)
-
-    with left_as_found(model):
-        evading = evaded(judge(task, inputs).predictions, labels)
+    options = dict(reject_options or {})
+    shared: dict[str, Any] = {"norm": norm, "bounds": bounds, "batch_size": batch_size}
+    shared |= {"reject": reject, **options}
+    with evaluation_mode(model):
+        clean = judge(task, inputs).predictions
+        evading, rejected = is_evasion(clean, labels), clean == REJECT
         for points in stacked(adversarial, inputs):
             points, _ = keep_inside(task, points.to(inputs), eps, "adversarial")
-            evading = evading | evaded(judge(task, points).predictions, labels)
-        bar = tqdm(alphas, desc=name, unit="alpha", disable=not progress)
-        rejected = _reject_within(task, (alpha * eps for alpha in bar), attack)
+            evading = evading | is_evasion(judge(task, points).predictions, labels)
+        lowest, within = inputs.clone(), []
+        for alpha in tqdm(alphas, desc=name, unit="alpha", disable=not progress):
+            radius, rows = alpha * eps, (~rejected).nonzero()[:, 0]
+            if radius > 0 and reject and len(rows):
+                part = replace(task, inputs=inputs[rows], labels=labels[rows])
+                if reject_attack is not None:
+                    points = reject_attack(model, part.inputs, part.labels, radius)
+                else:
+                    start = lowest[rows]
+                    points = lowest_confidence(model, part.inputs, radius, start=start, **shared)
+                points, _ = keep_inside(part, points, radius, "reject attack")
+                lowest = lowest.index_copy(0, rows, points)
+                rejects = judge(part, points).predictions == REJECT
+                rejected = rejected.index_copy(0, rows, rejects)
+            within.append(rejected)
     return StratifiedCurve(
         name=name,
         eps=float(eps),
         norm=float(norm),
         alphas=alphas,
         evaded=evading.cpu(),
-        rejected=rejected.cpu(),
+        rejected=torch.stack(within).cpu(),
         confidence=confidence,
         settings={
             "reject_attack": "lowest confidence" if reject_attack is None else "given",
-            **own,
+            **options,
             **(settings or {}),
         },
     )
-
-
-def _reject_within(
-    task: Task, radii: Iterable[float], attack: Callable[[Tensor, float, Tensor], Tensor]
-) -> Tensor:
-    """Tell which samples are rejected somewhere within each radius, bool ``(len(radii), n)``."""
-    points = task.inputs.clone()
-    rejected = judge(task, points).predictions == REJECT
-    found = []
-    for radius in radii:
-        rows = (~rejected).nonzero()[:, 0]
-        if radius > 0 and task.reject and len(rows):
-            part = replace(task, inputs=task.inputs[rows], labels=task.labels[rows])
-            moved, _ = keep_inside(
-                part, attack(rows, radius, points[rows]), radius, "reject attack"
-            )
-            points = points.index_copy(0, rows, moved)
-            rejected = rejected.index_copy(0, rows, judge(part, moved).predictions == REJECT)
-        found.append(rejected)
-    return torch.stack(found)
 
 
 def _checked_alphas(alphas: Sequence[float]) -> list[float]:

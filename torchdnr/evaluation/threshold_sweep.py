@@ -11,14 +11,51 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from torchdnr.attacks.checks import check_inputs
-from torchdnr.attacks.target import has_reject_column, left_as_found
-from torchdnr.evaluation.decisions import stacked, worst_predictions
-from torchdnr.evaluation.intervals import Estimate
-from torchdnr.evaluation.judging import Task, keep_inside, outputs
-from torchdnr.evaluation.metrics import evaded
-from torchdnr.evaluation.rates import DecisionRates, decision_rates
-from torchdnr.evaluation.threshold_view import WithThreshold
+from torchdnr.decisions import evaluation_mode, has_reject_column, is_evasion, split_scores
+from torchdnr.evaluation.judging import (
+    Task,
+    checked_points,
+    keep_inside,
+    outputs,
+    stacked,
+    worst_predictions,
+)
+from torchdnr.evaluation.metrics import DecisionRates, Estimate, decision_rates, to_plain
 from torchdnr.rejection import rejection_threshold
+
+
+class WithThreshold(nn.Module):
+    """A view of a classifier with another rejection threshold; the classifier is not changed.
+
+    Args:
+        model: Maps ``(n, ...)`` to scores ``(n, c)``, or ``(n, c + 1)`` with theta last.
+        threshold: theta of the view, finite.
+        reject: Whether the last column of ``model`` is theta; None: ask the model.
+    """
+
+    def __init__(
+        self, model: Callable[[Tensor], Tensor], threshold: float, reject: bool | None = None
+    ) -> None:
+        super().__init__()
+        self.model: Any = model
+        self.threshold = float(threshold)
+        self.reject = has_reject_column(model, reject)
+        self.reject_index = -1  # the last column; it tells attacks that there is one
+        self.training = False
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Compute scores and the threshold of the view, ``(n, c + 1)``."""
+        scores, _ = split_scores(self.model(inputs), self.reject)
+        return torch.cat([scores, scores.new_full((len(scores), 1), self.threshold)], dim=1)
+
+    @property
+    def smoothed(self) -> Callable[..., WithThreshold]:
+        """Smoothed views of the model with this threshold; there are some iff the model has any."""
+        smoothed = self.model.smoothed
+        return lambda *args, **options: WithThreshold(
+            smoothed(*args, **options), self.threshold, self.reject
+        )
+
 
 Rates = list[list[Estimate]]
 Attack = Callable[[nn.Module, Tensor, Tensor, float], Tensor]
@@ -26,7 +63,7 @@ Attack = Callable[[nn.Module, Tensor, Tensor, float], Tensor]
 
 @dataclass(frozen=True, eq=False)
 class ThresholdSweep:
-    """Rates of one classifier over the threshold, for attacks of several sizes.
+    """Rates of one classifier over the threshold, for attacks of one or more sizes.
 
     Attributes:
         name: Name of the classifier.
@@ -57,7 +94,7 @@ class ThresholdSweep:
 
     def to_dict(self) -> dict[str, Any]:
         """Convert to numbers, lists and dictionaries."""
-        return {key: _plain(value) for key, value in vars(self).items()}
+        return to_plain(self)
 
 
 def thresholds_at_rates(scores: Tensor, rates: Sequence[float]) -> list[float]:
@@ -98,11 +135,11 @@ def threshold_sweep(
     Points made against one threshold are weak against another: one that was rejected need not be
     the best that an attacker can do about a lower theta. The paper does not say which of the two
     its figure shows. Points of a smaller eps count at every larger one, as do the clean inputs;
-    points found again at a threshold count at every lower one too, where they are accepted as well.
+    points of an attack at one threshold count at every lower one too, which accepts them as well.
 
     Args:
         model: Maps ``(n, ...)`` to scores ``(n, c)``, or ``(n, c + 1)`` with theta in the last
-            column, which is not used. A module is left as it was found.
+            column, which is not used. A module is put into evaluation mode and back.
         inputs: Clean inputs within ``bounds``, ``(n, ...)``.
         labels: True labels 0..c-1, int64 ``(n,)``.
         adversarial: Points by eps > 0, ``(n, ...)`` or of k attacks ``(k, n, ...)``, each within
@@ -136,46 +173,39 @@ def threshold_sweep(
         predictions = worst_predictions(pool, labels, reject, theta)
         return decision_rates(predictions, labels, value, confidence=confidence)
 
-    with left_as_found(model):
+    with evaluation_mode(model):
         clean = outputs(model, inputs, batch_size)[None]
-        without = [rates_at(clean, theta, 0.0) for theta in thetas]
+        at_clean = [rates_at(clean, theta, 0.0) for theta in thetas]
         pools, pool = [], clean
         for value in eps:
-            pool = torch.cat([pool, _given_outputs(task, adversarial[value], value)])
+            for points in stacked(adversarial[value], inputs):
+                points, _ = keep_inside(task, points.to(inputs), value, "adversarial")
+                pool = torch.cat([pool, outputs(model, points, batch_size)[None]])
             pools.append(pool)
         fixed = [
             [rates_at(pool, theta, value) for theta in thetas]
             for pool, value in zip(pools, eps, strict=True)
         ]
-        again = None
+        again: list[list[DecisionRates]] | None = None
         if attack is not None:
             with tqdm(total=len(thetas) * len(eps), desc=name, disable=not progress) as bar:
-                again = _attacked_again(task, attack, pools, eps, thetas, rates_at, bar)
+                again = _attack_again(task, attack, pools, eps, thetas, rates_at, bar)
     return ThresholdSweep(
         name=name,
         norm=float(norm),
         eps=eps,
         thresholds=thetas,
-        clean_accuracy=[rates.accuracy for rates in without],
-        false_rejection_rate=[rates.rejection for rates in without],
+        clean_accuracy=[rates.accuracy for rates in at_clean],
+        false_rejection_rate=[rates.rejection for rates in at_clean],
         accuracy=_column(fixed, "accuracy"),
         rejection_rate=_column(fixed, "rejection"),
-        reattacked_accuracy=again and _column(again, "accuracy"),
-        reattacked_rejection_rate=again and _column(again, "rejection"),
+        reattacked_accuracy=None if again is None else _column(again, "accuracy"),
+        reattacked_rejection_rate=None if again is None else _column(again, "rejection"),
         settings={"samples": len(inputs), "confidence": confidence, **(settings or {})},
     )
 
 
-def _given_outputs(task: Task, points: Tensor, eps: float) -> Tensor:
-    """Run the model on the given points of one eps, ``(k, n, columns)``."""
-    found = []
-    for one in stacked(points, task.inputs):
-        one, _ = keep_inside(task, one.to(task.inputs), eps, "adversarial")
-        found.append(outputs(task.model, one, task.batch_size))
-    return torch.stack(found)
-
-
-def _attacked_again(
+def _attack_again(
     task: Task,
     attack: Attack,
     pools: list[Tensor],
@@ -184,40 +214,28 @@ def _attacked_again(
     rates_at: Callable[[Tensor, float, float], DecisionRates],
     bar: tqdm,
 ) -> list[list[DecisionRates]]:
-    """Attack at every theta, the highest first, and at every eps, the smallest first."""
-    again = [[] for _ in eps]
+    """Attack at every theta, the highest first, and at every eps, the smallest first.
+
+    Only samples are attacked that no point of the pool evades; the outputs at the new points join
+    the pools of this and all larger eps.
+    """
+    again: list[list[DecisionRates]] = [[] for _ in eps]
     for theta in reversed(thetas):
+        view = WithThreshold(task.model, theta, task.reject)
         for row, value in enumerate(eps):
-            found = _attack_again(task, attack, pools[row], theta, value)
-            if found is not None:
-                pools[row:] = [torch.cat([pool, found]) for pool in pools[row:]]
+            predictions = worst_predictions(pools[row], task.labels, task.reject, theta)
+            rows = (~is_evasion(predictions, task.labels)).nonzero()[:, 0]
+            if len(rows):
+                part = replace(task, inputs=task.inputs[rows], labels=task.labels[rows])
+                points = attack(view, part.inputs, part.labels, value)
+                points = checked_points(points, part.inputs, "attack")
+                points, _ = keep_inside(part, points, value, "attack")
+                output = outputs(task.model, points, task.batch_size)
+                new = pools[row][:1].index_copy(1, rows, output[None])
+                pools[row:] = [torch.cat([pool, new]) for pool in pools[row:]]
             again[row].insert(0, rates_at(pools[row], theta, value))
             bar.update()
     return again
-
-
-def _attack_again(
-    task: Task,
-    attack: Attack,
-    pool: Tensor,
-    theta: float,
-    eps: float,
-) -> Tensor | None:
-    """Attack the samples not evaded at this theta; outputs ``(1, n, columns)``, or None."""
-    evading = evaded(worst_predictions(pool, task.labels, task.reject, theta), task.labels)
-    rows = (~evading).nonzero()[:, 0]
-    if len(rows) == 0:
-        return None
-    part = replace(task, inputs=task.inputs[rows], labels=task.labels[rows])
-    view = WithThreshold(task.model, theta, task.reject)
-    points = attack(view, part.inputs, part.labels, eps)
-    if points.shape != part.inputs.shape or not points.isfinite().all():
-        raise ValueError(
-            f"attack must return finite points like its inputs, {tuple(part.inputs.shape)}, "
-            f"got {tuple(points.shape)} or NaN"
-        )
-    points, _ = keep_inside(part, points.detach().to(part.inputs), eps, "attack")
-    return pool[:1].index_copy(1, rows, outputs(task.model, points, task.batch_size)[None])
 
 
 def _checked_grid(
@@ -234,9 +252,3 @@ def _checked_grid(
 
 def _column(rows: list[list[DecisionRates]], rate: str) -> Rates:
     return [[getattr(rates, rate) for rates in row] for row in rows]
-
-
-def _plain(value: object) -> object:
-    if isinstance(value, Estimate):
-        return value.to_dict()
-    return [_plain(item) for item in value] if isinstance(value, list) else value

@@ -1,8 +1,9 @@
 """RBF support vector machines: the dual problem, its solver, the module, model selection."""
 
+from torchdnr.decisions import NotFittedError
 from torchdnr.svm.dual import ConvergenceWarning, DualSolution
 from torchdnr.svm.model_selection import GridSearch, grid_search, out_of_fold_scores
-from torchdnr.svm.module import RBFSVM, NotFittedError
+from torchdnr.svm.rbf_svm import RBFSVM
 from torchdnr.svm.solver import solve_dual
 
 __all__ = [
@@ -21,6 +22,6 @@ def __getattr__(name: str) -> type:
     """Import ``RBFSVC`` when it is asked for: it needs scikit-learn, which the rest does not."""
     if name != "RBFSVC":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from torchdnr.svm.estimator import RBFSVC
+    from torchdnr.svm.sklearn.estimator import RBFSVC
 
     return RBFSVC

@@ -3,29 +3,29 @@
 import torch
 from torch import Tensor
 
-from torchdnr.shared_features import SharedFeatures
+from torchdnr.distributed.sharing import ShardedFeatures
 
 SYMMETRY = 1e-4
 """Largest difference across the diagonal of a Gram matrix, relative to its largest entry."""
 
 
-def check_features(features: Tensor | SharedFeatures) -> None:
+def check_features(features: Tensor | ShardedFeatures) -> None:
     """Check that features are a finite float matrix with at least one row.
 
     Args:
-        features: Candidate features, perhaps shared by several processes.
+        features: Candidate features, perhaps sharded.
 
     Raises:
         ValueError: Saying what was expected, what came and what to do.
     """
-    own = features.own if isinstance(features, SharedFeatures) else features
-    if own.ndim != 2 or 0 in own.shape:
-        raise ValueError(f"features must be (n, d) with n, d >= 1, got {tuple(own.shape)}")
-    if own.dtype not in (torch.float32, torch.float64):
+    local = features.local if isinstance(features, ShardedFeatures) else features
+    if local.ndim != 2 or 0 in local.shape:
+        raise ValueError(f"features must be (n, d) with n, d >= 1, got {tuple(local.shape)}")
+    if local.dtype not in (torch.float32, torch.float64):
         raise ValueError(
-            f"features must be float32 or float64, got {own.dtype}: call .float() first"
+            f"features must be float32 or float64, got {local.dtype}: call .float() first"
         )
-    if not SharedFeatures.of(features).are_finite():
+    if not ShardedFeatures.of(features).are_finite():
         raise ValueError("features must be finite, got NaN or infinity: check network and inputs")
 
 

@@ -10,14 +10,201 @@ attacks go: it bounds their difference everywhere (`score_bound`). Intercepts, c
 stay as they are, and so do the scores far from all data and what a margin of 1 means.
 """
 
+from collections.abc import Callable, Sequence
 from copy import deepcopy
+from dataclasses import dataclass
 
 import torch
+from gpytorch.kernels import Kernel
 from torch import Tensor
 
+from torchdnr.kernels.any_kernel import kernel_matrix, kernel_scores
+from torchdnr.kernels.rbf import BLOCK_ELEMENTS
 from torchdnr.svm.checks import check_features
-from torchdnr.svm.module import RBFSVM
-from torchdnr.svm.reduced_set import KernelSum, ReducedSet, greedy_choice
+from torchdnr.svm.rbf_svm import RBFSVM
+
+_RIDGE = 1e-10  # of the mean diagonal: two prototypes may come to lie on one another
+_NO_RESIDUAL = 1e-10  # of k(s, s): such a vector lies in the span of those chosen
+
+
+@dataclass(frozen=True)
+class KernelSum:
+    """Scores without intercept, ``sum_j coefficients_j k(z, vectors_j)``, in float64."""
+
+    kernel: Kernel
+    vectors: Tensor
+    coefficients: Tensor
+    center: Tensor
+
+    @classmethod
+    def of(cls, svm: "RBFSVM") -> "KernelSum":
+        """Copy what an SVM scores with."""
+        tensors = (svm.support_vectors, svm.dual_coef, svm.center)
+        kernel = deepcopy(svm.kernel).double().requires_grad_(False)
+        return cls(kernel, *(tensor.detach().double() for tensor in tensors))
+
+    @property
+    def block_rows(self) -> int:
+        """Features that are taken at once."""
+        return max(1, BLOCK_ELEMENTS // sum(self.vectors.shape))
+
+    def matrix(self, inputs: Tensor, vectors: Tensor) -> Tensor:
+        """Evaluate the kernel, ``(n, m)``."""
+        return kernel_matrix(self.kernel, inputs, vectors, self.center)
+
+    def scores(self, inputs: Tensor, vectors: Tensor, coefficients: Tensor) -> Tensor:
+        """Sum the kernel over other vectors."""
+        return kernel_scores(self.kernel, inputs, vectors, coefficients, self.center)
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        """Score inputs ``(n, d)`` in float64."""
+        return self.scores(inputs, self.vectors, self.coefficients)
+
+    def distance(self, vectors: Tensor, coefficients: Tensor) -> Tensor:
+        """Compute half of ||g - f||^2 but for its constant part, g the sum over ``vectors``."""
+        own = self.scores(vectors, vectors, coefficients)
+        return (coefficients * (own / 2 - self(vectors))).sum()
+
+
+def greedy_choice(target: KernelSum, count: int) -> Tensor:
+    """Choose support vectors one by one, each the best to add in the space of the kernel.
+
+    Args:
+        target: The sum over all of them.
+        count: How many to choose.
+
+    Returns:
+        Their indices, int64 ``(count,)``, in the order of the choice.
+    """
+    vectors = target.vectors
+    diagonal = torch.cat([target.kernel(v, v, diag=True) for v in vectors.split(1024)])
+    floor = _NO_RESIDUAL * diagonal
+    power, residual = diagonal.clone(), target(vectors)  # ||residual of k(s, .)||^2; that of f
+    basis = vectors.new_zeros(len(vectors), count)  # Newton's: orthonormal in that space
+    chosen = torch.zeros(count, dtype=torch.int64, device=vectors.device)
+    free = torch.ones(len(vectors), dtype=torch.bool, device=vectors.device)
+    for k in range(count):
+        gain = residual.square().sum(dim=1) / power.maximum(floor)
+        gain = torch.where(power > floor, gain, 0.0)
+        index = torch.where(free, gain, -1.0).argmax().unsqueeze(0)  # stays on the device
+        scale = power[index].maximum(floor[index]).sqrt()
+        column = target.matrix(vectors, vectors[index]).squeeze(1)
+        new = (column - basis[:, :k] @ basis[index, :k].squeeze(0)) / scale
+        residual = residual - torch.outer(new, (residual[index] / scale).squeeze(0))
+        power = power - new.square()
+        basis[:, k], chosen[k : k + 1], free[index] = new, index, False
+    return chosen
+
+
+class ReducedSet:
+    """The least-squares problem of the prototypes.
+
+    Args:
+        target: The sum to replace.
+        features: Where it is compared, ``(n, d)``.
+        values: What is wanted there, ``(n, P)``, without intercept.
+        smoothness: Weight of the difference in the space of the kernel.
+    """
+
+    def __init__(
+        self, target: KernelSum, features: Tensor, values: Tensor, smoothness: float
+    ) -> None:
+        self.target, self.smoothness = target, smoothness
+        self.features, self.values = features.detach(), values.detach()
+        spread = self.values.double().var(dim=0, correction=0).sum()
+        self.scale = torch.where(spread > 0.0, spread, 1.0)  # so that stops are relative to it
+
+    def _blocks(self) -> list[tuple[Tensor, Tensor]]:
+        rows = self.target.block_rows
+        return list(zip(self.features.split(rows), self.values.split(rows), strict=True))
+
+    @torch.no_grad()
+    def coefficients(self, prototypes: Tensor) -> Tensor:
+        """Solve for the best coefficients of given prototypes, ``(p, P)``."""
+        n = len(self.features)
+        matrix = self.smoothness * self.target.matrix(prototypes, prototypes)
+        right = self.smoothness * self.target(prototypes)
+        for features, values in self._blocks():
+            kernel = self.target.matrix(features.double(), prototypes)
+            matrix.addmm_(kernel.T, kernel, alpha=1.0 / n)
+            right.addmm_(kernel.T, values.double(), alpha=1.0 / n)
+        matrix.diagonal().add_(_RIDGE * matrix.diagonal().mean())
+        return torch.linalg.solve(matrix, right)
+
+    def loss(self, prototypes: Tensor) -> Tensor:
+        """Evaluate the objective at its best coefficients, and add its gradient to ``.grad``.
+
+        There the derivative by the coefficients is zero: that by the prototypes is what it is with
+        the coefficients held. The constant part of the norm is left out.
+        """
+        coefficients = self.coefficients(prototypes)
+        part = 2 * self.smoothness * self.target.distance(prototypes, coefficients) / self.scale
+        part.backward()
+        total, n = part.detach(), len(self.features)
+        for features, values in self._blocks():
+            found = self.target.scores(features.double(), prototypes, coefficients)
+            part = (found - values).square().sum() / (n * self.scale)
+            part.backward()
+            total = total + part.detach()
+        return total
+
+    @torch.enable_grad()
+    def descend(self, start: Tensor, steps: int) -> Tensor:
+        """Move prototypes to lessen the objective; return the best that were seen."""
+        return minimise([start], lambda tensors: self.loss(tensors[0]), steps)[0]
+
+
+@torch.enable_grad()
+def minimise(
+    start: Sequence[Tensor], loss: Callable[[list[Tensor]], Tensor], steps: int
+) -> list[Tensor]:
+    """Minimise by L-BFGS and return the best point that was seen, the start included.
+
+    Args:
+        start: Tensors to begin with.
+        loss: Evaluates the objective, and adds its gradient to ``.grad`` of the tensors.
+        steps: Iterations; 0 returns the start.
+
+    Returns:
+        As ``start``, without gradient.
+
+    Raises:
+        ValueError: If the objective or its gradient is not finite at the start.
+    """
+    best = [t.detach().clone(memory_format=torch.contiguous_format) for t in start]
+    tensors, lowest = [tensor.clone().requires_grad_() for tensor in best], torch.inf
+
+    def closure() -> Tensor:
+        nonlocal best, lowest
+        for tensor in tensors:
+            tensor.grad = None
+        value = loss(tensors)
+        reached = value.item()  # stalls a GPU, as L-BFGS does for its line search anyway
+        if lowest == torch.inf:
+            _check_start(value, tensors)
+        if reached < lowest:
+            best, lowest = [tensor.detach().clone() for tensor in tensors], reached
+        return value
+
+    if steps > 0:
+        torch.optim.LBFGS(
+            tensors,
+            max_iter=steps,
+            tolerance_grad=1e-9,
+            tolerance_change=1e-10,
+            history_size=20,
+            line_search_fn="strong_wolfe",
+        ).step(closure)
+    return best
+
+
+def _check_start(value: Tensor, tensors: Sequence[Tensor]) -> None:
+    if not all(torch.isfinite(t).all() for t in (value, *(tensor.grad for tensor in tensors))):
+        raise ValueError(
+            "the scores have no finite gradient by the support vectors, so that prototypes cannot "
+            "be moved: use another kernel, or steps=0, which leaves them where they start"
+        )
+
 
 SMOOTHNESS = 1e-3
 """Weight of the difference in the space of the kernel, against that at the features."""

@@ -10,11 +10,12 @@ Labels, C, weights and held-out samples (C = 0) change only y and the bounds.
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from torchdnr.svm.gram import KernelRows
+from torchdnr.svm.kernel_rows import KernelRows
 
 
 class ConvergenceWarning(UserWarning):
@@ -50,16 +51,32 @@ class DualSolution:
     kernel_rows: int
 
 
-def dual_bounds(targets: Tensor, C: float | Tensor) -> tuple[Tensor, Tensor]:
-    """Compute the bounds of b = y * alpha.
+class Points(NamedTuple):
+    """Where P problems stand, on all samples or on some; a row each.
 
-    Args:
-        targets: Labels in {-1, +1}, ``(n, P)``.
-        C: Upper bound of alpha: a number, or a tensor that broadcasts to ``(n, P)``.
-
-    Returns:
-        Lower and upper bounds, float64 ``(n, P)``.
+    Attributes:
+        gradient: F = K b - y, ``(P, n)``.
+        dual_coef: b, ``(P, n)``.
+        lower: Lower bounds of b, ``(P, n)``.
+        upper: Upper bounds of b, ``(P, n)``.
     """
+
+    gradient: Tensor
+    dual_coef: Tensor
+    lower: Tensor
+    upper: Tensor
+
+    def of(self, problems: Tensor) -> "Points":
+        """Select problems, ``(p,)``."""
+        return Points(*(t[problems] for t in self))
+
+    def at(self, index: Tensor) -> "Points":
+        """Select samples of each problem, ``(P, k)``."""
+        return Points(*(t.gather(1, index) for t in self))
+
+
+def dual_bounds(targets: Tensor, C: float | Tensor) -> tuple[Tensor, Tensor]:
+    """Compute the lower and upper bounds of b, float64 ``(n, P)``, from labels and C."""
     limits = targets.double() * C
     return limits.clamp_max(0.0), limits.clamp_min(0.0)
 
@@ -73,8 +90,8 @@ def snap_to_bounds(
         values: b or entries of it, ``(P, k)``.
         lower: Their lower bounds.
         upper: Their upper bounds.
-        share: How near counts as at the bound: a share of the room between the bounds, or of the
-            largest value of the problem where C is far beyond all of them.
+        share: How near counts as at the bound: a share of the distance between the bounds, or of
+            the largest value of the problem where C is far beyond all of them.
         scale: Largest value of each problem, ``(P, 1)``; default: that of ``values``.
 
     Returns:
@@ -89,56 +106,33 @@ def snap_to_bounds(
 def to_double(values: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
     """Widen values to float64, and put those at a rounded bound on the bound itself.
 
-    Args:
-        values: b or entries of it, ``(P, k)``, of any dtype.
-        lower: Their lower bounds, float64.
-        upper: Their upper bounds, float64.
-
-    Returns:
-        float64: a C that float32 rounds down would leave every sample at it just short of it.
+    A C that float32 rounds down would leave every sample at it just short of it.
     """
     result = torch.where(values >= upper.to(values.dtype), upper, values.double())
     return torch.where(values <= lower.to(values.dtype), lower, result)
 
 
-def violation_bounds(
-    gradient: Tensor, dual_coef: Tensor, lower: Tensor, upper: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Compute m and M of LIBSVM's stopping rule m - M <= tol, problem by problem.
+def violation_bounds(points: Points) -> tuple[Tensor, Tensor]:
+    """Compute m and M of LIBSVM's stopping rule m - M <= tol, ``(P,)`` each.
 
-    Args:
-        gradient: F = K b - y, ``(n, P)``.
-        dual_coef: b, ``(n, P)``.
-        lower: Lower bounds of b, ``(n, P)``.
-        upper: Upper bounds of b, ``(n, P)``.
-
-    Returns:
-        m, the largest -F among samples whose b can grow, and M, the smallest among those whose b
-        can shrink, ``(P,)`` each.
+    m is the largest -F among samples whose b can grow, M the smallest among those whose b can
+    shrink.
 
     Source: Fan, Chen and Lin, JMLR 6 (2005), Sec. 2.
     """
-    steepest_up = (-gradient).masked_fill(dual_coef >= upper, -torch.inf).amax(dim=0)
-    steepest_down = (-gradient).masked_fill(dual_coef <= lower, torch.inf).amin(dim=0)
+    gradient, dual_coef, lower, upper = points
+    steepest_up = (-gradient).masked_fill(dual_coef >= upper, -torch.inf).amax(dim=1)
+    steepest_down = (-gradient).masked_fill(dual_coef <= lower, torch.inf).amin(dim=1)
     return steepest_up, steepest_down
 
 
-def intercepts(gradient: Tensor, dual_coef: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
-    """Compute intercepts as LIBSVM does: mean of -F over free samples, else (m + M) / 2.
-
-    Args:
-        gradient: F = K b - y, ``(n, P)``.
-        dual_coef: b, ``(n, P)``.
-        lower: Lower bounds of b, ``(n, P)``.
-        upper: Upper bounds of b, ``(n, P)``.
-
-    Returns:
-        Intercepts, ``(P,)``.
-    """
+def intercepts(points: Points) -> Tensor:
+    """Compute LIBSVM's intercepts: the mean of -F over free samples, else (m + M) / 2; ``(P,)``."""
+    gradient, dual_coef, lower, upper = points
     free = (dual_coef > lower) & (dual_coef < upper)
-    count = free.sum(dim=0)
-    mean = -(gradient * free).sum(dim=0) / count.clamp_min(1)
-    steepest_up, steepest_down = violation_bounds(gradient, dual_coef, lower, upper)
+    count = free.sum(dim=1)
+    mean = -(gradient * free).sum(dim=1) / count.clamp_min(1)
+    steepest_up, steepest_down = violation_bounds(points)
     middle = (steepest_up + steepest_down) / 2
     return torch.where(count > 0, mean, middle)
 
@@ -169,10 +163,10 @@ def certify(
     """
     targets = targets.double()
     product = kernel.product(dual_coef.T.contiguous()).T
-    gradient = product - targets
-    steepest_up, steepest_down = violation_bounds(gradient, dual_coef, lower, upper)
+    points = Points((product - targets).T, dual_coef.T, lower.T, upper.T)
+    steepest_up, steepest_down = violation_bounds(points)
     violation = (steepest_up - steepest_down).clamp_min(0.0)
-    intercept = kernel.processes.agree(intercepts(gradient, dual_coef, lower, upper))
+    intercept = kernel.replicate(intercepts(points))
     quadratic = (dual_coef * product).sum(dim=0)
     linear = (targets * dual_coef).sum(dim=0)
     hinge = (1.0 - targets * (product + intercept)).clamp_min(0.0)
@@ -191,14 +185,7 @@ def certify(
 
 
 def join_solutions(parts: Sequence[DualSolution]) -> DualSolution:
-    """Put the solutions of groups of problems on one kernel side by side.
-
-    Args:
-        parts: One per group, in the order in which they were solved.
-
-    Returns:
-        The solutions of all problems.
-    """
+    """Put the solutions of groups of problems on one kernel side by side, in their order."""
     if len(parts) == 1:
         return parts[0]
     values = {
@@ -210,13 +197,7 @@ def join_solutions(parts: Sequence[DualSolution]) -> DualSolution:
 
 
 def warn_if_not_converged(solution: DualSolution, tol: float, stacklevel: int = 3) -> None:
-    """Warn once about all problems that did not meet the tolerance.
-
-    Args:
-        solution: What the solver returned.
-        tol: The tolerance that it was given.
-        stacklevel: As in ``warnings.warn``.
-    """
+    """Warn once about all problems that did not meet the tolerance."""
     failed = (~solution.converged).nonzero().squeeze(1).tolist()
     if not failed:
         return

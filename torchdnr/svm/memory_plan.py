@@ -1,8 +1,12 @@
-"""How a fit spends the memory that it may take: on its state, on working sets, on kernel rows."""
+"""How a fit divides its memory limit among its state, working sets, kernel rows and copies."""
 
 import itertools
 import math
 from dataclasses import dataclass
+
+from torch import Tensor
+
+from torchdnr.distributed.sharing import ShardedFeatures
 
 EVALUATE_ELEMENTS = 2**22
 """Kernel values evaluated at once: few enough to stay in a CPU's cache between two steps."""
@@ -26,6 +30,49 @@ USABLE = 0.95
 
 
 @dataclass(frozen=True)
+class FeaturePlan:
+    """How much of the features is copied at a time.
+
+    Attributes:
+        block_bytes: Bytes of centred rows; the features are kept centred if all fit in there.
+        total_bytes: Bytes of all copies together.
+        rows: Kernel rows evaluated at once; None for as many as a CPU's cache holds.
+    """
+
+    block_bytes: int
+    total_bytes: int
+    rows: int | None
+
+
+def plan_features(
+    features: Tensor | ShardedFeatures, problems: int, memory_limit: int | None
+) -> FeaturePlan:
+    """Divide memory between copies of the features and all else that a fit needs.
+
+    Args:
+        features: ``(n, d)``.
+        problems: Problems solved at once.
+        memory_limit: Bytes beyond the features; None for ``MEMORY_LIMIT``.
+
+    Returns:
+        A plan that takes at most half of what the least memory of a fit leaves; more only if a
+        single row is more.
+    """
+    features = ShardedFeatures.of(features)
+    (n, d), itemsize = features.shape, features.local.element_size()
+    width = features.partition.largest  # the same plan in all processes
+    size, limit = itemsize * width * d, MEMORY_LIMIT if memory_limit is None else int(memory_limit)
+    spare = int(USABLE * (limit - least_memory(n, problems, itemsize, width=width)))
+    if 4 * size <= spare:  # the centred features, and the rows of them whose kernels are evaluated
+        return FeaturePlan(size, 2 * size, None)
+    # A block of centred rows, those whose kernels are evaluated, and their kernels with all, of
+    # which the last ones are still in use.
+    row = itemsize * max(width, d)
+    block = max(row, min(size, spare // 8))
+    return FeaturePlan(min(block, size), 4 * block, block // row)
+
+
+@dataclass(frozen=True)
 class MemoryPlan:
     """How a memory limit is spent.
 
@@ -45,7 +92,7 @@ def plan_memory(
     problems: int,
     itemsize: int,
     memory_limit: int | None,
-    taken: int = 0,
+    reserved: int = 0,
     width: int | None = None,
 ) -> MemoryPlan:
     """Divide memory between the state of the problems, working sets and kernel rows.
@@ -55,21 +102,20 @@ def plan_memory(
         problems: Problems on one kernel.
         itemsize: Bytes of a kernel value.
         memory_limit: Bytes beyond the features; None for ``MEMORY_LIMIT``.
-        taken: Bytes of it that are spent already, on copies of the features.
-        width: Kernel values of a row that are held here, where several processes share a row;
-            default: n.
+        reserved: Bytes of it for copies of the features.
+        width: Kernel values that are held of each row, where rows are sharded; default: n.
 
     Returns:
         The plan: a quarter of what is beyond the least goes to solving more problems together; of
         what their state leaves, a fifth goes to working sets, the rest to kernel rows. Where not
-        all rows find room, only as many problems are solved together as have room for theirs.
+        all rows fit, only as many problems are solved together as have all of theirs held.
 
     Raises:
-        ValueError: If the limit leaves less room than a small working set needs.
+        ValueError: If the limit is less than a small working set needs.
     """
     limit = MEMORY_LIMIT if memory_limit is None else int(memory_limit)
     width = n if width is None else width
-    least = least_memory(n, problems, itemsize, taken, width)
+    least = least_memory(n, problems, itemsize, reserved, width)
     if limit < least:
         raise ValueError(
             f"memory_limit must be at least {least} bytes for {n} samples and {problems} problems "
@@ -77,10 +123,10 @@ def plan_memory(
         )
     spare = int(USABLE * (limit - least))
     together = min(problems, LEAST_TOGETHER + spare // 4 // (STATE_ARRAYS * 8 * n))
-    state = _state_bytes(n, problems, together, itemsize) + taken
-    room = int(limit * USABLE) - state
-    sets = room // 5
-    capacity = (room - sets) // (width * itemsize)
+    state = _state_bytes(n, problems, together, itemsize) + reserved
+    rest = int(limit * USABLE) - state
+    sets = rest // 5
+    capacity = (rest - sets) // (width * itemsize)
     largest = min(LARGEST_SET, int((sets / SET_BYTES) ** 0.5), max(2, capacity))
     if capacity < n:  # else the rows of each problem drive out those of the others, step by step
         together = max(1, min(together, capacity // (2 * largest)))
@@ -88,11 +134,11 @@ def plan_memory(
 
 
 def least_memory(
-    n: int, problems: int, itemsize: int, taken: int = 0, width: int | None = None
+    n: int, problems: int, itemsize: int, reserved: int = 0, width: int | None = None
 ) -> int:
     """Compute the smallest memory limit, in bytes, that ``plan_memory`` takes."""
     width = n if width is None else width
-    state = _state_bytes(n, problems, min(problems, LEAST_TOGETHER), itemsize) + taken
+    state = _state_bytes(n, problems, min(problems, LEAST_TOGETHER), itemsize) + reserved
     sets_and_rows = 5 * SET_BYTES * 256**2 + 2 * width * itemsize * min(n, 256)
     return math.ceil((state + sets_and_rows) / USABLE)
 
@@ -105,15 +151,7 @@ def _state_bytes(n: int, problems: int, together: int, itemsize: int) -> int:
 
 
 def column_groups(problems: int, together: int | None) -> list[slice]:
-    """Divide problems into groups of nearly one size.
-
-    Args:
-        problems: P.
-        together: Problems in a group at the most; None for all.
-
-    Returns:
-        Columns of each group.
-    """
+    """Divide problems into groups of nearly one size, ``together`` at the most; None for all."""
     groups = math.ceil(problems / (together or problems))
     bounds = [problems * part // groups for part in range(groups + 1)]
     return [slice(*pair) for pair in itertools.pairwise(bounds)]

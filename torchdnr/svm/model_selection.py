@@ -2,20 +2,23 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from torchdnr.kernels import scale_gamma
-from torchdnr.shared_features import SharedFeatures
+from torchdnr.distributed.sharing import ShardedFeatures
+from torchdnr.kernels.any_kernel import gamma_for_variance
 from torchdnr.svm.checks import check_features, check_labels
-from torchdnr.svm.gram import KernelRows
-from torchdnr.svm.memory_plan import MEMORY_LIMIT, least_memory, plan_memory
-from torchdnr.svm.module import RBFSVM
-from torchdnr.svm.rbf_rows import all_distances, distance_rows, plan_features, rbf_rows
-from torchdnr.svm.warm_start import FoldedFits
+from torchdnr.svm.dual import DualSolution, dual_bounds
+from torchdnr.svm.gram import all_distances, planned_rows
+from torchdnr.svm.kernel_rows import KernelRows
+from torchdnr.svm.memory_plan import MEMORY_LIMIT, least_memory
+from torchdnr.svm.multiclass import one_vs_rest
+from torchdnr.svm.rbf_svm import RBFSVM
+from torchdnr.svm.solver import solve_dual
+from torchdnr.svm.working_set import make_feasible
 
 C_GRID = (0.01, 0.1, 1.0, 10.0, 100.0)
 GAMMA_GRID = (0.0625, 0.25, 1.0, 4.0)
@@ -52,7 +55,7 @@ class GridSearch:
 
 
 def stratified_folds(labels: Tensor, folds: int, seed: int = 0) -> Tensor:
-    """Deal the samples of every class evenly to the folds, in a seeded random order.
+    """Assign the samples of every class evenly to the folds, in a seeded random order.
 
     Args:
         labels: ``(n,)`` in 0..c-1.
@@ -61,7 +64,7 @@ def stratified_folds(labels: Tensor, folds: int, seed: int = 0) -> Tensor:
 
     Returns:
         Fold of each sample, ``(n,)`` in 0..folds-1. Sizes differ by at most one within a class
-        and, the remainders being dealt on, over all samples.
+        and, as the remainders are passed on, over all samples.
 
     Raises:
         ValueError: If a class has fewer samples than there are folds.
@@ -86,7 +89,7 @@ def stratified_folds(labels: Tensor, folds: int, seed: int = 0) -> Tensor:
 
 @torch.no_grad()
 def grid_search(
-    features: Tensor | SharedFeatures,
+    features: Tensor | ShardedFeatures,
     labels: Tensor,
     *,
     C_grid: Sequence[float] = C_GRID,
@@ -99,14 +102,14 @@ def grid_search(
     progress: bool = False,
     description: str = "grid search",
 ) -> GridSearch:
-    """Find the (C, gamma) of the best cross-validated accuracy, and fit it on all samples.
+    """Search for the (C, gamma) of the best cross-validated accuracy, and fit it on all samples.
 
     Ties are broken towards the smallest C, then the largest gamma: among equally accurate
     machines the most regularised, and of these the one whose scores fall off fastest away from
     the data, which is what rejection is for.
 
     Args:
-        features: ``(n, d)``, or ``SharedFeatures`` as in ``RBFSVM.fit``.
+        features: ``(n, d)``, or ``ShardedFeatures`` as in ``RBFSVM.fit``.
         labels: ``(n,)`` in 0..c-1.
         C_grid: Values of C, > 0.
         gamma_grid: Multiples of gamma = "scale", > 0.
@@ -114,7 +117,7 @@ def grid_search(
         seed: Of the folds.
         tol: Largest KKT violation accepted.
         distances: Squared distances between all features, ``(n, n)``, if they are at hand; of
-            shared features those to this process's rows, ``(n, k)``.
+            sharded features those to this process's rows, ``(n, k)``.
         memory_limit: Bytes that the search may take beyond its inputs; default 4 GiB.
         progress: Whether to show a progress bar.
         description: What the progress bar is called.
@@ -130,14 +133,16 @@ def grid_search(
     """
     check_features(features)
     c, labels = check_labels(labels, len(features)), labels.long()
-    Cs, scale = tuple(sorted(float(C) for C in C_grid)), scale_gamma(features)
+    features = ShardedFeatures.of(features)
+    scale = gamma_for_variance(features.variance(), features.shape[1])
+    Cs = tuple(sorted(float(C) for C in C_grid))
     gammas = tuple(sorted(scale * float(multiple) for multiple in gamma_grid))
     if not Cs or not gammas or min(*Cs, *gammas) <= 0.0:
         raise ValueError(f"grids must hold numbers > 0, got C {C_grid} and gamma {gamma_grid}")
     fold = stratified_folds(labels, folds, seed)
     kernels = _Kernels(features, distances, c * folds, memory_limit)
     accuracy = torch.zeros(len(Cs), len(gammas), dtype=torch.float64)
-    best, not_converged = None, 0
+    best, chosen, start, not_converged = (-1, 0, 0), (Cs[0], gammas[0]), None, 0
     bar = tqdm(total=len(Cs) * len(gammas), desc=description, unit="point", disable=not progress)
     with bar:
         for column, gamma in enumerate(gammas):
@@ -146,24 +151,24 @@ def grid_search(
                 scores = fits.advance(C)
                 hits = int((scores.argmax(dim=1) == labels).sum())
                 accuracy[row, column] = hits / len(labels)
-                if best is None or (hits, -row, column) > best[0]:
-                    best = (hits, -row, column), C, gamma, fits.dual_coef
+                if (hits, -row, column) > best:
+                    best, chosen, start = (hits, -row, column), (C, gamma), fits.whole_start()
                 bar.update()
             not_converged += fits.not_converged
-    _, C, gamma, dual_coef = best
+    C, gamma = chosen
     svm = RBFSVM(C, gamma, tol=tol).fit(
         features,
         labels,
         distances=kernels.distances,
-        initial=dual_coef,
-        memory_limit=kernels.limit,  # the distances have their share of it
+        initial=start,
+        memory_limit=kernels.limit,  # without the share of the distances
     )
     return GridSearch(C, gamma, Cs, gammas, accuracy, not_converged, svm)
 
 
 @torch.no_grad()
 def out_of_fold_scores(
-    features: Tensor | SharedFeatures,
+    features: Tensor | ShardedFeatures,
     labels: Tensor,
     *,
     C: float,
@@ -177,7 +182,7 @@ def out_of_fold_scores(
     """Score every sample by the machine that was fitted on the other folds.
 
     Args:
-        features: ``(n, d)``, or ``SharedFeatures`` as in ``RBFSVM.fit``.
+        features: ``(n, d)``, or ``ShardedFeatures`` as in ``RBFSVM.fit``.
         labels: ``(n,)`` in 0..c-1.
         C: Upper bound of the dual variables.
         gamma: Kernel width.
@@ -185,7 +190,7 @@ def out_of_fold_scores(
         seed: Of the folds.
         tol: Largest KKT violation accepted.
         distances: Squared distances between all features, ``(n, n)``, if they are at hand; of
-            shared features those to this process's rows, ``(n, k)``.
+            sharded features those to this process's rows, ``(n, k)``.
         memory_limit: Bytes that the fits may take beyond their inputs; default 4 GiB.
 
     Returns:
@@ -204,41 +209,136 @@ def out_of_fold_scores(
     fold = stratified_folds(labels, folds, seed)
     kernels = _Kernels(features, distances, c * folds, memory_limit)
     scores = FoldedFits(kernels.rows(gamma), labels, c, fold, tol).advance(C)
-    return scores.to(kernels.features.own)
+    return scores.to(kernels.features.local)
+
+
+class _Fits(NamedTuple):
+    """Fits on all samples, and without each fold."""
+
+    whole: DualSolution
+    parts: DualSolution
+    whole_C: float
+    C: float
+
+
+class FoldedFits:
+    """One-vs-rest problems on all samples, and without each fold: held-out samples have C = 0.
+
+    Args:
+        rows: The Gram matrix of all samples.
+        labels: ``(n,)`` in 0..c-1.
+        num_classes: c.
+        fold: Fold of each sample, ``(n,)`` from 0.
+        tol: Largest KKT violation accepted.
+
+    Attributes:
+        not_converged: Problems that missed the tolerance so far.
+    """
+
+    def __init__(
+        self, rows: KernelRows, labels: Tensor, num_classes: int, fold: Tensor, tol: float
+    ) -> None:
+        self._rows, self._fold, self._tol = rows, fold, tol
+        self._folds, self._classes = int(fold.max()) + 1, num_classes
+        self._targets = one_vs_rest(labels, num_classes)
+        kept = fold.unsqueeze(1) != torch.arange(self._folds, device=fold.device)
+        self._kept = kept.double().repeat_interleave(num_classes, dim=1)  # fold * c + class
+        self._last: _Fits | None = None
+        self.not_converged = 0
+
+    def advance(self, C: float) -> Tensor:
+        """Fit with a larger C than before.
+
+        Args:
+            C: Upper bound of the dual variables.
+
+        Returns:
+            Scores of each sample by the machine fitted without its fold, float64 ``(n, c)``.
+        """
+        last, targets = self._last, self._targets.repeat(1, self._folds)
+        # Samples at a bound pull less without a fold, by its share: as with a C so much smaller.
+        smaller = C * (1.0 - 1.0 / self._folds)
+        start = None if last is None else self._stretched(last, smaller)
+        whole = solve_dual(self._rows, self._targets, smaller, tol=self._tol, initial=start)
+        limits = C * self._kept
+        start = self._without_folds(whole, targets, limits)
+        if last is not None:  # where nothing was at a bound, a larger C changes nothing
+            start = torch.where(
+                _at_bound(last.parts, last.C).any(dim=0), start, last.parts.dual_coef
+            )
+        parts = solve_dual(self._rows, targets, limits, tol=self._tol, initial=start)
+        self._last = _Fits(whole, parts, smaller, C)
+        self.not_converged += int((~parts.converged).sum() + (~whole.converged).sum())
+        scores = parts.scores.view(len(targets), self._folds, self._classes)
+        return scores[torch.arange(len(targets), device=targets.device), self._fold]
+
+    def whole_start(self) -> Tensor | None:
+        """Return a start for a fit on all samples with the last C, float64 ``(n, c)``."""
+        if self._last is None:
+            return None
+        whole, _, whole_C, C = self._last
+        stretched = whole.dual_coef * (C / whole_C)
+        return torch.where(_at_bound(whole, whole_C), stretched, whole.dual_coef)
+
+    def _stretched(self, last: _Fits, C: float) -> Tensor:
+        """Multiply the last b by the best factor within the new bounds."""
+        linear = (self._targets * last.whole.dual_coef).sum(dim=0)
+        best = _best_multiple(linear, 2.0 * (last.whole.objective + linear))
+        return last.whole.dual_coef * best.clamp(1.0, max(1.0, C / last.whole_C))
+
+    def _without_folds(self, whole: DualSolution, targets: Tensor, limits: Tensor) -> Tensor:
+        """Set the held-out samples of the fit on all to 0, and stretch and balance the rest."""
+        gradient = (whole.scores - whole.intercept).repeat(1, self._folds) - targets
+        lower, upper = dual_bounds(targets, limits)
+        kept = (whole.dual_coef.repeat(1, self._folds) * self._kept).T.contiguous()
+        product = self._rows.product(kept, exact=False)
+        best = _best_multiple((targets.T * kept).sum(dim=1), (kept * product).sum(dim=1))
+        kept *= best.clamp(1.0, self._folds / (self._folds - 1.0)).unsqueeze(1)
+        return make_feasible(kept, gradient.T, lower.T, upper.T, torch.zeros_like(best)).T
+
+
+def _at_bound(solution: DualSolution, C: float) -> Tensor:
+    return solution.dual_coef.abs() >= C * (1.0 - 1e-9)
+
+
+def _best_multiple(linear: Tensor, quadratic: Tensor) -> Tensor:
+    """Minimise ``1/2 t^2 quadratic - t linear``."""
+    return linear / quadratic.clamp_min(torch.finfo(quadratic.dtype).tiny)
 
 
 class _Kernels:
-    """Gram matrices of several widths: from common distances, where there is room for them.
+    """Gram matrices of more than one width: from common distances, where these fit.
 
     Attributes:
+        features: ``(n, d)``.
+        distances: Squared distances to this process's rows, or None.
         limit: Bytes that are left beside the distances computed here.
     """
 
     def __init__(
         self,
-        features: Tensor | SharedFeatures,
+        features: Tensor | ShardedFeatures,
         distances: Tensor | None,
         problems: int,
         memory_limit: int | None,
     ) -> None:
-        self.features = features = SharedFeatures.of(features)
-        n, itemsize, width = len(features), features.own.element_size(), features.shares.largest
+        self.features = ShardedFeatures.of(features)
+        self.distances, self._problems = distances, problems
         self.limit = MEMORY_LIMIT if memory_limit is None else int(memory_limit)
-        self.center = features.means()
-        self.distances = distances
-        if distances is None:
-            whole = itemsize * n * width
-            left = self.limit - whole
-            # Half of what remains has to do for the rows of one width.
-            if 3 * whole <= left and least_memory(n, problems, itemsize, width=width) <= left:
-                self.distances = all_distances(features, self.center, left)
-                self.limit = left
-        self.blocks = plan_features(features, problems, self.limit)
-        copies = self.blocks.taken if self.distances is None else 0
-        self.plan = plan_memory(n, problems, itemsize, self.limit, copies, width)
+        self._center = self.features.means()
+        if distances is not None:
+            return
+        partition, itemsize = self.features.partition, self.features.local.element_size()
+        n, width = partition.n, partition.largest
+        size = itemsize * n * width
+        rest = self.limit - size
+        # Half of what remains has to do for the rows of one width.
+        if 3 * size <= rest and least_memory(n, problems, itemsize, width=width) <= rest:
+            self.distances = all_distances(self.features, self._center, rest)
+            self.limit = rest
 
     def rows(self, gamma: float) -> KernelRows:
         """Prepare the Gram matrix of one width."""
-        if self.distances is not None:
-            return distance_rows(self.distances, gamma, self.plan, self.features.shares)
-        return rbf_rows(self.features, gamma, self.center, self.plan, self.blocks)
+        return planned_rows(
+            self.features, gamma, self._center, self._problems, self.limit, self.distances
+        )

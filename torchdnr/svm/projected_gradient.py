@@ -10,8 +10,8 @@ SIAM J. Optim. 10 (2000); here with the exact line search that a quadratic allow
 import torch
 from torch import Tensor
 
-from torchdnr.svm.dual import to_double, violation_bounds
-from torchdnr.svm.gram import KernelRows
+from torchdnr.svm.dual import Points, to_double, violation_bounds
+from torchdnr.svm.kernel_rows import KernelRows
 from torchdnr.svm.working_set import common_sample
 
 SMALLEST = 2048
@@ -37,7 +37,7 @@ PROJECTION_STEPS = 30
 def bounded_start(
     rows: KernelRows, targets: Tensor, lower: Tensor, upper: Tensor, goal: float
 ) -> Tensor | None:
-    """Find a start for those problems whose support vectors will mostly be at their bounds.
+    """Compute a start for those problems whose support vectors will mostly be at their bounds.
 
     Args:
         rows: The kernel; all of it gets evaluated if there is such a problem.
@@ -47,21 +47,24 @@ def bounded_start(
         goal: Violation at which a problem is done.
 
     Returns:
-        b, ``(P, n)``, 0 for the other problems; None if there is none, or no room for the kernel.
+        b, ``(P, n)``, 0 for the other problems; None if there is none, or the kernel is not held
+        whole.
     """
     if rows.n < SMALLEST or rows.capacity < rows.n:
         return None
     start, sample = uniform_start(lower, upper), common_sample(rows.n, lower.device)
-    part = rows.product_at(sample, start) - targets[:, sample]
-    steepest = violation_bounds(part.T, start[:, sample].T, lower[:, sample].T, upper[:, sample].T)
-    close = (steepest[0] - steepest[1] < CLOSE).nonzero().squeeze(1)  # each by its own samples
+    gradient = rows.product_at(sample, start) - targets[:, sample]
+    steepest_up, steepest_down = violation_bounds(
+        Points(gradient, *(t[:, sample] for t in (start, lower, upper)))
+    )
+    close = (steepest_up - steepest_down < CLOSE).nonzero().squeeze(1)  # each by its own samples
     if len(close) == 0:
         return None
     rows.slots(torch.arange(rows.n, device=lower.device))
-    chosen = [t[close] for t in (targets, lower, upper)]
     result = torch.zeros_like(start)
-    coarse = _coarse_start(rows, *chosen, goal)
-    result[close] = projected_gradient(rows, chosen[0], coarse, *chosen[1:], goal, FINE_STEPS)
+    targets, lower, upper = targets[close], lower[close], upper[close]
+    coarse = _coarse_start(rows, targets, lower, upper, goal)
+    result[close] = projected_gradient(rows, targets, coarse, lower, upper, goal, FINE_STEPS)
     return result
 
 
@@ -83,15 +86,7 @@ def _coarse_start(
 
 
 def uniform_start(lower: Tensor, upper: Tensor) -> Tensor:
-    """Put the smaller class at its bounds, and the larger one evenly between.
-
-    Args:
-        lower: Lower bounds of b, ``(P, n)``.
-        upper: Upper bounds of b, ``(P, n)``.
-
-    Returns:
-        b, ``(P, n)``, whose rows sum to 0.
-    """
+    """Put the smaller class at its bounds, and the larger one evenly between: rows sum to 0."""
     positive, negative = upper.sum(dim=1, keepdim=True), -lower.sum(dim=1, keepdim=True)
     level = torch.minimum(positive, negative)
     tiny = torch.finfo(lower.dtype).tiny  # a coarse problem may have one class only
@@ -108,7 +103,7 @@ def project(values: Tensor, lower: Tensor, upper: Tensor, shift: Tensor) -> tupl
         shift: First guess of what has to be taken off before clipping, ``(P,)``.
 
     Returns:
-        Projections, and the shifts found.
+        Projections, and the shifts that were needed.
     """
     least, most = (values - upper).amin(dim=1), (values - lower).amax(dim=1)
     shift = torch.minimum(torch.maximum(shift, least), most)
@@ -173,7 +168,7 @@ def projected_gradient(
             free = ((point > lower) & (point < upper)).sum(dim=1).to(dtype)
             settled = (free > SETTLED * last) & (free < FEW_FREE * rows.n)
             settled |= (slope.abs() <= goal * change.abs().amax(dim=1)) | (step == max_steps - 1)
-            settled = rows.processes.agree(settled)
+            settled = rows.replicate(settled)
             exact = to_double(point, bounds[0][running], bounds[1][running])
             result[running] = torch.where(settled.unsqueeze(1), exact, result[running])
             keep = (~settled).nonzero().squeeze(1)

@@ -1,26 +1,64 @@
-"""`solve_dual`: many dual problems on one kernel, from cold or warm start to certificate."""
+"""`solve_dual`: many dual problems on one kernel, from cold or warm start to certificate.
+
+Outer steps choose working sets, on which Newton's method guesses the active set; where that fails,
+two-variable updates take over. One product with the kernel then updates the gradients of all
+samples. Every problem has its own state, and its answer does not depend on its neighbours.
+"""
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from torchdnr.svm.descent import Descent, descend
 from torchdnr.svm.dual import (
     DualSolution,
+    Points,
     certify,
     dual_bounds,
+    intercepts,
     join_solutions,
+    snap_to_bounds,
+    to_double,
+    violation_bounds,
     warn_if_not_converged,
 )
-from torchdnr.svm.gram import KernelRows
+from torchdnr.svm.kernel_rows import Block, KernelRows
 from torchdnr.svm.memory_plan import column_groups
+from torchdnr.svm.newton import multiply, newton_blocks
 from torchdnr.svm.projected_gradient import bounded_start
-from torchdnr.svm.working_set import settle
+from torchdnr.svm.working_set import (
+    first_sets,
+    largest_violators,
+    make_feasible,
+    select_working_sets,
+    solve_blocks,
+)
 
 GOAL = 0.5
 """Share of the tolerance that the solver aims at, so that the certificate holds after rounding and
 decision values agree with the exact optimum to about the tolerance."""
 REFRESHES = 5
 """Times that drifted gradients are computed afresh before a problem counts as not converged."""
+NEWTON_ACCURACY = 0.01
+"""Newton's method stops when the violation is this share of the whole problem's. Its last digits
+cost little; a tenth would leave points that are no better than where the block began."""
+UPDATE_ACCURACY = 0.1
+"""The same for two-variable updates."""
+SHORTEST_STEP = 1e-3
+"""Share of the way to Newton's answer below which a block counts as not improved."""
+EASY_STEPS = 8
+"""Newton steps up to which a block counts as easy, and the damping falls."""
+FIRST_DAMPING, LEAST_DAMPING, MOST_DAMPING = 0.3, 1e-9, 1.0
+SINGLE_DAMPING = 1e-4
+"""Least damping at which systems are factored in float32: their condition is then below 1e7."""
+SMALL_SET = 256
+"""Samples up to which float64 costs next to nothing. Float32 is too coarse for the last steps where
+many samples are at a small bound: its sums are off by more than what is left to gain."""
+FALLBACK_SET, FALLBACK_STEPS = 256, 1024
+BLOCK_ELEMENTS = {"cpu": 2**22, "cuda": 2**27}
+"""Entries of the matrices that are factored together: on a CPU only small ones gain from it."""
+PADDING = 0.75
+"""Least share of the largest working set of a batch that the smallest one fills."""
 
 
 @torch.no_grad()
@@ -36,12 +74,10 @@ def solve_dual(
     """Solve P independent C-SVC duals that share one kernel matrix.
 
     Column k minimises ``1/2 b'Kb - y'b`` with b = y * alpha, ``1'b = 0`` and alpha in [0, C].
-    Columns advance together but stop alone: a problem gets the same answer, up to rounding,
-    whichever problems it is batched with. Where C is 0 a sample is held out, so that folds are
-    columns too. Outer steps choose working sets, on which Newton's method guesses the active set;
-    where that fails, two-variable updates take over (``descent``). ``KernelRows`` may say how many
-    columns advance together; the others come after them, on the rows that are held already.
-    Processes that share the rows of the kernel all call this together, and get the same solution.
+    Columns advance together but stop alone: a problem gets the same answer, to within ``tol``,
+    whichever problems it is batched with; rounding may decide at which step it stops. Where C is 0
+    a sample is held out, so that folds are columns too. ``KernelRows`` may limit how many columns
+    advance together; the others come after them, on the rows that are held already.
 
     Args:
         kernel: Symmetric positive semidefinite Gram matrix, ``(n, n)``, float32 or float64; or
@@ -65,101 +101,330 @@ def solve_dual(
     Source: Fan, Chen and Lin, JMLR 6 (2005); Wen et al., JMLR 19 (2018); Hintermueller, Ito and
     Kunisch, SIAM J. Optim. 13 (2002).
     """
-    rows = kernel if isinstance(kernel, KernelRows) else KernelRows.dense(kernel)
-    limits = _check_problems(kernel, targets, C, rows.together)
+    if isinstance(kernel, Tensor):
+        _check_kernel(kernel)
+        kernel = KernelRows.dense(kernel)
+    limits = _check_problems(kernel, targets, C)
     if initial is not None and (initial.shape != targets.shape or bool(torch.isnan(initial).any())):
         raise ValueError(
             f"initial must be {tuple(targets.shape)} as targets and hold no NaN, got "
             f"{tuple(initial.shape)} or NaN: leave it out to start from 0"
         )
-    parts = [
-        _solve(
-            rows,
+    parts = []
+    for columns in column_groups(targets.shape[1], kernel.together):
+        y, (lower, upper) = (
             targets[:, columns],
-            *dual_bounds(targets[:, columns], limits[:, columns]),
-            tol,
-            max_steps,
-            None if initial is None else initial[:, columns],
+            dual_bounds(targets[:, columns], limits[:, columns]),
         )
-        for columns in column_groups(targets.shape[1], rows.together)
-    ]
-    solution = join_solutions(parts)
-    warn_if_not_converged(solution, tol)
-    return solution
+        start = None if initial is None else initial[:, columns]
+        state = SolverState.start(kernel, y, lower, upper, start, GOAL * tol)
+        for _ in range(REFRESHES):
+            descend(kernel, state, GOAL * tol, max_steps)
+            dual_coef = state.dual_coef.T.contiguous()
+            solution = certify(kernel, y, lower, upper, dual_coef, tol=tol, steps=state.steps)
+            if (solution.converged | (state.steps >= max_steps)).all():
+                break
+            state.gradient = (solution.scores - solution.intercept - y).T.contiguous()
+        parts.append(solution)
+    joined = join_solutions(parts)
+    warn_if_not_converged(joined, tol)
+    return joined
 
 
-def _solve(
+@dataclass
+class SolverState:
+    """State of P problems on n samples; one row each.
+
+    Attributes:
+        gradient: F = K b - y, float64 ``(P, n)``.
+        dual_coef: b, float64 ``(P, n)``.
+        lower: Lower bounds of b, ``(P, n)``.
+        upper: Upper bounds of b, ``(P, n)``.
+        steps: Newton steps and two-variable updates spent, ``(P,)``.
+        damping: Proximal term of the next Newton steps, ``(P,)``.
+        failures: Newton blocks in a row that were not solved, ``(P,)``.
+    """
+
+    gradient: Tensor
+    dual_coef: Tensor
+    lower: Tensor
+    upper: Tensor
+    steps: Tensor
+    damping: Tensor
+    failures: Tensor
+
+    @classmethod
+    def start(
+        cls,
+        rows: KernelRows,
+        targets: Tensor,
+        lower: Tensor,
+        upper: Tensor,
+        initial: Tensor | None,
+        goal: float,
+    ) -> "SolverState":
+        """Begin at given b, or where the problem makes a better start than b = 0 worth it.
+
+        Args:
+            rows: The kernel.
+            targets: Labels in {-1, +1}, ``(n, P)``.
+            lower: Lower bounds of b, ``(n, P)``.
+            upper: Upper bounds of b, ``(n, P)``.
+            initial: b, ``(n, P)``, clipped to the bounds and balanced; None for the best start.
+            goal: Violation at which a problem is done.
+
+        Returns:
+            The state, with the gradient at its b.
+        """
+        targets, lower, upper = (t.T.contiguous() for t in (targets.double(), lower, upper))
+        counts = torch.zeros(len(targets), dtype=torch.int64, device=targets.device)
+        damping = torch.full_like(targets[:, 0], FIRST_DAMPING)
+        state = cls(
+            -targets, torch.zeros_like(lower), lower, upper, counts, damping, counts.clone()
+        )
+        start = (
+            initial.T if initial is not None else bounded_start(rows, targets, lower, upper, goal)
+        )
+        if start is not None:
+            balance = torch.zeros(len(start), dtype=torch.float64, device=start.device)
+            start = make_feasible(start.double(), -targets, lower, upper, balance)
+            state.dual_coef = rows.replicate(start)
+            state.gradient += rows.product(state.dual_coef)
+        return state
+
+    def points(self, problems: Tensor | slice = slice(None)) -> Points:
+        """Return where problems stand, ``(p,)``; default: all."""
+        whole = Points(self.gradient, self.dual_coef, self.lower, self.upper)
+        return Points(*(t[problems] for t in whole))
+
+    def move(self, rows: KernelRows, problems: Tensor, changes: Tensor) -> None:
+        """Add changes ``(p, n)`` to b, and what they do to the gradient."""
+        lower, upper = self.lower[problems], self.upper[problems]
+        moved = self.dual_coef[problems] + changes
+        self.dual_coef[problems] = snap_to_bounds(moved, lower, upper, 1e-12)
+        self.gradient[problems] += rows.product(changes)
+
+
+def descend(rows: KernelRows, state: SolverState, goal: float, max_steps: int) -> None:
+    """Run outer steps until every problem is within the goal by its running gradient.
+
+    Args:
+        rows: The kernel.
+        state: Of all problems; changed in place.
+        goal: Largest violation to reach.
+        max_steps: Steps of one problem at the most.
+    """
+    fresh = ~state.dual_coef.any(dim=1)
+    polish = rows.n <= SMALL_SET
+    while True:
+        steepest_up, steepest_down = violation_bounds(state.points())
+        violation = steepest_up - steepest_down
+        # Finished problems leave the batch; that needs their number: one sync per outer step.
+        running = ((violation > goal) & (state.steps < max_steps)).nonzero().squeeze(1)
+        if len(running) == 0 and polish:  # one step without damping, to the last digits
+            polish = False
+            running = ((violation > 0.0) & (state.steps < max_steps)).nonzero().squeeze(1)
+            state.damping.fill_(LEAST_DAMPING)
+        if len(running) == 0:
+            return
+        failed = _newton_update(rows, state, running, violation[running], fresh, goal, max_steps)
+        fresh = torch.zeros_like(fresh)
+        if len(failed):
+            _two_variable_update(rows, state, failed, violation[failed], goal, max_steps)
+
+
+def _newton_update(
     rows: KernelRows,
-    targets: Tensor,
-    lower: Tensor,
-    upper: Tensor,
-    tol: float,
+    state: SolverState,
+    running: Tensor,
+    violation: Tensor,
+    fresh: Tensor,
+    goal: float,
     max_steps: int,
-    initial: Tensor | None,
-) -> DualSolution:
-    """Solve problems that advance together."""
-    by_problem = [t.T.contiguous() for t in (targets.double(), lower, upper)]
-    start = bounded_start(rows, *by_problem, GOAL * tol) if initial is None else initial.T
-    if start is not None:
-        start = rows.processes.agree(_feasible(start, *by_problem))
-    state = Descent.start(start, *by_problem)
-    if start is not None:
-        state.gradient += rows.product(state.dual_coef)
-    for _ in range(REFRESHES):
-        descend(rows, state, GOAL * tol, max_steps, min(rows.largest_set, rows.capacity))
-        dual_coef = state.dual_coef.T.contiguous()
-        solution = certify(rows, targets, lower, upper, dual_coef, tol=tol, steps=state.steps)
-        if (solution.converged | (state.steps >= max_steps)).all():
-            break
-        state.gradient = (solution.scores - solution.intercept - targets).T.contiguous()
-    return solution
-
-
-def _feasible(initial: Tensor, targets: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
-    """Clip to the bounds and balance, in a way that leaves on its bound what is there."""
-    total = torch.zeros(len(initial), dtype=torch.float64, device=initial.device)
-    return settle(initial.double(), -targets, lower, upper, total)
-
-
-def _check_problems(
-    kernel: Tensor | KernelRows, targets: Tensor, C: float | Tensor, together: int | None
 ) -> Tensor:
-    """Check what the user gave, and return C as ``(n, P)``, without a copy of it."""
-    whole = isinstance(kernel, Tensor)
-    given = kernel if whole else kernel.store
-    n = given.shape[0] if whole else kernel.n
-    if whole and (given.ndim != 2 or given.shape[1] != n):
-        raise ValueError(f"kernel must be square (n, n), got {tuple(given.shape)}")
-    if targets.ndim != 2 or targets.shape[0] != n or targets.shape[1] == 0:
-        raise ValueError(
-            f"targets must be (n, P) with n = {n} rows of kernel, got {tuple(targets.shape)}"
+    """Improve the running problems by Newton's method, and return those that need another."""
+    points = state.points(running)
+    intercept, blocks, double = _choose_blocks(rows, state, running, points, fresh)
+    results = []
+    for (batch, samples, valid), kernels in rows.assigned(blocks):
+        problems = running[batch]
+        tol = (NEWTON_ACCURACY * violation[batch]).clamp_min(0.2 * goal)
+        local = Points(*(t * valid for t in points.of(batch).at(samples)))
+        kernels = kernels.double() if bool(double[batch[0]]) else kernels
+        dtype, damping = kernels.dtype, state.damping[problems]
+        solution, solved, steps = newton_blocks(
+            kernels,
+            Points(*(t.to(dtype) for t in local)),
+            intercept[batch].to(dtype),
+            damping.to(dtype),
+            tol.to(dtype),
+            max_steps - state.steps[problems],
         )
-    if targets.device != given.device:
-        raise ValueError(
-            f"targets must be on the device of kernel, {given.device}, got {targets.device}"
+        change, damping, improved = _line_search(
+            kernels, local, solution, damping, tol, solved, solved & (steps <= EASY_STEPS)
         )
-    if whole and not torch.isfinite(kernel).all():
+        del kernels  # before the next are made
+        failures = torch.where(solved & improved, 0, state.failures[problems] + 1)
+        entries = (state.steps[problems] + steps, damping, failures, improved)
+        columns = [entry.double().unsqueeze(1) for entry in entries]
+        results.append(torch.cat([change, *columns], dim=1))
+    changes = torch.zeros_like(points.gradient)
+    failed = torch.zeros(len(running), dtype=torch.bool, device=running.device)
+    for (batch, samples, valid), result in zip(
+        blocks, rows.collect(blocks, results, 4), strict=True
+    ):
+        problems, (new_steps, damping, failures, improved) = running[batch], result[:, -4:].T
+        state.steps[problems], state.damping[problems] = new_steps.long(), damping
+        state.failures[problems] = failures.long()
+        changes[batch] = changes[batch].scatter_add(1, samples, result[:, :-4] * valid)
+        failed[batch] = improved == 0
+    failed |= state.failures[running] >= 2
+    state.move(rows, running, changes)
+    return running[failed]
+
+
+def _choose_blocks(
+    rows: KernelRows, state: SolverState, running: Tensor, points: Points, fresh: Tensor
+) -> tuple[Tensor, list[Block], Tensor]:
+    """Return intercepts, working sets in batches, and which problems take float64."""
+    largest = min(rows.largest_set, rows.capacity)
+    intercept = intercepts(points)
+    index, valid = largest_violators(points, intercept, largest)
+    if fresh.any():
+        index, valid = first_sets(points.lower, points.upper, index, valid, fresh[running], largest)
+    intercept, index, valid = (rows.replicate(t) for t in (intercept, index, valid))
+    sizes = valid.sum(dim=1)
+    double = (sizes <= SMALL_SET) | (state.damping[running] < SINGLE_DAMPING)
+    double |= state.failures[running] > 0
+    blocks = [
+        Block(batch, *_compact(index[batch], valid[batch], width))
+        for batch, width in _batches(sizes, double, rows)
+    ]
+    return intercept, blocks, double
+
+
+def _batches(sizes: Tensor, double: Tensor, rows: KernelRows) -> list[tuple[Tensor, int]]:
+    """Group problems of one precision and similar size, largest first."""
+    limit = min(BLOCK_ELEMENTS[rows.store.device.type], rows.largest_set**2)
+    batches = []
+    for kind in (~double, double):
+        members = kind.nonzero().squeeze(1)
+        order = members[sizes[members].argsort(descending=True, stable=True)]
+        lengths = sizes[order].tolist()
+        start = 0
+        while start < len(lengths):
+            width, end = max(1, lengths[start]), start + 1
+            most = min(limit // (width * width), rows.capacity // width)
+            while end < len(lengths) and end - start < most and lengths[end] >= PADDING * width:
+                end += 1
+            batches.append((order[start:end], width))
+            start = end
+    return batches
+
+
+def _compact(index: Tensor, valid: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """Put the valid entries first, cut the rest, and sort by sample for the sake of the cache."""
+    order = valid.to(torch.uint8).sort(dim=1, descending=True, stable=True).indices[:, :width]
+    samples = index.gather(1, order).sort(dim=1)
+    return samples.values, valid.gather(1, order).gather(1, samples.indices)
+
+
+def _line_search(
+    kernels: Tensor,
+    local: Points,
+    solution: Tensor,
+    damping: Tensor,
+    tol: Tensor,
+    solved: Tensor,
+    easy: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Go to the minimum on the way to Newton's answer.
+
+    Returns the changes of b, ``(p, k)``, the damping from now on, and whether b improved.
+    """
+    gradient, dual_coef, lower, upper = local
+    solution = to_double(solution, lower, upper)
+    target = make_feasible(solution, gradient, lower, upper, dual_coef.sum(dim=1))
+    change = target - dual_coef
+    bent = multiply(kernels, change.to(kernels.dtype)).double()
+    slope, bend = (gradient * change).sum(dim=1), (change * bent).sum(dim=1)
+    # The minimum along the way to the target, which is feasible as both its ends are.
+    length = (-slope / bend.clamp_min(torch.finfo(torch.float64).tiny)).clamp(0.0, 1.0)
+    length = torch.where(length > 0.9, 1.0, length)  # the target has its samples on the bounds
+    improved = (length * slope + length.square() * bend / 2 < 0) & (length > SHORTEST_STEP)
+    # The proximal term leaves a violation of damping times the change: too much near the end.
+    held_back = damping * change.abs().amax(dim=1) > tol
+    floor = torch.where(held_back, LEAST_DAMPING, SINGLE_DAMPING)
+    falling = torch.maximum(damping / 10, floor).minimum(damping)
+    rising = (damping * 10).clamp_max(MOST_DAMPING)
+    damping = torch.where(easy, falling, torch.where(solved, damping, rising))
+    change = torch.where(improved.unsqueeze(1), change * length.unsqueeze(1), 0.0)
+    return change, damping, improved
+
+
+def _two_variable_update(
+    rows: KernelRows,
+    state: SolverState,
+    problems: Tensor,
+    violation: Tensor,
+    goal: float,
+    max_steps: int,
+) -> None:
+    """Improve by two-variable updates, which lower every objective that can be lowered."""
+    points = state.points(problems)
+    index = select_working_sets(points, min(FALLBACK_SET, rows.n, rows.capacity))
+    index = rows.replicate(index)
+    together = max(1, min(FALLBACK_SET, rows.capacity // index.shape[1]))
+    batches = torch.arange(len(problems), device=problems.device).split(together)
+    valid = torch.ones_like(index, dtype=torch.bool)
+    blocks = [Block(batch, index[batch], valid[batch]) for batch in batches]
+    results = []
+    for (batch, samples, _), kernels in rows.assigned(blocks):
+        local = points.of(batch).at(samples)
+        tol = (UPDATE_ACCURACY * violation[batch]).clamp_min(0.9 * goal)
+        allowed = (max_steps - state.steps[problems[batch]]).clamp_max(FALLBACK_STEPS)
+        solution, steps = solve_blocks(kernels.double(), local, tol, allowed)
+        del kernels
+        change = solution - local.dual_coef
+        results.append(torch.cat([change, steps.double().unsqueeze(1)], dim=1))
+    for (batch, samples, _), result in zip(blocks, rows.collect(blocks, results, 1), strict=True):
+        state.steps[problems[batch]] += result[:, -1].long()
+        changes = torch.zeros_like(points.gradient[batch]).scatter(1, samples, result[:, :-1])
+        state.move(rows, problems[batch], changes)
+    state.failures[problems] = 0
+
+
+def _check_kernel(kernel: Tensor) -> None:
+    if kernel.ndim != 2 or kernel.shape[0] != kernel.shape[1]:
+        raise ValueError(f"kernel must be square (n, n), got {tuple(kernel.shape)}")
+    if not torch.isfinite(kernel).all():
         raise ValueError("kernel must be finite, got NaN or infinity: check the features and gamma")
+
+
+def _check_problems(rows: KernelRows, targets: Tensor, C: float | Tensor) -> Tensor:
+    """Check what the user gave, and return C as ``(n, P)``, without a copy of it."""
+    device = rows.store.device
+    if targets.ndim != 2 or targets.shape[0] != rows.n or targets.shape[1] == 0:
+        raise ValueError(
+            f"targets must be (n, P) with n = {rows.n} rows of kernel, got {tuple(targets.shape)}"
+        )
+    if targets.device != device:
+        raise ValueError(f"targets must be on the device of kernel, {device}, got {targets.device}")
     if not (targets.abs() == 1).all():
         raise ValueError("targets must be -1 or +1, got other values")
-    limits = torch.as_tensor(C, dtype=torch.float64, device=given.device)
+    limits = torch.as_tensor(C, dtype=torch.float64, device=device)
     if not (torch.isfinite(limits) & (limits >= 0)).all():
         raise ValueError(f"C must be finite and >= 0, got values down to {limits.min().item():g}")
     limits = limits.expand(targets.shape)
-    both = [
-        _has_both(targets[:, columns], limits[:, columns])
-        for columns in column_groups(targets.shape[1], together)
-    ]
-    columns = (~torch.cat(both)).nonzero().squeeze(1).tolist()
-    if columns:
+    both = []
+    for columns in column_groups(targets.shape[1], rows.together):
+        takes_part, signs = limits[:, columns] > 0, targets[:, columns]
+        positive, negative = (signs > 0) & takes_part, (signs < 0) & takes_part
+        both.append(positive.any(dim=0) & negative.any(dim=0))
+    missing = (~torch.cat(both)).nonzero().squeeze(1).tolist()
+    if missing:
         raise ValueError(
-            f"each problem needs samples of both classes with C > 0; columns {columns[:10]} of "
+            f"each problem needs samples of both classes with C > 0; columns {missing[:10]} of "
             "targets have one class only: add samples of the missing class"
         )
     return limits
-
-
-def _has_both(targets: Tensor, limits: Tensor) -> Tensor:
-    """Tell for each problem whether samples of both classes take part, ``(P,)``."""
-    taking_part = limits > 0
-    return ((targets > 0) & taking_part).any(dim=0) & ((targets < 0) & taking_part).any(dim=0)

@@ -1,4 +1,4 @@
-"""What an `RBFSVM` is fitted on: the samples that count, their kernel and its width."""
+"""What an `RBFSVM` is fitted on: the samples of weight > 0, their kernel and its width."""
 
 from dataclasses import dataclass, replace
 
@@ -6,33 +6,33 @@ import torch
 from gpytorch.kernels import Kernel
 from torch import Tensor
 
-from torchdnr.kernels import kernel_matrix, rbf_gamma, scale_gamma
-from torchdnr.shared_features import SharedFeatures
+from torchdnr.distributed.sharing import ShardedFeatures
+from torchdnr.kernels.any_kernel import gamma_for_variance, kernel_matrix, rbf_gamma
 from torchdnr.svm.checks import check_gram, check_sample_weight
 from torchdnr.svm.dual import DualSolution
-from torchdnr.svm.gram import KernelRows
+from torchdnr.svm.gram import planned_rows, rows_on_demand
+from torchdnr.svm.kernel_rows import KernelRows
 from torchdnr.svm.memory_plan import plan_memory
-from torchdnr.svm.rbf_rows import distance_rows, plan_features, rbf_rows
 
 
 @dataclass(frozen=True)
 class TrainingData:
-    """Samples of weight > 0, and where they stood among all n.
+    """Samples of weight > 0, and their indices among all n.
 
     Attributes:
-        features: ``(k, d)``, perhaps shared by several processes; with a precomputed kernel its
-            matrix between the k samples.
+        features: ``(k, d)``, perhaps sharded; with a precomputed kernel its matrix between the k
+            samples.
         labels: ``(k,)``.
         weight: Their weights, float64 ``(k,)``; None if all are 1.
         kept: Their indices among the n samples, int64 ``(k,)``.
         count: n.
         center: Mean of the features, ``(d,)``; zeros ``(n,)`` with a precomputed kernel.
-        distances: Squared distances between the features, ``(k, k)``, if they are at hand; only
-            those to this process's samples where several share the features.
+        distances: Squared distances between the features, ``(k, k)``, if they are at hand; of
+            sharded features those to this process's.
         is_precomputed: Whether the features are kernel values.
     """
 
-    features: SharedFeatures
+    features: ShardedFeatures
     labels: Tensor
     weight: Tensor | None
     kept: Tensor
@@ -42,13 +42,7 @@ class TrainingData:
     is_precomputed: bool
 
     def gamma(self, given: float | str) -> float:
-        """Compute the kernel width.
-
-        Args:
-            given: As ``checked_gamma`` returns it.
-
-        Returns:
-            Gamma.
+        """Compute the kernel width from what ``checked_gamma`` returned.
 
         Raises:
             ValueError: If the variance of the features is not finite.
@@ -57,7 +51,7 @@ class TrainingData:
             return 1.0 / self.features.shape[1]
         if given != "scale":
             return float(given)
-        gamma = scale_gamma(self.features)
+        gamma = gamma_for_variance(self.features.variance(), self.features.shape[1])
         if not 0.0 < gamma < float("inf"):
             raise ValueError(
                 f'gamma="scale" is {gamma} here, for the variance of the features overflows or '
@@ -82,43 +76,34 @@ class TrainingData:
         Raises:
             ValueError: If the memory limit is too small, or squared distances overflow.
         """
-        features, center, n = self.features, self.center, len(self.features)
-        own, shares = features.own, features.shares
-        if self.is_precomputed:
-            return own
-        itemsize, gamma, width = own.element_size(), rbf_gamma(kernel), shares.largest
-        if gamma is None:
-            # gpytorch takes the features whole, centred on both sides.
-            copies = 2 * itemsize * width * own.shape[1]
-            return KernelRows(
-                lambda index: kernel_matrix(kernel, features.take(index), own, center),
-                n,
-                own,
-                plan_memory(n, problems, itemsize, memory_limit, copies, width),
-                shares=shares,
+        features, center, local = self.features, self.center, self.features.local
+        if kernel is None:
+            return local
+        gamma = rbf_gamma(kernel)
+        if gamma is not None:
+            return planned_rows(
+                features, gamma.item(), center, problems, memory_limit, self.distances
             )
-        if self.distances is not None:
-            plan = plan_memory(n, problems, itemsize, memory_limit, width=width)
-            return distance_rows(self.distances, gamma.item(), plan, shares)
-        blocks = plan_features(features, problems, memory_limit)
-        plan = plan_memory(n, problems, itemsize, memory_limit, blocks.taken, width)
-        return rbf_rows(features, gamma.item(), center, plan, blocks)
+        partition, itemsize = features.partition, local.element_size()
+        width = partition.largest
+        # gpytorch takes the features whole, centred on both sides.
+        copies = 2 * itemsize * width * local.shape[1]
+        plan = plan_memory(len(features), problems, itemsize, memory_limit, copies, width)
+        return rows_on_demand(
+            lambda index: kernel_matrix(kernel, features.rows(index), local, center),
+            partition,
+            local,
+            plan,
+        )
 
     def support_vectors(self, chosen: Tensor) -> Tensor:
-        """Copy the rows of support vectors.
-
-        Args:
-            chosen: Which samples are, bool ``(k,)``.
-
-        Returns:
-            Features, ``(m, d)``; ``(m, 0)`` with a precomputed kernel.
-        """
+        """Copy the chosen rows, bool ``(k,)``: ``(m, d)``; ``(m, 0)`` with a precomputed kernel."""
         if self.is_precomputed:
-            return self.features.own[chosen, :0]
-        return self.features.take(chosen.nonzero().squeeze(1))
+            return self.features.local[chosen, :0]
+        return self.features.rows(chosen.nonzero().squeeze(1))
 
     def of_all_samples(self, solution: DualSolution) -> DualSolution:
-        """Give the samples of weight 0 their place, with b = 0 and no score.
+        """Put the samples of weight 0 back, with b = 0 and no score.
 
         Args:
             solution: Of the k samples.
@@ -138,7 +123,7 @@ class TrainingData:
 
 
 def select_training_data(
-    features: Tensor | SharedFeatures,
+    features: Tensor | ShardedFeatures,
     labels: Tensor,
     num_classes: int,
     sample_weight: Tensor | None,
@@ -148,13 +133,12 @@ def select_training_data(
     """Check kernel values and weights, and leave out the samples of weight 0.
 
     Args:
-        features: ``(n, d)``, perhaps shared by several processes, or a precomputed kernel,
-            ``(n, n)``.
+        features: ``(n, d)``, perhaps sharded, or a precomputed kernel, ``(n, n)``.
         labels: ``(n,)`` in 0..c-1.
         num_classes: c.
         sample_weight: ``(n,)``, or None for 1 each.
-        distances: Squared distances between the features, ``(n, n)``, if they are at hand; only
-            those to this process's samples where several share the features.
+        distances: Squared distances between the features, ``(n, n)``, if they are at hand; of
+            sharded features those to this process's.
         is_precomputed: Whether the features are kernel values.
 
     Returns:
@@ -163,43 +147,38 @@ def select_training_data(
     Raises:
         ValueError: If the kernel is not a Gram matrix, or weights do not fit.
     """
-    features = SharedFeatures.of(features)
-    n, weight, own = len(features), None, features.own
+    features = ShardedFeatures.of(features)
+    n, weight, local = len(features), None, features.local
     if is_precomputed:
-        if features.shares.processes.count > 1:
-            raise ValueError("a precomputed kernel must be whole, got shared rows: pass a tensor")
-        check_gram(own)
-    kept = torch.arange(n, device=own.device)
+        if features.partition.processes.count > 1:
+            raise ValueError("a precomputed kernel must be whole, got sharded rows: pass a tensor")
+        check_gram(local)
+    kept = torch.arange(n, device=local.device)
     if sample_weight is not None:
-        weight = torch.as_tensor(sample_weight, dtype=torch.float64, device=own.device)
+        weight = torch.as_tensor(sample_weight, dtype=torch.float64, device=local.device)
         check_sample_weight(weight, labels, num_classes)
         kept = weight.nonzero().squeeze(1)
+        labels, weight = labels[kept], weight[kept]
     if len(kept) < n:
-        columns, here = features.shares.places(kept)
-        columns = columns[here]
+        columns, is_local = features.partition.locate(kept)
+        distances = None if distances is None else distances[kept][:, columns[is_local]]
         if is_precomputed:
-            features = SharedFeatures.of(own[kept][:, kept])
+            features = ShardedFeatures.of(local[kept][:, kept])
         else:
             features = features.select(kept)
-        distances = None if distances is None else distances[kept][:, columns]
-        labels, weight = labels[kept], weight[kept]
-    center = own.new_zeros(n) if is_precomputed else features.means()
+    center = local.new_zeros(n) if is_precomputed else features.means()
     return TrainingData(features, labels, weight, kept, n, center, distances, is_precomputed)
 
 
 def checked_gamma(gamma: float | str) -> float | str:
-    """Check a kernel width.
-
-    Args:
-        gamma: A number > 0, ``"scale"`` or ``"auto"``.
-
-    Returns:
-        The same, a number as float.
+    """Return a kernel width, a number as float.
 
     Raises:
-        ValueError: If it is anything else.
+        ValueError: If it is neither a number > 0 nor ``"scale"`` or ``"auto"``.
     """
-    named = isinstance(gamma, str)
-    if gamma not in ("scale", "auto") if named else not 0.0 < gamma < float("inf"):
-        raise ValueError(f'gamma must be a number > 0, "scale" or "auto", got {gamma!r}')
-    return gamma if named else float(gamma)
+    if isinstance(gamma, str):
+        if gamma in ("scale", "auto"):
+            return gamma
+    elif 0.0 < gamma < float("inf"):
+        return float(gamma)
+    raise ValueError(f'gamma must be a number > 0, "scale" or "auto", got {gamma!r}')

@@ -1,9 +1,8 @@
-"""Solver of many dual problems on one kernel: batched working sets, two variables at a time.
+"""Working sets of many dual problems: their choice, and their solution by two-variable updates.
 
-Two levels, after ThunderSVM and its relatives: an outer step gives every problem a working set of
-its worst violators, and two-variable updates solve all these small problems at once; their changes
-then update the gradients of all samples by one product with the kernel. Each problem selects,
-updates and stops by its own state only, so its answer does not depend on its neighbours.
+After ThunderSVM and its relatives: an outer step gives every problem a working set of its worst
+violators, and all these small problems are solved at once. Each problem selects, updates and stops
+by its own state only, so its answer does not depend on its neighbours.
 
 Source: Fan, Chen and Lin, "Working set selection using second order information", JMLR 6 (2005);
 Wen et al., "ThunderSVM", JMLR 19 (2018).
@@ -12,29 +11,33 @@ Wen et al., "ThunderSVM", JMLR 19 (2018).
 import torch
 from torch import Tensor
 
-from torchdnr.svm.dual import snap_to_bounds
+from torchdnr.svm.dual import Points, snap_to_bounds
 
 TAU = 1e-12
 """Floor of the curvature along a pair, for duplicate samples (as in LIBSVM)."""
 CHECK_EVERY = 32
 """Two-variable updates between two looks at whether all problems are done (a device sync)."""
+FIRST_SAMPLES = 256
+"""Samples of the first working set."""
+NEW_SAMPLES = 96
+"""Samples at a bound that enter a working set at least, if so many want to leave their bound."""
+NEW_SHARE = 0.5
+"""The same as a share of the free samples."""
+NEW_NONZERO = 0.25
+"""The same as a share of all that are not 0."""
 
 
-def select_working_sets(
-    gradient: Tensor, dual_coef: Tensor, lower: Tensor, upper: Tensor, size: int
-) -> Tensor:
+def select_working_sets(points: Points, size: int) -> Tensor:
     """Choose each problem's working set: half may grow b, half may shrink it, worst first.
 
     Args:
-        gradient: F = K b - y, ``(P, n)``.
-        dual_coef: b, ``(P, n)``.
-        lower: Lower bounds of b, ``(P, n)``.
-        upper: Upper bounds of b, ``(P, n)``.
+        points: Of P problems.
         size: Samples in a working set, at most n.
 
     Returns:
         Indices without repetition, ``(P, size)``.
     """
+    gradient, dual_coef, lower, upper = points
     n = gradient.shape[1]
     if size >= n:
         return torch.arange(n, device=gradient.device).expand(len(gradient), n)
@@ -47,39 +50,20 @@ def select_working_sets(
     return torch.cat([top, shrinking.topk(size // 2, dim=1).indices], dim=1)
 
 
-FIRST_SAMPLES = 256
-"""Samples of the first working set."""
-NEW_SAMPLES = 96
-"""Samples at a bound that enter a working set at least, if so many want to leave their bound."""
-NEW_SHARE = 0.5
-"""The same as a share of the free samples."""
-NEW_NONZERO = 0.25
-"""The same as a share of all that are not 0."""
-
-
-def largest_violators(
-    gradient: Tensor,
-    dual_coef: Tensor,
-    lower: Tensor,
-    upper: Tensor,
-    intercept: Tensor,
-    largest: int,
-) -> tuple[Tensor, Tensor]:
+def largest_violators(points: Points, intercept: Tensor, largest: int) -> tuple[Tensor, Tensor]:
     """Choose each problem's working set: its free samples, and the worst of those at a bound.
 
     Args:
-        gradient: F = K b - y, ``(P, n)``.
-        dual_coef: b, ``(P, n)``.
-        lower: Lower bounds of b, ``(P, n)``.
-        upper: Upper bounds of b, ``(P, n)``.
+        points: Of P problems.
         intercept: Intercepts, ``(P,)``: a multiplier is F + intercept.
         largest: Samples in a set at the most.
 
     Returns:
         Indices, ``(P, k)``, and whether they belong to the set, bool ``(P, k)``. Those that do
         belong do not repeat. The pair that violates most is among them, unless the free samples are
-        more than the set has room for.
+        more than fit in the set.
     """
+    gradient, dual_coef, lower, upper = points
     multiplier = gradient + intercept.unsqueeze(1)
     free = (dual_coef > lower) & (dual_coef < upper)
     count = free.sum(dim=1)
@@ -95,25 +79,16 @@ def largest_violators(
     shrinking = multiplier.masked_fill((dual_coef <= lower) | free, -torch.inf).topk(half, dim=1)
     within = rank < ((new + 1) // 2).unsqueeze(1)
     n = gradient.shape[1]
-    room = n if n <= largest else max(1, largest - 2 * half)
+    most_free = n if n <= largest else max(1, largest - 2 * half)
     worst = multiplier.abs().masked_fill(~free, -1.0)
-    held = worst.topk(min(room, int(count.max())), dim=1)
-    index = torch.cat([held.indices, growing.indices, shrinking.indices], dim=1)
-    valid = [held.values >= 0, (growing.values > 0) & within, (shrinking.values > 0) & within]
+    inner = worst.topk(min(most_free, int(count.max())), dim=1)
+    index = torch.cat([inner.indices, growing.indices, shrinking.indices], dim=1)
+    valid = [inner.values >= 0, (growing.values > 0) & within, (shrinking.values > 0) & within]
     return index, torch.cat(valid, dim=1)
 
 
 def common_sample(n: int, device: torch.device, size: int = FIRST_SAMPLES) -> Tensor:
-    """Draw the samples that problems without a solution have in common at first.
-
-    Args:
-        n: Samples.
-        device: Where to put them.
-        size: How many to draw.
-
-    Returns:
-        At most ``size`` indices, ascending; always the same for the same n.
-    """
+    """Draw the samples of n that problems start with: ascending, always the same for the same n."""
     order = torch.randperm(n, generator=torch.Generator().manual_seed(0))
     return order[:size].sort().values.to(device)
 
@@ -144,10 +119,12 @@ def first_sets(
     padded[0, :, : len(common)], flags[0, :, : len(common)] = common, True
     padded[1, :, : index.shape[1]], flags[1, :, : index.shape[1]] = index, valid
     choice = (both & fresh).unsqueeze(1)
-    return torch.where(choice, *padded), torch.where(choice, *flags)
+    return torch.where(choice, padded[0], padded[1]), torch.where(choice, flags[0], flags[1])
 
 
-def settle(values: Tensor, gradient: Tensor, lower: Tensor, upper: Tensor, total: Tensor) -> Tensor:
+def make_feasible(
+    values: Tensor, gradient: Tensor, lower: Tensor, upper: Tensor, total: Tensor
+) -> Tensor:
     """Bring values within their bounds and to their sum, leaving on a bound what is there.
 
     Args:
@@ -166,47 +143,39 @@ def settle(values: Tensor, gradient: Tensor, lower: Tensor, upper: Tensor, total
         values = torch.minimum(torch.maximum(values, lower), upper)
         values = snap_to_bounds(values, lower, upper, 1e-9)
         missing = (total - values.sum(dim=1)).unsqueeze(1)
-        room = torch.where(missing > 0, upper - values, values - lower)
-        inner = room * ((values > lower) & (values < upper))
+        slack = torch.where(missing > 0, upper - values, values - lower)
+        inner = slack * ((values > lower) & (values < upper))
         whole = inner.sum(dim=1, keepdim=True)
         share = inner * (missing / whole.clamp_min(tiny))
-        fill = _fill(room, torch.where(missing > 0, gradient, -gradient), missing.abs())
+        fill = _fill(slack, torch.where(missing > 0, gradient, -gradient), missing.abs())
         values = values + torch.where(whole > 2 * missing.abs(), share, fill * missing.sign())
     return torch.minimum(torch.maximum(values, lower), upper)
 
 
-def _fill(room: Tensor, cost: Tensor, amount: Tensor) -> Tensor:
-    """Use up the room of the cheapest entries, one after the other."""
+def _fill(slack: Tensor, cost: Tensor, amount: Tensor) -> Tensor:
+    """Use up the slack of the cheapest entries, one after the other."""
     order = cost.argsort(dim=1, stable=True)
-    ordered = room.gather(1, order)
+    ordered = slack.gather(1, order)
     before = ordered.cumsum(dim=1) - ordered
-    taken = torch.minimum((amount - before).clamp_min(0.0), ordered)
-    return torch.zeros_like(room).scatter(1, order, taken)
+    used = torch.minimum((amount - before).clamp_min(0.0), ordered)
+    return torch.zeros_like(slack).scatter(1, order, used)
 
 
 def solve_blocks(
-    kernels: Tensor,
-    gradient: Tensor,
-    dual_coef: Tensor,
-    lower: Tensor,
-    upper: Tensor,
-    tol: Tensor,
-    max_steps: Tensor,
+    kernels: Tensor, points: Points, tol: Tensor, max_steps: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Solve P small dual problems by two-variable updates, second-order selection.
 
     Args:
         kernels: Gram matrices of the working sets, ``(P, q, q)``.
-        gradient: F of the working sets, ``(P, q)``.
-        dual_coef: b of the working sets, ``(P, q)``.
-        lower: Lower bounds of b, ``(P, q)``.
-        upper: Upper bounds of b, ``(P, q)``.
+        points: The problems on their working sets.
         tol: Violation at which each problem stops, ``(P,)``.
         max_steps: Updates of each problem at the most, ``(P,)``.
 
     Returns:
         New b, ``(P, q)``, and updates spent, ``(P,)``.
     """
+    gradient, dual_coef, lower, upper = points
     count, size = gradient.shape
     problem = torch.arange(count, device=gradient.device)
     diagonal = kernels.diagonal(dim1=1, dim2=2)
@@ -228,10 +197,10 @@ def solve_blocks(
         slope = (steepest_up - down).clamp_min_(0.0)
         curvature = torch.add(diagonal + diagonal.gather(1, i), row_i, alpha=-2.0).clamp_min_(TAU)
         j = (slope.square() / curvature).argmax(dim=1, keepdim=True)
-        room = torch.minimum(
+        slack = torch.minimum(
             upper.gather(1, i) - dual_coef.gather(1, i), dual_coef.gather(1, j) - lower.gather(1, j)
         )
-        change = torch.minimum(slope.gather(1, j) / curvature.gather(1, j), room) * running
+        change = torch.minimum(slope.gather(1, j) / curvature.gather(1, j), slack) * running
         negative.addcmul_(change, rows[offset + j.squeeze(1)] - row_i)
         pair, signed = torch.cat([i, j], dim=1), torch.cat([change, -change], dim=1)
         low, high = lower.gather(1, pair), upper.gather(1, pair)

@@ -1,7 +1,8 @@
-"""What the checks look at: model, evaluation, the samples it did not evade, and where to start."""
+"""What the checks look at, and how they grade what they see."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -10,11 +11,11 @@ from torch import Tensor
 from torchdnr.attacks.objectives import find_objective
 from torchdnr.attacks.projections import project
 from torchdnr.attacks.target import Target
-from torchdnr.evaluation.checks.result import CannotRun, Check, Status
+from torchdnr.decisions import is_evasion, predict_labels
+from torchdnr.evaluation.checks.result import CannotRun, Finding, Status
 from torchdnr.evaluation.curve import SecurityCurve
-from torchdnr.evaluation.judging import CountedModel, outputs
-from torchdnr.evaluation.known_attacks import Attack
-from torchdnr.evaluation.metrics import evaded, predict_labels
+from torchdnr.evaluation.judging import Task, outputs
+from torchdnr.evaluation.line_up import Attack
 
 Model = Callable[[Tensor], Tensor]
 
@@ -22,26 +23,15 @@ SMALL_DROP = 0.02
 """Fall of the accuracy, by an attack that ought to be weaker, above which a check fails."""
 
 
-@dataclass(frozen=True, eq=False)
-class Context:
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Context(Task):
     """One evaluation under examination.
 
     Attributes:
-        model: The model, counting what passes through it.
-        original: The model as it was given.
-        inputs: Clean inputs, ``(n, ...)``.
-        labels: True labels, ``(n,)``.
+        original: The model as it was given; ``model`` counts what passes through it.
         curve: The evaluation.
-        norm: Norm of the perturbations.
-        bounds: Smallest and largest value of an input.
-        reject: Whether the last column of the output is theta.
-        batch_size: Rows in one forward.
-        eps: The one eps at which attacks are compared, > 0.
-        points: Worst-case points of the evaluation at that eps; the inputs where none are stored.
-        evading: Which samples the evaluation evades at that eps, bool ``(n,)``.
+        index: Where in ``curve.eps`` attacks are compared.
         clean: Predictions for the inputs as they are, ``(n,)``.
-        rows: The first of those that it does not, ``(s,)``.
-        first: The first samples, evaded or not, ``(s,)``.
         pool: Inputs of all classes to start from, ``(m, ...)``.
         pool_labels: Classes that the model assigns to them, -1 where it rejects, ``(m,)``.
         attacks: Line-up of the evaluation.
@@ -49,24 +39,13 @@ class Context:
         reference: Robust accuracy of a classifier without rejection, or None.
         options: Sizes: samples, recorded, draws, noise_draws, steps, queries, passes.
         seed: Of everything that is drawn.
-        cache: Results that several checks use.
+        cache: Results that more than one check uses.
     """
 
-    model: CountedModel
     original: Model
-    inputs: Tensor
-    labels: Tensor
     curve: SecurityCurve
-    norm: float
-    bounds: tuple[float, float]
-    reject: bool
-    batch_size: int
-    eps: float
-    points: Tensor
-    evading: Tensor
+    index: int
     clean: Tensor
-    rows: Tensor
-    first: Tensor
     pool: Tensor
     pool_labels: Tensor
     attacks: Mapping[str, Attack]
@@ -75,6 +54,34 @@ class Context:
     options: Mapping[str, int]
     seed: int
     cache: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def eps(self) -> float:
+        """The one eps at which attacks are compared, > 0."""
+        return self.curve.eps[self.index]
+
+    @cached_property
+    def points(self) -> Tensor:
+        """Worst-case points of the evaluation at that eps; the inputs where none are stored."""
+        stored = self.curve.adversarial
+        return self.inputs if stored is None else stored[self.index].to(self.inputs)
+
+    @cached_property
+    def evading(self) -> Tensor:
+        """Which samples the evaluation evades at that eps, on the CPU, bool ``(n,)``."""
+        return is_evasion(self.curve.predictions[self.index], self.curve.labels)
+
+    @cached_property
+    def rows(self) -> Tensor:
+        """The first samples that it does not evade, ``(s,)``."""
+        rows = (~self.evading).nonzero()[:, 0]
+        return rows[: self.options["samples"]].to(self.inputs.device)
+
+    @property
+    def first(self) -> Tensor:
+        """The first samples, evaded or not, ``(s,)``."""
+        count = min(self.options["samples"], len(self.inputs))
+        return torch.arange(count, device=self.inputs.device)
 
     @property
     def width(self) -> float:
@@ -115,7 +122,7 @@ class Context:
         Returns:
             Points, ``(s, ...)``.
         """
-        shared = {
+        shared: dict[str, Any] = {
             "eps": self.eps,
             "norm": self.norm,
             "bounds": self.bounds,
@@ -139,9 +146,9 @@ class Context:
 
 
 def choose_eps(curve: SecurityCurve, eps: float | None) -> int:
-    """Find at which eps attacks are compared: where the accuracy is nearest to one half.
+    """Choose the eps at which attacks are compared: where the accuracy is nearest to one half.
 
-    There most is at stake; of several the largest.
+    There most is at stake; among equals the largest.
 
     Raises:
         ValueError: If the curve has no positive eps, or not the one asked for.
@@ -160,35 +167,36 @@ def evades_at(context: Context, points: Tensor, rows: Tensor) -> Tensor:
     """Tell which points of some samples, projected into ball and box, evade; bool ``(s,)``."""
     inside = project(points, context.inputs[rows], context.eps, context.norm, context.bounds)
     output = outputs(context.model, inside, context.batch_size)
-    return evaded(predict_labels(output, context.reject), context.labels[rows])
+    return is_evasion(predict_labels(output, context.reject), context.labels[rows])
 
 
-def weaker_attack(context: Context, name: str, what: str, found: Tensor, advice: str) -> Check:
-    """Judge an attack that ought to find nothing where the evaluation found nothing.
+def missed_evasions(
+    context: Context, attack: str, evaded: Tensor, advice: str, allowed: float = SMALL_DROP
+) -> Finding:
+    """Grade an attack on samples that the evaluation does not evade.
 
-    One such sample warns. It fails where the accuracy at that eps would fall by more than
-    ``SMALL_DROP``.
+    One evasion warns. It fails where the accuracy at that eps would fall by more than ``allowed``.
 
     Args:
         context: What is checked.
-        name: Name of the check.
-        what: The attack, as the subject of a sentence.
-        found: Which of ``context.rows`` it evades, bool ``(s,)``.
-        advice: What to do if it finds any.
+        attack: The attack, as the subject of a sentence.
+        evaded: Which of ``context.rows`` it evades, bool ``(s,)``.
+        advice: What to do if there is any.
+        allowed: Fall of the accuracy above which the check fails.
     """
-    count = int(found.sum())
-    status, drop = drop_status(context, count, len(found), SMALL_DROP)
+    count, total = int(evaded.sum()), len(evaded)
+    status, drop = drop_status(context, count, total, allowed)
     message = (
-        f"{what} evaded {count} of {len(found)} samples that the evaluation did not evade at "
+        f"{attack} evaded {count} of {total} samples that the evaluation did not evade at "
         f"eps = {context.eps:g}"
     )
     message += f": its accuracy is too high by about {100 * drop:.1f} points." if count else "."
-    counts = {"samples": len(found), "evaded": count, "accuracy_drop": drop}
-    return Check(name, status, counts, message, advice if count else "")
+    counts = {"samples": total, "evaded": count, "accuracy_drop": drop}
+    return Finding(status, counts, message, advice)
 
 
 def drop_status(context: Context, count: int, samples: int, allowed: float) -> tuple[Status, float]:
-    """Grade evasions the evaluation missed, by the fall of the accuracy that they amount to."""
+    """Grade missed evasions by the fall of the accuracy that they amount to."""
     drop = count / samples * (~context.evading).double().mean().item()
     return ("pass" if count == 0 else "warn" if drop <= allowed else "fail"), drop
 

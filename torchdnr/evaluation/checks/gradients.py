@@ -1,18 +1,15 @@
-"""Does a gradient lead from the decision to the input, is it zero, and does it tell the truth?"""
+"""Does a gradient lead from decision to input, is it zero, and does it predict the change?"""
 
 import torch
 from torch import Tensor
 
-from torchdnr.attacks.objectives import ObjectiveFunction, split_scores
+from torchdnr.attacks.objectives import ObjectiveFunction
 from torchdnr.attacks.projections import project_box
-from torchdnr.attacks.target import Target, slope_at
+from torchdnr.attacks.target import Target, evaluate, slope_at
+from torchdnr.decisions import split_scores
 from torchdnr.evaluation.checks.context import Context, share_status
-from torchdnr.evaluation.checks.result import CannotRun, Check
+from torchdnr.evaluation.checks.result import CannotRun, Finding
 from torchdnr.evaluation.judging import outputs
-
-DIFFERENTIABLE = "differentiable"
-ZERO_GRADIENT = "zero gradient"
-TRUE_GRADIENT = "true gradient"
 
 TINY = 1e-12
 """Length of a gradient below which it counts as vanished."""
@@ -24,54 +21,45 @@ MASKED = (
     "gradients."
 )
 
+SIDE = 8 / 255
+"""Side of the cube of draws around each point, relative to the width of the box."""
+UNSTABLE = 0.1
+"""Mean unexplained change, relative to the loss, from which a point counts as unstable."""
+
 _STEP = 1e-3  # of the finite difference, relative to the width of the box
 _DISAGREES = 0.5  # relative error of the change that the gradient predicts
 _CLEAR = 0.25  # share of the points where the change must not drown in rounding
 _ROUNDINGS = 100  # of the largest output: smaller changes are lost in rounding
 
 
-def check_differentiable(context: Context) -> Check:
-    """Run the model backwards at clean samples: there is a gradient, and it is finite.
+def check_differentiable(context: Context) -> Finding:
+    """Run the model backwards at clean samples: there must be a gradient, and it must be finite.
 
     Source: Pintor et al., "Indicators of attack failure", NeurIPS 2022 (interrupted graph).
     """
     rows = context.first
-    inputs = context.inputs[rows].clone()
+    total, problem = len(rows), "No gradient leads from the output of the model to its input."
     try:
-        gradients = _raw_gradient(context, inputs, context.labels[rows])
+        gradients = _raw_gradient(context, context.inputs[rows].clone(), context.labels[rows])
     except RuntimeError as error:
-        context.cache["no gradient"] = True
-        return Check(
-            DIFFERENTIABLE,
-            "fail",
-            {"samples": len(rows), "without": len(rows)},
-            f"The backward pass broke off: {error}",
-            MASKED,
-        )
+        gradients, problem = None, f"The backward pass broke off: {error}"
     if gradients is None:
         context.cache["no gradient"] = True
-        return Check(
-            DIFFERENTIABLE,
-            "fail",
-            {"samples": len(rows), "without": len(rows)},
-            "No gradient leads from the output of the model to its input.",
-            MASKED,
-        )
+        return Finding("fail", {"samples": total, "without": total}, problem, MASKED)
     broken = int((~gradients.isfinite()).flatten(1).any(dim=1).sum())
-    return Check(
-        DIFFERENTIABLE,
+    return Finding(
         "fail" if broken else "pass",
-        {"samples": len(rows), "without": 0, "not_finite": broken},
-        f"The gradient is NaN or infinite at {broken} of {len(rows)} clean samples."
+        {"samples": total, "without": 0, "not_finite": broken},
+        f"The gradient is NaN or infinite at {broken} of {total} clean samples."
         if broken
-        else f"A finite gradient reaches the input at all {len(rows)} clean samples.",
-        "Find the operation that overflows, such as the root or logarithm of zero." * bool(broken),
+        else f"A finite gradient reaches the input at all {total} clean samples.",
+        "Find the operation that overflows, such as the root or logarithm of zero.",
     )
 
 
 def _raw_gradient(context: Context, points: Tensor, labels: Tensor) -> Tensor | None:
     """Differentiate the "decision" objective; None if no gradient leads to the points."""
-    target, found = context.target(), []
+    target, parts = context.target(), []
     size = context.batch_size
     for chunk, chunk_labels in zip(points.split(size), labels.split(size), strict=True):
         with torch.enable_grad():
@@ -80,36 +68,37 @@ def _raw_gradient(context: Context, points: Tensor, labels: Tensor) -> Tensor | 
             value = target.objective(*split_scores(output, target.reject), chunk_labels)
             if not value.requires_grad:
                 return None
-            found.append(torch.autograd.grad(value.sum(), chunk, allow_unused=True)[0])
-    return None if any(part is None for part in found) else torch.cat(found)
+            (part,) = torch.autograd.grad(value.sum(), chunk, allow_unused=True)
+            if part is None:
+                return None
+            parts.append(part)
+    return torch.cat(parts)
 
 
-def check_zero_gradient(context: Context) -> Check:
+def check_zero_gradient(context: Context) -> Finding:
     """Count gradients of the "decision" objective that vanish, at clean and at final points.
 
     Fails above ``SHARE_VANISHED`` of either, warns if there is any.
 
     Source: Pintor et al., "Indicators of attack failure"; Croce et al., AutoAttack's own checks.
     """
-    counts: dict[str, int | float] = {"samples": len(context.first)}
-    largest = 0
+    rows, total, largest = context.first, len(context.first), 0
+    counts = {"samples": total}
     for name, points in (("clean", context.inputs), ("final", context.points)):
-        rows = context.first
         length = slope_at(context.target(), points[rows], context.labels[rows]).length
         counts[f"{name}_zero"] = int((length == 0).sum())
         counts[f"{name}_tiny"] = int((length < TINY).sum())
         largest = max(largest, counts[f"{name}_tiny"])
-    share = largest / len(context.first)
-    status = "fail" if share > SHARE_VANISHED else "warn" if largest else "pass"
     message = (
-        f"Of {len(context.first)} gradients {counts['clean_tiny']} are below {TINY:g} at clean and "
+        f"Of {total} gradients {counts['clean_tiny']} are below {TINY:g} at clean and "
         f"{counts['final_tiny']} at final points ({counts['clean_zero']} and "
         f"{counts['final_zero']} exactly zero)."
     )
-    return Check(ZERO_GRADIENT, status, counts, message, MASKED if largest else "")
+    status = share_status(largest, total, warn=0, fail=SHARE_VANISHED)
+    return Finding(status, counts, message, MASKED)
 
 
-def check_true_gradient(context: Context) -> Check:
+def check_true_gradient(context: Context) -> Finding:
     """Compare the change that the gradient predicts for a small step with the one that occurs.
 
     Of a random weighting of the outputs, which has none of the kinks of a maximum; the step goes a
@@ -144,16 +133,13 @@ def check_true_gradient(context: Context) -> Check:
         )
     wrong = ((after - before) - predicted).abs() > _DISAGREES * predicted.abs()
     count = int((wrong & clear).sum())
-    return Check(
-        TRUE_GRADIENT,
+    return Finding(
         share_status(count, total),
         {"points": total, "disagree": count, "lost_in_rounding": len(points) - total},
         f"The change that the gradient predicts is off by more than half at {count} of {total} "
         "points.",
         "The gradient is not that of the scores (straight-through estimate, quantisation or "
-        "noise): trust attacks without gradients, or the expectation over the noise."
-        if count
-        else "",
+        "noise): trust attacks without gradients, or the expectation over the noise.",
     )
 
 
@@ -168,3 +154,46 @@ def _weighting(context: Context) -> ObjectiveFunction:
         return scores @ weights.to(scores)
 
     return weigh
+
+
+def check_unstable_loss(context: Context) -> Finding:
+    """Draw points around clean and final points; measure how far the loss leaves its tangent.
+
+    The loss is Eq. (2), with the rejection switched off. Its change less the change that the
+    gradient predicts is divided by the loss, or by the median loss where that is larger, and
+    clipped to 1; a point counts from a mean of ``UNSTABLE`` on. Warns from a tenth of the points
+    on, fails from half of them on. A steep loss is not unstable: the gradient explains it.
+
+    Source: Pintor et al., "Indicators of attack failure" (unstable predictions), which has no
+    tangent.
+    """
+    labels = context.labels[context.first].repeat(2)
+    points = torch.cat([context.inputs[context.first], context.points[context.first]])
+    change = _unexplained(context, points, labels)
+    count = int((change > UNSTABLE).sum())
+    return Finding(
+        share_status(count, len(points)),
+        {"points": len(points), "unstable": count, "mean_change": change.mean().item()},
+        f"Around {count} of {len(points)} points the loss changes in a way that its gradient does "
+        f"not explain (mean {100 * change.mean().item():.1f} % of the loss).",
+        "Average the gradient over points nearby, or attack without gradients.",
+    )
+
+
+def _unexplained(context: Context, points: Tensor, labels: Tensor) -> Tensor:
+    """Return the mean relative change of the loss that the tangent leaves open, ``(n,)``."""
+    target, generator = context.target("paper"), context.generator()
+    slope = slope_at(target, points, labels)
+    scale = slope.values.abs()
+    scale = torch.maximum(scale, scale.median()).clamp_min(torch.finfo(scale.dtype).tiny)
+    total = torch.zeros_like(scale)
+    draws = context.options["draws"]
+    for _ in range(draws):
+        noise = torch.rand(
+            points.shape, generator=generator, dtype=points.dtype, device=points.device
+        )
+        near = project_box(points + (noise - 0.5) * SIDE * context.width, context.bounds)
+        moved = ((near - points) * slope.direction).flatten(1).sum(dim=1)
+        value, _ = evaluate(target, near, labels)
+        total += ((value - slope.values + slope.length * moved).abs() / scale).clamp_max(1)
+    return total / draws

@@ -1,18 +1,16 @@
 """Every defence has to fail when the perturbation is not bounded."""
 
+import math
 import warnings
 
 import torch
 
 from torchdnr.attacks.pgd import pgd
 from torchdnr.attacks.projections import project_box
+from torchdnr.decisions import is_evasion, predict_labels
 from torchdnr.evaluation.checks.context import Context
-from torchdnr.evaluation.checks.result import Check
+from torchdnr.evaluation.checks.result import Finding
 from torchdnr.evaluation.judging import outputs
-from torchdnr.evaluation.metrics import evaded, predict_labels
-
-UNBOUNDED = "unbounded attack"
-CHANCE = "chance at large eps"
 
 
 def _unbounded(context: Context) -> tuple[int, int, int]:
@@ -28,52 +26,47 @@ def _unbounded(context: Context) -> tuple[int, int, int]:
         def evading(points: torch.Tensor) -> torch.Tensor:
             points = project_box(points.detach().to(inputs), context.bounds)
             output = outputs(context.model, points, context.batch_size)
-            return evaded(predict_labels(output, context.reject), labels)
+            return is_evasion(predict_labels(output, context.reject), labels)
 
-        found = evading(inputs)
+        evaded = evading(inputs)
         for attack in context.attacks.values():
-            left = (~found).nonzero()[:, 0]
+            left = (~evaded).nonzero()[:, 0]
             if len(left) == 0:
                 break
-            some, wanted = inputs[left], labels[left]
+            start = inputs[left]
             with warnings.catch_warnings():  # samples without a start are counted below
                 warnings.simplefilter("ignore")
-                if attack.minimum_norm:
-                    points = attack.run(context.model, some, wanted)
-                else:
-                    points = attack.run(context.model, some, wanted, context.diameter, some)
-            found = found | evading(inputs.index_copy(0, left, points.detach().to(inputs)))
+                eps = math.inf if attack.minimum_norm else context.diameter
+                points = attack.run(context.model, start, labels[left], eps, start)
+            evaded = evaded | evading(inputs.index_copy(0, left, points.detach().to(inputs)))
         steps = context.options["steps"]
         alone = context.attack(pgd, rows, eps=context.diameter, steps=steps)
-        context.cache["unbounded"] = len(rows), int(found.sum()), int(evading(alone).sum())
+        context.cache["unbounded"] = len(rows), int(evaded.sum()), int(evading(alone).sum())
     return context.cache["unbounded"]
 
 
-def check_unbounded(context: Context) -> Check:
+def check_unbounded(context: Context) -> Finding:
     """Attack with no bound but the box: every sample has to be evaded.
 
     The samples of the other classes are within reach, so that a correct attack cannot fail; to be
-    rejected is no success. A sample left fails the check. How many PGD reaches from the
-    input alone is told too: few mean that gradients lead nowhere, and that all depends on starts.
+    rejected is no success. A sample left fails the check. It is also counted how many PGD evades
+    from the input alone: few mean that gradients lead nowhere, and that all depends on starts.
 
     Source: Pintor et al., "Indicators of attack failure" (unconstrained attack failure); Carlini
     et al., "On evaluating adversarial robustness" (unbounded attacks reach 100 %).
     """
     total, count, alone = _unbounded(context)
-    return Check(
-        UNBOUNDED,
+    return Finding(
         "pass" if count == total else "fail",
         {"samples": total, "evaded": count, "evaded_from_the_input": alone},
         f"Without a bound the attacks evaded {count} of {total} samples, and PGD from the input "
         f"alone {alone}.",
-        ""
-        if count == total
-        else "The attacks are broken or blind: mend them before you believe "
-        "any accuracy at a bounded eps.",
+        "The attacks are broken or blind: mend them before you believe any accuracy at a bounded "
+        "eps.",
     )
 
 
-def check_chance(context: Context) -> Check:
+def check_chance(context: Context) -> Finding:
     """Look whether the curve goes on until the accuracy is that of guessing, 1 / c.
 
     If it does not, and attacks without a bound do not get there either, it fails; if only the curve
@@ -92,11 +85,11 @@ def check_chance(context: Context) -> Check:
         f"guessing has {100 * chance:.1f} %"
     )
     if accuracy <= chance:
-        return Check(CHANCE, "pass", counts, message + ".")
+        return Finding("pass", counts, message + ".")
     total, count, _ = _unbounded(context)
     counts["accuracy_without_bound"] = 1 - count / total
     message += f"; without a bound {100 * (1 - count / total):.1f} % are left."
     if 1 - count / total > chance or largest >= context.diameter:
         advice = "Gradients are masked: use attacks that start at accepted samples of other classes"
-        return Check(CHANCE, "fail", counts, message, advice + ", or need no gradient.")
-    return Check(CHANCE, "warn", counts, message, "Evaluate at larger eps too.")
+        return Finding("fail", counts, message, advice + ", or need no gradient.")
+    return Finding("warn", counts, message, "Evaluate at larger eps too.")

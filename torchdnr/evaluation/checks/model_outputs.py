@@ -3,22 +3,16 @@
 import torch
 from torch import Tensor
 
-from torchdnr.attacks.objectives import split_scores
-from torchdnr.evaluation.checks.context import Context
-from torchdnr.evaluation.checks.result import Check
+from torchdnr.decisions import predict_labels, split_scores
+from torchdnr.evaluation.checks.context import Context, share_status
+from torchdnr.evaluation.checks.result import Finding
 from torchdnr.evaluation.judging import outputs
-from torchdnr.evaluation.metrics import predict_labels
-
-DETERMINISTIC = "deterministic"
-UNBOUNDED_SCORES = "unbounded scores"
 
 SAME_OUTPUT = 1e-4
 """Difference of two passes, relative to the spread of the outputs, up to which they agree."""
-SATURATED = (0.1, 0.5)
-"""Share of scores stuck at the smallest or largest value from which the check warns, and fails."""
 
 
-def check_deterministic(context: Context) -> Check:
+def check_deterministic(context: Context) -> Finding:
     """Run the model several times in the same batches, then in others; outputs must agree.
 
     Outputs in the same batches may differ by ``SAME_OUTPUT`` of their spread, and every decision
@@ -46,25 +40,24 @@ def check_deterministic(context: Context) -> Check:
         "decisions_changed_by_batch": turned_by_batch,
     }
     if again > SAME_OUTPUT or turned:
-        message = (
+        return Finding(
+            "fail",
+            counts,
             f"The output changes by {again:.2g} of its spread between passes, and with it "
-            f"{turned} of {len(points)} decisions."
-        )
-        advice = (
+            f"{turned} of {len(points)} decisions.",
             "Switch off what is random, such as dropout in evaluation; if it belongs to the "
-            "defence, attack the mean over many draws and evaluate each point often."
+            "defence, attack the mean over many draws and evaluate each point often.",
         )
-        return Check(DETERMINISTIC, "fail", counts, message, advice)
     if batch > SAME_OUTPUT or turned_by_batch:
-        message = (
+        return Finding(
+            "fail" if batch > SAME_OUTPUT else "warn",
+            counts,
             f"The output changes by {batch:.2g} of its spread with the size and order of the "
-            f"batch, and with it {turned_by_batch} of {len(points)} decisions."
+            f"batch, and with it {turned_by_batch} of {len(points)} decisions.",
+            "Evaluate in one batch size, and with batch normalisation in evaluation mode.",
         )
-        advice = "Evaluate in one batch size, and with batch normalisation in evaluation mode."
-        status = "fail" if batch > SAME_OUTPUT else "warn"
-        return Check(DETERMINISTIC, status, counts, message, advice)
     message = f"{passes} passes and other batches agree to {max(again, batch):.1g} of the spread."
-    return Check(DETERMINISTIC, "pass", counts, message)
+    return Finding("pass", counts, message)
 
 
 def _difference(one: Tensor, two: Tensor) -> float:
@@ -80,12 +73,13 @@ def _turned(context: Context, first: Tensor, others: Tensor) -> int:
     return int(torch.stack(changed).any(dim=0).sum())
 
 
-def check_unbounded_scores(context: Context) -> Check:
+def check_unbounded_scores(context: Context) -> Finding:
     """Look for probabilities, and for scores that are stuck at a bound.
 
     At clean points, final points and noise in the box. Probabilities, in [0, 1] with sum 1, warn:
     a margin of them vanishes in float32 where the model is sure. Scores that equal the smallest or
-    largest one seen are stuck there: above ``SATURATED`` it warns and fails.
+    largest one seen are stuck there: it warns from a tenth of the scores on, and fails from half of
+    them on.
 
     Source: the checks of outputs in AutoAttack; Carlini and Wagner, "Defensive distillation is not
     robust to adversarial examples", 2016, on gradients lost in a saturated softmax.
@@ -102,24 +96,24 @@ def check_unbounded_scores(context: Context) -> Check:
     low, high = scores.amin(), scores.amax()
     near = 4 * torch.finfo(scores.dtype).eps * torch.maximum(low.abs(), high.abs())
     stuck = (scores - low <= near) | (high - scores <= near)
-    share = stuck.double().mean().item()
-    status = "fail" if share > SATURATED[1] else "warn" if share > SATURATED[0] else "pass"
+    count, total = int(stuck.sum()), stuck.numel()
+    status = share_status(count, total)
     if probabilities and status == "pass":
         status = "warn"
     counts = {
         "points": len(output),
         "probabilities": int(probabilities),
-        "stuck_share": share,
+        "stuck_share": count / total,
         "smallest": low.item(),
         "largest": high.item(),
     }
     message = (
         f"Scores lie between {low.item():.3g} and {high.item():.3g}, "
-        f"{100 * share:.1f} % of them exactly there"
+        f"{100 * count / total:.1f} % of them exactly there"
         f"{'; they are probabilities' if probabilities else ''}."
     )
     advice = "Attack what goes into the softmax or sigmoid, not what comes out of it."
-    return Check(UNBOUNDED_SCORES, status, counts, message, advice if status != "pass" else "")
+    return Finding(status, counts, message, advice)
 
 
 def _are_probabilities(values: Tensor) -> bool:

@@ -1,19 +1,17 @@
-"""Did the attacks return what they found, were they done, and would longer ones find more?"""
+"""Did the attacks return their best points, were they done, and would longer ones evade more?"""
+
+from typing import Any
 
 from torchdnr.attacks.boundary_walk import boundary_walk
 from torchdnr.attacks.pgd import pgd
 from torchdnr.evaluation.checks.context import (
     Context,
-    drop_status,
     evades_at,
+    missed_evasions,
     share_status,
 )
 from torchdnr.evaluation.checks.recording import Recorded, record
-from torchdnr.evaluation.checks.result import Check
-
-SILENT_SUCCESS = "silent success"
-INCOMPLETE = "incomplete optimisation"
-CONVERGED = "converged"
+from torchdnr.evaluation.checks.result import Finding
 
 NOT_CONVERGED = 0.05
 """Fall of the accuracy, by longer attacks with restarts, above which the check fails."""
@@ -24,10 +22,10 @@ WALK = 300
 
 
 def _recordings(context: Context) -> dict[str, list[Recorded]]:
-    """Run each attack of the line-up on a few samples, one by one, and look over its shoulder."""
+    """Run each attack of the line-up on a few samples, one by one, and record what it evaluates."""
     if "recordings" not in context.cache:
-        rows = context.rows if len(context.rows) else context.first
-        rows = rows[: context.options["recorded"]].tolist()
+        samples = context.rows if len(context.rows) else context.first
+        rows = samples[: context.options["recorded"]].tolist()
         context.cache["recordings"] = {
             name: [record(context, attack, row) for row in rows]
             for name, attack in context.attacks.items()
@@ -35,29 +33,28 @@ def _recordings(context: Context) -> dict[str, list[Recorded]]:
     return context.cache["recordings"]
 
 
-def check_silent_success(context: Context) -> Check:
+def check_silent_success(context: Context) -> Finding:
     """Count samples for which an attack saw a success that it did not return.
 
-    All points that an attack shows to the model are watched, one sample at a time. One such
+    All points that an attack shows to the model are recorded, one sample at a time. One such
     sample fails.
 
     Source: Pintor et al., "Indicators of attack failure" (silent success).
     """
-    found = _recordings(context)
-    silent = {name: sum(run.silent for run in runs) for name, runs in found.items()}
-    total, count = sum(map(len, found.values())), sum(silent.values())
+    recordings = _recordings(context)
+    silent = {name: sum(run.silent for run in runs) for name, runs in recordings.items()}
+    total, count = sum(map(len, recordings.values())), sum(silent.values())
     guilty = ", ".join(name for name, number in silent.items() if number)
     message = f"In {count} of {total} runs an attack returned less than the best point it evaluated"
-    return Check(
-        SILENT_SUCCESS,
+    return Finding(
         "fail" if count else "pass",
         {"runs": total, "silent": count},
         message + (f" ({guilty})." if count else "."),
-        "Let the attack return the best point it evaluated, not the last one." if count else "",
+        "Let the attack return the best point it evaluated, not the last one.",
     )
 
 
-def check_incomplete(context: Context) -> Check:
+def check_incomplete(context: Context) -> Finding:
     """Count runs whose best value still fell in the last tenth of the forwards.
 
     By more than 5 % of the whole descent of the margin for an attack at a given eps that failed;
@@ -81,16 +78,11 @@ def check_incomplete(context: Context) -> Check:
     )
     message += f" ({', '.join(guilty)})" if guilty else ""
     message += f"; in {stuck} it never fell." if stuck else "."
-    return Check(
-        INCOMPLETE,
-        share_status(falling, total),
-        {"runs": total, "falling": falling, "stuck": stuck},
-        message,
-        "Give the attack more steps." if falling else "",
-    )
+    counts = {"runs": total, "falling": falling, "stuck": stuck}
+    return Finding(share_status(falling, total), counts, message, "Give the attack more steps.")
 
 
-def check_converged(context: Context) -> Check:
+def check_converged(context: Context) -> Finding:
     """Attack what the evaluation did not evade for longer and from more starts.
 
     PGD on the "decision" objective with ``MORE`` times the steps and as many restarts, from the
@@ -100,27 +92,15 @@ def check_converged(context: Context) -> Check:
     Source: Carlini et al., "On evaluating adversarial robustness", 2019 (verify convergence).
     """
     rows = context.unevaded()
-    starts = {"init_inputs": context.pool, "init_labels": context.pool_labels}
-    points = context.attack(
-        pgd,
-        rows,
-        steps=MORE * context.options["steps"],
-        restarts=MORE,
-        start=context.points[rows],
-        **starts,
-    )
-    found = evades_at(context, points, rows)
-    left = (~found).nonzero()[:, 0]
+    starts: dict[str, Any] = {"init_inputs": context.pool, "init_labels": context.pool_labels}
+    steps = MORE * context.options["steps"]
+    start = context.points[rows]
+    points = context.attack(pgd, rows, steps=steps, restarts=MORE, start=start, **starts)
+    evaded = evades_at(context, points, rows)
+    left = (~evaded).nonzero()[:, 0]
     if len(left):
         points = context.attack(boundary_walk, rows[left], steps=WALK, **starts)
-        found = found.index_copy(0, left, evades_at(context, points, rows[left]))
-    count = int(found.sum())
-    status, drop = drop_status(context, count, len(rows), NOT_CONVERGED)
-    message = (
-        f"Longer attacks from more starts evaded {count} of {len(rows)} samples that the "
-        f"evaluation did not evade at eps = {context.eps:g}"
-    )
-    message += f": its accuracy is too high by about {100 * drop:.1f} points." if count else "."
-    counts = {"samples": len(rows), "evaded": count, "accuracy_drop": drop}
+        evaded = evaded.index_copy(0, left, evades_at(context, points, rows[left]))
     advice = "Evaluate again with more steps, restarts and a larger pool of starts."
-    return Check(CONVERGED, status, counts, message, advice if count else "")
+    attack = "Longer attacks from more starts"
+    return missed_evasions(context, attack, evaded, advice, NOT_CONVERGED)

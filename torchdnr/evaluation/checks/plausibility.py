@@ -6,18 +6,17 @@ from collections.abc import Mapping
 import torch
 
 from torchdnr.attacks.pgd import pgd
+from torchdnr.decisions import is_evasion
 from torchdnr.evaluation.checks.context import Context
-from torchdnr.evaluation.checks.result import CannotRun, Check
+from torchdnr.evaluation.checks.result import CannotRun, Finding
 from torchdnr.evaluation.curve import SecurityCurve
-from torchdnr.evaluation.metrics import evaded, wilson_interval
-
-HALF_EPS = "plausible at eps / 2"
+from torchdnr.evaluation.metrics import wilson_interval
 
 FAR_ABOVE = 0.1
 """How far the lower end of the detector's interval may exceed the reference at eps / 2."""
 
 
-def check_half_eps(context: Context) -> Check:
+def check_half_eps(context: Context) -> Finding:
     """Compare the robust accuracy at eps with that of a classifier without rejection at eps / 2.
 
     A detector robust at eps implies a classifier, if a slow one, that is robust at eps / 2. Robust
@@ -36,33 +35,28 @@ def check_half_eps(context: Context) -> Check:
         raise CannotRun("the model does not reject")
     robust, n = _robust_accuracy(context), len(context.labels)
     reference, kind = _reference(context, [eps for eps in robust if eps > 0])
-    worst, at = -math.inf, 0.0
-    for eps, best in reference.items():
-        low, _ = wilson_interval(robust[eps], n)
-        if low - best > worst:
-            worst, at = low - best, eps
-    status = "warn" if worst > FAR_ABOVE else "pass"
-    message = (
-        f"At eps = {at:g} the robust accuracy is {100 * robust[at]:.1f} %, and that of {kind} at "
-        f"{at / 2:g} is {100 * reference[at]:.1f} %."
-    )
+    excess = {eps: wilson_interval(robust[eps], n)[0] - best for eps, best in reference.items()}
+    at = max(excess, key=lambda eps: excess[eps])
     counts = {
         "eps": at,
         "robust_accuracy": robust[at],
         "reference_at_half_eps": reference[at],
-        "excess": worst,
+        "excess": excess[at],
     }
-    advice = (
-        "An accuracy so far above the reference calls for stronger attacks before it is believed."
+    return Finding(
+        "warn" if excess[at] > FAR_ABOVE else "pass",
+        counts,
+        f"At eps = {at:g} the robust accuracy is {100 * robust[at]:.1f} %, and that of {kind} at "
+        f"{at / 2:g} is {100 * reference[at]:.1f} %.",
+        "An accuracy so far above the reference calls for stronger attacks before it is believed.",
     )
-    return Check(HALF_EPS, status, counts, message, advice if status == "warn" else "")
 
 
 def _robust_accuracy(context: Context) -> dict[float, float]:
     """Return per eps the share accepted and right without attack, and not evaded."""
     curve = context.curve
     right = context.clean.cpu() == curve.labels
-    evading = evaded(curve.predictions, curve.labels)
+    evading = is_evasion(curve.predictions, curve.labels)
     return {
         eps: (right & ~row).double().mean().item()
         for eps, row in zip(curve.eps, evading, strict=True)

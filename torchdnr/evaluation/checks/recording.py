@@ -6,16 +6,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from torchdnr.attacks.objectives import decision_objective, evades, split_scores
+from torchdnr.attacks.objectives import decision_objective
+from torchdnr.decisions import evades, split_scores
 from torchdnr.evaluation.checks.context import Context
-from torchdnr.evaluation.known_attacks import Attack
+from torchdnr.evaluation.line_up import Attack
 
 
 class Recorder(nn.Module):
-    """A model that notes margin, norm and success of all points it is shown.
+    """A model that records margin, norm and success of all points it is shown.
 
-    An attack may be any function: all it knows of the model went through here, so that a point in
-    the ball that evades was within its reach, whatever the attack itself made of it.
+    An attack may be any function, but all that it learns of the model goes through here: a point in
+    the ball that evades was within its reach, whatever it returned.
 
     Args:
         context: What is checked.
@@ -25,7 +26,7 @@ class Recorder(nn.Module):
     def __init__(self, context: Context, row: int) -> None:
         super().__init__()
         self.model = context.model
-        self.reject_index = context.model.reject_index
+        self.reject_index = getattr(context.model, "reject_index", None)
         self.training = False
         self._context = context
         self._center = context.inputs[row : row + 1]
@@ -35,7 +36,7 @@ class Recorder(nn.Module):
     def forward(self, inputs: Tensor) -> Tensor:
         """Return the output of the model."""
         output = self.model(inputs)
-        self._seen.append(self._note(inputs.detach(), output.detach()))
+        self._seen.append(self._measure(inputs.detach(), output.detach()))
         return output
 
     def __getattr__(self, name: str) -> Any:  # noqa: ANN401 - whatever the model has
@@ -47,7 +48,7 @@ class Recorder(nn.Module):
                 raise
             return getattr(self.model, name)
 
-    def _note(self, points: Tensor, output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _measure(self, points: Tensor, output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         low, high = self._context.bounds
         labels, reject = self._label.expand(len(points)), self._context.reject
         margin = decision_objective(*split_scores(output, reject), labels)
@@ -58,7 +59,8 @@ class Recorder(nn.Module):
 
     def seen(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return margin, norm (infinite outside the box) and success, in order, each ``(k,)``."""
-        return tuple(torch.cat(parts) for parts in zip(*self._seen, strict=True))
+        margin, norm, success = (torch.cat(parts) for parts in zip(*self._seen, strict=True))
+        return margin, norm, success
 
 
 class Recorded(NamedTuple):
@@ -86,13 +88,11 @@ NEARER = 0.01
 
 
 def record(context: Context, attack: Attack, row: int) -> Recorded:
-    """Attack one sample alone, from the clean input, and look at all it showed to the model."""
+    """Attack one sample alone, from the clean input, and grade all points that were evaluated."""
     model = Recorder(context, row)
     inputs, labels = context.inputs[row : row + 1], context.labels[row : row + 1]
-    if attack.minimum_norm:
-        points = attack.run(model, inputs, labels)
-    else:
-        points = attack.run(model, inputs, labels, context.eps, inputs)
+    eps = math.inf if attack.minimum_norm else context.eps
+    points = attack.run(model, inputs, labels, eps, inputs)
     margin, norm, success = model.seen()
     with torch.no_grad():
         model(points)

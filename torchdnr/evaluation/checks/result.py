@@ -1,25 +1,39 @@
 """What a check reports, and the report of all of them."""
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from textwrap import TextWrapper
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
+
+from torchdnr.evaluation.metrics import to_plain
 
 Status = Literal["pass", "warn", "fail", "skipped"]
+
+ORDER: tuple[Status, ...] = ("fail", "warn", "pass", "skipped")
+"""Of the checks in a report: what failed is never hidden below."""
 
 _WIDTH = 100  # columns of the text
 
 
+class Finding(NamedTuple):
+    """What a check finds; ``Check`` says what the fields mean."""
+
+    status: Status
+    counts: Mapping[str, int | float]
+    message: str
+    advice: str = ""
+
+
 @dataclass(frozen=True)
 class Check:
-    """What one check found.
+    """The result of one check.
 
     Attributes:
         name: Name of the check.
         status: "pass"; "warn" where the numbers are doubtful; "fail" where they cannot be trusted;
             "skipped" where the check could not run.
         counts: What was counted or measured.
-        message: One sentence on what was found, or why the check was skipped.
+        message: One sentence on the result, or on why the check was skipped.
         advice: One sentence on what to do; empty where there is nothing to do.
     """
 
@@ -31,7 +45,7 @@ class Check:
 
     def to_dict(self) -> dict[str, Any]:
         """Convert to a dictionary of text and numbers."""
-        return asdict(self) | {"counts": dict(self.counts)}
+        return to_plain(self)
 
 
 class CannotRun(Exception):
@@ -49,7 +63,7 @@ class CannotRun(Exception):
 
 @dataclass(frozen=True)
 class CheckReport:
-    """What all checks of one evaluation found.
+    """The results of all checks of one evaluation.
 
     Attributes:
         checks: One entry per check, in the order in which they ran.
@@ -68,15 +82,10 @@ class CheckReport:
     @property
     def status(self) -> Status:
         """The worst status; a check that broke off with an error counts as "warn"."""
-        found = {check.status for check in self.checks}
-        broken = any(
-            check.status == "skipped" and "errors" in check.counts for check in self.checks
-        )
-        if "fail" in found:
-            return "fail"
-        if "warn" in found or broken:
-            return "warn"
-        return "pass" if "pass" in found else "skipped"
+        statuses = {check.status for check in self.checks}
+        if broken_off([check.to_dict() for check in self.checks]):
+            statuses.add("warn")
+        return next((status for status in ORDER if status in statuses), "skipped")
 
     def names(self, status: Status) -> list[str]:
         """Return the names of the checks with this status."""
@@ -95,23 +104,15 @@ class CheckReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Convert to numbers, lists and dictionaries."""
-        return {
-            "status": self.status,
-            "checks": [check.to_dict() for check in self.checks],
-            "forwards": self.forwards,
-            "backwards": self.backwards,
-            "seconds": self.seconds,
-            "settings": dict(self.settings),
-        }
+        return {"status": self.status, **to_plain(self)}
 
     def __str__(self) -> str:
         """Format the report as plain text: what failed first, with what to do about it."""
-        order: tuple[Status, ...] = "fail", "warn", "pass", "skipped"
-        totals = ", ".join(f"{len(self.names(status))} {status}" for status in order)
+        totals = ", ".join(f"{len(self.names(status))} {status}" for status in ORDER)
         lines = [f"checks of the evaluation: {self.status.upper()} ({totals})"]
         width = max((len(check.name) for check in self.checks), default=0)
         indent = " " * (width + 13)
-        for status in order:
+        for status in ORDER:
             for check in (check for check in self.checks if check.status == status):
                 head = f"  {status.upper():<7}  {check.name:<{width}}  "
                 lines += _wrap(check.message, head, indent)
@@ -123,3 +124,10 @@ class CheckReport:
 
 def _wrap(text: str, first: str, others: str) -> list[str]:
     return TextWrapper(_WIDTH, initial_indent=first, subsequent_indent=others).wrap(text)
+
+
+def broken_off(entries: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Return the checks that an error ended: they say nothing, which must be seen."""
+    return [
+        entry for entry in entries if entry["status"] == "skipped" and "errors" in entry["counts"]
+    ]

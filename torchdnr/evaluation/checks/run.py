@@ -2,21 +2,24 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from torchdnr.attacks.checks import check_count
+from torchdnr.attacks.checks import check_count, check_inputs, check_like
 from torchdnr.attacks.objectives import decision_objective
 from torchdnr.attacks.starts import assigned_classes
-from torchdnr.attacks.target import Target, check_classes, has_reject_column, left_as_found
+from torchdnr.attacks.target import Target, check_classes
+from torchdnr.decisions import (
+    check_images,
+    evaluation_mode,
+    has_reject_column,
+    predict_labels,
+)
 from torchdnr.evaluation.checks import (
-    components,
     gradients,
     limits,
-    loss_surface,
     model_outputs,
     optimisation,
     plausibility,
@@ -24,35 +27,32 @@ from torchdnr.evaluation.checks import (
     weaker,
 )
 from torchdnr.evaluation.checks.context import Context, Model, choose_eps
-from torchdnr.evaluation.checks.inputs import check_evaluation
-from torchdnr.evaluation.checks.result import CannotRun, Check, CheckReport
+from torchdnr.evaluation.checks.result import CannotRun, Check, CheckReport, Finding
 from torchdnr.evaluation.curve import SecurityCurve
 from torchdnr.evaluation.judging import CountedModel, outputs
-from torchdnr.evaluation.known_attacks import ATTACKS, DEFAULT_ATTACKS, Attack
-from torchdnr.evaluation.line_up import default_line_up
-from torchdnr.evaluation.metrics import evaded, predict_labels
+from torchdnr.evaluation.line_up import ATTACKS, DEFAULT_ATTACKS, Attack, default_line_up
 
-CHECKS: dict[str, Callable[[Context], Check]] = {
-    gradients.DIFFERENTIABLE: gradients.check_differentiable,
-    gradients.ZERO_GRADIENT: gradients.check_zero_gradient,
-    gradients.TRUE_GRADIENT: gradients.check_true_gradient,
-    loss_surface.UNSTABLE_LOSS: loss_surface.check_unstable_loss,
-    model_outputs.DETERMINISTIC: model_outputs.check_deterministic,
-    model_outputs.UNBOUNDED_SCORES: model_outputs.check_unbounded_scores,
-    stored.STORED_POINTS: stored.check_stored_points,
-    stored.MONOTONE: stored.check_monotone,
-    optimisation.SILENT_SUCCESS: optimisation.check_silent_success,
-    optimisation.INCOMPLETE: optimisation.check_incomplete,
-    optimisation.CONVERGED: optimisation.check_converged,
-    weaker.SINGLE_STEP: weaker.check_single_step,
-    weaker.NOISE: weaker.check_noise,
-    weaker.BLACK_BOX: weaker.check_black_box,
-    weaker.TRANSFER: weaker.check_transfer,
-    weaker.UNAWARE: weaker.check_unaware,
-    components.COMPONENTS: components.check_components,
-    limits.UNBOUNDED: limits.check_unbounded,
-    limits.CHANCE: limits.check_chance,
-    plausibility.HALF_EPS: plausibility.check_half_eps,
+CHECKS: dict[str, Callable[[Context], Finding]] = {
+    "differentiable": gradients.check_differentiable,
+    "zero gradient": gradients.check_zero_gradient,
+    "true gradient": gradients.check_true_gradient,
+    "unstable loss": gradients.check_unstable_loss,
+    "deterministic": model_outputs.check_deterministic,
+    "unbounded scores": model_outputs.check_unbounded_scores,
+    "stored points": stored.check_stored_points,
+    "monotone curve": stored.check_monotone,
+    "silent success": optimisation.check_silent_success,
+    "incomplete optimisation": optimisation.check_incomplete,
+    "converged": optimisation.check_converged,
+    "single step": weaker.check_single_step,
+    "noise control": weaker.check_noise,
+    "black-box attack": weaker.check_black_box,
+    "transfer": weaker.check_transfer,
+    "adaptive attack": weaker.check_unaware,
+    "components": weaker.check_components,
+    "unbounded attack": limits.check_unbounded,
+    "chance at large eps": limits.check_chance,
+    "plausible at eps / 2": plausibility.check_half_eps,
 }
 """All checks by name, in the order in which they run."""
 
@@ -99,7 +99,7 @@ def run_checks(
 
     Args:
         model: Maps inputs to scores ``(n, c)``, or ``(n, c + 1)`` with theta in the last column. A
-            module is evaluated in evaluation mode and left as it was found.
+            module is put into evaluation mode and back.
         inputs: Clean inputs of the evaluation, ``(n, ...)`` in ``bounds``.
         labels: Their true labels, int64 ``(n,)``.
         curve: What ``security_evaluation`` returned, with ``adversarial``. Without these points, as
@@ -115,8 +115,8 @@ def run_checks(
             classifies.
         reference: The most robust classifier known, for ``eps / 2``: its curve, or its robust
             accuracy by eps.
-        samples: Samples looked at.
-        recorded: Samples on which each attack is watched, one by one.
+        samples: Samples that the checks use.
+        recorded: Samples on which each attack is recorded, one by one.
         steps: Steps of the attacks run here.
         draws: Points around each sample for the stability of the loss.
         noise_draws: Points of each ball for the noise control.
@@ -145,27 +145,48 @@ def run_checks(
     for name, value in {**counts, "batch_size": batch_size}.items():
         check_count(name, value, 2 if name == "passes" else 1)
     norm = curve.norm if norm is None else norm
-    check_evaluation(inputs, labels, curve, norm, bounds, init_inputs)
+    _check_arguments(inputs, labels, curve, norm, bounds, init_inputs)
     chosen = _named(only)
     began = time.perf_counter()
     counted = CountedModel(model)
-    with left_as_found(counted), left_as_found(surrogate):
-        context = _context(
-            counted,
-            inputs,
-            labels,
-            curve,
-            original=model,
+    reject = has_reject_column(model, reject)
+    pool = inputs if init_inputs is None else init_inputs
+    with evaluation_mode(counted), evaluation_mode(counted if surrogate is None else surrogate):
+        target = Target(counted, decision_objective, reject, batch_size)
+        check_classes(target, inputs, labels)
+        clean = predict_labels(outputs(counted, inputs, batch_size), reject)
+        pool_labels = assigned_classes(target, pool)
+        if attacks is None:
+            attacks = default_line_up(
+                pool,
+                norm=norm,
+                bounds=bounds,
+                batch_size=batch_size,
+                reject=reject,
+                own_options={
+                    name: {"init_labels": pool_labels}
+                    for name in DEFAULT_ATTACKS
+                    if "init_labels" in ATTACKS[name].accepts
+                },
+            )
+        context = Context(
+            model=counted,
+            inputs=inputs,
+            labels=labels,
             norm=norm,
             bounds=bounds,
-            reject=has_reject_column(model, reject),
+            batch_size=batch_size,
+            reject=reject,
+            original=model,
+            curve=curve,
             index=choose_eps(curve, eps),
-            attacks=attacks,
-            pool=inputs if init_inputs is None else init_inputs,
-            surrogate=surrogate,
+            clean=clean,
+            pool=pool,
+            pool_labels=pool_labels,
+            attacks={name: attack for name, attack in attacks.items() if attack.fits(model)},
+            surrogate=_network(model, inputs) if surrogate is None else surrogate,
             reference=reference,
             options=counts,
-            batch_size=batch_size,
             seed=seed,
         )
         bar = tqdm(chosen.items(), desc="checks", unit="check", disable=not progress)
@@ -176,7 +197,33 @@ def run_checks(
     return CheckReport(checks, counted.forwards, counted.backwards, seconds, settings)
 
 
-def _named(only: Sequence[str] | None) -> dict[str, Callable[[Context], Check]]:
+def _check_arguments(
+    inputs: Tensor,
+    labels: Tensor,
+    curve: SecurityCurve,
+    norm: float,
+    bounds: tuple[float, float],
+    init_inputs: Tensor | None,
+) -> None:
+    check_inputs(inputs, labels, norm, bounds)
+    if init_inputs is not None:
+        check_images("init_inputs", init_inputs, bounds)
+        check_like("init_inputs", init_inputs, inputs)
+    if norm != curve.norm:
+        raise ValueError(f"norm must be that of the curve, {curve.norm:g}, got {norm:g}")
+    if curve.labels.shape != labels.shape or (curve.labels != labels.cpu()).any():
+        raise ValueError(
+            f"labels must be those of the curve, of {len(curve.labels)} samples in that order, "
+            f"got {len(labels)} of others: pass the inputs and labels that were evaluated"
+        )
+    if curve.adversarial is not None and curve.adversarial.shape[1:] != inputs.shape:
+        raise ValueError(
+            f"inputs must be like the points of the curve, {tuple(curve.adversarial.shape[1:])}, "
+            f"got {tuple(inputs.shape)}"
+        )
+
+
+def _named(only: Sequence[str] | None) -> dict[str, Callable[[Context], Finding]]:
     if only is None:
         return CHECKS
     unknown = [name for name in only if name not in CHECKS]
@@ -185,80 +232,18 @@ def _named(only: Sequence[str] | None) -> dict[str, Callable[[Context], Check]]:
     return {name: check for name, check in CHECKS.items() if name in only}
 
 
-def _run(name: str, check: Callable[[Context], Check], context: Context) -> Check:
+def _run(name: str, check: Callable[[Context], Finding], context: Context) -> Check:
     try:
-        return check(context)
+        status, counts, message, advice = check(context)
     except CannotRun as reason:
         return Check(name, "skipped", {}, f"Did not run: {reason}.", reason.advice)
     except Exception as error:  # whatever a foreign model or attack raises; the others still run
+        kind, counts = type(error).__name__, {"errors": 1}
         if context.cache.get("no gradient"):
-            reason = f"Did not run: see {gradients.DIFFERENTIABLE!r}; {type(error).__name__}."
-            return Check(name, "skipped", {"errors": 1}, reason)
-        return Check(
-            name,
-            "skipped",
-            {"errors": 1},
-            f"Broke off with {type(error).__name__}: {error}",
-            "Mend what broke off and check again.",
-        )
-
-
-def _context(
-    model: CountedModel,
-    inputs: Tensor,
-    labels: Tensor,
-    curve: SecurityCurve,
-    *,
-    index: int,
-    pool: Tensor,
-    attacks: Mapping[str, Attack] | None,
-    surrogate: Model | None,
-    options: Mapping[str, int],
-    **fields: Any,  # noqa: ANN401 - fields of Context as they are
-) -> Context:
-    """Look up what the checks share; the model is in evaluation mode already."""
-    batch_size, reject = fields["batch_size"], fields["reject"]
-    target = Target(model, decision_objective, reject, batch_size)
-    check_classes(target, inputs, labels)
-    clean = predict_labels(outputs(model, inputs, batch_size), reject)
-    pool_labels = assigned_classes(target, pool)
-    if attacks is None:
-        attacks = _default_attacks(pool, pool_labels, fields)
-    attacks = {key: attack for key, attack in attacks.items() if attack.fits(fields["original"])}
-    evading = evaded(curve.predictions[index], curve.labels)
-    rows = (~evading).nonzero()[:, 0][: options["samples"]].to(inputs.device)
-    points = inputs if curve.adversarial is None else curve.adversarial[index].to(inputs)
-    return Context(
-        model=model,
-        inputs=inputs,
-        labels=labels,
-        curve=curve,
-        eps=curve.eps[index],
-        points=points,
-        evading=evading,
-        clean=clean,
-        rows=rows,
-        first=torch.arange(min(options["samples"], len(inputs)), device=inputs.device),
-        pool=pool,
-        pool_labels=pool_labels,
-        attacks=attacks,
-        surrogate=_network(fields["original"], inputs) if surrogate is None else surrogate,
-        options=options,
-        **fields,
-    )
-
-
-def _default_attacks(
-    pool: Tensor, pool_labels: Tensor, fields: Mapping[str, Any]
-) -> Mapping[str, Attack]:
-    """Build the default line-up, where the classes of the pool are known already."""
-    known = {
-        name: {"init_labels": pool_labels}
-        for name in DEFAULT_ATTACKS
-        if "init_labels" in ATTACKS[name].accepts
-    }
-    shared = {key: fields[key] for key in ("norm", "bounds", "batch_size", "reject")}
-    return default_line_up(pool, own_options=known, **shared)
+            return Check(name, "skipped", counts, f"Did not run: see 'differentiable'; {kind}.")
+        advice = "Mend what broke off and check again."
+        return Check(name, "skipped", counts, f"Broke off with {kind}: {error}", advice)
+    return Check(name, status, counts, message, "" if status == "pass" else advice)
 
 
 def _network(model: Model, inputs: Tensor) -> Model | None:

@@ -3,24 +3,21 @@
 import torch
 from torch import Tensor
 
-from torchdnr.attacks.objectives import decision_objective, split_scores
+from torchdnr.attacks.objectives import decision_objective
+from torchdnr.decisions import accepted, is_evasion, predict_labels, split_scores
 from torchdnr.evaluation.checks.context import Context
-from torchdnr.evaluation.checks.result import CannotRun, Check
+from torchdnr.evaluation.checks.result import CannotRun, Finding
 from torchdnr.evaluation.curve import Predictions
-from torchdnr.evaluation.judging import TOLERANCE, Task, in_box, norms, outputs
-from torchdnr.evaluation.metrics import evaded, predict_labels
-
-MONOTONE = "monotone curve"
-STORED_POINTS = "stored points"
+from torchdnr.evaluation.judging import in_ball, in_box, outputs
 
 _ROUNDING = 1e-4  # of the spread of the scores: a margin below it may turn with the hardware
 
 
-def check_monotone(context: Context) -> Check:
+def check_monotone(context: Context) -> Finding:
     """Look for samples evaded at one eps and not at a larger one.
 
-    In the worst case it fails; in one attack alone it warns: the attack should start from what it
-    found at the smaller eps.
+    In the worst case it fails; in one attack alone it warns: the attack should start from its
+    points at the smaller eps.
 
     Source: Carlini et al., "On evaluating adversarial robustness" (success grows with eps).
     """
@@ -29,23 +26,22 @@ def check_monotone(context: Context) -> Check:
     guilty = ", ".join(f"{name}: {count}" for name, count in alone.items() if count)
     message = f"{worst} of {len(context.labels)} samples are evaded at one eps and not at a larger"
     message += " one in the worst case" + (f", in one attack alone: {guilty}." if guilty else ".")
-    return Check(
-        MONOTONE,
+    return Finding(
         "fail" if worst else "warn" if guilty else "pass",
         {"samples": len(context.labels), "worst_case": worst, "attacks": sum(alone.values())},
         message,
-        "Start each attack from its points at the smaller eps." if worst or guilty else "",
+        "Start each attack from its points at the smaller eps.",
     )
 
 
 def _recovered(curve: Predictions) -> int:
     """Count the samples evaded at one eps and not at a larger one."""
-    evading = evaded(curve.predictions, curve.labels)
+    evading = is_evasion(curve.predictions, curve.labels)
     before = evading.cummax(dim=0).values if len(evading) else evading
     return int((before & ~evading).any(dim=0).sum())
 
 
-def check_stored_points(context: Context) -> Check:
+def check_stored_points(context: Context) -> Finding:
     """Measure the stored points again and ask the model again, in the batch size of the evaluation.
 
     Norms in float64 may exceed eps by the rounding of float32, points must lie in the box, and
@@ -64,21 +60,11 @@ def check_stored_points(context: Context) -> Check:
             "Check the curve that security_evaluation returned.",
         )
     size = int(curve.settings.get("batch_size", context.batch_size))
-    task = Task(
-        context.model,
-        context.inputs,
-        context.labels,
-        context.norm,
-        context.bounds,
-        size,
-        context.reject,
-    )
     outside = out_of_box = changed = by_rounding = 0
     for eps, points, stored in zip(curve.eps, curve.adversarial, curve.predictions, strict=True):
         points = points.to(context.inputs)
-        # negated: a norm that is NaN is outside too
-        outside += int((~(norms(task, points) <= eps + TOLERANCE * max(1.0, eps))).sum())
-        out_of_box += int((~in_box(task, points)).sum())
+        outside += int((~in_ball(context, points, eps)).sum())
+        out_of_box += int((~in_box(context, points)).sum())
         output = outputs(context.model, points, size)
         turned = predict_labels(output, context.reject) != stored.to(output.device)
         close = _close_call(context, output)
@@ -91,22 +77,18 @@ def check_stored_points(context: Context) -> Check:
         f"and {changed + by_rounding} are decided otherwise than stored, {by_rounding} of them by "
         "rounding."
     )
-    return Check(
-        STORED_POINTS,
-        "fail" if bad else "warn" if by_rounding else "pass",
-        {
-            "points": total,
-            "outside_ball": outside,
-            "outside_box": out_of_box,
-            "decision_changed": changed,
-            "decision_changed_by_rounding": by_rounding,
-        },
-        message,
+    counts = {
+        "points": total,
+        "outside_ball": outside,
+        "outside_box": out_of_box,
+        "decision_changed": changed,
+        "decision_changed_by_rounding": by_rounding,
+    }
+    advice = (
         "Check that model, bounds, norm and inputs are those of the evaluation, and that the model "
         "is not random."
-        if bad or by_rounding
-        else "",
     )
+    return Finding("fail" if bad else "warn" if by_rounding else "pass", counts, message, advice)
 
 
 def _close_call(context: Context, output: Tensor) -> Tensor:
@@ -117,7 +99,9 @@ def _close_call(context: Context, output: Tensor) -> Tensor:
     if threshold is not None:
         # a rejected sample stays rejected whichever class is ahead
         to_threshold = (best[:, 0] - threshold).abs()
-        gap = torch.where(best[:, 0] > threshold, torch.minimum(gap, to_threshold), to_threshold)
+        gap = torch.where(
+            accepted(best[:, 0], threshold), torch.minimum(gap, to_threshold), to_threshold
+        )
     margin = decision_objective(scores, threshold, context.labels).abs()
     spread = output.amax(dim=1) - output.amin(dim=1)
     return torch.minimum(gap, margin) <= _ROUNDING * spread

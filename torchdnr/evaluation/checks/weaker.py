@@ -1,52 +1,58 @@
-"""Attacks that ought to be weaker than those of the evaluation: one step, noise, queries, transfer.
+"""Attacks that ought to be weaker than the evaluation, on the samples that it did not evade.
 
-Each of them is run on the samples that the evaluation did not evade. If it evades one, the
-evaluation is not the worst case, and most often its gradients are masked.
+One step, noise, queries, transfer, attacks that ignore rejection or know a part of the defence
+only. If one evades a sample, the evaluation is not the worst case; most often gradients are masked.
 """
 
+from collections.abc import Callable
 from functools import partial
 from math import ceil
+from typing import Any
 
 import torch
+from torch import Tensor
 
+from torchdnr.attacks.directions import steepest
 from torchdnr.attacks.noise import noise
 from torchdnr.attacks.pgd import pgd
 from torchdnr.attacks.square import square
-from torchdnr.attacks.steps import steepest
-from torchdnr.attacks.target import slope_at
+from torchdnr.attacks.target import Target, slope_at
 from torchdnr.attacks.transfer import transfer
-from torchdnr.evaluation.checks.context import Context, evades_at, weaker_attack
-from torchdnr.evaluation.checks.result import CannotRun, Check
-
-SINGLE_STEP = "single step"
-NOISE = "noise control"
-BLACK_BOX = "black-box attack"
-TRANSFER = "transfer"
-UNAWARE = "adaptive attack"
+from torchdnr.decisions import evades
+from torchdnr.evaluation.checks.context import (
+    SMALL_DROP,
+    Context,
+    drop_status,
+    evades_at,
+    missed_evasions,
+)
+from torchdnr.evaluation.checks.gradients import SHARE_VANISHED, TINY
+from torchdnr.evaluation.checks.result import CannotRun, Finding
+from torchdnr.evaluation.judging import outputs
 
 STEPS = (1.0, 0.5, 0.25, 0.125)
 """Lengths of the single step, relative to eps."""
 _STRONGER = "Strengthen the attacks of the evaluation: more steps, restarts, other objectives"
 
 
-def check_single_step(context: Context) -> Check:
-    """Take one step along the gradient, of several lengths, for two objectives.
+def check_single_step(context: Context) -> Finding:
+    """Take one step along the gradient, of four lengths, for two objectives.
 
     Source: Carlini et al., "On evaluating adversarial robustness" (iterative attacks are stronger).
     """
     rows = context.unevaded()
     inputs, labels = context.inputs[rows], context.labels[rows]
-    found = torch.zeros_like(labels, dtype=torch.bool)
+    evaded = torch.zeros_like(labels, dtype=torch.bool)
     for objective in ("decision", "paper"):
         direction = slope_at(context.target(objective), inputs, labels).direction
         direction = steepest(direction, inputs, context.norm, context.bounds)
         for length in STEPS:
-            found = found | evades_at(context, inputs + length * context.eps * direction, rows)
+            evaded = evaded | evades_at(context, inputs + length * context.eps * direction, rows)
     advice = f"{_STRONGER}; an iterative attack must not lose against one step."
-    return weaker_attack(context, SINGLE_STEP, "One step along the gradient", found, advice)
+    return missed_evasions(context, "One step along the gradient", evaded, advice)
 
 
-def check_noise(context: Context) -> Check:
+def check_noise(context: Context) -> Finding:
     """Draw many points of each ball at random.
 
     Source: Carlini et al., "On evaluating adversarial robustness" (brute-force random search),
@@ -56,12 +62,12 @@ def check_noise(context: Context) -> Check:
     copies = min(draws, max(1, context.batch_size // len(rows)))  # to fill the batches
     repeated = rows.repeat_interleave(copies)
     points = context.attack(noise, repeated, draws=ceil(draws / copies))
-    found = evades_at(context, points, repeated).view(-1, copies).any(dim=1)
+    evaded = evades_at(context, points, repeated).view(-1, copies).any(dim=1)
     advice = f"{_STRONGER}; gradients are masked if chance does better."
-    return weaker_attack(context, NOISE, f"Noise, {draws} draws each,", found, advice)
+    return missed_evasions(context, f"Noise, {draws} draws each,", evaded, advice)
 
 
-def check_black_box(context: Context) -> Check:
+def check_black_box(context: Context) -> Finding:
     """Search with the scores alone, from the input: the square attack.
 
     Source: Andriushchenko et al., "Square attack", ECCV 2020; AutoAttack takes a success of it
@@ -69,17 +75,15 @@ def check_black_box(context: Context) -> Check:
     """
     rows, queries = context.unevaded(), context.options["queries"]
     points = context.attack(square, rows, queries=queries)
-    found = evades_at(context, points, rows)
+    evaded = evades_at(context, points, rows)
     advice = f"{_STRONGER}; gradients are masked if queries do better."
-    return weaker_attack(
-        context, BLACK_BOX, f"The square attack, {queries} queries,", found, advice
-    )
+    return missed_evasions(context, f"The square attack, {queries} queries,", evaded, advice)
 
 
-def check_transfer(context: Context) -> Check:
+def check_transfer(context: Context) -> Finding:
     """Attack an undefended classifier and show the points to the model.
 
-    Points found on the surrogate and points on the line to them.
+    Points made on the surrogate, and points on the line to them.
 
     Raises:
         CannotRun: If there is no surrogate.
@@ -99,12 +103,12 @@ def check_transfer(context: Context) -> Check:
         steps=context.options["steps"],
         surrogate_reject=False,
     )
-    found = evades_at(context, points, rows)
-    advice = f"{_STRONGER}; start them from points found on the surrogate."
-    return weaker_attack(context, TRANSFER, "Transfer from the surrogate", found, advice)
+    evaded = evades_at(context, points, rows)
+    advice = f"{_STRONGER}; start them from points made on the surrogate."
+    return missed_evasions(context, "Transfer from the surrogate", evaded, advice)
 
 
-def check_unaware(context: Context) -> Check:
+def check_unaware(context: Context) -> Finding:
     """Attack the class scores alone, as if there were no rejection.
 
     Raises:
@@ -117,13 +121,72 @@ def check_unaware(context: Context) -> Check:
         raise CannotRun("the model does not reject")
     rows = context.unevaded()
 
-    def class_scores(inputs: torch.Tensor) -> torch.Tensor:
+    def class_scores(inputs: Tensor) -> Tensor:
         return context.model(inputs)[:, :-1]
 
-    found = torch.zeros_like(rows, dtype=torch.bool)
+    evaded = torch.zeros_like(rows, dtype=torch.bool)
     for objective in ("paper", "log-sum-exp"):
         steps = context.options["steps"]
         points = context.attack(pgd, rows, model=class_scores, objective=objective, steps=steps)
-        found = found | evades_at(context, points, rows)
+        evaded = evaded | evades_at(context, points, rows)
     advice = f"{_STRONGER}; an adaptive attack must not lose against one that ignores rejection."
-    return weaker_attack(context, UNAWARE, "An attack that ignores rejection", found, advice)
+    return missed_evasions(context, "An attack that ignores rejection", evaded, advice)
+
+
+def check_components(context: Context) -> Finding:
+    """Attack each layer's SVM and the network alone, and show the points to the whole.
+
+    It fails, or warns, if points against a part evade the whole where the evaluation did not; and
+    it warns if the gradient of a part vanishes for more than a tenth of the samples: the whole
+    hides behind that part.
+
+    Raises:
+        CannotRun: If the model is not made of ``base_svms`` on ``layers`` of a ``net``.
+
+    Source: Carlini et al., "On evaluating adversarial robustness" (ablation study).
+    """
+    parts = _parts(context)
+    rows = context.unevaded()
+    inputs, labels = context.inputs[rows], context.labels[rows]
+    evaded = torch.zeros_like(rows, dtype=torch.bool)
+    counts: dict[str, int | float] = {"samples": len(rows)}
+    blind = []
+    steps = context.options["steps"]
+    for name, part in parts.items():
+        target = Target(part, context.target("paper").objective, False, context.batch_size)
+        vanished = int((slope_at(target, inputs, labels).length < TINY).sum())
+        points = context.attack(pgd, rows, model=part, objective="paper", steps=steps)
+        alone = evades(outputs(part, points, context.batch_size), labels, False)
+        evaded = evaded | evades_at(context, points, rows)
+        counts[f"{name}: evaded alone"] = int(alone.sum())
+        counts[f"{name}: no gradient"] = vanished
+        blind += [name] * (vanished > SHARE_VANISHED * len(rows))
+    count = int(evaded.sum())
+    status, drop = drop_status(context, count, len(rows), SMALL_DROP)
+    counts |= {"evaded": count, "accuracy_drop": drop}
+    by_part = ", ".join(f"{name} {counts[f'{name}: evaded alone']}" for name in parts)
+    message = (
+        f"Of {len(rows)} samples not evaded at eps = {context.eps:g} the parts alone are evaded "
+        f"for: {by_part}; these points evade the whole for {count}."
+    )
+    if blind:
+        status = "warn" if status == "pass" else status
+        message += f" Gradients vanish in: {', '.join(blind)}."
+    advice = "Start the attacks from points against the parts; give a blind part a smaller gamma."
+    return Finding(status, counts, message, advice)
+
+
+def _parts(context: Context) -> dict[str, Callable[[Tensor], Tensor]]:
+    """Collect the SVM of each layer, and the network if it classifies."""
+    needed = "base_svms", "layers", "features"
+    if not all(hasattr(context.original, name) for name in needed):
+        raise CannotRun("the model is not made of SVMs on the layers of a network")
+    model: Any = context.original
+
+    def on_layer(index: int, name: str) -> Callable[[Tensor], Tensor]:
+        return lambda inputs: model.base_svms[index](model.features(inputs)[name])
+
+    parts = {f"SVM on {name}": on_layer(i, name) for i, name in enumerate(model.layers)}
+    if context.surrogate is not None:
+        parts["network"] = context.surrogate
+    return parts

@@ -1,0 +1,111 @@
+"""Directions of descent: of unit length in l2, and of unit length in the norm of the attack."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from torchdnr.attacks.projections import per_row, reading_is_free
+
+L1_SHARE = 0.05
+"""Share of the coordinates that a step in the l1 norm moves by default."""
+
+
+def unit(vectors: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale each row to unit l2 norm; zero, NaN and infinite entries do no harm.
+
+    Returns:
+        Unit rows ``(n, ...)``, and the norms they had ``(n,)``.
+    """
+    flat = vectors.flatten(1)
+    if not reading_is_free(flat):
+        scaled, length = _unit_of_any(flat)
+        return scaled.view_as(vectors), length[:, 0]
+    # Nearly all rows allow the short way.
+    length = torch.linalg.vector_norm(flat, dim=1, keepdim=True)
+    limits = torch.finfo(flat.dtype)
+    usual = (length > limits.tiny**0.25) & (length < limits.max**0.25)  # not where it is NaN
+    scaled = flat / length
+    if not usual.all():
+        odd = (~usual[:, 0]).nonzero()[:, 0]
+        scaled[odd], length[odd] = _unit_of_any(flat[odd])
+    return scaled.view_as(vectors), length[:, 0]
+
+
+def _unit_of_any(flat: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale rows to unit l2 norm, by way of their largest entries, which do not overflow."""
+    flat = flat.nan_to_num()
+    largest = torch.linalg.vector_norm(flat, torch.inf, dim=1, keepdim=True)
+    flat = flat / torch.where(largest > 0, largest, 1)
+    length = torch.linalg.vector_norm(flat, dim=1, keepdim=True)
+    return flat / torch.where(length > 0, length, 1), length * largest
+
+
+def steepest(
+    direction: Tensor,
+    points: Tensor,
+    norm: float,
+    bounds: tuple[float, float],
+    share: float | Tensor = L1_SHARE,
+) -> Tensor:
+    """Turn a direction of unit l2 norm into one of unit length in the norm of the attack.
+
+    Args:
+        direction: Of steepest descent in the l2 norm, ``(n, ...)``.
+        points: Where it starts, ``(n, ...)``: for the l1 norm coordinates that would leave the box
+            at once do not count.
+        norm: 1, 2 or infinity.
+        bounds: Smallest and largest value of an input.
+        share: Share of the coordinates that move in the l1 norm, a number or ``(n,)``.
+
+    Returns:
+        The direction itself for l2; its signs for l-infinity; for l1 the signs of its largest
+        coordinates, divided by their number.
+
+    Source: l1: Tramer and Boneh, "Adversarial training and robustness for multiple perturbations",
+    NeurIPS 2019; the box: Croce and Hein, "Mind the box", ICML 2021.
+    """
+    if norm == 2:
+        return direction
+    if norm == math.inf:
+        return direction.sign()
+    blocked = (direction > 0) & (points >= bounds[1]) | (direction < 0) & (points <= bounds[0])
+    size = torch.where(blocked, 0, direction).flatten(1).abs()
+    d = size.shape[1]
+    count = (torch.as_tensor(share, dtype=size.dtype, device=size.device) * d).long().clamp(1, d)
+    ordered = size.sort(dim=1, descending=True).values
+    least = ordered.gather(1, (count.expand(len(size)) - 1)[:, None])
+    chosen = (size >= least) & (size > 0)
+    signs = torch.where(chosen, direction.flatten(1).sign(), 0)
+    return (signs / chosen.sum(dim=1, keepdim=True).clamp_min(1)).view_as(direction)
+
+
+def unit_step(direction: Tensor, norm: float) -> Tensor:
+    """Scale a direction of unit l2 norm to unit length in another norm; signs for l-infinity.
+
+    Unlike ``steepest`` it keeps all coordinates in the l1 norm: the projection after it selects.
+    """
+    if norm == math.inf:
+        return direction.sign()
+    if norm == 2:
+        return direction
+    length = per_row(direction.flatten(1).abs().sum(dim=1), direction)
+    return direction / torch.where(length > 0, length, 1)
+
+
+def step_sizes(
+    step_size: float | None, steps: int, eps: Tensor, bounds: tuple[float, float]
+) -> Tensor:
+    """Return the constant step of each row, ``(n,)``; by default 2.5 eps / steps.
+
+    An infinite eps counts as the width of the box.
+    """
+    if step_size is not None:
+        return torch.full_like(eps, step_size)
+    return 2.5 / steps * torch.where(eps.isfinite(), eps, bounds[1] - bounds[0])
+
+
+def cosine(step: int, steps: int, first: float, last: float) -> float:
+    """Fall, or rise, from the first to the last value along half a cosine."""
+    fade = (1 + math.cos(math.pi * step / max(1, steps - 1))) / 2
+    return last + (first - last) * fade

@@ -1,0 +1,1 @@
+"""The command lines: their options, run folders and reports."""

@@ -1,0 +1,173 @@
+"""From a run folder to three classifiers: the network (DNN), NR and DNR, made where missing."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from torch import nn
+
+from torchdnr.cli.console import Console
+from torchdnr.cli.run_folder import Job
+from torchdnr.decisions import has_reject_column, predict_labels
+from torchdnr.distributed.processes import ALONE, Processes
+from torchdnr.dnr import DNR, NR
+from torchdnr.evaluation.judging import outputs
+from torchdnr.evaluation.metrics import accuracy_under_attack, rejection_rate, wilson_interval
+from torchdnr.files import CheckpointError
+from torchdnr.models.backbones import load_weights
+from torchdnr.models.paper import load_network, save_network
+from torchdnr.models.training import train_network
+
+BATCH_SIZE = 256
+
+Loaded = TypeVar("Loaded", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """How the classifiers do on clean images.
+
+    Attributes:
+        text: For a reader.
+        classifiers: By name: test accuracy, and of those that reject theta, the rates that it
+            reaches and what the search chose; each rate with its 95 % interval; JSON values.
+    """
+
+    text: str
+    classifiers: dict[str, dict[str, Any]]
+
+
+def make_classifiers(
+    job: Job, console: Console, processes: Processes = ALONE
+) -> dict[str, nn.Module]:
+    """Load the classifiers of a run folder, and make those that it lacks.
+
+    Args:
+        job: The run folder and its settings.
+        console: For messages and progress bars.
+        processes: Those that fit DNR and NR together; all call this. The first one trains the
+            network and writes the files, which all can read.
+
+    Returns:
+        ``{"DNN": network, "NR": ..., "DNR": ...}``, ready for images on the job's device.
+
+    Raises:
+        CheckpointError: If a file of the folder is damaged or does not belong to the others.
+        OSError: If a file cannot be written.
+        PeerError: If another of the processes has ended.
+    """
+    with processes.first_alone():  # it trains what the others then load
+        net = _network(job, console)
+    layers, options = job.layers(net), {"seed": job.settings["seed"]}
+    dnr = _rejecting(job, console, processes, net, DNR, lambda: DNR(net, layers, **options))
+
+    def build_nr() -> NR:
+        # NR is the same SVM as DNR's on that layer, on the same images and folds: its search
+        # would choose the same (C, gamma) once more.
+        last, reduction = list(layers.items())[-1]
+        chosen = dnr.selection[last]
+        known = {last: (chosen["C"], chosen["gamma"])}
+        return NR(net, last, reduction=reduction, hyperparameters=known, **options)
+
+    nr = _rejecting(job, console, processes, net, NR, build_nr)
+    return {"DNN": net, "NR": nr, "DNR": dnr}
+
+
+def _network(job: Job, console: Console) -> nn.Module:
+    path = job.folder / "network.safetensors"
+    net = job.build_network()
+    name, count = job.preset.name, len(job.splits.network)
+    if path.exists():
+        with console.stage("network", f"from {path}"):
+            net = _load(path, lambda: load_network(net, path))
+        return net.to(job.device).eval()
+    given, training = job.settings["weights"], f"{count:,} images, {job.training.epochs} epochs"
+    told = [name] + [f"weights {given}"] * bool(given) + [training] * bool(count)
+    with console.stage("network", ", ".join(told)):
+        if given:
+            load_weights(net, job.settings["backbone"], given)
+        if count:
+            train_network(
+                net,
+                *job.images("network"),
+                job.training,
+                seed=job.settings["seed"],
+                device=job.device,
+                checkpoint=job.folder / "training.safetensors",
+                progress=console.progress,
+            )
+        save_network(net, path)
+    return net.to(job.device).eval()
+
+
+def _rejecting(
+    job: Job,
+    console: Console,
+    processes: Processes,
+    net: nn.Module,
+    kind: type[DNR] | type[NR],
+    build: Callable[[], DNR | NR],
+) -> DNR | NR:
+    name = kind.__name__
+    path = job.folder / f"{name.lower()}.safetensors"
+    if processes.broadcast_text(str(path.exists())) == "True":  # all load it, or none does
+        with console.stage(name, f"from {path}"):
+            return _load(path, lambda: kind.load(path, net))
+    model = build().to(job.device)
+    layers = ", ".join(model.layers)
+    sizes = f"{len(job.splits.svm):,} images, theta on {len(job.splits.threshold):,} others"
+    with console.stage(name, f"SVMs on {layers}, {sizes}"):
+        model.fit(*job.images("svm"), progress=console.progress)
+        model.calibrate(job.images("threshold")[0], job.settings["rejection_rate"])
+        if processes.first:
+            model.save(path)
+    return model
+
+
+def _load(path: Path, load: Callable[[], Loaded]) -> Loaded:
+    try:
+        return load()
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"cannot use {path}; delete it, and the same command makes it again. Cause: {error}"
+        ) from error
+
+
+def summarise(job: Job, classifiers: dict[str, nn.Module]) -> Summary:
+    """Evaluate the classifiers on clean images.
+
+    Args:
+        job: The run folder and its settings.
+        classifiers: From ``make_classifiers``.
+
+    Returns:
+        Accuracy on the whole test split, where a reject is an error, and the rejection rates that
+        theta reaches on the calibration and the test split.
+    """
+    test, labels = job.images("test")
+    calibration = job.images("threshold")[0]
+    found: dict[str, dict[str, Any]] = {}
+    for name, model in classifiers.items():
+        reject = has_reject_column(model, None)
+        predicted = predict_labels(outputs(model, test, BATCH_SIZE), reject)
+        rates = {"test_accuracy": (accuracy_under_attack(predicted, labels, eps=0), len(labels))}
+        found[name] = {}
+        if reject:
+            before = predict_labels(outputs(model, calibration, BATCH_SIZE), reject)
+            rates["calibration_rejection_rate"] = rejection_rate(before), len(before)
+            rates["test_rejection_rate"] = rejection_rate(predicted), len(labels)
+            found[name] = {"threshold": model.threshold.item(), "selection": model.selection}
+        for rate, (value, count) in rates.items():
+            found[name] |= {rate: value, f"{rate}_interval": list(wilson_interval(value, count))}
+    accuracy = ", ".join(f"{name} {entry['test_accuracy']:.1%}" for name, entry in found.items())
+    rejected = ", ".join(
+        f"{name} {entry['calibration_rejection_rate']:.1%} and {entry['test_rejection_rate']:.1%}"
+        for name, entry in found.items()
+        if "threshold" in entry
+    )
+    text = (
+        f"clean accuracy on {len(labels):,} test images (a reject is an error): {accuracy}; "
+        f"rejected of calibration and test: {rejected}"
+    )
+    return Summary(text, found)

@@ -1,0 +1,178 @@
+"""Label image files, or reject them: `python -m torchdnr.predict --help`."""
+
+import argparse
+import csv
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from torchdnr.cli.console import Console, run_command
+from torchdnr.cli.network import choose_network
+from torchdnr.cli.options import add_channels_last, whole_number
+from torchdnr.cli.run_folder import NETWORK_OPTIONS, find_device, read_settings
+from torchdnr.data.readers import find_images, read_batches
+from torchdnr.decisions import REJECT, predict_labels
+from torchdnr.dnr import DNR, NR
+from torchdnr.files import atomic_path
+from torchdnr.models.paper import load_network
+
+_DESCRIPTION = """\
+Label image files with a classifier of a run folder that train.py made, or reject them. The data
+set is not needed. Images are read as those of folder: data sets are: the short side is resized to
+what the network takes, then the centre is cropped to a square. Writes a CSV file with a row per
+image: file, label (empty if rejected), class (its number, -1 if rejected), rejected (0 or 1),
+best_label and best_score (the class with the highest score, rejected or not), threshold, which the
+best score must exceed. Exit status: 0; 1 if a file could not be read, which has no row; 2 error."""
+
+COLUMNS = "file", "label", "class", "rejected", "best_label", "best_score", "threshold"
+SOME_UNREADABLE = 1
+
+
+def parser() -> argparse.ArgumentParser:
+    """Build the parser of the command line."""
+    built = argparse.ArgumentParser(prog="python -m torchdnr.predict", description=_DESCRIPTION)
+    option = built.add_argument
+    option("images", nargs="+", type=Path, metavar="IMAGE_OR_FOLDER", help="what to label")
+    option("--run", type=Path, required=True, metavar="DIR", help="run folder, made by train.py")
+    option("--csv", metavar="FILE", help="file to write (default: standard output)")
+    option(
+        "--classifier",
+        choices=["DNR", "NR", "DNN"],
+        default="DNR",
+        help="DNN is the network alone, which rejects nothing (default: %(default)s)",
+    )
+    option("--all-scores", action="store_true", help='add a column "score CLASS" for every class')
+    option("--device", help="cpu, cuda or cuda:N (default: cuda if there is one, else cpu)")
+    add_channels_last(option)
+    option(
+        "--batch-size",
+        type=whole_number(1),
+        default=256,
+        metavar="N",
+        help="images per forward pass; lower it if memory runs out (default: %(default)s)",
+    )
+    option("--quiet", action="store_true", help="no summary, no progress bar")
+    return built
+
+
+def load_classifier(folder: Path, name: str, device: torch.device) -> nn.Module:
+    """Load a classifier of a run folder, without the data that it was made with.
+
+    Args:
+        folder: The run folder.
+        name: DNR, NR or DNN.
+        device: Where it goes.
+
+    Returns:
+        The classifier, in evaluation mode.
+
+    Raises:
+        FileNotFoundError: If it is no run folder, or holds no such classifier.
+        ValueError: If the folder is of an older version.
+        CheckpointError: If a file is damaged or does not belong to the others.
+    """
+    settings = read_settings(folder)
+    chosen = {option: settings.get(option) for option in NETWORK_OPTIONS}
+    shape, classes = tuple(settings["image_shape"]), len(settings["classes"])
+    net = choose_network(settings["dataset"], shape, classes, chosen).build()
+    model: nn.Module = load_network(net, folder / "network.safetensors")
+    if name != "DNN":
+        model = {"DNR": DNR, "NR": NR}[name].load(folder / f"{name.lower()}.safetensors", net)
+    return model.to(device).eval()
+
+
+def predict(options: argparse.Namespace, console: Console) -> int:
+    """Label the images, and write the table; how many files could not be read."""
+    files = find_images(options.images)
+    settings, device = read_settings(options.run), find_device(options.device)
+    model = load_classifier(options.run, options.classifier, device)
+    if options.channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    classes, counts = settings["classes"], {"images": 0, "rejected": 0, "unreadable": 0}
+
+    def unreadable(file: Path, error: Exception) -> None:
+        counts["unreadable"] += 1
+        print(f"cannot read {file}: {error}", file=sys.stderr)
+
+    scores = [f"score {name}" for name in classes] if options.all_scores else []
+    bar = tqdm(total=len(files), unit="image", disable=not console.progress)
+    with _table(options.csv) as table, bar:
+        writer = csv.writer(table, lineterminator="\n")
+        writer.writerow([*COLUMNS, *scores])
+        batches = read_batches(files, settings["image_shape"], options.batch_size, unreadable)
+        for read, images in batches:
+            for row in _rows(read, _outputs(model, images.to(device)), classes):
+                counts["images"] += 1
+                counts["rejected"] += row[COLUMNS.index("rejected")]
+                writer.writerow(row if scores else row[: len(COLUMNS)])
+            bar.n = counts["images"] + counts["unreadable"]
+            bar.refresh()
+    console.say(
+        f"{options.classifier}: {counts['images']:,} images, {counts['rejected']:,} rejected, "
+        f"{counts['unreadable']:,} unreadable" + (f": {options.csv}" if options.csv else "")
+    )
+    return counts["unreadable"]
+
+
+@torch.no_grad()
+def _outputs(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Compute labels, scores ``(n, c)`` and the threshold, if there is one."""
+    output, reject = model(images).cpu(), isinstance(model, DNR | NR)
+    labels = predict_labels(output, reject)
+    return labels, output[:, :-1] if reject else output, output[0, -1] if reject else None
+
+
+def _rows(
+    files: list[Path], outputs: tuple[Tensor, Tensor, Tensor | None], classes: Sequence[str]
+) -> Iterator[list[Any]]:
+    labels, scores, threshold = outputs
+    best, places = scores.max(dim=1)
+    limit = "" if threshold is None else threshold.item()
+    for index, file in enumerate(files):
+        label, place = int(labels[index]), int(places[index])
+        rejected = label == REJECT
+        name = "" if rejected else classes[label]
+        first = [file, name, label, int(rejected), classes[place], best[index].item(), limit]
+        yield first + scores[index].tolist()
+
+
+@contextmanager
+def _table(path: str | None) -> Iterator[TextIO]:
+    """Open the table for writing: a file, which appears when it is whole, or standard output."""
+    if path is None:
+        yield sys.stdout
+        return
+    with (
+        atomic_path(path) as temporary,
+        # Names that are no UTF-8 are written as they are.
+        temporary.open("w", encoding="utf-8", errors="surrogateescape", newline="") as opened,
+    ):
+        yield opened
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        argv: Arguments; None: those of the process.
+
+    Returns:
+        Exit code: 0 done, 1 done but for files that could not be read, 2 error, 130 stopped by
+        Ctrl-C.
+    """
+    options = parser().parse_args(argv)
+    failed: list[int] = []
+    status = run_command(
+        options, lambda console: failed.append(predict(options, console)), resumes=False
+    )
+    return status or (SOME_UNREADABLE if failed[0] else 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

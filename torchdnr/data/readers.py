@@ -1,0 +1,257 @@
+"""Read images and labels from an npz file or a folder of image files, and check them."""
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision import datasets
+from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.transforms import v2
+from tqdm import tqdm
+
+MAX_CHANNELS = 4  # tells NCHW from NHWC
+
+UNREADABLE = OSError, ValueError, SyntaxError, Image.DecompressionBombError
+"""What Pillow raises for a file that is no image, a damaged one, or one of too many pixels."""
+
+
+def read_npz(path: Path) -> tuple[Any, ...]:
+    """Read ``x_train``, ``y_train`` and, unless the file is a pool, ``x_test``, ``y_test``.
+
+    Args:
+        path: An npz file: images uint8 NHWC or NHW, or float NCHW in [0, 1]; labels integer.
+
+    Returns:
+        Class names, then for training and, where there is one, test: images ``(n, C, H, W)``, uint8
+        or float32, and labels ``(n,)``, int64.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is damaged, holds pickled objects, or its arrays are not as described.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path}; expected an npz file, check the path")
+    try:
+        with np.load(path, allow_pickle=False) as opened:
+            arrays = {name: opened[name] for name in opened.files}
+    except Exception as error:  # zipfile, zlib and numpy each raise their own
+        raise ValueError(
+            f"{path} must be an npz file of plain arrays, got {type(error).__name__}: {error}; "
+            "write it with numpy.savez(path, x_train=..., y_train=..., x_test=..., y_test=...)"
+        ) from error
+    names = ("x_train", "y_train", "x_test", "y_test")
+    if missing := [name for name in names if name not in arrays]:
+        if missing != ["x_test", "y_test"]:
+            raise ValueError(f"{path} must hold {', '.join(names)}, lacks {missing}; add them")
+        names = names[:2]
+    parts = {
+        name: (_check_images if name.startswith("x") else _check_labels)(name, arrays[name])
+        for name in names
+    }
+    c = _check_classes(path, parts)
+    return tuple(map(str, range(c))), *parts.values()
+
+
+def _check_images(name: str, array: np.ndarray) -> Tensor:
+    expected = "uint8 NHWC or NHW, or float NCHW in [0, 1]"
+    if array.dtype == np.uint8 and array.ndim in (3, 4):
+        images = to_nchw(torch.from_numpy(array))
+    elif np.issubdtype(array.dtype, np.floating) and array.ndim == 4:
+        images = torch.from_numpy(array.astype(np.float32))
+    else:
+        raise ValueError(f"{name} must be {expected}, got {array.dtype} {array.shape}; convert it")
+    if not 1 <= images.shape[1] <= MAX_CHANNELS or not images.numel():
+        raise ValueError(
+            f"{name} must be {expected}, at least one image of 1 to {MAX_CHANNELS} channels, got "
+            f"{array.dtype} {array.shape}; transpose it"
+        )
+    if images.is_floating_point():
+        low, high = images.aminmax()
+        if not (low >= 0 and high <= 1):  # NaN fails too
+            raise ValueError(
+                f"{name} must be in [0, 1], got {low:.4g} to {high:.4g}; scale it (uint8: / 255)"
+            )
+    return images
+
+
+def _check_labels(name: str, array: np.ndarray) -> Tensor:
+    if array.ndim == 2 and array.shape[1] == 1:
+        array = array[:, 0]  # as Keras stores CIFAR-10
+    if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
+        raise ValueError(
+            f"{name} must be integer (n,), got {array.dtype} {array.shape}; pass class numbers"
+        )
+    return torch.from_numpy(array.astype(np.int64))
+
+
+def _check_classes(path: Path, parts: dict[str, Tensor]) -> int:
+    """Check that labels fit images and training labels are 0..c-1; c."""
+    for part in ("train", "test"):
+        if f"x_{part}" in parts and len(parts[f"x_{part}"]) != len(parts[f"y_{part}"]):
+            raise ValueError(
+                f"{path}: x_{part} and y_{part} must be equally long, got "
+                f"{len(parts[f'x_{part}'])} and {len(parts[f'y_{part}'])}; pair them up"
+            )
+    found = parts["y_train"].unique().tolist()
+    c = len(found)
+    extra = sorted(set(parts.get("y_test", parts["y_train"]).tolist()) - set(range(c)))
+    if found != list(range(c)) or c < 2 or extra:
+        raise ValueError(
+            f"{path}: labels must be 0..c-1, c >= 2, every class in y_train, got {found[:20]} in "
+            f"y_train and {extra[:20]} in y_test besides; number the classes from 0 without gaps"
+        )
+    return c
+
+
+def read_folder(path: Path, image_size: int) -> tuple[Any, ...]:
+    """Read ``train/CLASS/*`` and ``val/CLASS/*`` into memory; warn of files that are unreadable.
+
+    Args:
+        path: The folder that holds ``train`` and ``val``.
+        image_size: Side of the squares, in pixels, >= 1: short side resized, centre cropped.
+
+    Returns:
+        Class names, then for ``train`` and for ``val``: images ``(n, 3, image_size, image_size)``,
+        uint8, and labels ``(n,)``, int64.
+
+    Raises:
+        FileNotFoundError: If a folder is missing, or a class folder holds no image file.
+        ValueError: If the classes of the two folders differ, or a class has no readable image.
+    """
+    if image_size < 1:
+        raise ValueError(f"image_size must be >= 1, got {image_size}; pass pixels, such as 224")
+    for part in ("train", "val"):
+        if not (path / part).is_dir():
+            raise FileNotFoundError(
+                f"no folder {path / part}; expected {path} to hold train/CLASS/* and val/CLASS/*"
+            )
+    train, test = (datasets.ImageFolder(path / part) for part in ("train", "val"))
+    if train.classes != test.classes or len(train.classes) < 2:
+        raise ValueError(
+            f"{path}: train/ and val/ must have the same class folders, at least two, got "
+            f"{train.classes[:20]} and {test.classes[:20]}; make them equal"
+        )
+    crop = square_crop(image_size)
+    parts = [_read_images(folder, crop, image_size) for folder in (train, test)]
+    return tuple(train.classes), *parts[0], *parts[1]
+
+
+def square_crop(image_size: int) -> Callable[[Any], Tensor]:
+    """Make what turns an image of Pillow into a square tensor.
+
+    Args:
+        image_size: Side in pixels: the short side is resized to it, then the centre is cropped.
+
+    Returns:
+        Function to ``(channels, image_size, image_size)``, uint8.
+    """
+    return v2.Compose([v2.Resize(image_size), v2.CenterCrop(image_size), v2.PILToTensor()])
+
+
+def _read_images(
+    folder: datasets.ImageFolder, crop: Callable[[Any], Tensor], image_size: int
+) -> tuple[Tensor, Tensor]:
+    images = torch.empty(len(folder.samples), 3, image_size, image_size, dtype=torch.uint8)
+    labels, unreadable = [], []
+    for file, label in tqdm(folder.samples, desc=str(folder.root), unit="image"):
+        try:
+            images[len(labels)] = crop(folder.loader(file))
+        except UNREADABLE as error:
+            unreadable.append(f"{file} ({error})")
+        else:
+            labels.append(label)
+    if unreadable:
+        warnings.warn(
+            f"{len(unreadable)} of {len(folder.samples)} images in {folder.root} are unreadable "
+            f"and left out, first: {unreadable[0]}",
+            stacklevel=4,
+        )
+    if len(set(labels)) < len(folder.classes):
+        raise ValueError(
+            f"{folder.root}: a class has no readable image, expected one at least; replace them"
+        )
+    return images[: len(labels)], torch.tensor(labels)
+
+
+def to_nchw(images: Tensor) -> Tensor:
+    """Reorder images ``(n, H, W)`` or ``(n, H, W, C)`` to ``(n, C, H, W)``."""
+    return images.unsqueeze(1) if images.dim() == 3 else images.permute(0, 3, 1, 2).contiguous()
+
+
+_MODES = {1: "L", 3: "RGB"}
+"""Pillow's name for images of so many channels."""
+
+
+def find_images(paths: Sequence[Path]) -> list[Path]:
+    """List the image files that are meant.
+
+    Args:
+        paths: Files, which are taken whatever they are called; and folders, of which, with all
+            below them, the files are taken that are called as images are (.jpg, .png, ...).
+
+    Returns:
+        The files, those of a folder sorted.
+
+    Raises:
+        FileNotFoundError: If there is no such file or folder, or a folder holds no image.
+    """
+    found: list[Path] = []
+    for path in paths:
+        if not path.exists():
+            raise FileNotFoundError(f"no file or folder {path}; check the path")
+        inside = [path]
+        if path.is_dir():
+            files = (file for file in path.rglob("*") if file.suffix.lower() in IMG_EXTENSIONS)
+            inside = sorted(file for file in files if file.is_file())
+        if not inside:
+            raise FileNotFoundError(
+                f"no image in {path}; expected files that end in {', '.join(IMG_EXTENSIONS)}"
+            )
+        found += inside
+    return found
+
+
+def read_batches(
+    files: Sequence[Path],
+    shape: Sequence[int],
+    batch_size: int,
+    unreadable: Callable[[Path, Exception], None],
+) -> Iterator[tuple[list[Path], Tensor]]:
+    """Read images as the data set ``folder:`` does: short side resized, centre cropped.
+
+    Args:
+        files: From ``find_images``.
+        shape: (channels, side, side) that the network takes; 1 channel is grey, 3 are colours.
+        batch_size: Most files per batch, >= 1.
+        unreadable: Called with every file that cannot be read, and why.
+
+    Yields:
+        Files that were read, and their images ``(k, *shape)``, float32 in [0, 1]; k >= 1.
+
+    Raises:
+        ValueError: If no image file can have such a shape.
+    """
+    channels, height, width = shape
+    if channels not in _MODES or height != width:
+        raise ValueError(
+            f"images from files are square, of 1 or 3 channels, and the network takes "
+            f"{tuple(shape)}; predict with torchdnr in Python"
+        )
+    crop = square_crop(height)
+    for start in range(0, len(files), batch_size):
+        images, read = [], []
+        for file in files[start : start + batch_size]:
+            try:
+                with Image.open(file) as opened:
+                    images.append(crop(opened.convert(_MODES[channels])))
+            except UNREADABLE as error:
+                unreadable(file, error)
+            else:
+                read.append(file)
+        if read:
+            yield read, torch.stack(images).float() / 255

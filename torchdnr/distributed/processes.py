@@ -1,0 +1,273 @@
+"""The processes that work together, as torchrun starts them, and how they exchange tensors.
+
+What is exchanged are plain tensors: gloo carries those on the CPU, NCCL those on a GPU.
+"""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+# Longer than any training or attack: a process that dies is noticed by its closed connection.
+TIMEOUT = timedelta(days=30)
+
+
+class PeerError(RuntimeError):
+    """Another process of the job has ended before its work was done."""
+
+
+@dataclass(frozen=True)
+class Processes:
+    """The processes of a job, as one of them sees them.
+
+    Attributes:
+        rank: Number of this process, from 0.
+        count: How many there are.
+    """
+
+    rank: int = 0
+    count: int = 1
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that writes the files and talks."""
+        return self.rank == 0
+
+    def owner(self, unit: int) -> int:
+        """Return the rank that does the unit of work of this number: they are assigned in turn."""
+        return unit % self.count
+
+    def mine(self, unit: int) -> bool:
+        """Return whether this process does the unit of work of this number."""
+        return self.owner(unit) == self.rank
+
+    def wait(self) -> None:
+        """Wait until all processes are here.
+
+        Raises:
+            PeerError: If one of them has ended.
+        """
+        if self.count > 1:
+            with _peers_needed():
+                _meet()
+
+    @contextmanager
+    def first_alone(self) -> Iterator[None]:
+        """Run the block in the first process, then in the others, which can read its files."""
+        if not self.first:
+            self.wait()
+        yield
+        if self.first:
+            self.wait()
+
+    def broadcast(self, tensor: Tensor, source: int = 0) -> Tensor:
+        """Give every process the tensor of one of them.
+
+        Where all have computed the same, rounding and ties may still differ between machines: what
+        decides on the way that the work takes has to be one process's.
+
+        Args:
+            tensor: The tensor on the source; elsewhere any of the same shape, dtype and kind of
+                device. It may be overwritten there.
+            source: Rank of the process that has it.
+
+        Returns:
+            The tensor of the source.
+
+        Raises:
+            PeerError: If another process has ended.
+        """
+        return self._exchange(tensor, lambda t: dist.broadcast(t, src=source))
+
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        """Add up the tensors of all processes.
+
+        Args:
+            tensor: Of one shape and dtype everywhere; it may be overwritten.
+
+        Returns:
+            The sum, the same in every process.
+        """
+        return self._exchange(tensor, dist.all_reduce)
+
+    def reduce(self, tensor: Tensor, target: int) -> Tensor:
+        """Add up the tensors of all processes for one of them.
+
+        Args:
+            tensor: Of one shape and dtype everywhere; it may be overwritten.
+            target: Rank of the process that needs the sum.
+
+        Returns:
+            The sum on the target; elsewhere nothing of use.
+        """
+        return self._exchange(tensor, lambda t: dist.reduce(t, dst=target))
+
+    def numbers(self, number: int) -> list[int]:
+        """Collect a whole number of each process, in the order of the ranks."""
+        numbers = torch.zeros(self.count, dtype=torch.int64)
+        numbers[self.rank] = number
+        return self.all_reduce(numbers).tolist()
+
+    def all(self, flag: bool) -> bool:
+        """Return whether something holds in every process."""
+        return sum(self.numbers(int(flag))) == self.count
+
+    def gather(self, part: Tensor, sizes: Sequence[int], dim: int = 0) -> Tensor:
+        """Concatenate the parts of all processes.
+
+        Args:
+            part: This process's part; those of the others differ in dimension ``dim`` at most.
+            sizes: Size of each process's part in that dimension.
+            dim: Along which the parts follow each other.
+
+        Returns:
+            The whole, in every process.
+        """
+        if self.count == 1:
+            return part
+        shape = list(part.shape)
+        shape[dim] = max(sizes)
+        padded = part.new_zeros(shape)
+        padded.narrow(dim, 0, sizes[self.rank]).copy_(part)
+        parts = list(padded.new_empty(self.count, *shape).unbind())
+        self._exchange(padded, lambda t: dist.all_gather(parts, t))
+        whole = [p.narrow(dim, 0, size) for p, size in zip(parts, sizes, strict=True)]
+        return torch.cat(whole, dim=dim)
+
+    def broadcast_text(self, text: str, source: int = 0) -> str:
+        """Give every process the text of one of them; what the others pass does not count."""
+        if self.count == 1:
+            return text
+        data = torch.tensor(list(text.encode()), dtype=torch.uint8)
+        length = int(self.broadcast(torch.tensor([len(data)]), source))
+        data = data if self.rank == source else torch.empty(length, dtype=torch.uint8)
+        return bytes(self.broadcast(data, source).tolist()).decode() if length else ""
+
+    def _exchange(self, tensor: Tensor, collective: Callable[[Tensor], object]) -> Tensor:
+        if self.count == 1:
+            return tensor
+        tensor = tensor.contiguous()
+        with _peers_needed():
+            if tensor.is_cuda:  # NCCL would wait for a process that is gone
+                _meet()
+            collective(tensor)
+        return tensor
+
+
+ALONE = Processes()
+_IS_ALONE: ContextVar[bool] = ContextVar("is_alone", default=False)
+
+
+def current() -> Processes:
+    """Return the processes that share the work: those of torch.distributed's default group.
+
+    Returns:
+        The group, which ``joined`` or the user's program has initialised; without one, and inside
+        ``alone``, this process alone.
+
+    Raises:
+        ValueError: If the group cannot carry tensors on the CPU.
+    """
+    if _IS_ALONE.get() or not (dist.is_available() and dist.is_initialized()):
+        return ALONE
+    if "cpu:" not in (backends := dist.get_backend_config()):
+        raise ValueError(
+            f"the default process group must carry tensors on the CPU too, got {backends}; set it "
+            'up by init_process_group("cpu:gloo,cuda:nccl")'
+        )
+    return Processes(dist.get_rank(), dist.get_world_size())
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Let this process do all the work of the block by itself, whatever group there is."""
+    token = _IS_ALONE.set(True)
+    try:
+        yield
+    finally:
+        _IS_ALONE.reset(token)
+
+
+def local_device(device: torch.device) -> torch.device:
+    """Choose the device of this process: with several of them, one GPU for each.
+
+    Args:
+        device: What was asked for.
+
+    Returns:
+        The GPU whose number is this process's on its machine, or ``device`` if it is no GPU or
+        there is one process only.
+
+    Raises:
+        ValueError: If there are more processes on this machine than GPUs, or one GPU was asked for.
+    """
+    if device.type != "cuda" or not _is_distributed():
+        return device
+    local, available = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if device.index is not None:
+        raise ValueError(
+            f"several processes need a GPU each, got the one device {device}; ask for cuda"
+        )
+    if local >= available:
+        raise ValueError(
+            f"several processes need a GPU each, got {available} for process {local}; lower "
+            "--nproc-per-node, or run on --device cpu"
+        )
+    return torch.device("cuda", local)
+
+
+@contextmanager
+def joined(device: torch.device) -> Iterator[Processes]:
+    """Join the processes that torchrun started; without torchrun there is this one alone.
+
+    Args:
+        device: Where this process works, from ``local_device``.
+
+    Yields:
+        The processes.
+    """
+    if not _is_distributed():
+        yield ALONE
+        return
+    backend = "gloo"
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        backend = "cpu:gloo,cuda:nccl"
+    dist.init_process_group(backend, timeout=TIMEOUT)
+    try:
+        processes = current()
+        processes.wait()
+        if device.type == "cuda":  # what does not work is to fail now, not after the attacks
+            processes.broadcast(torch.zeros(1, device=device))
+        yield processes
+    finally:
+        dist.destroy_process_group()
+
+
+def _meet() -> None:
+    dist.all_reduce(torch.zeros(1))  # on the CPU: gloo notices closed connections
+
+
+@contextmanager
+def _peers_needed() -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError:  # it has a message of its own, and no peer has ended
+        raise
+    except RuntimeError as error:
+        raise PeerError(
+            "another process of this job ended before its work was done, so this one ends too; its "
+            "own message, or torchrun's summary, says why; the same command goes on from what is "
+            f"finished ({str(error).splitlines()[0]})"
+        ) from error
+
+
+def _is_distributed() -> bool:
+    """Return whether torchrun started more than one process."""
+    return int(os.environ.get("WORLD_SIZE", 1)) > 1

@@ -1,0 +1,293 @@
+"""How images and their features are divided among processes: each has a contiguous part."""
+
+from collections.abc import Iterable, Iterator, Sequence, Sized
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from torchdnr.decisions import check_images
+from torchdnr.distributed.processes import ALONE, Processes
+from torchdnr.files import digest
+from torchdnr.kernels.row_blocks import all_finite, column_means, entry_moments, joint_moments
+
+
+@dataclass(frozen=True)
+class Partition:
+    """Which of n samples belong to which process.
+
+    Attributes:
+        sizes: Samples of each process, in the order of the ranks: blocks that follow each other.
+        processes: The processes.
+    """
+
+    sizes: tuple[int, ...]
+    processes: Processes = ALONE
+
+    @classmethod
+    def even(cls, n: int, processes: Processes) -> "Partition":
+        """Divide n samples as evenly as possible; where there are fewer, some get none."""
+        count = processes.count
+        return cls(tuple(n // count + (rank < n % count) for rank in range(count)), processes)
+
+    @property
+    def n(self) -> int:
+        """Number of samples."""
+        return sum(self.sizes)
+
+    @property
+    def largest(self) -> int:
+        """Samples of the process that has most."""
+        return max(self.sizes)
+
+    @property
+    def local(self) -> slice:
+        """Samples of this process."""
+        start = sum(self.sizes[: self.processes.rank])
+        return slice(start, start + self.sizes[self.processes.rank])
+
+    def locate(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Look up the positions of samples among those of this process.
+
+        Args:
+            index: Samples, int64 of any shape.
+
+        Returns:
+            Positions from 0, and whether a sample is here; the position of one that is not means
+            nothing.
+        """
+        local = self.local
+        is_local = (index >= local.start) & (index < local.stop)
+        return (index - local.start).clamp(0, local.stop - local.start - 1), is_local
+
+    def gather(self, part: Tensor, dim: int = 0) -> Tensor:
+        """Concatenate what each process computed for its samples.
+
+        Args:
+            part: Entries for this process's samples along dimension ``dim``.
+            dim: The dimension.
+
+        Returns:
+            Entries for all n, in every process.
+        """
+        return self.processes.gather(part, self.sizes, dim)
+
+
+@dataclass(frozen=True)
+class ShardedFeatures:
+    """Features ``(n, d)``, of which this process holds the rows of its own samples.
+
+    Attributes:
+        local: Those rows, ``(k, d)``.
+        partition: Which samples they are.
+    """
+
+    local: Tensor
+    partition: Partition
+
+    @classmethod
+    def of(cls, features: "Tensor | ShardedFeatures") -> "ShardedFeatures":
+        """Wrap features that one process has all by itself; return wrapped ones as they are."""
+        if isinstance(features, ShardedFeatures):
+            return features
+        return cls(features, Partition((len(features),)))
+
+    @classmethod
+    def from_local(cls, local: Tensor, processes: Processes) -> "ShardedFeatures":
+        """Wrap the rows of this process, and learn how many the others have.
+
+        Args:
+            local: Rows of this process, ``(k, d)``, k >= 1; they follow those of lower ranks.
+            processes: All of them; they must call this together.
+
+        Returns:
+            The features of all.
+        """
+        return cls(local, Partition(tuple(processes.numbers(len(local))), processes))
+
+    def __len__(self) -> int:
+        """Return n."""
+        return self.partition.n
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """The shape (n, d) of the features of all processes."""
+        return self.partition.n, self.local.shape[1]
+
+    def rows(self, index: Tensor | slice) -> Tensor:
+        """Give every process the rows of some samples.
+
+        Args:
+            index: Samples, int64 ``(m,)`` or a slice, the same in every process.
+
+        Returns:
+            Their rows, ``(m, d)``; a copy.
+        """
+        if isinstance(index, slice):
+            index = torch.arange(index.start, index.stop, device=self.local.device)
+        if self.partition.processes.count == 1:
+            return self.local[index]
+        positions, is_local = self.partition.locate(index)
+        rows = self.local.new_zeros(len(index), self.local.shape[1])
+        rows[is_local] = self.local[positions[is_local]]
+        return self.partition.processes.all_reduce(rows)  # all but one add 0
+
+    def select(self, kept: Tensor) -> "ShardedFeatures":
+        """Leave out samples.
+
+        Args:
+            kept: Those that stay, int64 ``(m,)``, ascending; some of every process.
+
+        Returns:
+            Their features; each process keeps what it has of them.
+        """
+        bounds = torch.tensor([0, *accumulate(self.partition.sizes)], device=kept.device)
+        sizes = tuple(torch.searchsorted(kept, bounds).diff().tolist())
+        positions, is_local = self.partition.locate(kept)
+        return ShardedFeatures(
+            self.local[positions[is_local]], replace(self.partition, sizes=sizes)
+        )
+
+    def are_finite(self) -> bool:
+        """Return whether there is neither NaN nor infinity among them, in any process."""
+        return self.partition.processes.all(all_finite(self.local))
+
+    def means(self) -> Tensor:
+        """Compute the mean of all rows, ``(d,)``."""
+        means, processes = column_means(self.local), self.partition.processes
+        if processes.count == 1:
+            return means
+        weighted = means.double() * (len(self.local) / len(self))
+        return processes.all_reduce(weighted).to(means.dtype)
+
+    def variance(self) -> float:
+        """Compute the variance of all entries together."""
+        moments, processes = entry_moments(self.local), self.partition.processes
+        parts = moments.new_zeros(processes.count, 2)
+        parts[processes.rank] = moments
+        joint = joint_moments(processes.all_reduce(parts), self.partition.sizes)
+        return processes.broadcast(joint)[0].item()
+
+
+Batch = tuple[Tensor, Tensor | None]
+
+
+def local_images(images: Tensor, processes: Processes) -> Tensor:
+    """Return this process's contiguous part of the images ``(n, ...)``, a view.
+
+    Raises:
+        ValueError: If there are fewer images than processes.
+    """
+    partition = Partition.even(len(images), processes)
+    _check_enough(partition, "images")
+    return images[partition.local]
+
+
+def local_batches(
+    data: Iterable[Any], batches: Iterator[Batch], labels: list[Tensor | None], processes: Processes
+) -> Iterator[Batch]:
+    """Go through all batches of a loader, and yield this process's contiguous part of them.
+
+    Args:
+        data: The loader: its length is asked for where there is more than one process.
+        batches: What it yields, images and labels or None.
+        labels: Gets the labels of all batches, in their order.
+        processes: Those that share them.
+
+    Yields:
+        Images, and labels or None.
+
+    Raises:
+        ValueError: If the loader does not tell its length, or has fewer batches than there are
+            processes.
+    """
+    local = range(0)
+    if processes.count > 1:
+        try:
+            count = len(cast(Sized, data))
+        except TypeError as error:
+            raise ValueError(
+                f"a loader for {processes.count} processes must tell its number of batches, got a "
+                f"{type(data).__name__} without len(); pass a DataLoader, or images and labels"
+            ) from error
+        partition = Partition.even(count, processes)
+        _check_enough(partition, "batches")
+        local = range(partition.local.start, partition.local.stop)
+    for number, (images, batch_labels) in enumerate(batches):
+        labels.append(batch_labels)
+        if processes.count == 1 or number in local:
+            yield images, batch_labels
+
+
+def check_same(
+    processes: Processes, net: nn.Module, labels: Iterable[Tensor | None], images: Tensor
+) -> None:
+    """Refuse a network or images that are not the same, in the same order, in all processes.
+
+    Args:
+        processes: Those that share the work.
+        net: What the images are given to.
+        labels: Of all images, None where there are none.
+        images: The first ones.
+
+    Raises:
+        ValueError: In every process, if the weights, the labels or the first images differ.
+    """
+    if processes.count == 1:
+        return
+    tensors = {str(i): t for i, t in enumerate([*labels, images]) if t is not None}
+    weights = {k: v for k, v in net.state_dict().items() if isinstance(v, Tensor)}
+    digests = {
+        "images and labels in the same order": digest(tensors),
+        "network": digest(weights),
+    }
+    for what, value in digests.items():
+        if not processes.all(processes.broadcast_text(value) == value):
+            raise ValueError(
+                f"all processes must be given the same {what}, got others: load the network from "
+                "one file, take a loader that neither shuffles nor samples by process, or let each "
+                "process work by itself with torchdnr.distributed.alone()"
+            )
+
+
+def _check_enough(partition: Partition, what: str) -> None:
+    if min(partition.sizes) == 0:
+        raise ValueError(
+            f"{len(partition.sizes)} processes need as many {what} at least, got {partition.n}; "
+            "start fewer of them"
+        )
+
+
+def checked_batches(data: Tensor | Iterable[Any], batch_size: int) -> Iterator[Batch]:
+    """Yield checked batches of images, with their labels where there are any.
+
+    Args:
+        data: Images ``(n, ...)``, or an iterable such as a ``DataLoader`` that yields images or
+            ``(images, labels)``.
+        batch_size: Images per batch where ``data`` is a tensor.
+
+    Yields:
+        Images in [0, 1], and labels or None.
+
+    Raises:
+        ValueError: If a batch is not as said above, or there is none.
+    """
+    if isinstance(data, Tensor):
+        check_images("inputs", data)
+        yield from ((batch, None) for batch in data.split(batch_size))
+        return
+    count = 0
+    for batch in data:
+        images, *rest = batch if isinstance(batch, Sequence) and batch else (batch,)
+        if not isinstance(images, Tensor):
+            raise ValueError(
+                "each batch of the loader must be images, or (images, labels), as tensors; got "
+                f"{type(images).__name__}"
+            )
+        check_images("inputs", images)
+        count += 1
+        yield images, torch.as_tensor(rest[0]) if rest else None
+    if count == 0:
+        raise ValueError("the loader yielded no batch: expected at least one image")

@@ -1,0 +1,289 @@
+"""Figures: security evaluation curves and adversarial examples."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from torchdnr.decisions import REJECT
+from torchdnr.evaluation.line_up import LINE_SEARCH_PGD
+from torchdnr.evaluation.metrics import DecisionRates
+from torchdnr.files import atomic_path
+
+# Okabe and Ito's colours, which colour-blind readers can tell apart; markers for print in grey
+COLOURS = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"
+MARKERS = "osD^vP*"
+WIDE = 20  # ratio of the largest to the smallest eps above which the axis is logarithmic
+
+
+class Line(Protocol):
+    """What is drawn as one line: the rates of ``Predictions``."""
+
+    eps: list[float]
+
+    def estimates(self) -> list[DecisionRates]:
+        """Measure every rate, with its confidence interval, at each eps."""
+
+
+class Curve(Line, Protocol):
+    """What is drawn of a ``SecurityCurve``."""
+
+    norm: float
+    rejects: bool
+
+    @property
+    def attacks(self) -> Mapping[str, Line]:
+        """Each attack alone, by name."""
+
+
+def plot_curves(
+    curves: Mapping[str, Curve | Sequence[Curve]],
+    path: str | Path,
+    *,
+    attack: str = LINE_SEARCH_PGD,
+) -> None:
+    """Draw accuracy under attack and rejection rate over eps, one line per classifier.
+
+    Left the worst case over the line-up, right one attack alone; below the accuracy the rejection
+    rate of the classifiers that reject. The band is the 95 % confidence interval of one run, or,
+    for repeated runs over the same eps, mean and standard deviation.
+
+    Args:
+        curves: Classifier name to its curve, or to the curves of repeated runs.
+        path: Image file, of a type that its suffix names; replaced atomically.
+        attack: Attack of the right column, left out if no classifier has it.
+
+    Raises:
+        ValueError: If there is no curve, or the runs of a classifier differ in eps.
+
+    Source: Sotgiu et al., Fig. 3.
+    """
+    runs = {
+        name: list(curve) if isinstance(curve, Sequence) else [curve]
+        for name, curve in curves.items()
+    }
+    if not runs or not all(runs.values()):
+        raise ValueError("curves is empty: give at least one security curve")
+    for name, group in runs.items():
+        if any(run.eps != group[0].eps for run in group):
+            raise ValueError(f"the runs of {name} must be over the same eps")
+    alone = {
+        name: [run.attacks[attack] for run in group]
+        for name, group in runs.items()
+        if all(attack in run.attacks for run in group)
+    }
+    columns: dict[str, Mapping[str, Sequence[Line]]] = {"Worst case over all attacks": runs}
+    if alone:
+        columns[f"{attack[0].upper()}{attack[1:]} alone"] = alone
+    rejecting = [name for name, group in runs.items() if group[0].rejects]
+    rows = {"accuracy": "accuracy under attack"}
+    rows |= {"rejection": "rejection rate"} if rejecting else {}
+
+    figure = Figure(figsize=(1.0 + 4.6 * len(columns), 0.9 + 2.7 * len(rows)), layout="constrained")
+    grid = figure.subplots(len(rows), len(columns), squeeze=False, sharex=True, sharey=True)
+    norm = next(iter(runs.values()))[0].norm
+    for axes_column, (title, lines) in zip(grid.T, columns.items(), strict=True):
+        axes_column[0].set_title(title, fontsize=12, pad=10)
+        for axes, rate in zip(axes_column, rows, strict=True):
+            for index, name in enumerate(runs):
+                if name in lines and (rate == "accuracy" or name in rejecting):
+                    _draw_line(axes, lines[name], rate, index, name)
+            _style(axes)
+        label = rf"perturbation size $\epsilon$ ({_norm_name(norm)})"
+        axes_column[-1].set_xlabel(label, fontsize=11)
+    _scale_eps(grid[0, 0], {eps for group in runs.values() for run in group for eps in run.eps})
+    for axes, label in zip(grid[:, 0], rows.values(), strict=True):
+        axes.set_ylabel(label, fontsize=11)
+    handles = grid[0, 0].get_legend_handles_labels()[0]
+    _legend(figure, handles, min(len(handles), 5))
+    note = r"$\epsilon = 0$: a reject counts as an error; $\epsilon > 0$: as correct. Band: "
+    counts = {len(group) for group in runs.values()}
+    bands = ["95 % confidence interval"] * (1 in counts)
+    bands += ["standard deviation over the runs"] * (max(counts) > 1)
+    _footnote(figure, note + " or ".join(bands) + ".")
+    _save(figure, path)
+
+
+def plot_examples(
+    path: str | Path,
+    inputs: Tensor,
+    labels: Tensor,
+    adversarials: Mapping[str, Tensor],
+    predictions: Mapping[str, Tensor],
+    eps: float,
+    class_names: Sequence[str] | None = None,
+    *,
+    norm: float = 2,
+) -> None:
+    """Draw images, and per classifier the magnified perturbation, the result and its decision.
+
+    A perturbation is stretched so that its largest entry, which is printed, has full contrast; on
+    grey images purple means brighter and orange darker.
+
+    Args:
+        path: Image file, of a type that its suffix names; replaced atomically.
+        inputs: Source images in [0, 1], ``(n, 1, H, W)`` or ``(n, 3, H, W)``; a row each, so few.
+        labels: True labels, ``(n,)``.
+        adversarials: Classifier name to its adversarial images, each like ``inputs``.
+        predictions: Classifier name to its labels of these, or ``REJECT``, ``(n,)``.
+        eps: Perturbation size, for the title.
+        class_names: Names of the classes; None: their numbers.
+        norm: Norm in which the perturbations are measured.
+
+    Raises:
+        ValueError: If the images are neither grey nor RGB, or the shapes do not fit together.
+
+    Source: Sotgiu et al., Figs. 5 and 6.
+    """
+    if inputs.ndim != 4 or inputs.shape[1] not in (1, 3) or len(inputs) == 0:
+        raise ValueError(
+            f"inputs must be (n, 1, H, W) or (n, 3, H, W) with n >= 1, got {tuple(inputs.shape)}"
+        )
+    for name, images in adversarials.items():
+        if images.shape != inputs.shape or predictions[name].shape != labels.shape:
+            raise ValueError(
+                f"the adversarial images of {name} must be {tuple(inputs.shape)} with predictions "
+                f"(n,), got {tuple(images.shape)} and {tuple(predictions[name].shape)}"
+            )
+
+    def name_of(label: int) -> str:
+        return "rejected" if label == REJECT else class_names[label] if class_names else str(label)
+
+    n, pairs = len(inputs), len(adversarials)
+    figure = Figure(figsize=(1.75 * (1 + 2 * pairs), 0.75 + 2.0 * n), layout="constrained")
+    parts = figure.subfigures(
+        1, 1 + pairs, width_ratios=[1.0] + [2.0] * pairs, squeeze=False, wspace=0.02
+    )[0]
+    parts[0].suptitle("source", fontsize=12)
+    for row, axes in enumerate(parts[0].subplots(n, 1, squeeze=False)[:, 0]):
+        _show(axes, inputs[row], f"true: {name_of(int(labels[row]))}")
+    for part, (name, images) in zip(parts[1:], adversarials.items(), strict=True):
+        part.suptitle(name, fontsize=12)
+        for row, (left, right) in enumerate(part.subplots(n, 2, squeeze=False)):
+            change = (images[row] - inputs[row]).double()
+            size = torch.linalg.vector_norm(change.flatten(), norm).item()
+            largest = change.abs().max().item()
+            stretched = 0.5 + change / (2 * largest) if largest > 0 else 0.5 + change
+            title = rf"$\|\delta\|$ = {size:.2f}, largest {largest:.2g}"
+            _show(left, stretched, title, cmap="PuOr")
+            predicted = int(predictions[name][row])
+            right_or_rejected = predicted in (REJECT, int(labels[row]))
+            colour = "#0072B2" if right_or_rejected else "#D55E00"
+            verdict = name_of(predicted) if predicted == REJECT else f"as {name_of(predicted)}"
+            _show(right, images[row], verdict, colour=colour)
+    title = rf"Adversarial examples, $\epsilon$ = {eps:g} ({_norm_name(norm)})"
+    figure.suptitle(title, fontsize=12)
+    _save(figure, path)
+
+
+def _draw_line(axes: Axes, runs: Sequence[Line], rate: str, index: int, name: str) -> None:
+    estimates = [[getattr(rates, rate) for rates in run.estimates()] for run in runs]
+    values = torch.tensor([[e.value for e in run] for run in estimates], dtype=torch.float64)
+    middle = values.mean(dim=0)
+    if len(runs) == 1:
+        low, high = torch.tensor([(e.low, e.high) for e in estimates[0]], dtype=torch.float64).T
+    else:
+        deviation = values.std(dim=0)
+        low, high = (middle - deviation).clamp(0, 1), (middle + deviation).clamp(0, 1)
+    draw_line(axes, runs[0].eps, middle.tolist(), (low.tolist(), high.tolist()), index, name)
+
+
+def draw_line(
+    axes: Axes,
+    x: Sequence[float],
+    y: Sequence[float],
+    band: tuple[Sequence[float], Sequence[float]] | None,
+    index: int | None,
+    label: str = "",
+    *,
+    linestyle: str = "-",
+    hollow: bool = False,
+) -> None:
+    """Draw a line with markers, and its band if there is one.
+
+    Args:
+        axes: Where to draw.
+        x: Positions.
+        y: Values.
+        band: Lower and upper ends of the intervals.
+        index: Number of its colour and marker; None: black, without markers.
+        label: Its name in the legend.
+        linestyle: As in matplotlib.
+        hollow: Whether the markers are hollow.
+    """
+    colour = "black" if index is None else COLOURS[index % len(COLOURS)]
+    if band is not None:
+        axes.fill_between(x, *band, color=colour, alpha=0.15, linewidth=0)
+    axes.plot(
+        x,
+        y,
+        color=colour,
+        linestyle=linestyle,
+        marker="" if index is None else MARKERS[index % len(MARKERS)],
+        markersize=6,
+        markeredgecolor=colour if hollow else "white",
+        markerfacecolor="white" if hollow else colour,
+        linewidth=1.8,
+        label=label,
+        clip_on=False,  # a marker at 0 or 1 stays whole
+        zorder=3,
+    )
+
+
+def _legend(figure: Figure, handles: Sequence[Artist], columns: int = 1) -> None:
+    figure.legend(
+        handles=handles, loc="outside upper center", ncols=columns, fontsize=11, frameon=False
+    )
+
+
+def _footnote(figure: Figure, text: str) -> None:
+    figure.supxlabel(text, fontsize=9, color="0.35")
+
+
+def _style(axes: Axes) -> None:
+    axes.set_ylim(0, 1)
+    axes.grid(color="0.9", linewidth=0.8)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(labelsize=10)
+
+
+def _scale_eps(axes: Axes, eps: set[float]) -> None:
+    values = sorted(eps)
+    positive = [value for value in values if value > 0]
+    if positive and positive[-1] > WIDE * positive[0]:
+        axes.set_xscale("symlog", linthresh=positive[0], linscale=0.5)
+        axes.set_xlim(values[0] - 0.2 * positive[0], 1.15 * positive[-1])
+        axes.set_xticks(values, [f"{value:g}" for value in values])
+        axes.minorticks_off()
+
+
+def _norm_name(norm: float) -> str:
+    return r"$\ell_\infty$ norm" if norm == float("inf") else rf"$\ell_{{{norm:g}}}$ norm"
+
+
+def _show(axes: Axes, image: Tensor, title: str, cmap: str = "gray", colour: str = "black") -> None:
+    pixels: Any = image.detach().cpu().clamp(0, 1).permute(1, 2, 0).numpy()
+    axes.imshow(
+        pixels.squeeze(-1) if len(image) == 1 else pixels,
+        cmap=cmap,
+        vmin=0,
+        vmax=1,
+        interpolation="nearest",
+    )
+    axes.set_title(title, fontsize=9, color=colour, pad=3)
+    axes.set_xticks([])
+    axes.set_yticks([])
+    for spine in axes.spines.values():
+        spine.set_edgecolor("0.7")
+
+
+def _save(figure: Figure, path: str | Path) -> None:
+    FigureCanvasAgg(figure)  # no window, whatever backend the caller has chosen
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format=Path(path).suffix.lstrip(".") or "png", dpi=150)

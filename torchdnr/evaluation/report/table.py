@@ -1,0 +1,237 @@
+"""The results of classifiers side by side: as rows, as a table to read, as JSON and CSV files."""
+
+import csv
+import io
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from torchdnr.evaluation.curve import Predictions, SecurityCurve
+from torchdnr.evaluation.metrics import to_plain
+from torchdnr.files import atomic_write_bytes, read_json, write_json
+
+WORST_CASE = "worst case"
+COSTS = "seconds", "forwards", "backwards"
+EXPLANATION = """\
+accuracy: eps = 0 (no attack): share given its true class, to reject is an error.
+          eps > 0 (attacked): share given its true class or rejected; the rest evades.
+reject:   share rejected. To evade is to be accepted and wrong. "worst case": per sample, the most
+          harmful of all attacks at this and the smaller eps."""
+
+
+COLUMNS = (
+    *("classifier", "attack", "norm", "eps", "samples"),
+    *("accuracy", "accuracy_low", "accuracy_high"),
+    *("rejection_rate", "rejection_low", "rejection_high"),
+    *("evasion_rate", "evasion_low", "evasion_high"),
+    *("mean_norm", *COSTS),
+)
+
+
+def attack_rates(
+    curves: Mapping[str, SecurityCurve], *, confidence: float = 0.95
+) -> list[dict[str, Any]]:
+    """Tabulate every rate, per classifier, attack and eps.
+
+    Args:
+        curves: Classifier name to its curve.
+        confidence: Coverage of the intervals, in (0, 1).
+
+    Returns:
+        Rows with the classifier, the attack (None: the worst case over all), eps, and a dictionary
+        with value, low, high and n for each of ``DecisionRates``.
+    """
+    rows: list[dict[str, Any]] = []
+    for name, curve in curves.items():
+        lines: list[tuple[str | None, Predictions]] = [*curve.attacks.items(), (None, curve)]
+        for attack, alone in lines:
+            for eps, rates in zip(alone.eps, alone.estimates(confidence), strict=True):
+                row = {"classifier": name, "attack": attack, "eps": eps}
+                rows.append(row | to_plain(rates))
+    return rows
+
+
+def attack_costs(curves: Mapping[str, SecurityCurve]) -> list[dict[str, Any]]:
+    """Tabulate what each attack cost over all eps, and what it reached alone.
+
+    Args:
+        curves: Classifier name to its curve.
+
+    Returns:
+        Rows with the classifier, the attack, its number of samples and of positive eps, seconds,
+        forwards and backwards in total and per sample, points that left their constraints, and
+        ``evasion``: the share accepted and wrong at the largest eps, with its interval.
+    """
+    rows = []
+    for name, curve in curves.items():
+        for attack, alone in curve.attacks.items():
+            samples = len(alone.labels)
+            spent = {key: sum(getattr(alone, key)) for key in COSTS}
+            rows.append(
+                {
+                    "classifier": name,
+                    "attack": attack,
+                    "samples": samples,
+                    "positive_eps": sum(eps > 0 for eps in alone.eps),
+                    **spent,
+                    **{f"{key}_per_sample": value / samples for key, value in spent.items()},
+                    "violations": sum(alone.violations),
+                    "largest_eps": alone.eps[-1],
+                    "evasion": alone.estimates()[-1].evasion.to_dict(),
+                }
+            )
+    return rows
+
+
+def format_table(curves: Mapping[str, SecurityCurve]) -> str:
+    """Format the results as plain text: accuracy and rejection rate in percent.
+
+    Args:
+        curves: Classifier name to its curve.
+
+    Returns:
+        Table with a row per eps and classifier and a pair of columns per attack and worst case,
+        a note on how to read it, and what to be careful about.
+
+    Raises:
+        ValueError: If there is no curve.
+    """
+    if not curves:
+        raise ValueError("curves is empty: give at least one security curve")
+    attacks = list(dict.fromkeys(name for curve in curves.values() for name in curve.attacks))
+    first = max(len("classifier"), *map(len, curves))
+    columns = [(name, max(16, len(name))) for name in [*attacks, WORST_CASE]]
+    lines = [
+        " | ".join([f"{'':>6}  {'':<{first}}", *(f"{name:^{width}}" for name, width in columns)]),
+        " | ".join(
+            [
+                f"{'eps':>6}  {'classifier':<{first}}",
+                *(f"{'accuracy  reject':>{width}}" for _, width in columns),
+            ]
+        ),
+    ]
+    lines.append("-" * len(lines[-1]))
+    for eps in sorted({value for curve in curves.values() for value in curve.eps}):
+        for name, curve in curves.items():
+            if eps in curve.eps:
+                cells = [
+                    _format_cell(curve.attacks.get(attack), curve, eps, width)
+                    for attack, width in columns[:-1]
+                ]
+                cells.append(_format_cell(curve, curve, eps, columns[-1][1]))
+                lines.append(" | ".join([f"{eps:>6g}  {name:<{first}}", *cells]))
+        lines.append("")
+    return "\n".join([*(line.rstrip() for line in lines), EXPLANATION, "", *_remarks(curves)])
+
+
+def save_results(
+    path: str | Path,
+    curves: Mapping[str, SecurityCurve],
+    settings: Mapping[str, Any] | None = None,
+    more: Mapping[str, Any] | None = None,
+) -> None:
+    """Write the curves of all classifiers to one JSON file, atomically.
+
+    Args:
+        path: File to write.
+        curves: Classifier name to its curve.
+        settings: What else the numbers depend on: data set, seed, layers, thresholds, ...
+        more: Further results by name, other than "settings" and "curves": checks, measures, ...
+    """
+    content = {name: curve.to_dict() for name, curve in curves.items()}
+    write_json(path, {"settings": dict(settings or {}), **(more or {}), "curves": content})
+
+
+def load_results(path: str | Path) -> tuple[dict[str, SecurityCurve], dict[str, Any]]:
+    """Read what ``save_results`` wrote.
+
+    Returns:
+        Curves by classifier name, and the settings.
+
+    Raises:
+        ValueError: If the file does not hold results.
+    """
+    content = read_json(path)
+    if not isinstance(content, dict) or not isinstance(content.get("curves"), dict):
+        raise ValueError(f"{path} does not hold results: expected an object with curves")
+    curves = content["curves"].items()
+    return {name: SecurityCurve.from_dict(curve) for name, curve in curves}, content["settings"]
+
+
+def _format_cell(
+    predictions: Predictions | None, curve: SecurityCurve, eps: float, width: int
+) -> str:
+    if predictions is None:
+        return f"{'-':>{width}}"
+    index = curve.eps.index(eps)
+    reject = f"{100 * predictions.rejection_rate[index]:.1f}" if curve.rejects else "-"
+    return f"{f'{100 * predictions.accuracy[index]:8.1f}  {reject:>6}':>{width}}"
+
+
+def _remarks(curves: Mapping[str, SecurityCurve]) -> list[str]:
+    """List sample counts, evasion norms, and what makes the numbers doubtful."""
+    lines = []
+    for name, curve in curves.items():
+        median = curve.median_evasion_norm
+        evasion = f"{median:.3g}" if math.isfinite(median) else "not reached"
+        half = max((high - low) / 2 for low, high in curve.accuracy_interval)
+        lines.append(
+            f"{name}: {len(curve.labels)} samples, accuracy +- {100 * half:.1f} at most (95 %), "
+            f"median evasion norm {evasion}, {curve.seconds:.0f} s of attacks."
+        )
+        if curve.eps[-1] > 0 and curve.accuracy[-1] > 0:
+            left = f"{100 * curve.accuracy[-1]:.1f} % is left at eps = {curve.eps[-1]:g}"
+            lines.append(
+                f"  Note: {left}. Every defence has to fail at some eps: "
+                "try a larger one, or stronger attacks."
+            )
+        if missing := curve.settings.get("left_out"):
+            names = ", ".join(missing)
+            lines.append(f"  Note: left out, as the model lacks what they need: {names}.")
+        for attack, alone in curve.attacks.items():
+            if sum(alone.violations):
+                lines.append(
+                    f"  WARNING: {attack} left the ball or the box {sum(alone.violations)} times; "
+                    "these points were projected back."
+                )
+    return lines
+
+
+def save_csv(path: str | Path, curves: Mapping[str, SecurityCurve]) -> None:
+    """Write a row per classifier, attack and eps, and for the worst case over the attacks.
+
+    Rates are shares in [0, 1], low and high the ends of their 95 % confidence intervals. The cost
+    of a minimum-norm attack is in the row of its first positive eps; the worst case has the sum.
+
+    Args:
+        path: File to write, atomically.
+        curves: Classifier name to its curve.
+
+    Raises:
+        OSError: If the file cannot be written.
+    """
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    for name, curve in curves.items():
+        for attack, alone in {**curve.attacks, WORST_CASE: curve}.items():
+            writer.writerows(_rows(name, attack, alone, curve))
+    atomic_write_bytes(path, text.getvalue().encode())
+
+
+def _rows(
+    name: str, attack: str, alone: Predictions, curve: SecurityCurve
+) -> Iterator[dict[str, Any]]:
+    attacks = curve.attacks.values() if alone is curve else [curve.attacks[attack]]
+    for index, (eps, rates) in enumerate(zip(alone.eps, alone.estimates(), strict=True)):
+        row = {"classifier": name, "attack": attack, "norm": f"{curve.norm:g}", "eps": eps}
+        row |= {"samples": len(alone.labels), "mean_norm": alone.mean_norm[index]}
+        columns = {
+            ("accuracy", "accuracy"): rates.accuracy,
+            ("rejection_rate", "rejection"): rates.rejection,
+            ("evasion_rate", "evasion"): rates.evasion,
+        }
+        for (column, ends), rate in columns.items():
+            row |= {column: rate.value, f"{ends}_low": rate.low, f"{ends}_high": rate.high}
+        yield row | {cost: sum(getattr(one, cost)[index] for one in attacks) for cost in COSTS}

@@ -1,0 +1,1 @@
+"""Features: layers of a network, made small enough, for all images."""

@@ -1,0 +1,314 @@
+"""Features of a whole data set, batch by batch, in memory or in files: see `extract`.
+
+`training_features` extracts what a classifier is fitted on, in as many processes as there are.
+"""
+
+import hashlib
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from torchdnr.decisions import evaluation_mode
+from torchdnr.distributed import current
+from torchdnr.distributed.sharing import (
+    Batch,
+    ShardedFeatures,
+    check_same,
+    checked_batches,
+    local_batches,
+    local_images,
+)
+from torchdnr.features.layers import LayerFeatures
+from torchdnr.features.reductions import PAIRED, Project
+from torchdnr.features.storage import FeatureStore, LayerFiles, RowsInMemory, temporary_files
+from torchdnr.files import digest
+from torchdnr.svm.checks import check_labels
+from torchdnr.svm.memory_plan import MEMORY_LIMIT
+
+DISTORTION_LIMIT = 0.1
+"""Root mean square of the relative errors of distances above which a projection is warned of: one
+to 512 features makes 0.03, one to 50 features 0.1."""
+_HALF = (torch.bfloat16, torch.float16)
+
+
+class ProjectionWarning(UserWarning):
+    """A random projection changed the distances between the features of images by much."""
+
+
+@torch.no_grad()
+def extract(
+    features: LayerFeatures,
+    data: Tensor | Iterable[Any],
+    *,
+    batch_size: int = 256,
+    device: str | torch.device | None = None,
+    progress: bool = False,
+    memory_limit: int | None = None,
+    folder: str | Path | None = None,
+    widen: bool = False,
+) -> tuple[dict[str, Tensor], Tensor | None]:
+    """Extract the features of a whole data set, batch by batch, without gradient.
+
+    Features that would take too much memory go to files, and come back as tensors on the CPU that
+    are mapped from them: their pages are read when they are used and dropped when memory gets
+    short. The number of images need not be known: each layer has a safetensors file that grows.
+
+    In a folder of your own they are kept. A call that was stopped goes on behind the last whole
+    batch when it is repeated, and a repeated call finds all of them. It still goes through the
+    images, to see that they are the same in the same order: a loader that shuffles or augments is
+    refused as soon as a batch differs, so pass one that does neither.
+
+    Args:
+        features: The layers to read.
+        data: Images ``(n, ...)``, or an iterable such as a ``DataLoader`` that yields batches of
+            images or ``(images, labels)``.
+        batch_size: Images per forward pass where ``data`` is a tensor, >= 1.
+        device: Where the network runs and the results stay; default: the device of the network.
+        progress: Whether to show a progress bar over the batches.
+        memory_limit: Bytes that the features of all layers together may take in memory; beyond
+            that, they go to a temporary folder. Default: no limit.
+        folder: Where features go in any case, and are kept.
+        widen: Whether features of half precision come back as float32, which SVMs need.
+
+    Returns:
+        Layer name -> features ``(n, d)``, and the labels ``(n,)`` where ``data`` yields them,
+        else None.
+
+    Raises:
+        ValueError: If ``data`` is empty, ``batch_size`` < 1, or only some batches have labels.
+        CheckpointError: If the folder holds the features of other images or another network.
+        OSError: If the disk is full, or the folder cannot be written to.
+
+    Warns (``UserWarning``) if features go to a temporary folder, or were damaged on disk.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be >= 1, got {batch_size}")
+    device = _device_of(features.net) if device is None else torch.device(device)
+    n = len(data) if isinstance(data, Tensor) else None
+    labels: list[Tensor] = []
+    count = images_seen = 0
+    with ExitStack() as stack:
+        # Once for all batches; inside, forward finds nothing left to switch.
+        stack.enter_context(evaluation_mode(features.net))
+        rows: RowsInMemory | LayerFiles | FeatureStore = RowsInMemory(n)
+        if folder is not None:
+            run = _describe(features, device, n, batch_size if n is not None else None)
+            run["widened"] = widen
+            rows = stack.enter_context(FeatureStore(folder, run, n))
+        batches = data.split(batch_size) if isinstance(data, Tensor) else data
+        for batch in tqdm(batches, desc="features", unit="batch", disable=not progress):
+            images, *rest = batch if isinstance(batch, Sequence) else (batch,)
+            count, images_seen = count + 1, images_seen + len(images)
+            if rest:
+                labels.append(torch.as_tensor(rest[0]).to(device, non_blocking=True))
+            if isinstance(rows, FeatureStore) and rows.holds(images, labels[-1] if rest else None):
+                continue
+            values = features(images.to(device, non_blocking=True))
+            if widen:
+                values = {k: v.float() if v.dtype in _HALF else v for k, v in values.items()}
+            if isinstance(rows, RowsInMemory) and memory_limit is not None:
+                if (needed := rows.bytes_with(values)) > memory_limit:
+                    files = stack.enter_context(temporary_files(n, needed, memory_limit))
+                    rows = rows.moved_to(files)
+            rows.append(values)
+        if not images_seen:
+            raise ValueError(
+                "data holds no image; expected at least one; pass a non-empty tensor or loader"
+            )
+        joined = _joined(labels, count)
+        if isinstance(rows, FeatureStore):
+            return rows.finish(joined), joined
+        return rows.finish(), joined
+
+
+def _joined(labels: Sequence[Tensor | None], count: int) -> Tensor | None:
+    """Join the labels of all batches, if they have any."""
+    known = [part for part in labels if part is not None]
+    if known and len(known) < count:
+        raise ValueError(
+            f"data must yield labels with every batch or with none, got {len(known)} of {count}"
+        )
+    return torch.cat(known) if known else None
+
+
+def _describe(
+    features: LayerFeatures, device: torch.device, n: int | None, batch_size: int | None
+) -> dict[str, Any]:
+    """Describe all that decides the features beside the images, as JSON values."""
+    tensors = {**features.state_dict(), **dict(features.named_buffers())}
+    options = {k: v for k, v in vars(features).items() if k[0] != "_" and k != "training"}
+    return {
+        "weights": digest({k: v for k, v in tensors.items() if isinstance(v, Tensor)}),
+        "modules": hashlib.sha256(repr(features).encode()).hexdigest(),
+        "options": repr(sorted(options.items())),
+        "device": device.type,  # rounding differs between kinds
+        "number of images": n,
+        "batch size": batch_size,
+    }
+
+
+def _device_of(net: nn.Module) -> torch.device:
+    for tensor in (*net.parameters(), *net.buffers()):
+        return tensor.device
+    return torch.device("cpu")
+
+
+def first_images(batches: Iterator[Batch]) -> tuple[list[Tensor], Iterator[Batch]]:
+    """Read the first images ahead.
+
+    Args:
+        batches: Images ``(n, ...)`` and labels or None; not empty.
+
+    Returns:
+        Up to 64 images of one shape, spread over as many of the first batches as it takes to have
+        so many, in batches that are no larger than the first one; and all the batches.
+    """
+    read: list[Batch] = []
+    for batch in batches:
+        read.append(batch)
+        if sum(len(images) for images, _ in read) >= PAIRED:
+            break
+    first = read[0][0]
+    images = torch.cat([images for images, _ in read if images.shape[1:] == first.shape[1:]])
+    spread = images[:: max(1, len(images) // PAIRED)][:PAIRED]
+    return list(spread.split(len(first))), chain(read, batches)
+
+
+@torch.no_grad()
+def prepare_features(features: LayerFeatures, batches: Sequence[Tensor]) -> LayerFeatures:
+    """Make the reductions of layers anew, for the outputs that images of this size give.
+
+    Args:
+        features: The layers and the reductions wanted; left as they are.
+        batches: A few images of those to come, ``(n, ...)`` each, on the device of the network.
+            Distances are compared for all pairs of the first 64.
+
+    Returns:
+        Another module on the same network, ready to use, with ``sizes``.
+
+    Raises:
+        Exception: Whatever the network raises, with a note of the size of the images.
+        ValueError: If a reduction does not fit the output of its layer.
+
+    Warns:
+        ProjectionWarning: If a projection changes distances by much.
+    """
+    fresh = LayerFeatures(features.net, features.given, seed=features.seed)
+    parts = [_outputs(fresh, images) for images in batches]
+    outputs = {name: torch.cat([part[name] for part in parts]) for name in fresh.layers}
+    for name, values in fresh.reduce(outputs, torch.cat(list(batches))).items():
+        shape = list(outputs[name].shape[1:])
+        fresh.sizes[name] = {"output": shape, "features": values.shape[1]}
+    for name, distortion in distortions(fresh).items():
+        if distortion["rms"] > DISTORTION_LIMIT:
+            warnings.warn(
+                f"the projection of layer {name!r} changes the distances of "
+                f"{distortion['pairs']} pairs of images by {distortion['rms']:.0%} (root mean "
+                f"square; at most {distortion['max']:.0%}), expected up to "
+                f"{DISTORTION_LIMIT:.0%}; project to more features",
+                ProjectionWarning,
+                stacklevel=3,
+            )
+    return fresh
+
+
+def distortions(features: LayerFeatures) -> dict[str, dict[str, float]]:
+    """Collect by how much random projections changed distances.
+
+    Args:
+        features: Prepared layers.
+
+    Returns:
+        Layer name -> what ``projection_distortion`` measured, for projected layers.
+    """
+    pairs = zip(features.layers, features.reductions, strict=True)
+    return {name: r.distortion for name, r in pairs if isinstance(r, Project) and r.distortion}
+
+
+def _outputs(features: LayerFeatures, images: Tensor) -> dict[str, Tensor]:
+    try:
+        return features.outputs(images)
+    except Exception as error:
+        error.add_note(f"the network was given images {tuple(images.shape)}: does it take these?")
+        raise
+
+
+def training_features(
+    data: Tensor | Iterable[Any],
+    labels: Tensor | None,
+    prepare: Callable[[list[Tensor]], LayerFeatures],
+    *,
+    device: torch.device,
+    batch_size: int,
+    memory_limit: int | None,
+    folder: str | Path | None,
+    progress: bool,
+) -> tuple[LayerFeatures, dict[str, ShardedFeatures], Tensor]:
+    """Extract the features of checked images, and the labels that go with them.
+
+    Each of the current processes extracts and keeps a contiguous part: of the images in a tensor,
+    or of the batches of a loader, all of which it goes through for the labels.
+
+    Args:
+        data: Images ``(n, ...)``, or a loader that yields ``(images, labels)``.
+        labels: ``(n,)`` where ``data`` is a tensor.
+        prepare: Makes the layers ready, given a few batches of the images on the device.
+        device: Where the network runs.
+        batch_size: Images per forward pass.
+        memory_limit: Bytes that the features may take in memory; None: 4 GiB on a CPU, and no
+            limit on a GPU.
+        folder: Where features go in any case; of several processes each has a folder in it.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        The layers that were read; layer name -> features ``(n, d)``, float32 at least; labels
+        ``(n,)`` of all images, int64.
+
+    Raises:
+        ValueError: If images or labels are not as said above.
+    """
+    processes = current()
+    if memory_limit is None and device.type == "cpu":
+        memory_limit = MEMORY_LIMIT
+    sample, batches = first_images(checked_batches(data, batch_size))
+    ready = prepare([images.to(device) for images in sample])
+    batch_labels: list[Tensor | None] = []
+    local: Tensor | Iterable[Any]
+    if isinstance(data, Tensor):
+        local = local_images(data, processes)
+    else:
+        pairs = local_batches(data, batches, batch_labels, processes)
+        local = (images if known is None else (images, known) for images, known in pairs)
+    if folder is not None and processes.count > 1:
+        folder = Path(folder) / f"process-{processes.rank + 1}-of-{processes.count}"
+    features, _ = extract(
+        ready,
+        local,
+        batch_size=batch_size,
+        progress=progress,
+        memory_limit=memory_limit,
+        folder=folder,
+        widen=True,
+    )
+    check_same(processes, ready.net, [labels, *batch_labels], torch.cat(sample))
+    from_loader = _joined(batch_labels, len(batch_labels))
+    if (labels is None) == (from_loader is None):
+        raise ValueError(
+            "labels must come once: fit(images, labels), or fit(loader) with a loader that "
+            f"yields (images, labels); got {'none' if labels is None else 'both'}"
+        )
+    if not processes.all(all(rows.is_cuda for rows in features.values())):
+        # The features of one at least are on the CPU, perhaps mapped from files.
+        features = {name: rows.cpu() for name, rows in features.items()}
+    sharded = {name: ShardedFeatures.from_local(rows, processes) for name, rows in features.items()}
+    first = next(iter(sharded.values()))
+    labels = torch.as_tensor(from_loader if labels is None else labels, device=first.local.device)
+    check_labels(labels, len(first))
+    return ready, sharded, labels.long()

@@ -1,0 +1,235 @@
+"""Features of named layers of any network, all taken in one forward pass."""
+
+import difflib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torchdnr.decisions import evaluation_mode
+from torchdnr.features.reductions import (
+    Reduction,
+    ReductionLike,
+    build_reduction,
+    prepare_reduction,
+    reduction_text,
+)
+
+# So many layer names fit in an error message; a longer list shows its first and last ones.
+NAMES_SHOWN = 20
+
+
+class LayerFeatures(nn.Module):
+    """Take the outputs of named layers of a network as flat features.
+
+    The network runs in evaluation mode whatever mode it is in, and is left as found: training
+    flags, ``requires_grad``, hooks. Gradients flow to the inputs and to the parameters. Each output
+    is copied when the layer returns, so that a later in-place operation (``ReLU(inplace=True)``,
+    ``out += identity``) does not change it. Of a layer that runs several times in a forward pass
+    the last run counts. Of a layer that returns a tuple or a list the first element counts
+    (attention modules return outputs, weights).
+
+    Args:
+        net: Any network whose layers keep the samples in their first dimension.
+        layers: Names as in ``net.named_modules()``, such as ``["layer3", "layer4", "avgpool"]``,
+            or a mapping from name to reduction, such as ``{"layer3": ("project", 512),
+            "layer4": "avg", "avgpool": "flatten"}``: see ``build_reduction``. None: no layers yet.
+        seed: Of random projections.
+
+    Attributes:
+        reductions: One module per layer, in the order of ``layers``. A built-in one that depends
+            on the layer's output is made ready by ``prepare_features``, or else by the first call.
+        sizes: Layer name -> ``output``, the shape of one sample's output, and ``features``, how
+            many the reduction makes of it; from ``prepare_features``.
+
+    Raises:
+        ValueError: If ``layers`` is empty, one string, or names a layer twice or one that
+            ``net`` does not have, or if a reduction is none.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        layers: Sequence[str] | Mapping[str, ReductionLike] | None,
+        *,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.layers = () if layers is None else _check_layers(net, layers)
+        self.net, self.seed = net, seed
+        given = layers if isinstance(layers, Mapping) else dict.fromkeys(self.layers, "flatten")
+        self.given = {name: given[name] for name in self.layers}
+        self.reductions = nn.ModuleList(build_reduction(r, seed) for r in self.given.values())
+        self.sizes: dict[str, dict[str, Any]] = {}
+
+    def describe(self) -> str:
+        """Return a line per layer: name, output, reduction, number of features where known."""
+        lines = []
+        for name, reduction in zip(self.layers, self.reductions, strict=True):
+            known = self.sizes.get(name, {"output": "(...)", "features": "?"})
+            shape = str(known["output"]).replace("[", "(").replace("]", ")")
+            text = reduction_text(reduction)
+            lines.append(f"{name}: {shape} -> {text} -> {known['features']} features")
+        return "\n".join(lines) or "no layers yet: fit chooses them"
+
+    def forward(self, inputs: Tensor) -> dict[str, Tensor]:
+        """Run the network once.
+
+        Args:
+            inputs: What ``net`` takes, ``(n, ...)``.
+
+        Returns:
+            Layer name -> features ``(n, d)``, in the order of ``layers``; dtype and device are
+            those of the layer's output (a projection makes float32 of half precision).
+
+        Raises:
+            RuntimeError: If a layer did not run in this forward pass, or none is chosen yet.
+            TypeError: If a layer returned no tensor.
+            ValueError: If a layer's output does not have one row per sample, or does not fit its
+                reduction.
+        """
+        return self.reduce(self.outputs(inputs), inputs)
+
+    def reduce(self, outputs: dict[str, Tensor], inputs: Tensor) -> dict[str, Tensor]:
+        """Make features of the outputs of the layers.
+
+        Args:
+            outputs: From ``self.outputs(inputs)``.
+            inputs: What the network took, ``(n, ...)``.
+
+        Returns:
+            As ``forward`` does.
+
+        Raises:
+            ValueError: If an output does not fit its reduction.
+        """
+        features = {}
+        with evaluation_mode(self.reductions):
+            for (name, output), reduction in zip(outputs.items(), self.reductions, strict=True):
+                if isinstance(reduction, Reduction) and not reduction.ready:
+                    prepare_reduction(reduction, name, output, inputs)
+                features[name] = _check_features(name, reduction(output), inputs.shape[0])
+        return features
+
+    def outputs(self, inputs: Tensor) -> dict[str, Tensor]:
+        """Run the network once, without reductions.
+
+        Args:
+            inputs: What ``net`` takes, ``(n, ...)``.
+
+        Returns:
+            Layer name -> output ``(n, ...)``.
+
+        Raises:
+            RuntimeError: As ``forward`` does.
+        """
+        if not self.layers:
+            raise RuntimeError("no layers are chosen yet; name some, or call fit, which does")
+        captured: dict[str, Tensor] = {}
+        hook = _swapped_hook if torch.compiler.is_compiling() else _registered_hook
+        with ExitStack() as stack:
+            stack.enter_context(evaluation_mode(self.net))
+            for name, reduction in zip(self.layers, self.reductions, strict=True):
+                # Looked up at each call: a deep copy of this module then hooks its own layers.
+                layer = self.net.get_submodule(name)
+                built_in = isinstance(reduction, Reduction)
+                memory_format = reduction.memory_format if built_in else torch.preserve_format
+                stack.enter_context(hook(layer, _capture(name, captured, memory_format)))
+            self.net(inputs)
+        missing = [name for name in self.layers if name not in captured]
+        if missing:
+            raise RuntimeError(
+                f"layers {missing} did not run in the forward pass; expected every layer to be "
+                "called, not only its weights used by a parent or by compiled code; choose other "
+                "layers, or pass the network before torch.compile"
+            )
+        return {name: _check_rows(name, captured[name], inputs.shape[0]) for name in self.layers}
+
+
+def _check_layers(net: nn.Module, layers: Sequence[str]) -> tuple[str, ...]:
+    if isinstance(layers, str):
+        raise ValueError(
+            f"layers must be a list of names, got the string {layers!r}; pass [{layers!r}]"
+        )
+    layers = tuple(layers)
+    if not layers:
+        raise ValueError("layers must name at least one layer, got none; see net.named_modules()")
+    repeated = sorted({name for name in layers if layers.count(name) > 1})
+    if repeated:
+        raise ValueError(
+            f"layers must be named once each, got {repeated} several times; drop the rest"
+        )
+    # A module that is registered under two names may be asked for by either.
+    names = [name for name, _ in net.named_modules(remove_duplicate=False) if name]
+    for name in layers:
+        if name not in names:
+            raise ValueError(f"no layer {name!r}; {_suggest(name, names)}")
+    return layers
+
+
+def _suggest(name: object, names: list[str]) -> str:
+    if close := difflib.get_close_matches(str(name), names, n=5):
+        return f"did you mean: {', '.join(close)}"
+    if len(names) <= NAMES_SHOWN:
+        return f"choose from: {', '.join(names)}"
+    half = NAMES_SHOWN // 2
+    return (
+        f"choose from the {len(names)} names of net.named_modules(): "
+        f"{', '.join(names[:half])}, ..., {', '.join(names[-half:])}"
+    )
+
+
+@contextmanager
+def _registered_hook(layer: nn.Module, hook: Callable[..., None]) -> Iterator[None]:
+    handle = layer.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _swapped_hook(layer: nn.Module, hook: Callable[..., None]) -> Iterator[None]:
+    """Do the same while a program is traced: `torch.compile` cannot trace a registration."""
+    hooks = layer._forward_hooks
+    layer._forward_hooks = {**hooks, f"torchdnr {len(hooks)}": hook}
+    try:
+        yield
+    finally:
+        layer._forward_hooks = hooks
+
+
+def _capture(
+    name: str, captured: dict[str, Tensor], memory_format: torch.memory_format
+) -> Callable[[nn.Module, Any, Any], None]:
+    def hook(_module: nn.Module, _inputs: object, output: object) -> None:
+        if isinstance(output, tuple | list) and output:
+            output = output[0]
+        if not isinstance(output, Tensor):
+            raise TypeError(
+                f"layer {name!r} must return a tensor, or a tuple that starts with one, "
+                f"got {type(output).__name__}; choose a layer inside it"
+            )
+        captured[name] = output.clone(memory_format=memory_format)
+
+    return hook
+
+
+def _check_rows(name: str, output: Tensor, n: int) -> Tensor:
+    if output.dim() == 0 or output.shape[0] != n:
+        raise ValueError(
+            f"layer {name!r} must return one row per sample, (n, ...) with n = {n}, "
+            f"got {tuple(output.shape)}; choose a layer that keeps the samples in dimension 0"
+        )
+    return output
+
+
+def _check_features(name: str, features: Tensor, n: int) -> Tensor:
+    if not isinstance(features, Tensor) or features.dim() != 2 or features.shape[0] != n:
+        got = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
+        raise ValueError(
+            f"the reduction of layer {name!r} must return features (n, d) with n = {n}, got {got}"
+        )
+    return features

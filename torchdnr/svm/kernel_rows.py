@@ -1,0 +1,230 @@
+"""`KernelRows`: rows of a Gram matrix, each evaluated when it is first needed, in bounded memory.
+
+An SVM needs the kernel rows of the samples that some working set holds, and no others. Where few
+samples become support vectors that is a small part of the Gram matrix; where most do, all of it.
+A row costs the same either way, so rows on demand are never dearer than the whole matrix.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from torchdnr.kernels.rbf import full_precision
+from torchdnr.svm.memory_plan import EVALUATE_ELEMENTS, EXACT_ELEMENTS, LARGEST_SET, MemoryPlan
+
+
+class Block(NamedTuple):
+    """Working sets of p problems that are solved together.
+
+    Attributes:
+        problems: ``(p,)``.
+        samples: Their working sets, ``(p, k)``.
+        valid: Which entries count, bool ``(p, k)``; the rest pads.
+    """
+
+    problems: Tensor
+    samples: Tensor
+    valid: Tensor
+
+
+class KernelRows:
+    """A Gram matrix that is evaluated row by row on demand.
+
+    Args:
+        evaluate: Maps sample indices ``(m,)`` to their kernel rows ``(m, n)``, or to the
+            ``columns`` of these.
+        n: Samples.
+        like: Tensor whose dtype and device the rows have.
+        plan: How many rows are held at the most, at least 3; those used least recently give way.
+            Default: all.
+        batch: Rows evaluated at once, where each evaluation goes through large features. Default:
+            as many as stay in a CPU's cache.
+        columns: Part of each row that is evaluated and held. Default: all of it.
+        width: Kernel values of a row by which the work is divided. Default: n.
+
+    Attributes:
+        largest_set: Samples in a working set at the most.
+        together: Problems solved together; None for all.
+        evaluated: Rows evaluated so far, repeats counted.
+        exact_elements: Kernel values turned to float64 at a time.
+        store: The rows held, ``(slots, columns)``; see ``slots``.
+    """
+
+    def __init__(
+        self,
+        evaluate: Callable[[Tensor], Tensor],
+        n: int,
+        like: Tensor,
+        plan: MemoryPlan | None = None,
+        batch: int | None = None,
+        *,
+        columns: slice | None = None,
+        width: int | None = None,
+    ) -> None:
+        plan = MemoryPlan(n, LARGEST_SET) if plan is None else plan
+        self._columns = slice(0, n) if columns is None else columns
+        self._width = n if width is None else width
+        self._passes_are_dear = batch is not None
+        self._batch = max(1, EVALUATE_ELEMENTS // self._width) if batch is None else batch
+        self._evaluate, self.n = evaluate, n
+        self.capacity, self.largest_set = max(min(3, n), min(plan.capacity, n)), plan.largest_set
+        self.together, self.exact_elements = plan.together, EXACT_ELEMENTS
+        # A CPU gives memory only to the part that gets written.
+        held = self._columns.stop - self._columns.start
+        self.store = torch.empty(self.capacity, held, dtype=like.dtype, device=like.device)
+        self._slot_of = torch.full((n,), -1, dtype=torch.int64, device=like.device)
+        self._sample_in = torch.zeros(self.capacity, dtype=torch.int64, device=like.device)
+        self._last_use = torch.zeros(self.capacity, dtype=torch.int64, device=like.device)
+        self._filled, self._time, self.evaluated = 0, 0, 0
+
+    @classmethod
+    def dense(cls, kernel: Tensor) -> "KernelRows":
+        """Wrap a Gram matrix that is at hand.
+
+        Args:
+            kernel: Symmetric Gram matrix, ``(n, n)``.
+
+        Returns:
+            Rows that are all held already.
+        """
+        rows = cls(lambda index: kernel[index], len(kernel), kernel, MemoryPlan(1, LARGEST_SET))
+        rows.capacity = rows._filled = rows.evaluated = rows.n
+        rows.store = kernel
+        rows._slot_of = rows._sample_in = torch.arange(rows.n, device=kernel.device)
+        return rows
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether the matrix was given whole."""
+        return self._slot_of is self._sample_in
+
+    def slots(self, index: Tensor) -> Tensor:
+        """Make sure that rows are held.
+
+        Args:
+            index: Samples, ``(m,)``, any order, repeats allowed; at most ``capacity`` different.
+
+        Returns:
+            Rows of ``store`` that hold them, ``(m,)``; valid until the next call.
+        """
+        if self.is_dense:
+            return index
+        self._time += 1
+        wanted = index.unique()
+        slots = self._slot_of[wanted]
+        self._last_use[slots[slots >= 0]] = self._time
+        missing = wanted[slots < 0]
+        if len(missing):
+            self._add(missing)
+        return self._slot_of[index]
+
+    def block(self, index: Tensor) -> Tensor:
+        """Return the kernels between the samples of working sets.
+
+        Args:
+            index: Samples of each set, ``(p, k)``.
+
+        Returns:
+            Kernel values, ``(p, k, k)``.
+        """
+        return self.store[self._slots_of_sets(index).unsqueeze(2), index.unsqueeze(1)]
+
+    def product_at(self, samples: Tensor, vectors: Tensor) -> Tensor:
+        """Multiply vectors by the rows of some samples.
+
+        Args:
+            samples: At most ``capacity`` of them, ``(m,)``.
+            vectors: One vector per row, float64 ``(P, n)``.
+
+        Returns:
+            Products, float64 ``(P, m)``.
+        """
+        rows = self.store[self.slots(samples)].double()
+        return vectors[:, self._columns] @ rows.T
+
+    def product(self, vectors: Tensor, *, exact: bool = True) -> Tensor:
+        """Multiply vectors by the Gram matrix; only rows with a nonzero coefficient are read.
+
+        Args:
+            vectors: One vector per row, float64 ``(P, n)``.
+            exact: Whether to accumulate in float64 whatever the dtype of the kernel.
+
+        Returns:
+            Products, float64 ``(P, n)``.
+        """
+        used = vectors.ne(0).any(dim=0).nonzero().squeeze(1)  # a data-dependent size: syncs once
+        result = torch.zeros_like(vectors[:, self._columns])
+        step = max(1, self.exact_elements // self._width) if exact else self.n
+        widened = result.new_empty(step if exact else 0, result.shape[1])
+        with full_precision(vectors.device):
+            for samples, rows in self._parts(used, step, spread=2 if exact else 10):
+                coefficients = vectors[:, samples]
+                if exact:
+                    result.addmm_(coefficients, widened[: len(rows)].copy_(rows))
+                else:
+                    result += coefficients.to(rows.dtype) @ rows
+        return result
+
+    def assigned(self, blocks: Sequence[Block]) -> Iterator[tuple[Block, Tensor]]:
+        """Yield the blocks to be solved here, each with its kernels ``(p, k, k)``."""
+        for block in blocks:
+            yield block, self.block(block.samples)
+
+    def collect(
+        self, blocks: Sequence[Block], results: Sequence[Tensor], extra: int
+    ) -> Sequence[Tensor]:
+        """Return the results of all blocks, given those of the ``assigned`` ones.
+
+        Args:
+            blocks: All of them.
+            results: A row per problem, float64 ``(p, k + extra)``.
+            extra: Numbers per problem beside those of its working set.
+
+        Returns:
+            Results in the order of the blocks.
+        """
+        return results
+
+    def replicate(self, tensor: Tensor) -> Tensor:
+        """Return a value that decides how the work goes on; shards of one kernel agree on it."""
+        return tensor
+
+    def _slots_of_sets(self, index: Tensor) -> Tensor:
+        union, position = index.unique(return_inverse=True)
+        return self.slots(union)[position]
+
+    def _parts(self, used: Tensor, step: int, spread: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Pair samples with their rows, some at a time; all that are held if that saves a copy."""
+        slots = self._slot_of[used]
+        if spread * len(used) > self._filled and bool((slots >= 0).all()):  # no copy of the rows
+            for first in range(0, self._filled, step):
+                rows = self.store[first : min(first + step, self._filled)]
+                yield self._sample_in[first : first + len(rows)], rows
+            return
+        for samples in used.split(self._batch if self._passes_are_dear else min(step, self._batch)):
+            slots = self._slot_of[samples]
+            held, missing = slots >= 0, samples[slots < 0]
+            for part, at in zip(samples[held].split(step), slots[held].split(step), strict=True):
+                yield part, self.store[at]
+            if len(missing):  # they had to give way: evaluated again, and not kept
+                self.evaluated += len(missing)
+                rows = self._evaluate(missing)
+                yield from zip(missing.split(step), rows.split(step), strict=True)
+                del rows  # before the next are made
+
+    def _add(self, missing: Tensor) -> None:
+        """Evaluate rows into free slots, then into those used least recently."""
+        new = min(self.capacity - self._filled, len(missing))
+        slots = torch.arange(self._filled, self._filled + new, device=missing.device)
+        if new < len(missing):
+            freed = self._last_use[: self._filled].argsort(stable=True)[: len(missing) - new]
+            self._slot_of[self._sample_in[freed]] = -1
+            slots = torch.cat([slots, freed])
+        for samples, at in zip(missing.split(self._batch), slots.split(self._batch), strict=True):
+            self.store[at] = self._evaluate(samples)
+        self._filled += new
+        self._slot_of[missing], self._sample_in[slots] = slots, missing
+        self._last_use[slots] = self._time
+        self.evaluated += len(missing)

@@ -1,0 +1,231 @@
+"""How c classes become binary problems, with the bounds of these, and their values class scores."""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+ONE_VS_REST, ONE_VS_ONE = STRATEGIES = ("one-vs-rest", "one-vs-one")
+
+PerClass = float | Sequence[float] | Tensor
+ClassWeight = str | Sequence[float] | Mapping[int, float] | Tensor
+CheckedWeight = str | tuple[float, ...] | dict[int, float] | None
+"""None, ``"balanced"``, one factor per class, or factors by class (1 for the others)."""
+
+
+def class_pairs(num_classes: int, device: torch.device | str = "cpu") -> Tensor:
+    """List the pairs of classes, ``(c (c - 1) / 2, 2)``, in scikit-learn's order: 0v1, 0v2, ..."""
+    return torch.combinations(torch.arange(num_classes, device=device))
+
+
+def classes_of_pairs(count: int) -> int:
+    """Compute the number of classes that have ``count`` pairs; 0 for none."""
+    return (1 + math.isqrt(1 + 8 * count)) // 2 if count else 0
+
+
+def one_vs_rest(labels: Tensor, num_classes: int) -> Tensor:
+    """Turn labels ``(n,)`` into one column of -1 and +1 per class, float64 ``(n, c)``."""
+    classes = torch.arange(num_classes, device=labels.device)
+    return torch.where(labels.unsqueeze(1) == classes, 1.0, -1.0).double()
+
+
+def one_vs_one(labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
+    """Turn labels ``(n,)`` into one column of -1 and +1 per pair of classes.
+
+    Returns:
+        Targets, float64 ``(n, c (c - 1) / 2)``, +1 for the first class of the pair; and whether the
+        sample takes part, bool of the same shape: the target of one that does not means nothing.
+    """
+    first, second = class_pairs(num_classes, labels.device).unbind(dim=1)
+    is_first = labels.unsqueeze(1) == first
+    return torch.where(is_first, 1.0, -1.0).double(), is_first | (labels.unsqueeze(1) == second)
+
+
+def binary_targets(labels: Tensor, num_classes: int, strategy: str) -> Tensor:
+    """Turn labels into targets, float64 ``(n, P)``; of any sign where a sample takes no part."""
+    if strategy == ONE_VS_REST:
+        return one_vs_rest(labels, num_classes)
+    return one_vs_one(labels, num_classes)[0]
+
+
+def votes_and_confidence(values: Tensor) -> Tensor:
+    """Turn values of pairs into class scores by scikit-learn's formula.
+
+    A class gets one vote for each pair it wins, plus the sum s of its values squeezed to
+    s / (3 (|s| + 1)): that breaks ties and never overturns a vote. The votes are piecewise
+    constant: their gradient is 0, so that only the squeezed sums can be followed by a gradient.
+
+    Args:
+        values: Decision values of the pairs, ``(n, c (c - 1) / 2)``, > 0 for the first class.
+
+    Returns:
+        Scores, ``(n, c)``. Two classes have one pair, whose value v is the score without voting:
+        (v, -v).
+
+    Source: scikit-learn, ``sklearn.utils.multiclass._ovr_decision_function``.
+    """
+    pairs = values.shape[1]
+    if pairs == 1:
+        return torch.cat([values, -values], dim=1)
+    c = classes_of_pairs(pairs)
+    first, second = class_pairs(c, values.device).unbind(dim=1)
+    wins_first = (values >= 0).to(values.dtype)
+    scores = values.new_zeros(len(values), c)
+    votes = scores.index_add(1, first, wins_first).index_add(1, second, 1.0 - wins_first)
+    sums = scores.index_add(1, first, values).index_add(1, second, -values)
+    return votes + sums / (3.0 * (sums.abs() + 1.0))
+
+
+def checked_C(C: PerClass) -> float | tuple[float, ...]:
+    """Return C as a Python number, or as one per class.
+
+    Raises:
+        ValueError: If a value is not a number > 0.
+    """
+    values = _numbers(C, "C")
+    if not all(value > 0.0 for value in values):
+        raise ValueError(f"C must be > 0, got {C}")
+    scalar = not isinstance(C, Sequence) and getattr(C, "ndim", 0) == 0
+    return values[0] if scalar else values
+
+
+def checked_class_weight(class_weight: ClassWeight | None) -> CheckedWeight:
+    """Return class weights as Python values.
+
+    Raises:
+        ValueError: If they are none of ``CheckedWeight``, or a factor is not a finite number > 0.
+    """
+    if class_weight is None or (isinstance(class_weight, str) and class_weight == "balanced"):
+        return class_weight
+    if isinstance(class_weight, str):
+        raise ValueError(
+            'class_weight must be None, "balanced", one factor per class or a dict, '
+            f"got {class_weight!r}"
+        )
+    if isinstance(class_weight, Mapping):
+        values = _numbers(list(class_weight.values()), "class_weight")
+    else:
+        values = _numbers(class_weight, "class_weight")
+    if not all(0.0 < value < float("inf") for value in values):
+        raise ValueError(
+            f"class_weight must hold finite factors > 0, got {class_weight}: to leave samples out, "
+            "remove them or give them sample_weight 0"
+        )
+    if isinstance(class_weight, Mapping):
+        return {int(k): value for k, value in zip(class_weight, values, strict=True)}
+    return values
+
+
+def upper_bounds(
+    labels: Tensor,
+    num_classes: int,
+    strategy: str,
+    C: float | tuple[float, ...],
+    class_weight: CheckedWeight,
+    sample_weight: Tensor | None,
+) -> float | Tensor:
+    """Compute the bound of each sample's alpha in each binary problem.
+
+    The factors are multiplied: C, the weight of the sample's class, and that of the sample. Class
+    weights go by the sample's class under both strategies, except that ``"balanced"`` balances each
+    problem of one-vs-rest by itself, its class against all others.
+
+    Args:
+        labels: ``(n,)`` in 0..c-1.
+        num_classes: c.
+        strategy: ``"one-vs-rest"`` or ``"one-vs-one"``.
+        C: As ``checked_C`` returns it: by problem in one-vs-rest, by class in one-vs-one.
+        class_weight: As ``checked_class_weight`` returns it.
+        sample_weight: > 0, float64 ``(n,)``, or None.
+
+    Returns:
+        A number, or float64 that broadcasts to ``(n, P)``; 0 where a sample takes no part.
+
+    Raises:
+        ValueError: If C or the class weights do not have one value per class.
+    """
+    by_sample = None if sample_weight is None else sample_weight.unsqueeze(1)
+    factors = _class_factors(labels, num_classes, strategy, class_weight, sample_weight)
+    limits = C if isinstance(C, float) else _per_class("C", C, num_classes, labels.device)
+    if strategy == ONE_VS_REST:
+        return _product(limits, factors, by_sample)
+    if isinstance(limits, Tensor):
+        limits = limits[labels].unsqueeze(1)
+    members = one_vs_one(labels, num_classes)[1].double()
+    return _product(members, limits, factors, by_sample)
+
+
+def balanced_weights(
+    labels: Tensor, num_classes: int, sample_weight: Tensor | None = None
+) -> Tensor:
+    """Compute scikit-learn's ``"balanced"`` class weights: total / (c * count).
+
+    Args:
+        labels: ``(n,)`` in 0..c-1, every class present.
+        num_classes: c.
+        sample_weight: By which samples are counted, ``(n,)``; default 1 each.
+
+    Returns:
+        One weight per class, float64 ``(c,)``.
+    """
+    counts = torch.bincount(labels, weights=sample_weight, minlength=num_classes).double()
+    return counts.sum() / (num_classes * counts)
+
+
+def _class_factors(
+    labels: Tensor,
+    num_classes: int,
+    strategy: str,
+    class_weight: CheckedWeight,
+    sample_weight: Tensor | None,
+) -> Tensor | None:
+    """Look up class weights: None, ``(n, 1)``, or ``(n, c)`` where they differ by problem."""
+    if class_weight is None:
+        return None
+    if not isinstance(class_weight, str):
+        weights = _explicit(class_weight, num_classes, labels.device)
+    else:
+        weights = balanced_weights(labels, num_classes, sample_weight)
+        if strategy == ONE_VS_REST:
+            share = 1.0 / (num_classes * weights)  # of the class in all the weight
+            is_class = labels.unsqueeze(1) == torch.arange(num_classes, device=labels.device)
+            return 0.5 / torch.where(is_class, share, 1.0 - share)
+    return weights[labels].unsqueeze(1)
+
+
+def _explicit(
+    class_weight: tuple[float, ...] | dict[int, float], num_classes: int, device: torch.device
+) -> Tensor:
+    if not isinstance(class_weight, dict):
+        return _per_class("class_weight", class_weight, num_classes, device)
+    if unknown := sorted(k for k in class_weight if not 0 <= k < num_classes):
+        raise ValueError(
+            f"class_weight must name classes 0..{num_classes - 1}, got {unknown}: remove them"
+        )
+    values = tuple(class_weight.get(k, 1.0) for k in range(num_classes))
+    return _per_class("class_weight", values, num_classes, device)
+
+
+def _per_class(name: str, values: tuple[float, ...], c: int, device: torch.device) -> Tensor:
+    if len(values) != c:
+        raise ValueError(f"{name} must have one value per class, {c}, got {len(values)}")
+    return torch.tensor(values, dtype=torch.float64, device=device)
+
+
+def _numbers(values: PerClass, name: str) -> tuple[float, ...]:
+    try:
+        numbers = torch.as_tensor(values, dtype=torch.float64)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{name} must hold numbers, got {values!r}") from error
+    if numbers.ndim > 1 or numbers.numel() == 0:
+        raise ValueError(f"{name} must be one number or one per class, got {values!r}")
+    return tuple(numbers.reshape(-1).tolist())
+
+
+def _product(*factors: float | Tensor | None) -> float | Tensor:
+    given = [factor for factor in factors if factor is not None]
+    product = given[0]
+    for factor in given[1:]:
+        product = product * factor
+    return product

@@ -1,0 +1,413 @@
+"""`RBFSVM`: a kernel SVM for many classes as a torch module."""
+
+from abc import abstractmethod
+from copy import copy, deepcopy
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+from gpytorch.kernels import Kernel, RBFKernel
+from torch import Tensor, nn
+
+from torchdnr.decisions import NotFittedError
+from torchdnr.distributed.sharing import ShardedFeatures
+from torchdnr.files import CheckpointError, load_tensors, save_tensors
+from torchdnr.kernels.any_kernel import kernel_matrix, kernel_scores, make_rbf_kernel
+from torchdnr.kernels.rbf import full_precision
+from torchdnr.svm.checks import check_features, check_labels
+from torchdnr.svm.dual import DualSolution
+from torchdnr.svm.multiclass import (
+    ONE_VS_ONE,
+    ONE_VS_REST,
+    STRATEGIES,
+    ClassWeight,
+    PerClass,
+    binary_targets,
+    checked_C,
+    checked_class_weight,
+    classes_of_pairs,
+    one_vs_rest,
+    upper_bounds,
+    votes_and_confidence,
+)
+from torchdnr.svm.solver import solve_dual
+from torchdnr.svm.training_data import checked_gamma, select_training_data
+
+if TYPE_CHECKING:
+    from sklearn.base import ClassifierMixin
+
+_KIND = "RBFSVM"
+_PROBE = "kernel_probe"
+
+
+class FittedState(nn.Module):
+    """What fitting an ``RBFSVM`` leaves, and how it is saved and loaded.
+
+    ``state_dict``, ``to`` and ``deepcopy`` work for any number of support vectors, also when loaded
+    into an unfitted module. The subclass sets ``kernel`` and ``solution``.
+    """
+
+    _FITTED = ("support_vectors", "support", "dual_coef", "intercept", "center")
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name, shape in zip(self._FITTED, [(0, 0), (0,), (0, 0), (0,), (0,)], strict=True):
+            dtype = torch.int64 if name == "support" else None
+            self.register_buffer(name, torch.zeros(shape, dtype=dtype))
+
+    @abstractmethod
+    def settings(self) -> dict[str, Any]:
+        """Return what the constructor needs, as JSON values."""
+
+    @property
+    def is_fitted(self) -> bool:
+        """Whether there is anything to score with."""
+        return self.intercept.numel() > 0
+
+    def _require_fit(self) -> None:
+        if not self.is_fitted:
+            raise NotFittedError("this RBFSVM is not fitted: call fit(features, labels) or load()")
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: object, **kwargs: object
+    ) -> None:
+        """Make room for fitted buffers of any size before torch copies into them.
+
+        An unfitted module takes the stored dtype, its kernel too; a fitted one keeps its own.
+        """
+        was_fitted = self.is_fitted
+        if prefix + "support" not in state_dict and prefix + "dual_coef" in state_dict:
+            rows = len(state_dict[prefix + "dual_coef"])  # of version 0.1, which kept no indices
+            state_dict[prefix + "support"] = torch.full((rows,), -1)
+        for name in self._FITTED:
+            stored, current = state_dict.get(prefix + name), getattr(self, name)
+            if stored is not None and stored.shape != current.shape:
+                dtype = current.dtype if was_fitted else stored.dtype
+                setattr(self, name, torch.empty_like(stored, dtype=dtype, device=current.device))
+        if not was_fitted and self.kernel is not None:
+            self.kernel.to(self.support_vectors.dtype)
+        self.solution = None  # it certified what was there before
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def save(self, path: str | Path) -> None:
+        """Save the fitted module to one safetensors file, whole or not at all.
+
+        Args:
+            path: File to write.
+
+        Raises:
+            NotFittedError: If there is nothing to save.
+            OSError: If the file cannot be written; an earlier one stays as it was.
+        """
+        self._require_fit()
+        tensors = {**self.state_dict(), _PROBE: self._probe()}
+        save_tensors(path, tensors, self.settings(), kind=_KIND)
+
+    @torch.no_grad()
+    def _probe(self) -> Tensor:
+        """Evaluate the kernel on a few support vectors: it tells kernels of one type apart."""
+        few = self.support_vectors[:8]
+        if self.kernel is None:
+            return few.new_zeros(0)
+        return kernel_matrix(self.kernel, few, few, self.center)
+
+    @classmethod
+    def load(cls, path: str | Path, *, kernel: Kernel | None = None) -> Self:
+        """Load a module that ``save`` wrote.
+
+        Args:
+            path: File to read.
+            kernel: A kernel of the type that was fitted, where it was one of gpytorch.
+
+        Returns:
+            The fitted module, on the CPU.
+
+        Raises:
+            CheckpointError: If the file is damaged, foreign, or was fitted with another kernel.
+        """
+        tensors, settings = load_tensors(path, kind=_KIND)
+        given = type(kernel).__name__ if kernel is not None else None
+        fitted = settings.pop("kernel")
+        if fitted == "precomputed" and kernel is None:
+            kernel = given = fitted
+        if fitted != given:
+            raise CheckpointError(
+                f"{path}: expected kernel={fitted}, as it was fitted, got {given}; pass a kernel "
+                "of that type (None for the default RBF and for a precomputed one)"
+            )
+        if isinstance(weights := settings.get("class_weight"), dict):  # JSON made its keys strings
+            settings["class_weight"] = {int(k): weight for k, weight in weights.items()}
+        module, probe = cls(**settings, kernel=kernel), tensors.pop(_PROBE, None)
+        try:
+            module.load_state_dict(tensors)
+        except RuntimeError as error:
+            raise CheckpointError(
+                f"{path}: expected the tensors of an RBFSVM with kernel={fitted}, got others "
+                f"({error}); pass a kernel built as the fitted one was"
+            ) from error
+        if probe is None or not torch.allclose(module._probe(), probe, rtol=1e-4, atol=1e-5):
+            raise CheckpointError(
+                f"{path}: expected a kernel with the values it was fitted with, got other values; "
+                "pass a kernel built as the fitted one was"
+            )
+        return module
+
+
+__all__ = ["RBFSVM", "NotFittedError", "one_vs_rest"]
+
+
+class RBFSVM(FittedState):
+    """C-SVC with intercept for c >= 2 classes whose decision values are differentiable in torch.
+
+    It solves P binary problems, P = c for one-vs-rest and c (c - 1) / 2 for one-vs-one. The support
+    vectors are the union over them, so that the kernel is computed once for all. Fitted state lives
+    in buffers: ``state_dict``, ``to`` and ``deepcopy`` work for any number of support vectors, also
+    when loaded into an unfitted module.
+
+    Args:
+        C: Upper bound of the dual variables, > 0: a number, or one per class. One-vs-rest applies
+            that of class k to all samples of problem k, one-vs-one to the samples of class k.
+        gamma: Kernel width > 0, or as in scikit-learn ``"scale"`` = 1 / (d * variance of the
+            features) or ``"auto"`` = 1 / d.
+        kernel: None for the RBF of width ``gamma``; a gpytorch kernel, which keeps its own
+            hyper-parameters and is evaluated by gpytorch; or ``"precomputed"``: features are then
+            kernel values with all training samples, ``(n, n)`` in ``fit``.
+        class_weight: One factor > 0 of C per class, as a sequence or a dict (1 where it says
+            nothing), by a sample's own class; or ``"balanced"`` = total / (c * count), by weighted
+            counts, where each problem of one-vs-rest is balanced by itself: total / (2 * count).
+        strategy: ``"one-vs-rest"``, or ``"one-vs-one"`` as in scikit-learn's SVC.
+        tol: Largest KKT violation accepted, in score units.
+        max_steps: Newton steps and two-variable updates per problem before fitting gives up with a
+            warning.
+
+    Attributes:
+        support_vectors: ``(m, d)``; ``(m, 0)`` with a precomputed kernel.
+        support: Their indices among the training samples, int64 ``(m,)``, ascending; -1 where a
+            file of version 0.1 did not say, and for the prototypes of a compressed SVM.
+        dual_coef: alpha * y, ``(m, P)``.
+        intercept: ``(P,)``.
+        center: Mean of the training features, ``(d,)``; distances are measured from it. Zeros
+            ``(n,)`` with a precomputed kernel.
+        kernel: The gpytorch kernel in use; None with a precomputed one.
+        solution: Certificate of the last fit, one entry per problem; None before it and after
+            loading.
+    """
+
+    def __init__(
+        self,
+        C: PerClass = 10.0,
+        gamma: float | str = "scale",
+        *,
+        kernel: Kernel | str | None = None,
+        class_weight: ClassWeight | None = None,
+        strategy: str = ONE_VS_REST,
+        tol: float = 1e-3,
+        max_steps: int = 1_000_000,
+    ) -> None:
+        super().__init__()
+        if isinstance(kernel, str) and kernel != "precomputed":
+            raise ValueError(f'kernel must be None, a kernel or "precomputed", got {kernel!r}')
+        if strategy not in STRATEGIES:
+            raise ValueError(f"strategy must be one of {STRATEGIES}, got {strategy!r}")
+        if not tol > 0.0:
+            raise ValueError(f"tol must be > 0, got {tol}")
+        self.C, self.gamma = checked_C(C), checked_gamma(gamma)
+        self.class_weight, self.strategy = checked_class_weight(class_weight), strategy
+        self.tol, self.max_steps = tol, max_steps
+        self.is_precomputed = isinstance(kernel, str)
+        self.has_own_kernel = isinstance(kernel, Kernel)
+        self.kernel = None if self.is_precomputed else kernel
+        if kernel is None:
+            self.kernel = RBFKernel().requires_grad_(False)
+        self.solution: DualSolution | None = None
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes c; 0 before fitting."""
+        problems = self.intercept.numel()
+        return problems if self.strategy == ONE_VS_REST else classes_of_pairs(problems)
+
+    def fit(
+        self,
+        features: Tensor | ShardedFeatures,
+        labels: Tensor,
+        *,
+        sample_weight: Tensor | None = None,
+        num_classes: int | None = None,
+        distances: Tensor | None = None,
+        initial: Tensor | None = None,
+        memory_limit: int | None = None,
+    ) -> "RBFSVM":
+        """Solve the binary problems and keep the support vectors.
+
+        Args:
+            features: Training features, ``(n, d)``, float32 or float64: the module takes their
+                dtype and device. With a precomputed kernel its symmetric matrix, ``(n, n)``. Or
+                ``ShardedFeatures``, of which each of several processes has some rows: all call this
+                together, with the labels of all rows, and get the same machine.
+            labels: Labels 0..c-1, ``(n,)`` int64, every class present.
+            sample_weight: Factor >= 0 of C per sample, ``(n,)``. A sample of weight 0 is as good as
+                removed, also from ``center``, ``gamma="scale"`` and the classes present; that
+                variance heeds no other weight, as in scikit-learn.
+            num_classes: c; default: largest label + 1.
+            distances: Squared distances between all features, ``(n, n)``, if they are at hand; of
+                shared features those to this process's rows, ``(n, k)``.
+            initial: b = alpha * y to start from, ``(n, P)``; it need not be feasible.
+            memory_limit: Bytes that the fit may take beyond its inputs, in each process; default
+                4 GiB. Kernel rows are evaluated on demand; those that find no room are evaluated
+                again.
+
+        Returns:
+            The module itself.
+
+        Raises:
+            ValueError: If an argument is not as said above.
+
+        Warns:
+            ConvergenceWarning: Naming the problems that missed ``tol``.
+        """
+        check_features(features)
+        c, features = check_labels(labels, len(features), num_classes), ShardedFeatures.of(features)
+        features = replace(features, local=features.local.detach())
+        data = select_training_data(
+            features, labels.long(), c, sample_weight, distances, self.is_precomputed
+        )
+        kernel = self.kernel.to(features.local) if self.has_own_kernel else None
+        if not self.has_own_kernel and not self.is_precomputed:
+            kernel = make_rbf_kernel(data.gamma(self.gamma), like=features.local)
+        limits = upper_bounds(data.labels, c, self.strategy, self.C, self.class_weight, data.weight)
+        targets = binary_targets(data.labels, c, self.strategy)
+        solution = solve_dual(
+            data.gram(kernel, targets.shape[1], memory_limit),
+            targets,
+            limits,
+            tol=self.tol,
+            max_steps=self.max_steps,
+            initial=None if initial is None else initial[data.kept],
+        )
+        chosen = solution.dual_coef.ne(0).any(dim=1)
+        self.support_vectors, self.support = data.support_vectors(chosen), data.kept[chosen]
+        self.dual_coef = solution.dual_coef[chosen].to(features.local)
+        self.intercept = solution.intercept.to(features.local)
+        self.center, self.kernel = data.center, kernel
+        self.solution = data.of_all_samples(solution)
+        return self
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Compute class scores.
+
+        Args:
+            features: ``(n, d)``; brought to the dtype of the support vectors. With a precomputed
+                kernel its values with all training samples, of which those with the support
+                vectors count.
+
+        Returns:
+            Scores, ``(n, c)``: larger is more that class. One-vs-rest: the decision values, which
+            tend to the intercept far from all data. One-vs-one: scikit-learn's votes plus squeezed
+            confidence (``votes_and_confidence``), where the votes have no gradient; two classes
+            have the scores (v, -v) of their one pair.
+
+        Raises:
+            NotFittedError: If the module is not fitted.
+            ValueError: If the number of features is not that of the training samples.
+        """
+        values = self._decision_values(features)
+        return values if self.strategy == ONE_VS_REST else votes_and_confidence(values)
+
+    def pairwise_scores(self, features: Tensor) -> Tensor:
+        """Compute the decision values of the pairs of classes, without voting.
+
+        Args:
+            features: As in ``forward``.
+
+        Returns:
+            Values, ``(n, c (c - 1) / 2)``, in the order 0v1, 0v2, ..., 1v2, ...; > 0 is the first
+            class of the pair. (scikit-learn has the other sign where c = 2.)
+
+        Raises:
+            ValueError: If the strategy is not ``"one-vs-one"``, or the features do not fit.
+        """
+        if self.strategy != ONE_VS_ONE:
+            raise ValueError(f'pairs need strategy="one-vs-one", this RBFSVM is {self.strategy}')
+        return self._decision_values(features)
+
+    def _decision_values(self, features: Tensor) -> Tensor:
+        self._require_fit()
+        if features.ndim != 2 or features.shape[1] != self.center.numel():
+            raise ValueError(
+                f"features must be (n, {self.center.numel()}) as in fit, "
+                f"got {tuple(features.shape)}"
+            )
+        features = features.to(self.dual_coef.dtype)
+        if self.is_precomputed:
+            with full_precision(features.device):
+                return features[:, self.support] @ self.dual_coef + self.intercept
+        sums = kernel_scores(
+            self.kernel,
+            features,
+            self.support_vectors,
+            self.dual_coef,
+            self.center,
+            keep_centred=True,
+        )
+        return sums + self.intercept
+
+    @torch.no_grad()
+    def smoothed(self, factor: float) -> Self:
+        """Return a view whose kernel has ``factor`` times the gamma; everything else is shared.
+
+        Far from the support vectors a narrow kernel underflows and its gradient with it; that of a
+        wider one shows the way. Nothing is copied but the hyper-parameters of the kernel.
+
+        Args:
+            factor: > 0; below 1 for a smoother function.
+
+        Returns:
+            The view, to be called as the module is. Do not move it: its tensors are those of the
+            module.
+
+        Raises:
+            NotFittedError: If the module is not fitted.
+            ValueError: If ``factor`` is not > 0, or the kernel has no lengthscale.
+        """
+        self._require_fit()
+        if not 0.0 < factor < torch.inf:
+            raise ValueError(f"factor must be > 0 and finite, got {factor}")
+        kernel = deepcopy(self.kernel)
+        parts = [] if kernel is None else [k for k in kernel.modules() if isinstance(k, Kernel)]
+        parts = [part for part in parts if part.has_lengthscale]
+        if not parts:
+            raise ValueError(
+                "smoothed needs a kernel with a lengthscale, got "
+                f"{'a precomputed one' if kernel is None else type(kernel).__name__}"
+            )
+        for part in parts:
+            part.lengthscale = part.lengthscale / factor**0.5
+        view = copy(self)
+        view._buffers = dict(self._buffers)
+        view._modules = {**self._modules, "kernel": kernel}
+        return view
+
+    def settings(self) -> dict[str, Any]:
+        """Return what the constructor needs, as JSON values."""
+        lists = {"C": self.C, "class_weight": self.class_weight}
+        own = type(self.kernel).__name__ if self.has_own_kernel else None
+        return {
+            **{name: list(v) if isinstance(v, tuple) else v for name, v in lists.items()},
+            **{name: getattr(self, name) for name in ("gamma", "strategy", "tol", "max_steps")},
+            "kernel": "precomputed" if self.is_precomputed else own,
+        }
+
+    @classmethod
+    def from_sklearn(cls, classifier: "ClassifierMixin") -> "RBFSVM":
+        """Convert a fitted classifier of scikit-learn; see ``sklearn_bridge.from_sklearn``."""
+        from torchdnr.svm.sklearn.convert import from_sklearn
+
+        return from_sklearn(cls, classifier)
+
+    def to_sklearn(self) -> "ClassifierMixin":
+        """Convert to a fitted classifier of scikit-learn; see ``sklearn_bridge.to_sklearn``."""
+        from torchdnr.svm.sklearn.convert import to_sklearn
+
+        return to_sklearn(self)

@@ -1,0 +1,1 @@
+"""Exchange with scikit-learn: an estimator in its style, and conversion of fitted SVMs."""
