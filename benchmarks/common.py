@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from torchdnr.cli import Console
-from torchdnr.cli_options import attack_parser
-from torchdnr.cli_settings import Job, prepare
-from torchdnr.pipeline import make_classifiers
+from torchdnr.cli.classifiers import make_classifiers
+from torchdnr.cli.console import Console
+from torchdnr.cli.options import attack_parser
+from torchdnr.cli.run_folder import Job, prepare
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results"

@@ -15,9 +15,8 @@ from PIL import Image
 
 from benchmarks.common import RESULTS, Page, machine, table
 from torchdnr.evaluation import BOUNDARY_WALK, LINE_SEARCH_PGD, SecurityCurve
-from torchdnr.evaluation.curve import read_json
 from torchdnr.evaluation.metrics import wilson_interval
-from torchdnr.files import atomic_path
+from torchdnr.files import atomic_path, read_json
 
 FINER = (0.2, 0.4, 0.6, 0.8)
 """Shares of the smallest eps at which the nearest evading points alone are counted."""

@@ -7,7 +7,7 @@ from test_compression import digits, fitted  # noqa: F401 - a fixture
 
 from benchmarks.cost import compress as bench
 from benchmarks.cost.report import compress_page
-from torchdnr.evaluation.curve import plain_json
+from torchdnr.files import plain_json
 
 FACTORS = {"DNR": (4,), "NR": (4,)}
 EPS = (0.0, 2.0)
@@ -22,7 +22,7 @@ def job():
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::torchdnr.compression.CompressionWarning")
+@pytest.mark.filterwarnings("ignore::torchdnr.svm.stack.CompressionWarning")
 def test_the_benchmark_measures_what_the_models_do(job, fitted):  # noqa: F811
     models, found = bench.compressed_models(fitted, job, FACTORS)
     assert list(models) == ["DNR", "DNR, 4 times fewer", "NR", "NR, 4 times fewer"]

@@ -9,8 +9,8 @@ import torch
 
 from benchmarks.__main__ import find_page, index, page_text, result_names, summary
 from benchmarks.common import RESULTS, ROOT
+from torchdnr.decisions import is_evasion
 from torchdnr.evaluation import load_results
-from torchdnr.evaluation.metrics import evaded
 
 NAMES = result_names()
 
@@ -70,8 +70,8 @@ def test_in_a_recorded_run_the_worst_case_holds_every_attack(name):
                 curve.eps, curve.predictions, attack.predictions, strict=True
             ):
                 if eps > 0:
-                    harmful = evaded(torch.as_tensor(alone), curve.labels)
-                    assert evaded(torch.as_tensor(worst), curve.labels)[harmful].all()
+                    harmful = is_evasion(torch.as_tensor(alone), curve.labels)
+                    assert is_evasion(torch.as_tensor(worst), curve.labels)[harmful].all()
 
 
 def test_the_photographs_have_their_full_size():

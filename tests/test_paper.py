@@ -13,8 +13,8 @@ from benchmarks.paper.claims import FAILS, HOLDS, OPEN, PARTLY
 from benchmarks.paper.report import WORST, one_run_page, page
 from torchdnr.data import Dataset, load_dataset
 from torchdnr.evaluation import build_line_up, load_results
-from torchdnr.evaluation.curve import read_json
-from torchdnr.training import TrainingSettings
+from torchdnr.files import read_json
+from torchdnr.models.training import TrainingSettings
 
 
 @pytest.fixture(scope="module")

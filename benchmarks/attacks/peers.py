@@ -29,12 +29,11 @@ from benchmarks.common import RESULTS, load_run
 from torchdnr.adapters import attack_per_label
 from torchdnr.attacks import evades, project
 from torchdnr.attacks.starts import nearest_other_class
-from torchdnr.attacks.target import has_reject_column
+from torchdnr.decisions import has_reject_column, is_evasion
 from torchdnr.evaluation import SecurityCurve, load_results, predict_labels
 from torchdnr.evaluation.environment import describe_environment
 from torchdnr.evaluation.judging import outputs
-from torchdnr.evaluation.metrics import evaded
-from torchdnr.files import digest
+from torchdnr.files import digest, read_json, write_json
 
 BATCH_SIZE = 256
 SEED = 0

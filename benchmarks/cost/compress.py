@@ -17,7 +17,6 @@ stratified sample of it. About ten minutes on one core.
 """
 
 import argparse
-import json
 import statistics
 import time
 import warnings
@@ -29,13 +28,14 @@ from torch import Tensor
 
 from benchmarks.common import RESULTS, interleaved, load_run, stamp
 from torchdnr import DNR, NR
-from torchdnr.cli_settings import Job
-from torchdnr.compression import CompressionWarning, compression_losses
+from torchdnr.cli.run_folder import Job
+from torchdnr.decisions import is_evasion
+from torchdnr.dnr import compression_losses
 from torchdnr.evaluation import SecurityCurve, security_evaluation
 from torchdnr.evaluation.environment import describe_environment
 from torchdnr.evaluation.line_up import build_line_up
-from torchdnr.evaluation.metrics import accuracy_under_attack, evaded, rejection_rate
-from torchdnr.files import atomic_write_bytes
+from torchdnr.evaluation.metrics import accuracy_under_attack, rejection_rate
+from torchdnr.files import write_json
 from torchdnr.svm.compression import SMOOTHNESS, STEPS
 from torchdnr.svm.stack import CompressionWarning, stack_scores
 
@@ -245,8 +245,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             model, job, classifiers["DNN"], options.samples, originals.get(kind)
         )
         originals.setdefault(kind, curve)
-        text = json.dumps(plain_json(record), indent=1, allow_nan=False) + "\n"
-        atomic_write_bytes(path, text.encode())
+        write_json(path, record)
         print(name, found[name]["test_accuracy"], curve.accuracy, flush=True)
 
 

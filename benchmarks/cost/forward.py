@@ -29,13 +29,12 @@ from torch import Tensor, nn
 
 from benchmarks.common import RESULTS, busy_cores, commit
 from torchdnr import DNR, RBFSVM
-from torchdnr.backbones import NETWORK, build_backbone
 from torchdnr.evaluation.environment import describe_environment
 from torchdnr.features.reductions import ReductionLike
 from torchdnr.files import atomic_write_bytes
 from torchdnr.kernels import make_rbf_kernel, rbf_gamma, scale_gamma
 from torchdnr.models import CIFAR10_LAYERS, MNIST_LAYERS, CIFAR10Net, MNISTNet
-from torchdnr.reductions import ReductionLike
+from torchdnr.models.backbones import NETWORK, build_backbone
 
 VECTORS = 5_000
 BATCHES = (1, 32)

@@ -28,7 +28,6 @@ from typing import Any
 import torch
 
 from benchmarks.common import RESULTS, ROOT, busy_cores, commit, load_results
-from torchdnr.evaluation.curve import write_json
 from torchdnr.evaluation.environment import describe_environment
 from torchdnr.files import write_json
 

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.common import Page, machine, table
 from benchmarks.ood.images import CORRUPTED
-from torchdnr.evaluation.plots import COLOURS, MARKERS, _save, _style
+from torchdnr.evaluation.figures import COLOURS, MARKERS, _save, _style
 
 CONTROL = "MNIST's test digits"
 STRENGTH = 2  # which of the five is in the table: the middle one

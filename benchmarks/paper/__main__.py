@@ -26,8 +26,8 @@ from benchmarks.paper.run import (
     network_accuracy,
 )
 from benchmarks.paper.settings import PROTOCOLS, QUICK_TRAININGS, Protocol, quick
-from torchdnr.cli import Console, run_command
-from torchdnr.cli_settings import find_device
+from torchdnr.cli.console import Console, run_command
+from torchdnr.cli.run_folder import find_device
 from torchdnr.data import load_dataset
 from torchdnr.evaluation.line_up import ATTACKS, DEFAULT, FULL, choose_attacks
 from torchdnr.files import atomic_write_bytes

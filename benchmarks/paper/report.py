@@ -8,7 +8,7 @@ from typing import Any
 from tabulate import tabulate
 
 from benchmarks.common import Page, machine, table
-from torchdnr.evaluation.known_attacks import ATTACKS
+from torchdnr.evaluation.line_up import ATTACKS
 
 WORST, ALONE = "our line-up", "the paper's attack"
 PLURAL = {

@@ -19,17 +19,14 @@ import torchdnr
 from benchmarks.paper.settings import Protocol, Variant
 from torchdnr import DNR, NR, __version__
 from torchdnr.attacks import line_search_pgd
-from torchdnr.attacks.target import has_reject_column
 from torchdnr.costs import Cost, record_costs, stage
 from torchdnr.data import Dataset, Splits, split
+from torchdnr.decisions import has_reject_column
 from torchdnr.evaluation import SecurityCurve, build_line_up, predict_labels
-from torchdnr.evaluation.curve import plain_json, read_json, write_json
-from torchdnr.evaluation.decisions import worst_predictions
-from torchdnr.evaluation.judging import outputs
-from torchdnr.evaluation.known_attacks import ATTACKS
-from torchdnr.evaluation.metrics import accuracy_under_attack, rejection_rate
-from torchdnr.evaluation.rates import decision_rates
-from torchdnr.evaluation.report import load_results, save_results
+from torchdnr.evaluation.judging import outputs, worst_predictions
+from torchdnr.evaluation.line_up import ATTACKS
+from torchdnr.evaluation.metrics import accuracy_under_attack, decision_rates, rejection_rate
+from torchdnr.evaluation.report.table import load_results, save_results
 from torchdnr.evaluation.security import security_evaluations
 from torchdnr.evaluation.threshold_sweep import threshold_sweep, thresholds_at_rates
 from torchdnr.files import digest, plain_json, read_json, save_tensors, write_json

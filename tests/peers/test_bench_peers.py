@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from benchmarks.attacks import peers as bench
-from torchdnr.evaluation.curve import read_json
+from torchdnr.files import read_json
 
 pytest.importorskip("torchattacks", reason="needs torchattacks: pip install -e '.[peers]'")
 
