@@ -16,7 +16,24 @@ setup(
     long_description=(ROOT / "README.md").read_text(),
     long_description_content_type="text/markdown",
     license="MIT",
+    project_urls={
+        "Paper": "https://arxiv.org/abs/1910.00470",
+    },
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Science/Research",
+        "Operating System :: OS Independent",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3 :: Only",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
     packages=find_packages(include=["torchdnr", "torchdnr.*"]),
+    package_data={"torchdnr": ["py.typed"]},
+    entry_points={"console_scripts": ["torchdnr = torchdnr.cli.__main__:main"]},
     python_requires=">=3.11",
     install_requires=[
         "torch>=2.9",
@@ -48,6 +65,7 @@ setup(
             "pytest-xdist>=3.6",
             "hypothesis>=6.100",
             "ruff>=0.17",
+            "mypy>=1.18",
         ],
     },
 )

@@ -33,6 +33,6 @@ def _die(*_, **__):
 if __name__ == "__main__":
     stage, rank, *arguments = sys.argv[1:]
     if os.environ["RANK"] == rank:  # DNR: in the middle of its fit
-        where = {"DNR": "torchdnr.dnr.ShardedFeatures", "NR": "torchdnr.NR.fit"}[stage]
+        where = {"DNR": "torchdnr.svm.stack.ShardedFeatures", "NR": "torchdnr.NR.fit"}[stage]
         mock.patch(where, _die).start()
     sys.exit(main(arguments))

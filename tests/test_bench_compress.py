@@ -22,7 +22,7 @@ def job():
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::torchdnr.svm.stack.CompressionWarning")
+@pytest.mark.filterwarnings("ignore::torchdnr.svm.compression.CompressionWarning")
 def test_the_benchmark_measures_what_the_models_do(job, fitted):  # noqa: F811
     models, found = bench.compressed_models(fitted, job, FACTORS)
     assert list(models) == ["DNR", "DNR, 4 times fewer", "NR", "NR, 4 times fewer"]

@@ -1,4 +1,4 @@
-"""Tests of the centred vectors that are kept: scores follow every change, and nothing is stale."""
+"""Tests of the centred vectors beside the support vectors: scores follow every change."""
 
 import copy
 import gc
@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from torchdnr.kernels import rbf_gamma
-from torchdnr.kernels.rbf import centred, cut_tiles, rbf_scores
+from torchdnr.kernels.rbf import rbf_scores, squared_norms, tiles
 from torchdnr.svm import RBFSVM
 
 
@@ -43,13 +43,16 @@ def assert_right(svm, features):
         torch.testing.assert_close(*gradients)
 
 
-def test_the_second_call_takes_what_the_first_made(svm, few):
+def test_they_are_made_in_fit_and_then_taken(svm, few):
+    kept = svm._centred()
     svm(few)
-    kept = centred(svm.support_vectors, svm.center)
-    svm(few)
-    assert centred(svm.support_vectors, svm.center) is kept
-    torch.testing.assert_close(kept.vectors, svm.support_vectors - svm.center)
-    torch.testing.assert_close(kept.norms, kept.vectors.square().sum(1))
+    assert all(one is other for one, other in zip(svm._centred(), kept, strict=True))
+    torch.testing.assert_close(kept[0], svm.support_vectors - svm.center)
+    torch.testing.assert_close(kept[1], kept[0].square().sum(1))
+
+
+def test_they_are_not_in_the_state_dict(svm):
+    assert not [name for name in svm.state_dict() if "centred" in name or "norms" in name]
 
 
 @pytest.mark.parametrize(
@@ -76,9 +79,15 @@ def test_scores_follow_another_dtype(svm, few):
     torch.testing.assert_close(svm.double()(few).float(), expected.float())
 
 
-def test_a_change_between_forward_and_backward_is_refused(svm, few):
-    scores = svm(few.requires_grad_())
+def test_a_change_between_forward_and_backward_leaves_the_gradient_of_the_forward(svm, few):
+    few.requires_grad_()
+    (expected,) = torch.autograd.grad(plain(svm, few).sum(), few)
+    scores = svm(few)
     svm.support_vectors.mul_(1.1)
+    svm(few)
+    torch.testing.assert_close(torch.autograd.grad(scores.sum(), few)[0], expected)
+    scores = svm(few)
+    svm.dual_coef.mul_(1.1)  # of which there is no copy
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         scores.sum().backward()
 
@@ -110,7 +119,8 @@ def test_vectors_made_in_inference_mode_are_not_kept(few):
     with torch.inference_mode():
         svm = fitted()
         torch.testing.assert_close(svm(few), plain(svm, few))
-        assert centred(svm.support_vectors, svm.center) is None
+        svm.support_vectors.mul_(1.1)
+        torch.testing.assert_close(svm(few), plain(svm, few))
 
 
 def test_gradients_by_the_vectors_are_those_of_the_plain_formula(svm, few):
@@ -123,19 +133,24 @@ def test_gradients_by_the_vectors_are_those_of_the_plain_formula(svm, few):
     torch.testing.assert_close(ours, expected)
 
 
-def test_many_rows_keep_nothing(svm, few, monkeypatch):
-    asked = []
-    monkeypatch.setattr("torchdnr.kernels.rbf.centred", lambda *given: asked.append(given))
-    svm(torch.randn(600, 5).double())
-    assert not asked
-    svm(few)
-    assert len(asked) == 1
+def test_vectors_may_be_trained(svm, few):
+    """Each step changes the leaf in place."""
+    svm.support_vectors = svm.support_vectors.clone().requires_grad_()
+    optimiser = torch.optim.SGD([svm.support_vectors], lr=0.1)
+    for _ in range(2):
+        optimiser.zero_grad()
+        scores = svm(few)
+        torch.testing.assert_close(scores, plain(svm, few))
+        scores.square().sum().backward()
+        optimiser.step()
+    svm.support_vectors.requires_grad_(False)
+    assert_right(svm, few)
 
 
-def test_it_is_dropped_with_the_vectors(few):
+def test_they_are_dropped_with_the_vectors(few):
     svm = fitted()
     svm(few)
-    kept = weakref.ref(centred(svm.support_vectors, svm.center).vectors)
+    kept = weakref.ref(svm._centred()[0])
     assert kept() is not None
     del svm
     gc.collect()
@@ -143,10 +158,10 @@ def test_it_is_dropped_with_the_vectors(few):
 
 
 def test_smoothed_views_share_it(svm, few):
-    kept = centred(svm.support_vectors, svm.center)
+    kept = svm._centred()[0]
     view = svm.smoothed(0.5)
     view(few)
-    assert centred(view.support_vectors, view.center) is kept
+    assert view._centred()[0] is kept
 
 
 @pytest.mark.parametrize("n", [1, 33, 300])
@@ -154,14 +169,18 @@ def test_smoothed_views_share_it(svm, few):
 def test_any_tiles_give_the_same_scores_and_gradients(n, block_elements):
     tensors = [torch.randn(*shape).double() for shape in ((n, 4), (1500, 4), (1500, 3))]
     gamma, center = torch.tensor(0.3).double(), torch.randn(4).double()
+    vectors = tensors[1] - center
     found = []
-    for options in ({}, {"keep_centred": True, "block_elements": block_elements}):
+    for ready in (False, True):
         leaf = tensors[0].clone().requires_grad_()
-        scores = rbf_scores(leaf, *tensors[1:], gamma, center, **options)
+        if ready:
+            options = {"norms": squared_norms(vectors), "block_elements": block_elements}
+            scores = rbf_scores(leaf - center, vectors, tensors[2], gamma, **options)
+        else:
+            scores = rbf_scores(leaf, *tensors[1:], gamma, center)
         found.append([scores, torch.autograd.grad(scores.square().sum(), leaf)[0]])
     torch.testing.assert_close(*found)
-    moved = centred(tensors[1], center)
-    tiles = list(cut_tiles(tensors[0], tensors[1], center, block_elements, moved))
-    values = sum(len(tile.inputs) * len(tile.vectors) for tile in tiles)
-    assert values == n * 1500
-    assert max(len(tile.inputs) * len(tile.vectors) for tile in tiles) <= block_elements
+    cut = list(tiles(tensors[0], vectors, block_elements))
+    sizes = [(r.stop - r.start) * (c.stop - c.start) for r, c in cut]
+    assert sum(sizes) == n * 1500
+    assert max(sizes) <= block_elements

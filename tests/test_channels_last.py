@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torchdnr import DNR
 from torchdnr.cli.console import Console
 from torchdnr.cli.options import train_parser
-from torchdnr.cli.predict import parser as predict_parser
+from torchdnr.cli.predict import predict_parser
 from torchdnr.cli.run_folder import prepare
 from torchdnr.features.layers import LayerFeatures
 from torchdnr.models import load_network, save_network

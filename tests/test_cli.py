@@ -2,6 +2,7 @@
 
 import csv
 import html
+import importlib
 import importlib.util
 import json
 import os
@@ -11,22 +12,20 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from sklearn.datasets import load_digits
 
-import torchdnr.cli.attack
 import torchdnr.cli.classifiers
+import torchdnr.cli.evaluation
 import torchdnr.cli.report
-import torchdnr.cli.run_folder
 import torchdnr.evaluation.checkpoint
 import torchdnr.evaluation.security
 import torchdnr.models.training
-from torchdnr.cli.attack import plan
 from torchdnr.cli.options import attack_parser, train_parser
+from torchdnr.cli.settings import SPLIT_SIZES, AttackSettings, RunSettings
 
 ROOT = Path(__file__).parents[1]
 FILES = {
@@ -69,8 +68,8 @@ def _short():
             ("line_search_pgd", {"steps": 2}),
             ("run_checks", few),
         ):
-            original = getattr(torchdnr.cli.attack, name)
-            patch.setattr(torchdnr.cli.attack, name, partial(original, **options))
+            original = getattr(torchdnr.cli.evaluation, name)
+            patch.setattr(torchdnr.cli.evaluation, name, partial(original, **options))
         yield
     torch.set_num_threads(threads)
 
@@ -168,8 +167,8 @@ def test_rerun_is_quick_and_shows_the_same_table(run, monkeypatch, capsys):
         raise AssertionError("done once more")
 
     monkeypatch.setattr(torchdnr.cli.classifiers, "train_network", refuse)
-    monkeypatch.setattr(torchdnr.cli.attack, "security_evaluations", refuse)
-    monkeypatch.setattr(torchdnr.cli.attack, "run_checks", refuse)
+    monkeypatch.setattr(torchdnr.cli.evaluation, "security_evaluations", refuse)
+    monkeypatch.setattr(torchdnr.cli.evaluation, "run_checks", refuse)
     before = (run / "results.json").read_bytes()
     # options of the run folder need not be repeated, only those of the attack
     assert attack.main(["--run", str(run), *ATTACKING]) == 0
@@ -216,7 +215,7 @@ def test_stopped_in_every_stage_and_resumed_equals_never_stopped(
         (torchdnr.RBFSVM, "fit", 2, False, {"network.safetensors"}),
         (torchdnr.NR, "calibrate", 1, False, {"dnr.safetensors"}),
         (torchdnr.evaluation.checkpoint.Checkpoint, "add", 5, True, {"nr.safetensors"}),
-        (torchdnr.cli.attack, "run_checks", 2, False, {"checks-dnn.json"}),
+        (torchdnr.cli.evaluation, "run_checks", 2, False, {"checks-dnn.json"}),
         (torchdnr.cli.report, "save_results", 1, False, {"curve.png", "report.html"}),
     ]
     for owner, name, call, after, files in stops:
@@ -361,15 +360,18 @@ def test_each_script_has_its_own_batch_size(run, capsys):
     ("name", "norm", "largest"), [("1", 1, 40), ("2", 2, 4), ("inf", None, 0.3)]
 )
 def test_sizes_of_the_perturbation_fit_the_norm(name, norm, largest):
-    job = SimpleNamespace(splits=SimpleNamespace(test=range(70)))
-    settings = plan(attack_parser().parse_args(["--norm", name]), job)
+    def settle(*arguments):
+        options = attack_parser().parse_args(["--norm", name, *arguments])
+        return AttackSettings.from_options(options, available=70).to_json()
+
+    settings = settle()
     assert settings["norm"] == (norm or "inf") and settings["eps"][-1] == largest
     assert settings["eps"][0] == 0 and 0 < settings["example_eps"] < largest
     assert settings["samples"] == 50 and settings["checks"]
     assert settings["attacks"] == ["line-search-pgd", "boundary-walk", "apgd"]
     assert json.loads(json.dumps(settings, allow_nan=False)) == settings
-    full = plan(attack_parser().parse_args(["--norm", name, "--attack", "full"]), job)
-    assert ("ddn" in full["attacks"]) == (name == "2")
+    assert AttackSettings.from_json(settings).to_json() == settings
+    assert ("ddn" in settle("--attack", "full")["attacks"]) == (name == "2")
 
 
 @pytest.mark.parametrize(
@@ -462,7 +464,82 @@ def test_the_command_of_the_report_makes_the_same_settings(finished):
     for name in ("network_samples", "epochs", "lr", "batch_size", "layers", "rejection_rate"):
         assert getattr(options, name) == settings["run"][name]
     assert options.eps == [0, 1, 2] and options.samples == 4 and options.norm == 2
-    assert options.attack == settings["attack"]["attacks"]
+    assert options.attacks == settings["attack"]["attacks"]
+
+
+def test_stratified_curve_and_threshold_sweep_on_request(run, capsys):
+    options = ["--quiet", "--run", str(run), *ATTACKING, "--no-checks", "--steps", "2"]
+    options += ["--attack", "line-search-pgd"]
+    assert attack.main([*options, "--stratified", "--sweep"]) == 0
+    content = json.loads((run / "results.json").read_text())
+    assert (run / "stratified.png").exists() and (run / "sweep.png").exists()
+    assert {"stratified.png", "sweep.png"} <= set(content["settings"]["files"])
+    assert set(content["stratified"]) == {"DNN", "NR", "DNR"}
+    for name, curve in content["stratified"].items():
+        rates = [rate["value"] for rate in curve["robustness"]]
+        assert curve["eps"] == 1 and rates == sorted(rates, reverse=True)
+        whole = content["curves"][name]
+        # at alpha = 0 only those clean inputs count as rejected that are so without an attack
+        assert rates[0] <= whole["accuracy"][whole["eps"].index(1)]
+    assert set(content["sweeps"]) == {"NR", "DNR"}
+    for sweep in content["sweeps"].values():
+        assert sweep["eps"] == [1, 2]
+        false = [rate["value"] for rate in sweep["false_rejection_rate"]]
+        assert len(false) == len(sweep["thresholds"]) and false == sorted(false)
+        for fixed, again in zip(sweep["accuracy"], sweep["reattacked_accuracy"], strict=True):
+            assert all(a["value"] <= f["value"] for f, a in zip(fixed, again, strict=True))
+    page = (run / "report.html").read_text()
+    assert page.count("<figure>") == 5
+    assert "Stratified robustness" in page and "Threshold sweep" in page
+    assert "--stratified --sweep" in content["settings"]["command"]
+    made = {path.name: path.read_bytes() for path in run.glob("s*-*.json")}
+    assert len(made) == 5
+    (run / "results.json").unlink()
+    assert attack.main([*options, "--stratified", "--sweep"]) == 0
+    assert json.loads((run / "results.json").read_text())["sweeps"] == content["sweeps"]
+    assert attack.main(options) == 0  # the figures are no part of this report
+    assert not (run / "stratified.png").exists() and not (run / "sweep.png").exists()
+
+
+def test_settings_come_back_from_json_and_extra_measures_leave_them_as_they_were(finished):
+    content = json.loads((finished / "settings.json").read_text())
+    settings = RunSettings.from_json(content)
+    assert settings.to_json() == content
+    assert settings.training.epochs == settings.epochs == 4
+    older = {k: v for k, v in content.items() if k not in ("backbone", "classes", "image_shape")}
+    assert RunSettings.from_json(older).backbone is None
+    made_with = json.loads((finished / "results.json").read_text())["settings"]["attack"]
+    assert "sweep" not in made_with and AttackSettings.from_json(made_with).to_json() == made_with
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"seed": "0"}, "seed must be"), ({"layers": [1]}, "layers must be"), ({"lr": None}, "lr mu")],
+)
+def test_settings_of_a_wrong_type_are_named(finished, change, message):
+    content = json.loads((finished / "settings.json").read_text())
+    with pytest.raises(ValueError, match=message):
+        RunSettings.from_json(content | change)
+    del content["seed"]
+    with pytest.raises(ValueError, match="seed is missing"):
+        RunSettings.from_json(content)
+
+
+def test_one_command_has_all_three(finished, capsys):
+    main = importlib.import_module("torchdnr.cli.__main__").main
+    assert main(["train", "--run", str(finished)]) == 0
+    assert "clean accuracy" in capsys.readouterr().err
+    for arguments, text in (
+        (["attack", "--help"], "usage: torchdnr attack"),
+        (["--help"], "predict"),
+        (["--version"], f"torchdnr {torchdnr.__version__}"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            main(arguments)
+        assert stopped.value.code == 0 and text in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stopped:
+        main(["defend"])
+    assert stopped.value.code == 2 and "invalid choice" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -496,7 +573,7 @@ def test_help_names_every_option_and_its_default(command, capsys):
 
 def test_splits_fit_the_data_sets_of_the_paper():
     for source, available in {"mnist-5k": 5_000, "mnist": 60_000, "cifar10": 50_000}.items():
-        sizes = torchdnr.cli.run_folder.SPLIT_SIZES[source]
+        sizes = SPLIT_SIZES[source]
         assert sum(sizes) <= available - (1_300 if source == "mnist-5k" else 0)
 
 

@@ -14,14 +14,15 @@ from torchdnr.dnr import compression_losses
 from torchdnr.svm import NotFittedError
 from torchdnr.svm import compression as reduced_set
 from torchdnr.svm.compression import (
+    CompressionWarning,
     KernelSum,
     ReducedSet,
     compress_svm,
+    compression_report,
     greedy_choice,
     minimise,
     score_bound,
 )
-from torchdnr.svm.stack import CompressionWarning, compression_report
 
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 LAYERS = ["relu", "head"]
@@ -326,8 +327,8 @@ def test_a_compressed_classifier_decides_as_the_original_on_fewer_vectors(fitted
         compressed(x)
     compressed.calibrate(held_out)
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
-    for name, svm in model._svms().items():
-        fewer = len(compressed._svms()[name].support_vectors)
+    for name, svm in model.svms.named().items():
+        fewer = len(compressed.svms.named()[name].support_vectors)
         assert fewer == max(1, round(len(svm.support_vectors) / 4))
     assert (compressed.predict(test) == model.predict(test)).double().mean() > 0.9
     assert (compressed.predict(held_out) == -1).sum() == 16
@@ -404,7 +405,7 @@ def test_a_compressed_classifier_is_saved_and_loaded(fitted, kind, tmp_path):
     assert torch.equal(loaded(test), compressed(test))
     assert loaded.selection == compressed.selection
     assert compression_report(loaded) == compression_report(compressed)
-    assert all(svm.solution is None for svm in loaded._svms().values())
+    assert all(svm.solution is None for svm in loaded.svms.named().values())
 
 
 @pytest.mark.parametrize(

@@ -166,7 +166,7 @@ def test_device_and_dtype_follow_the_network_and_the_inputs(net, dtype, device):
 def test_calibration_runs_where_the_network_is(dnr):
     x = digits()[1][0]
     expected = dnr.threshold.clone()
-    dnr.threshold = dnr.threshold.to("meta")  # stands for any device but that of the network
+    dnr.rejection.to("meta")  # stands for any device but that of the network
     dnr.calibrate(x)
     assert dnr.threshold.device == x.device and dnr.threshold == expected
 
@@ -386,7 +386,7 @@ def test_a_saved_classifier_is_the_same_to_the_bit(fitted, kind, dtype, tmp_path
     assert torch.equal(loaded.predict(images), model.predict(images))
     assert loaded.threshold.dtype == dtype
     assert loaded.settings() == model.settings()
-    for old, new in zip(model._svms().values(), loaded._svms().values(), strict=True):
+    for old, new in zip(model.svms.named().values(), loaded.svms.named().values(), strict=True):
         assert (new.C, new.gamma) == (old.C, old.gamma)
     # The network is not in the file.
     assert path.stat().st_size < 2**20

@@ -1,5 +1,7 @@
 import json
 import math
+import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -146,6 +148,17 @@ def test_thresholds_at_rates_reject_that_many():
     assert len(thetas) == 3 and thetas == sorted(thetas)
     best = scores.max(dim=1).values
     assert [int((best <= theta).sum()) for theta in thetas] == [0, 20, 50]
+
+
+def test_panels_of_a_sweep_share_the_widest_axis(data, tmp_path):
+    wide = sweep(data)
+    rates = [replace(rate, value=rate.value / 9) for rate in wide.false_rejection_rate]
+    narrow = replace(wide, false_rejection_rate=rates)
+    with warnings.catch_warnings():
+        warnings.simplefilter(
+            "error", UserWarning
+        )  # a line beyond its panel leaves the figure without a layout
+        plot_threshold_sweep({"narrow": narrow, "wide": wide}, tmp_path / "sweep.png")
 
 
 def test_sweep_as_json_and_as_figure(data, tmp_path):

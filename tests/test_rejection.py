@@ -7,19 +7,22 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from property_examples import up_to
 
-from torchdnr import REJECT
+from torchdnr import NR, REJECT
 from torchdnr.decisions import predict_with_rejection
 from torchdnr.distributed.sharing import checked_batches
-from torchdnr.rejection import RejectingClassifier, rejection_threshold
+from torchdnr.rejection import rejection_threshold
 from torchdnr.svm import NotFittedError
 
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 
 
-class Flat(RejectingClassifier):
+class Flat(NR):
     """Scores are the pixels themselves."""
 
     num_classes = 4
+
+    def __init__(self, batch_size=256):
+        super().__init__(torch.nn.Sequential(torch.nn.Flatten()), "0", batch_size=batch_size)
 
     def scores(self, inputs):
         return inputs.flatten(1)

@@ -1,10 +1,10 @@
 """Deep Neural Rejection (DNR) and Neural Rejection (NR)."""
 
-from abc import abstractmethod
+import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from copy import copy
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -12,75 +12,58 @@ from torch import Tensor, nn
 from torchdnr.costs import stage
 from torchdnr.decisions import NotFittedError
 from torchdnr.distributed import current
-from torchdnr.distributed.sharing import ShardedFeatures, checked_batches
+from torchdnr.distributed.sharing import check_same, checked_batches
 from torchdnr.features.choice import default_layers
 from torchdnr.features.extraction import distortions, extract, prepare_features, training_features
 from torchdnr.features.layers import LayerFeatures
 from torchdnr.features.reductions import ReductionLike, reduction_metadata, reductions_of_file
 from torchdnr.files import CheckpointError, digest, load_tensors, save_tensors
 from torchdnr.kernels.rbf import full_precision
-from torchdnr.rejection import RejectingClassifier
-from torchdnr.svm.compression import SMOOTHNESS, STEPS
+from torchdnr.rejection import Threshold, predict_in_batches, rejection_threshold
+from torchdnr.svm.compression import SMOOTHNESS, STEPS, stack_losses
 from torchdnr.svm.model_selection import C_GRID, GAMMA_GRID
 from torchdnr.svm.rbf_svm import RBFSVM
-from torchdnr.svm.stack import (
-    SVMOptions,
-    chosen_sizes,
-    compress_stack,
-    stack_losses,
-    warn_of_losses,
-)
-
-Classifier = TypeVar("Classifier", bound="LayerSVMs")
+from torchdnr.svm.stack import SVMOptions, SVMStack, chosen_sizes
 
 
-def save_classifier(model: "LayerSVMs", path: str | Path) -> None:
-    """Save what ``LayerSVMs.save`` describes."""
-    tensors = {k: v for k, v in model.state_dict().items() if not k.startswith("features.net.")}
-    metadata = {**model.settings(), "network_digest": digest(model.net.state_dict())}
-    save_tensors(path, tensors, metadata, kind=type(model).__name__)
+class DNR(nn.Module):
+    """Deep Neural Rejection: an RBF-SVM on each layer, and one more that combines their scores.
 
+    ``torch.compile(model)``, or ``model.compile()`` in place, makes one graph of network and SVMs,
+    with gradients of first order. Autocast, compiled or not, lowers the network alone: the SVMs
+    compute in float32. Fit, calibrate and predict under the same autocast, since the threshold
+    belongs to the scores that it was set on. `export_program` and `export_onnx` make a program of
+    the classifier that runs without this package.
 
-def load_classifier(
-    kind: type[Classifier],
-    path: str | Path,
-    net: nn.Module,
-    *,
-    strict: bool,
-    layers: Mapping[str, nn.Module],
-) -> Classifier:
-    """Load what ``LayerSVMs.load`` describes; the arguments are its own."""
-    tensors, metadata = load_tensors(path, kind=kind.__name__)
-    if strict and metadata["network_digest"] != digest(net.state_dict()):
-        raise CheckpointError(
-            f"{path}: expected the network it was fitted on, got one with other weights; load "
-            "those weights first, or pass strict=False"
-        )
-    try:
-        reductions = reductions_of_file(path, metadata, layers)
-        model = kind._on_layers(net, reductions, metadata["options"])
-        model.features.sizes = metadata.get("sizes", {})
-        model.selection = metadata["selection"]
-        for name, svm in model._svms().items():
-            svm.C, svm.gamma = model.selection[name]["C"], model.selection[name]["gamma"]
-        # The network has its weights, and some networks change themselves when they load.
-        model.features.net = None
-        model.load_state_dict(tensors)
-        model.features.net = net
-    except (KeyError, TypeError, RuntimeError) as error:
-        raise CheckpointError(
-            f"{path}: expected the contents of a {kind.__name__} of this version, got others "
-            f"({error}); fit it again, or use the torchdnr version that wrote it"
-        ) from error
-    device = next((p.device for p in net.parameters()), torch.device("cpu"))
-    return model.to(device)
+    Args:
+        net: Any module on images in [0, 1], normalisation inside. It is left as found.
+        layers: Names from ``net.named_modules()``; or a mapping from name to reduction, which makes
+            layers of any size usable: ``"flatten"`` (all values, as for plain names), ``"avg"``
+            (mean over positions), ``("grid", k)`` (means over k x k parts), ``("project", d)``
+            (random projection to d features), or a module; see ``build_reduction``. None: ``fit``
+            chooses, by ``default_layers`` on its first images; see ``layers`` and
+            ``features.describe()`` then.
+        hyperparameters: (C, gamma) for layers, or for ``"combiner"``, that are not to be searched.
+        C_grid: Values of C to search.
+        gamma_grid: Multiples of gamma = "scale" to search.
+        folds: Stratified folds of the search.
+        stacking_folds: Stratified folds of the scores that the combiner learns from.
+        tol: Largest KKT violation accepted.
+        seed: Of all folds.
+        batch_size: Images per forward pass.
+        memory_limit: Bytes that one fit may take beyond the features, and that the features of all
+            layers may take before they go to files, see ``fit``; default 4 GiB.
+        combine: Whether a combiner scores, on what the SVMs of the layers return; see ``NR``.
 
+    Attributes:
+        features: ``LayerFeatures``: images to features ``(n, d)``, by layer.
+        svms: ``SVMStack``: features to class scores ``(n, c)``.
+        rejection: ``Threshold``: theta, and whether it is set.
 
-class LayerSVMs(RejectingClassifier):
-    """A rejecting classifier that reads layers of a network through SVMs.
+    Raises:
+        ValueError: If an option is not as said above.
 
-    Subclasses say which SVMs there are beside those of the layers, and how they score. The options
-    are described in ``DNR``.
+    Source: Sotgiu et al., "Deep neural rejection against adversarial examples" (2020), Sec. II.
     """
 
     def __init__(
@@ -97,10 +80,12 @@ class LayerSVMs(RejectingClassifier):
         seed: int = 0,
         batch_size: int = 256,
         memory_limit: int | None = None,
+        combine: bool = True,
     ) -> None:
-        super().__init__(batch_size)
-        self.features = LayerFeatures(net, layers, seed=seed)
-        self.svm_options = SVMOptions(
+        super().__init__()
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be >= 1, got {batch_size}")
+        options = SVMOptions(
             hyperparameters=hyperparameters or {},
             C_grid=tuple(C_grid),
             gamma_grid=tuple(gamma_grid),
@@ -110,9 +95,10 @@ class LayerSVMs(RejectingClassifier):
             seed=seed,
             memory_limit=memory_limit,
         )
-        self._start_afresh()
-        names = list(self._svms()) if self.layers else list(hyperparameters or {})
-        self.svm_options = self.svm_options.checked(names)
+        self.batch_size = batch_size
+        self.features = LayerFeatures(net, layers, seed=seed)
+        self.svms = SVMStack(options, self.layers, combine=combine)
+        self.rejection = Threshold()
 
     @property
     def net(self) -> nn.Module:
@@ -125,129 +111,47 @@ class LayerSVMs(RejectingClassifier):
         return self.features.layers
 
     @property
+    def base_svms(self) -> nn.ModuleList:
+        """One ``RBFSVM`` per layer, in the order of ``layers``."""
+        return self.svms.base_svms
+
+    @property
+    def combiner(self) -> RBFSVM | None:
+        """``RBFSVM`` on the concatenated scores, ``(n, c * len(layers))``; None in ``NR``."""
+        return self.svms.combiner
+
+    @property
+    def selection(self) -> dict[str, dict[str, Any]]:
+        """What the search chose and saw, by layer and ``"combiner"``.
+
+        Of a projected layer also ``distortion``, see ``projection_distortion``.
+        """
+        return self.svms.selection
+
+    @property
+    def svm_options(self) -> SVMOptions:
+        """The options that all SVMs share."""
+        return self.svms.options
+
+    @property
+    def threshold(self) -> Tensor:
+        """The rejection threshold theta, a scalar; NaN until it is set."""
+        return self.rejection.theta
+
+    @property
     def num_classes(self) -> int:
         """Number of classes c; 0 before fitting."""
-        return self.base_svms[0].num_classes if self.layers else 0
+        return next((svm.num_classes for svm in self.svms.named().values()), 0)
 
-    def _svms(self) -> dict[str, RBFSVM]:
-        return dict(zip(self.layers, self.base_svms, strict=True))
+    @property
+    def reject_index(self) -> int:
+        """Column of the threshold in the output; it tells attacks that there is one."""
+        return self.num_classes
 
-    def _set_svms(self, svms: Mapping[str, RBFSVM]) -> None:
-        """Put others in the place of the SVMs, by the names that ``_svms`` gives them."""
-        self.base_svms = nn.ModuleList(svms[name] for name in self.layers)
-
-    def _start_afresh(self) -> None:
-        """Drop what was fitted: a fit that fails must not leave a mixture of old and new."""
-        self.base_svms = nn.ModuleList(RBFSVM(tol=self.svm_options.tol) for _ in self.layers)
-        self.selection: dict[str, dict[str, Any]] = {}
-        self.reset_threshold()
-
-    def _require_fit(self) -> None:
-        if not all(svm.is_fitted for svm in self._svms().values()):
-            raise NotFittedError(
-                f"this {type(self).__name__} is not fitted: call fit(images, labels) or load()"
-            )
-
-    def smoothed(self, factor: float, svms: Collection[str] | None = None) -> Self:
-        """Return a view whose kernels have ``factor`` times the gamma; everything else is shared.
-
-        An attacker follows the gradients of such views where those of the classifier vanish. The
-        threshold is the same; nothing is copied but the hyper-parameters of the kernels.
-
-        Args:
-            factor: > 0; below 1 for smoother scores.
-            svms: Which SVMs, named as in ``hyperparameters``; None: all.
-
-        Returns:
-            The view, to be called as the classifier is. Do not move it: its network and its tensors
-            are those of the classifier.
-
-        Raises:
-            NotFittedError: If the classifier is not fitted.
-            ValueError: If ``factor`` is not > 0, or there is no SVM of a name.
-        """
-        self._require_fit()
-        own = self._svms()
-        if unknown := sorted(set(svms or ()) - set(own)):
-            raise ValueError(f"svms must be named after {list(own)}, got {unknown}")
-        chosen = own if svms is None else svms
-        views = {name: svm.smoothed(factor) if name in chosen else svm for name, svm in own.items()}
-        view = copy(self)
-        view._buffers, view._modules = dict(self._buffers), dict(self._modules)
-        view._set_svms(views)
-        return view
-
-    def settings(self) -> dict[str, Any]:
-        """Return the constructor's options and what fitting chose, as JSON values."""
-        reductions = self.features.reductions
-        return {
-            "options": {**self.svm_options.to_dict(), "batch_size": self.batch_size},
-            "layers": list(self.layers),
-            "reductions": dict(zip(self.layers, map(reduction_metadata, reductions), strict=True)),
-            "sizes": self.features.sizes,
-            "selection": self.selection,
-        }
-
-    def save(self, path: str | Path) -> None:
-        """Save SVMs, threshold and settings to one safetensors file; the network stays apart.
-
-        Args:
-            path: File to write, whole or not at all.
-
-        Raises:
-            NotFittedError: If there is nothing to save.
-            OSError: If the file cannot be written; an earlier one stays as it was.
-        """
-        self._require_fit()
-        save_classifier(self, path)
-
-    @classmethod
-    def _on_layers(
-        cls, net: nn.Module, layers: dict[str, ReductionLike], options: dict[str, Any]
-    ) -> Self:
-        return cls(net, layers, **options)
-
-    @classmethod
-    def load(
-        cls,
-        path: str | Path,
-        net: nn.Module,
-        *,
-        strict: bool = True,
-        layers: Mapping[str, nn.Module] | None = None,
-    ) -> Self:
-        """Load what ``save`` wrote, onto the network it was fitted with.
-
-        Args:
-            path: File to read.
-            net: The network, with the weights it had when the classifier was fitted.
-            strict: Whether to refuse a network with other weights, whose features the SVMs do
-                not know.
-            layers: Name -> reduction, for the layers whose reduction was a module of your own; what
-                it learned is in the file. Built-in reductions need none.
-
-        Returns:
-            The classifier, on the device of the network.
-
-        Raises:
-            CheckpointError: If the file is damaged, foreign, or belongs to another network or to
-                other reductions.
-        """
-        return load_classifier(cls, path, net, strict=strict, layers=layers or {})
-
-
-class SVMRejection(LayerSVMs):
-    """A rejecting classifier whose SVMs are fitted on layers of a network that stays as it is.
-
-    Subclasses say how the SVMs are fitted on the features, and how they score. The options are
-    described in ``DNR``.
-    """
-
-    @abstractmethod
-    def _fit_features(
-        self, features: dict[str, ShardedFeatures], labels: Tensor, progress: bool
-    ) -> None:
-        """Fit all SVMs on the features of the layers; may empty the mapping as it goes."""
+    @property
+    def device(self) -> torch.device:
+        """Where the scores are computed: the device of the network."""
+        return next((p.device for p in self.parameters()), self.threshold.device)
 
     def fit(
         self,
@@ -293,42 +197,166 @@ class SVMRejection(LayerSVMs):
         """
         progress = progress and current().first
         with stage("features"):
-            ready, features, labels = training_features(
+            features, by_layer, labels = training_features(
                 inputs,
                 labels,
-                self._ready_features,
+                self._prepare_features,
                 device=self.device,
                 batch_size=self.batch_size,
                 memory_limit=self.svm_options.memory_limit,
                 folder=features_folder,
                 progress=progress,
             )
-        self.features = ready  # only now: a fit that fails before leaves the earlier one to use
-        self._start_afresh()
+        # Only now: a fit that fails before leaves the earlier one to use, and one that fails from
+        # here on no mixture of old and new.
+        combine = self.combiner is not None
+        self.features = features
+        self.svms = SVMStack(self.svm_options, features.layers, combine=combine)
+        self.rejection.reset()
         with full_precision(labels.device):  # autocast and TF32 are for the network alone
-            self._fit_features(features, labels, progress)
-        for svm in self._svms().values():
-            svm.to(self.device)  # from the CPU, where features that are mapped from files live
-        for name, distortion in distortions(self.features).items():
+            self.svms.fit(by_layer, labels, progress=progress)
+        self.svms.to(self.device)  # from the CPU, where features that are mapped from files live
+        for name, distortion in distortions(features).items():
             self.selection[name]["distortion"] = distortion
         return self
 
-    def _ready_features(self, sample: list[Tensor]) -> LayerFeatures:
+    def _prepare_features(self, sample: list[Tensor]) -> LayerFeatures:
         """Choose layers where none are named, and make the reductions for images like these."""
         features = self.features
         if not features.layers:
             layers = default_layers(self.net, sample[0])
             features = LayerFeatures(self.net, layers, seed=self.svm_options.seed)
-            self.svm_options.checked([*features.layers, *self._svms()])
+            self.svm_options.checked([*layers, *self.svms.named()])
         return prepare_features(features, sample)
 
-    def _fit_svm(
-        self, name: str, features: ShardedFeatures, labels: Tensor, stack: bool, progress: bool
-    ) -> tuple[RBFSVM, Tensor | None]:
-        """Fit one SVM, remember its selection, and return it with what a combiner needs."""
-        found = self.svm_options.fit(name, features, labels, stack=stack, progress=progress)
-        self.selection[name] = found.selection
-        return found.svm, found.held_out
+    @torch.no_grad()
+    def calibrate(self, inputs: Tensor | Iterable[Any], rejection_rate: float = 0.10) -> Self:
+        """Set the threshold so that a given share of clean images is rejected.
+
+        Several processes share the work where ``torch.distributed`` is set up: all call this with
+        the same images, each scores some batches, and all get the same threshold.
+
+        Args:
+            inputs: Images ``(n, ...)`` in [0, 1], or a loader of batches (labels are ignored),
+                used for nothing else: neither fitted on nor tested on.
+            rejection_rate: Share to reject, in [0, 1).
+
+        Returns:
+            The classifier itself.
+
+        Raises:
+            ValueError: If the images or the rate are not as said above.
+            NotFittedError: If the classifier is not fitted.
+            PeerError: If another of the processes has ended.
+        """
+        processes, batch_size = current(), self.batch_size
+        if isinstance(inputs, Tensor):  # a batch for each process at least
+            batch_size = max(1, min(batch_size, math.ceil(len(inputs) / processes.count)))
+        labels, parts, first = [], [], torch.empty(0)  # there is a batch at least
+        with stage("threshold"):
+            for number, (images, of_batch) in enumerate(checked_batches(inputs, batch_size)):
+                first = images if number == 0 else first
+                labels.append(of_batch)
+                if processes.mine(number):
+                    parts.append(self.scores(images.to(self.device)))
+            check_same(processes, self, labels, first)
+            # One that got no batch still has to know what scores are like.
+            scores = torch.cat(parts) if parts else self.scores(first[:1].to(self.device))[:0]
+            scores = processes.gather(scores, processes.numbers(len(scores)))
+            self.rejection.set(rejection_threshold(scores, rejection_rate))
+        return self
+
+    def set_threshold(self, threshold: float | Tensor) -> None:
+        """Set theta by hand.
+
+        Args:
+            threshold: A finite number.
+
+        Raises:
+            ValueError: If it is not finite.
+        """
+        self.rejection.set(torch.as_tensor(threshold, device=self.device))
+
+    def reset_threshold(self) -> None:
+        """Forget theta, as after a new fit."""
+        self.rejection.reset()
+
+    def scores(self, inputs: Tensor) -> Tensor:
+        """Compute class scores.
+
+        Args:
+            inputs: Images in [0, 1], ``(n, ...)``.
+
+        Returns:
+            Decision values of the combiner, or of the one SVM without it, ``(n, c)``.
+
+        Raises:
+            NotFittedError: If ``fit`` has not run.
+        """
+        self._require_fit()
+        return self.svms(self.features(inputs))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Compute class scores and threshold.
+
+        Values of the inputs are not checked here, since that would stall a GPU in every step of
+        an attack; ``predict``, ``fit`` and ``calibrate`` check them.
+
+        Args:
+            inputs: Images in [0, 1], ``(n, ...)``.
+
+        Returns:
+            ``(n, c + 1)``: scores s_1..s_c, then theta; an input is accepted if and only if its
+            best score is greater than theta. A fresh tensor.
+
+        Raises:
+            NotFittedError: If the classifier is not fitted or its threshold is not set.
+        """
+        return self.rejection.append(self.scores(inputs))
+
+    def predict(self, inputs: Tensor) -> Tensor:
+        """Predict labels or reject, batch by batch.
+
+        Args:
+            inputs: Images in [0, 1], ``(n, ...)``.
+
+        Returns:
+            0..c-1, or ``REJECT`` = -1, int64 ``(n,)``.
+
+        Raises:
+            ValueError: If the images are empty, not floating point, outside [0, 1] or NaN.
+            NotFittedError: If the classifier is not fitted or its threshold is not set.
+        """
+        return predict_in_batches(self, inputs, self.batch_size, self.device)
+
+    def _require_fit(self) -> None:
+        if not (self.layers and self.svms.is_fitted):
+            raise NotFittedError(
+                f"this {type(self).__name__} is not fitted: call fit(images, labels) or load()"
+            )
+
+    def smoothed(self, factor: float, svms: Collection[str] | None = None) -> Self:
+        """Return a view whose kernels have ``factor`` times the gamma; everything else is shared.
+
+        An attacker follows the gradients of such views where those of the classifier vanish. The
+        threshold is the same; nothing is copied but the hyper-parameters of the kernels.
+
+        Args:
+            factor: > 0; below 1 for smoother scores.
+            svms: Which SVMs, named as in ``hyperparameters``; None: all.
+
+        Returns:
+            The view, to be called as the classifier is. Do not move it: its network and its tensors
+            are those of the classifier.
+
+        Raises:
+            NotFittedError: If the classifier is not fitted.
+            ValueError: If ``factor`` is not > 0, or there is no SVM of a name.
+        """
+        self._require_fit()
+        view = copy(self)
+        view._modules = {**self._modules, "svms": self.svms.smoothed(factor, svms)}
+        return view
 
     def compress(
         self,
@@ -371,101 +399,134 @@ class SVMRejection(LayerSVMs):
         Warns:
             CompressionWarning: If the final scores lost more than a little.
         """
-        return compress_classifier(
-            self,
-            inputs,
-            prototypes,
-            factor,
-            steps=steps,
-            joint_steps=joint_steps,
-            smoothness=smoothness,
-            progress=progress,
+        self._require_fit()
+        if joint_steps < 0:
+            raise ValueError(f"joint_steps must be >= 0, got {joint_steps}")
+        sizes = chosen_sizes(self.svms.named(), prototypes, factor)
+        with stage("features"):
+            features = self._extract(inputs, progress)
+        model = self._build(
+            self.net, self.features.given, self.settings()["options"], self.combiner is not None
         )
+        model.features = self.features  # with the reductions as they were drawn
+        with stage("compression"):
+            model.svms = self.svms.compress(
+                features, sizes, steps=steps, joint_steps=joint_steps, smoothness=smoothness
+            )
+        model.rejection.to(self.threshold)
+        model.training = self.training
+        return model
 
+    def _extract(self, inputs: Tensor | Iterable[Any], progress: bool = False) -> dict[str, Tensor]:
+        """Extract the features of checked images, by layer."""
+        images = (batch for batch, _ in checked_batches(inputs, self.batch_size))
+        return extract(self.features, images, progress=progress)[0]
 
-COMBINER = "combiner"
-"""Name of the combiner in ``hyperparameters`` and ``selection``."""
+    def settings(self) -> dict[str, Any]:
+        """Return the constructor's options and what fitting chose, as JSON values."""
+        reductions = self.features.reductions
+        return {
+            "options": {**self.svm_options.to_dict(), "batch_size": self.batch_size},
+            "layers": list(self.layers),
+            "reductions": dict(zip(self.layers, map(reduction_metadata, reductions), strict=True)),
+            "sizes": self.features.sizes,
+            "selection": self.selection,
+        }
 
-
-class DNR(SVMRejection):
-    """Deep Neural Rejection: an RBF-SVM on each layer, and one more that combines their scores.
-
-    ``torch.compile(model)``, or ``model.compile()`` in place, makes one graph of network and SVMs,
-    with gradients of first order. Autocast, compiled or not, lowers the network alone: the SVMs
-    compute in float32. Fit, calibrate and predict under the same autocast, since the threshold
-    belongs to the scores that it was set on. `export_program` and `export_onnx` make a program of
-    the classifier that runs without this package.
-
-    Args:
-        net: Any module on images in [0, 1], normalisation inside. It is left as found.
-        layers: Names from ``net.named_modules()``; or a mapping from name to reduction, which makes
-            layers of any size usable: ``"flatten"`` (all values, as for plain names), ``"avg"``
-            (mean over positions), ``("grid", k)`` (means over k x k parts), ``("project", d)``
-            (random projection to d features), or a module; see ``build_reduction``. None: ``fit``
-            chooses, by ``default_layers`` on its first images; see ``layers`` and
-            ``features.describe()`` then.
-        hyperparameters: (C, gamma) for layers, or for ``"combiner"``, that are not to be searched.
-        C_grid: Values of C to search.
-        gamma_grid: Multiples of gamma = "scale" to search.
-        folds: Stratified folds of the search.
-        stacking_folds: Stratified folds of the scores that the combiner learns from.
-        tol: Largest KKT violation accepted.
-        seed: Of all folds.
-        batch_size: Images per forward pass.
-        memory_limit: Bytes that one fit may take beyond the features, and that the features of all
-            layers may take before they go to files, see ``fit``; default 4 GiB.
-
-    Attributes:
-        base_svms: One ``RBFSVM`` per layer, in the order of ``layers``.
-        combiner: ``RBFSVM`` on the concatenated scores, ``(n, c * len(layers))``.
-        selection: What the search chose and saw, by layer and ``"combiner"``; of a projected
-            layer also ``distortion``, see ``projection_distortion``.
-
-    Source: Sotgiu et al., "Deep neural rejection against adversarial examples" (2020), Sec. II.
-    """
-
-    def _svms(self) -> dict[str, RBFSVM]:
-        return {**super()._svms(), COMBINER: self.combiner}
-
-    def _set_svms(self, svms: Mapping[str, RBFSVM]) -> None:
-        super()._set_svms(svms)
-        self.combiner = svms[COMBINER]
-
-    def _start_afresh(self) -> None:
-        super()._start_afresh()
-        self.combiner = RBFSVM(tol=self.svm_options.tol)
-
-    def scores(self, inputs: Tensor) -> Tensor:
-        """Compute class scores.
+    def save(self, path: str | Path) -> None:
+        """Save SVMs, threshold and settings to one safetensors file; the network stays apart.
 
         Args:
-            inputs: Images in [0, 1], ``(n, ...)``.
-
-        Returns:
-            Decision values of the combiner, ``(n, c)``.
+            path: File to write, whole or not at all.
 
         Raises:
-            NotFittedError: If ``fit`` has not run.
+            NotFittedError: If there is nothing to save.
+            OSError: If the file cannot be written; an earlier one stays as it was.
         """
         self._require_fit()
-        features = self.features(inputs)
-        base = [svm(features[name]) for svm, name in zip(self.base_svms, self.layers, strict=True)]
-        return self.combiner(torch.cat(base, dim=1))
+        state = self.state_dict()
+        tensors = {k: v for k, v in state.items() if not k.startswith("features.net.")}
+        metadata = {**self.settings(), "network_digest": digest(self.net.state_dict())}
+        save_tensors(path, tensors, metadata, kind=type(self).__name__)
 
-    def _fit_features(
-        self, features: dict[str, ShardedFeatures], labels: Tensor, progress: bool
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        net: nn.Module,
+        *,
+        strict: bool = True,
+        layers: Mapping[str, nn.Module] | None = None,
+    ) -> Self:
+        """Load what ``save`` wrote, onto the network it was fitted with.
+
+        Args:
+            path: File to read.
+            net: The network, with the weights it had when the classifier was fitted.
+            strict: Whether to refuse a network with other weights, whose features the SVMs do
+                not know.
+            layers: Name -> reduction, for the layers whose reduction was a module of your own; what
+                it learned is in the file. Built-in reductions need none.
+
+        Returns:
+            The classifier, on the device of the network.
+
+        Raises:
+            CheckpointError: If the file is damaged, foreign, or belongs to another network or to
+                other reductions.
+        """
+        tensors, metadata = load_tensors(path, kind=cls.__name__)
+        if strict and metadata["network_digest"] != digest(net.state_dict()):
+            raise CheckpointError(
+                f"{path}: expected the network it was fitted on, got one with other weights; load "
+                "those weights first, or pass strict=False"
+            )
+        try:
+            reductions = reductions_of_file(path, metadata, layers or {})
+            combine = any("combiner." in name for name in tensors)
+            model = cls._build(net, reductions, metadata["options"], combine)
+            model.features.sizes = metadata.get("sizes", {})
+            model.svms.selection = metadata["selection"]
+            for name, svm in model.svms.named().items():
+                svm.C, svm.gamma = model.selection[name]["C"], model.selection[name]["gamma"]
+            # The network has its weights, and some networks change themselves when they load.
+            model.features.register_module("net", None)
+            model.load_state_dict(tensors)
+            model.features.net = net
+        except (KeyError, TypeError, RuntimeError) as error:
+            raise CheckpointError(
+                f"{path}: expected the contents of a {cls.__name__} of this version, got others "
+                f"({error}); fit it again, or use the torchdnr version that wrote it"
+            ) from error
+        device = next((p.device for p in net.parameters()), torch.device("cpu"))
+        return model.to(device)
+
+    @classmethod
+    def _build(
+        cls,
+        net: nn.Module,
+        layers: Mapping[str, ReductionLike],
+        options: Mapping[str, Any],
+        combine: bool,
+    ) -> Self:
+        """Build an unfitted classifier by the constructor of ``DNR``, also an ``NR``."""
+        model = cls.__new__(cls)
+        DNR.__init__(model, net, layers, **options, combine=combine)
+        return model
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: object, **kwargs: object
     ) -> None:
-        """Fit the base SVMs, then the combiner on their out-of-fold scores."""
-        held_out, partition = [], next(iter(features.values())).partition
-        for index, name in enumerate(self.layers):
-            fitted = self._fit_svm(name, features.pop(name), labels, True, progress)
-            self.base_svms[index] = fitted[0]
-            held_out.append(fitted[1])
-        stacked = ShardedFeatures(torch.cat(held_out, dim=1)[partition.local], partition)
-        self.combiner, _ = self._fit_svm(COMBINER, stacked, labels, False, progress)
+        """Give the tensors of version 0.1 the names that they have now."""
+        if prefix + "threshold" in state_dict:
+            state_dict[prefix + "rejection.theta"] = state_dict.pop(prefix + "threshold")
+        for name in list(state_dict):
+            if name.startswith((prefix + "base_svms.", prefix + "combiner.")):
+                state_dict[f"{prefix}svms.{name[len(prefix) :]}"] = state_dict.pop(name)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
-class NR(SVMRejection):
+class NR(DNR):
     """Neural Rejection: one RBF-SVM with a threshold, on one layer, usually the last.
 
     Args:
@@ -473,6 +534,9 @@ class NR(SVMRejection):
         layer: Name from ``net.named_modules()``.
         reduction: What makes features of its output; as in ``DNR``.
         **options: As in ``DNR``; there is no combiner and no stacking.
+
+    Raises:
+        ValueError: If ``layer`` is not one name, or an option is not as said in ``DNR``.
 
     Source: Melis et al., "Is deep learning safe for robot vision?" (2017); Sotgiu et al., Sec. II.
     """
@@ -487,72 +551,11 @@ class NR(SVMRejection):
     ) -> None:
         if not isinstance(layer, str):
             raise ValueError(f"NR takes the name of one layer, got {layer!r}; use DNR for several")
-        super().__init__(net, {layer: reduction}, **options)
-
-    def scores(self, inputs: Tensor) -> Tensor:
-        """Compute class scores.
-
-        Args:
-            inputs: Images in [0, 1], ``(n, ...)``.
-
-        Returns:
-            Decision values of the SVM, ``(n, c)``.
-
-        Raises:
-            NotFittedError: If ``fit`` has not run.
-        """
-        self._require_fit()
-        return self.base_svms[0](self.features(inputs)[self.layers[0]])
-
-    def _fit_features(
-        self, features: dict[str, ShardedFeatures], labels: Tensor, progress: bool
-    ) -> None:
-        layer = self.layers[0]
-        self.base_svms[0], _ = self._fit_svm(layer, features[layer], labels, False, progress)
-
-    @classmethod
-    def _on_layers(
-        cls, net: nn.Module, layers: dict[str, ReductionLike], options: dict[str, Any]
-    ) -> Self:
-        ((layer, reduction),) = layers.items()
-        return cls(net, layer, reduction=reduction, **options)
-
-
-def compress_classifier(
-    model: "Classifier",
-    inputs: Tensor | Iterable[Any],
-    prototypes: int | Mapping[str, int] | None,
-    factor: float | None,
-    *,
-    steps: int,
-    joint_steps: int,
-    smoothness: float,
-    progress: bool,
-) -> "Classifier":
-    """Build the classifier that ``SVMRejection.compress`` returns; the arguments are its own."""
-    model._require_fit()
-    if joint_steps < 0:
-        raise ValueError(f"joint_steps must be >= 0, got {joint_steps}")
-    svms = model._svms()
-    sizes = chosen_sizes(svms, prototypes, factor)
-    with stage("features"):
-        features = layer_features(model, inputs, progress)
-    with stage("compression"):
-        fewer = compress_stack(
-            svms, features, sizes, steps=steps, joint_steps=joint_steps, smoothness=smoothness
-        )
-        losses = stack_losses(svms, fewer, features)
-    new = model._on_layers(model.net, dict(model.features.given), model.settings()["options"])
-    new.features = model.features  # with the reductions as they were drawn
-    new._set_svms(fewer)
-    new.selection = {n: {**model.selection.get(n, {}), "compression": losses[n]} for n in svms}
-    new.threshold, new.training = new.threshold.to(model.threshold), model.training
-    warn_of_losses(losses)
-    return new
+        super().__init__(net, {layer: reduction}, **options, combine=False)
 
 
 def compression_losses(
-    original: "SVMRejection", compressed: "SVMRejection", inputs: Tensor | Iterable[Any]
+    original: DNR, compressed: DNR, inputs: Tensor | Iterable[Any]
 ) -> dict[str, dict[str, Any]]:
     """Measure what a compressed classifier has lost, on images of one's own.
 
@@ -564,12 +567,5 @@ def compression_losses(
     Returns:
         As ``stack_losses``.
     """
-    return stack_losses(original._svms(), compressed._svms(), layer_features(original, inputs))
-
-
-def layer_features(
-    model: "SVMRejection", inputs: Tensor | Iterable[Any], progress: bool = False
-) -> dict[str, Tensor]:
-    """Extract the features of checked images, by layer."""
-    images = (batch for batch, _ in checked_batches(inputs, model.batch_size))
-    return extract(model.features, images, progress=progress)[0]
+    features = original._extract(inputs)
+    return stack_losses(original.svms.named(), compressed.svms.named(), features)

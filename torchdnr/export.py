@@ -3,7 +3,7 @@
 import tempfile
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -127,7 +127,7 @@ def export_onnx(model: nn.Module, path: str | Path, images: Tensor, *, opset: in
         raise ValueError(f"opset must be >= 18, got {opset}; PyTorch exports no older one")
     _require_onnx()
     program = export_program(model, images)
-    exported = torch.onnx.export(
+    exported = torch.onnx.export(  # a program, since dynamo=True
         program,
         dynamo=True,
         opset_version=opset,
@@ -135,7 +135,7 @@ def export_onnx(model: nn.Module, path: str | Path, images: Tensor, *, opset: in
         output_names=list(OUTPUTS),
         verbose=False,
     )
-    onnx_model = exported.model
+    onnx_model = cast(torch.onnx.ONNXProgram, exported).model
     _name_batch_axis(onnx_model)
     onnx_model.metadata_props["reject_label"] = str(REJECT)
     if isinstance(threshold := getattr(model, "threshold", None), Tensor | float):

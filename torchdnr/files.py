@@ -127,7 +127,7 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
         state.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
-        state.update(tensor.reshape(-1).view(torch.uint8).numpy())
+        state.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return state.hexdigest()
 
 
@@ -214,16 +214,16 @@ def load_tensors(
 def _read_header(path: Path, stored: Mapping[str, str], kind: str) -> dict[str, Any]:
     try:
         header = json.loads(stored[METADATA_KEY])
-        found, version = header["kind"], header["format_version"]
+        actual, version = header["kind"], header["format_version"]
         header["digest"], header["metadata"]
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"{path}: expected a {kind} file written by torchdnr, got a safetensors file without "
             "its header; give the file that torchdnr saved"
         ) from error
-    if found != kind:
+    if actual != kind:
         raise CheckpointError(
-            f"{path}: expected a {kind} file, got a {found} file; give the path of the {kind}"
+            f"{path}: expected a {kind} file, got a {actual} file; give the path of the {kind}"
         )
     if version != FORMAT_VERSION:
         raise CheckpointError(

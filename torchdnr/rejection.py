@@ -1,22 +1,18 @@
-"""The rejection rule, its threshold, and the classifier that carries both."""
+"""The rejection threshold: how it is set, and a detector's decision as a column that rejects."""
 
 import math
 import warnings
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from torchdnr.costs import stage
-from torchdnr.decisions import NotFittedError, check_images, evaluation_mode, predict_with_rejection
-from torchdnr.distributed import current
-from torchdnr.distributed.sharing import check_same, checked_batches
+from torchdnr.decisions import NotFittedError, check_images, evaluation_mode, predict_labels
 
 
 def rejection_threshold(scores: Tensor, rejection_rate: float) -> Tensor:
-    """Find the threshold that rejects a given share of the scored inputs.
+    """Compute the threshold that rejects a given share of the scored inputs.
 
     With distinct best scores exactly ``floor(rejection_rate * n)`` inputs are rejected. The
     threshold lies halfway between the last rejected and the first accepted best score, so that
@@ -47,177 +43,107 @@ def rejection_threshold(scores: Tensor, rejection_rate: float) -> Tensor:
     return torch.where(middle < first_accepted, middle, last_rejected)
 
 
-class RejectingClassifier(nn.Module, ABC):
-    """A classifier whose forward pass puts the rejection threshold beside its class scores.
-
-    Subclasses define ``scores``. The output has c + 1 columns with the threshold last; an input is
-    accepted if and only if its best class score is greater than the threshold.
-
-    Args:
-        batch_size: Images per forward pass in ``predict``, ``calibrate`` and ``fit``.
+class Threshold(nn.Module):
+    """The rejection threshold theta of a classifier.
 
     Attributes:
-        threshold: theta, a scalar buffer; NaN until it is set.
+        theta: A scalar buffer; NaN until it is set.
     """
 
-    def __init__(self, batch_size: int = 256) -> None:
+    theta: Tensor
+
+    def __init__(self) -> None:
         super().__init__()
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be >= 1, got {batch_size}")
-        self.batch_size = batch_size
-        self.register_buffer("threshold", torch.tensor(math.nan))
-        self._threshold_seen = False
+        self.register_buffer("theta", torch.tensor(math.nan))
+        self._is_set = False
 
-    @abstractmethod
-    def scores(self, inputs: Tensor) -> Tensor:
-        """Compute class scores, ``(n, c)``, of images ``(n, ...)`` in [0, 1]."""
-
-    @property
-    @abstractmethod
-    def num_classes(self) -> int:
-        """Number of classes c."""
-
-    @property
-    def device(self) -> torch.device:
-        """Where the scores are computed: the device of the network."""
-        return next((p.device for p in self.parameters()), self.threshold.device)
-
-    @property
-    def reject_index(self) -> int:
-        """Column of the threshold in the output; it tells attacks that there is one."""
-        return self.num_classes
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        """Compute class scores and threshold.
-
-        Values of the inputs are not checked here, since that would stall a GPU in every step of
-        an attack; ``predict``, ``fit`` and ``calibrate`` check them.
+    def set(self, theta: float | Tensor) -> None:
+        """Set theta.
 
         Args:
-            inputs: Images in [0, 1], ``(n, ...)``.
-
-        Returns:
-            ``(n, c + 1)``: scores s_1..s_c, then theta. A fresh tensor.
-
-        Raises:
-            NotFittedError: If the classifier is not fitted or its threshold is not set.
-        """
-        scores = self.scores(inputs)
-        self._require_threshold()
-        return torch.cat([scores, self.threshold.to(scores).expand(scores.shape[0], 1)], dim=1)
-
-    @torch.no_grad()
-    def predict(self, inputs: Tensor) -> Tensor:
-        """Predict labels or reject, batch by batch.
-
-        Args:
-            inputs: Images in [0, 1], ``(n, ...)``.
-
-        Returns:
-            0..c-1, or ``REJECT`` = -1, int64 ``(n,)``.
-
-        Raises:
-            ValueError: If the images are empty, not floating point, outside [0, 1] or NaN.
-            NotFittedError: If the classifier is not fitted or its threshold is not set.
-        """
-        check_images("inputs", inputs)
-        self._require_threshold()
-        batches = inputs.split(self.batch_size)
-        # Called as a user calls it: after compile() it runs the compiled program.
-        output = torch.cat([self(batch.to(self.device)) for batch in batches])
-        return predict_with_rejection(output[:, :-1], output[:, -1])
-
-    @torch.no_grad()
-    def calibrate(
-        self,
-        inputs: Tensor | Iterable[Any],
-        rejection_rate: float = 0.10,
-    ) -> "RejectingClassifier":
-        """Set the threshold so that a given share of clean images is rejected.
-
-        Several processes share the work where ``torch.distributed`` is set up: all call this with
-        the same images, each scores some batches, and all get the same threshold.
-
-        Args:
-            inputs: Images ``(n, ...)`` in [0, 1], or a loader of batches (labels are ignored),
-                used for nothing else: neither fitted on nor tested on.
-            rejection_rate: Share to reject, in [0, 1).
-
-        Returns:
-            The classifier itself.
-
-        Raises:
-            ValueError: If the images or the rate are not as said above.
-            NotFittedError: If the classifier is not fitted.
-            PeerError: If another of the processes has ended.
-        """
-        batch_size = self.batch_size
-        if isinstance(inputs, Tensor):  # a batch for each process at least
-            batch_size = max(1, min(batch_size, math.ceil(len(inputs) / current().count)))
-        with stage("threshold"):
-            scores = self._all_scores(checked_batches(inputs, batch_size))
-            self.set_threshold(rejection_threshold(scores, rejection_rate))
-        return self
-
-    def _all_scores(self, batches: Iterator[tuple[Tensor, Tensor | None]]) -> Tensor:
-        """Score all batches, which the processes take in turn; in any order, ``(n, c)``."""
-        processes = current()
-        labels: list[Tensor | None] = []
-        own: list[Tensor] = []
-        first = torch.empty(0)  # there is a batch at least
-        for number, (images, given) in enumerate(batches):
-            first = images if number == 0 else first
-            labels.append(given)
-            if processes.mine(number):
-                own.append(self.scores(images.to(self.device)))
-        check_same(processes, self, labels, first)
-        # One that got no batch still has to know what scores are like.
-        scores = torch.cat(own) if own else self.scores(first[:1].to(self.device))[:0]
-        return processes.gather(scores, processes.numbers(len(scores)))
-
-    def set_threshold(self, threshold: float | Tensor) -> None:
-        """Set theta by hand.
-
-        Args:
-            threshold: A finite number.
+            theta: A finite number; a tensor of floating point keeps its dtype and device.
 
         Raises:
             ValueError: If it is not finite.
         """
-        value = torch.as_tensor(threshold, device=self.device).reshape(())
-        if not torch.isfinite(value):
-            raise ValueError(f"threshold must be finite, got {value.item()}")
-        self.threshold = value if value.is_floating_point() else value.float()
-        self._threshold_seen = True
+        theta = torch.as_tensor(theta).reshape(())
+        if not torch.isfinite(theta):
+            raise ValueError(f"threshold must be finite, got {theta.item()}")
+        self.theta = theta if theta.is_floating_point() else theta.float()
+        self._is_set = True
 
-    def reset_threshold(self) -> None:
+    def reset(self) -> None:
         """Forget theta, as after a new fit."""
-        self.threshold = torch.full_like(self.threshold, math.nan)
-        self._threshold_seen = False
+        self.theta = torch.full_like(self.theta, math.nan)
+        self._is_set = False
 
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, *args: object, **kwargs: object
-    ) -> None:
-        """Look at the threshold again; where none was set, take the stored dtype."""
-        stored = state_dict.get(prefix + "threshold")
-        if stored is not None and torch.isnan(self.threshold):
-            self.threshold = self.threshold.to(stored.dtype)
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        self._threshold_seen = not torch.isnan(self.threshold).item()
+    def require(self) -> None:
+        """Raise an error if theta is not set.
 
-    def _require_threshold(self) -> None:
+        Raises:
+            NotFittedError: If it is not.
+        """
         # Looked at once: reading it stalls a GPU, and breaks the graph of torch.compile.
-        if not self._threshold_seen:
-            if torch.isnan(self.threshold):
+        if not self._is_set:
+            if torch.isnan(self.theta):
                 raise NotFittedError(
                     "the rejection threshold is not set: call calibrate(images) with images that "
                     "were not used in fit, or set_threshold(value); scores(x) works without it"
                 )
-            self._threshold_seen = True
+            self._is_set = True
+
+    def append(self, scores: Tensor) -> Tensor:
+        """Append theta as the last column.
+
+        Args:
+            scores: Class scores, ``(n, c)``.
+
+        Returns:
+            ``(n, c + 1)``, a fresh tensor.
+
+        Raises:
+            NotFittedError: If theta is not set.
+        """
+        self.require()
+        return torch.cat([scores, self.theta.to(scores).expand(scores.shape[0], 1)], dim=1)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: object, **kwargs: object
+    ) -> None:
+        """Look at theta again; where none was set, take the stored dtype."""
+        stored = state_dict.get(prefix + "theta")
+        if stored is not None and torch.isnan(self.theta):
+            self.theta = self.theta.to(stored.dtype)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        self._is_set = not torch.isnan(self.theta).item()
+
+
+def predict_in_batches(
+    model: nn.Module, inputs: Tensor, batch_size: int, device: torch.device | None = None
+) -> Tensor:
+    """Check images and predict labels or reject, batch by batch.
+
+    Args:
+        model: Returns ``(n, c + 1)``, the rejection threshold in the last column.
+        inputs: Images in [0, 1], ``(n, ...)``.
+        batch_size: Images per forward pass.
+        device: Where the batches go; default: they stay.
+
+    Returns:
+        0..c-1, or ``REJECT`` = -1, int64 ``(n,)``.
+
+    Raises:
+        ValueError: If the images are empty, not floating point, outside [0, 1] or NaN.
+    """
+    check_images("inputs", inputs)
+    with torch.no_grad():
+        # Called as a user calls it: after compile() it runs the compiled program.
+        output = torch.cat([model(batch.to(device)) for batch in inputs.split(batch_size)])
+    return predict_labels(output, reject=True)
 
 
 def spacing(values: Tensor) -> Tensor:
-    """Compute the least that, added or taken away, makes another number of each value.
+    """Compute the least that, added or subtracted, makes another number of each value.
 
     Never below the smallest normal number: hardware may take smaller ones for zero.
     """
@@ -244,10 +170,10 @@ class WithReject(nn.Module):
             saturate, and flatten the gradient.
         score_fn: Maps inputs to ``(n,)``, higher for a more suspicious input, such as a detector of
             pytorch-ood. A gradient must lead through it, or gradient attacks are blind to the
-            detector; a warning tells where none does.
+            detector; a warning says where none does.
         threshold: An input is rejected iff its score is above; finite.
         scale: What a unit of the detector's score is worth in units of the class scores; > 0. It
-            changes no decision, but how much an attack cares for either side.
+            changes no decision, only how an attack weighs the two sides.
         batch_size: Inputs per forward pass in ``predict``.
 
     Raises:
@@ -332,7 +258,6 @@ class WithReject(nn.Module):
         lost = ~rejected & (column.detach() == best.detach())
         return torch.where(lost, column - spacing(best), column)
 
-    @torch.no_grad()
     def predict(self, inputs: Tensor) -> Tensor:
         """Predict labels or reject, batch by batch, in evaluation mode.
 
@@ -345,7 +270,5 @@ class WithReject(nn.Module):
         Raises:
             ValueError: If the images are empty, not floating point, outside [0, 1] or NaN.
         """
-        check_images("inputs", inputs)
         with evaluation_mode(self):
-            output = torch.cat([self(batch) for batch in inputs.split(self.batch_size)])
-        return predict_with_rejection(output[:, :-1], output[:, -1])
+            return predict_in_batches(self, inputs, self.batch_size)

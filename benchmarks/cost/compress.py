@@ -62,7 +62,7 @@ def compressed_models(
             began = time.process_time()
             model = original.compress(images, factor=factor)
             spent = time.process_time() - began
-            models[name] = model.calibrate(calibration, job.settings["rejection_rate"])
+            models[name] = model.calibrate(calibration, job.settings.rejection_rate)
             found[name] = {
                 "of": kind,
                 "factor": factor,
@@ -74,7 +74,7 @@ def compressed_models(
                 "test_r2_without": without_descent(original, job, factor),
             }
     for name, model in models.items():
-        sizes = {key: len(svm.support_vectors) for key, svm in model._svms().items()}
+        sizes = {key: len(svm.support_vectors) for key, svm in model.svms.named().items()}
         found[name] |= {"vectors": sizes, "total_vectors": sum(sizes.values())}
         found[name] |= clean(model, job)
     return models, found
@@ -141,7 +141,7 @@ def speed_calls(model: DNR | NR, images: Tensor) -> dict[str, Callable[[], objec
     pixels = images.clone().requires_grad_()
 
     def svms(z: dict[str, Tensor]) -> Tensor:
-        return list(stack_scores(model._svms(), z).values())[-1]
+        return list(stack_scores(model.svms.named(), z).values())[-1]
 
     def svms_forward() -> Tensor:
         with torch.no_grad():
@@ -171,7 +171,7 @@ def attack(
     images, labels = (part[:samples] for part in job.images("test"))
     pool = job.images("svm")[0]
     line_up = build_line_up(
-        ["default"], pool, norm=2, surrogate=net, options={"seed": job.settings["seed"]}
+        ["default"], pool, norm=2, surrogate=net, options={"seed": job.settings.seed}
     )
     began = time.process_time()
     curve = security_evaluation(
@@ -227,7 +227,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     record = {
         "environment": describe_environment(job.device),
         **stamp(),
-        "run": job.settings,
+        "run": job.settings.to_json(),
         "settings": {
             "steps": STEPS,
             "joint_steps": STEPS,

@@ -141,9 +141,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     from benchmarks.ood.detectors import NEIGHBOURS_PER_IMAGE, fit_detectors
 
     job, classifiers = load_run(options.run, options.device, options.data_root)
-    if job.settings["dataset"] not in DIGITS:
+    if job.settings.dataset not in DIGITS:
         raise SystemExit(
-            f"{options.run} is of {job.settings['dataset']}: what is unknown here is unknown to a "
+            f"{options.run} is of {job.settings.dataset}: what is unknown here is unknown to a "
             f"classifier of digits; give a run of {' or '.join(DIGITS)}"
         )
     fit_images, fit_labels = job.images("svm")
@@ -151,7 +151,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     net, nr, dnr = (classifiers[name].eval() for name in ("DNN", "NR", "DNR"))
     detectors = fit_detectors(net, dnr, nr, fit_images, fit_labels, neighbours)
     images, labels = job.images("test")
-    half, seed = len(images) // 2, job.settings["seed"]
+    half, seed = len(images) // 2, job.settings.seed
     others, missing = other_sets(images, loaders(options.data_root, options.cifar10), seed)
     for name, reason in missing.items():
         print(f"left out: {name} ({reason})")
@@ -164,7 +164,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "environment": describe_environment(job.device),
         "versions": {name: version(name) for name in ("pytorch-ood", "scikit-learn")},
         **stamp(),
-        "run": job.settings,
+        "run": job.settings.to_json(),
         "settings": {
             "seed": seed,
             "fit_images": len(fit_images),

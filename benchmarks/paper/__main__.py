@@ -26,7 +26,7 @@ from benchmarks.paper.run import (
     network_accuracy,
 )
 from benchmarks.paper.settings import PROTOCOLS, QUICK_TRAININGS, Protocol, quick
-from torchdnr.cli.console import Console, run_command
+from torchdnr.cli.console import Console, command
 from torchdnr.cli.run_folder import find_device
 from torchdnr.data import load_dataset
 from torchdnr.evaluation.line_up import ATTACKS, DEFAULT, FULL, choose_attacks
@@ -89,11 +89,9 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line."""
     options = make_parser().parse_args(argv)
-    return run_command(
-        options,
-        lambda console: repeat(options, console),
-        packages=("torchdnr", "benchmarks", "__main__"),
-    )
+    with command(options.quiet, packages=("torchdnr", "benchmarks", "__main__")) as console:
+        repeat(options, console)
+    return console.status
 
 
 def repeat(options: argparse.Namespace, console: Console) -> None:

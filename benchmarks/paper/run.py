@@ -372,7 +372,7 @@ def _clean(model: nn.Module, inputs: Tensor, labels: Tensor, calibration: Tensor
             for name, value in model.selection.items()
         }
         svms = dict(zip(model.layers, model.base_svms, strict=True))
-        if hasattr(model, "combiner"):
+        if model.combiner is not None:
             svms["combiner"] = model.combiner
         entry |= {
             "rejection_rate": rejection_rate(found),

@@ -57,10 +57,10 @@ def make_classifiers(
         OSError: If a file cannot be written.
         PeerError: If another of the processes has ended.
     """
-    with processes.first_alone():  # it trains what the others then load
+    with processes.first_alone():  # it trains the network, which the others then load
         net = _network(job, console)
-    layers, options = job.layers(net), {"seed": job.settings["seed"]}
-    dnr = _rejecting(job, console, processes, net, DNR, lambda: DNR(net, layers, **options))
+    layers, seed = job.layers(net), job.settings.seed
+    dnr = _rejecting(job, console, processes, net, DNR, lambda: DNR(net, layers, seed=seed))
 
     def build_nr() -> NR:
         # NR is the same SVM as DNR's on that layer, on the same images and folds: its search
@@ -68,7 +68,7 @@ def make_classifiers(
         last, reduction = list(layers.items())[-1]
         chosen = dnr.selection[last]
         known = {last: (chosen["C"], chosen["gamma"])}
-        return NR(net, last, reduction=reduction, hyperparameters=known, **options)
+        return NR(net, last, reduction=reduction, hyperparameters=known, seed=seed)
 
     nr = _rejecting(job, console, processes, net, NR, build_nr)
     return {"DNN": net, "NR": nr, "DNR": dnr}
@@ -82,17 +82,21 @@ def _network(job: Job, console: Console) -> nn.Module:
         with console.stage("network", f"from {path}"):
             net = _load(path, lambda: load_network(net, path))
         return net.to(job.device).eval()
-    given, training = job.settings["weights"], f"{count:,} images, {job.training.epochs} epochs"
-    told = [name] + [f"weights {given}"] * bool(given) + [training] * bool(count)
-    with console.stage("network", ", ".join(told)):
-        if given:
-            load_weights(net, job.settings["backbone"], given)
+    settings = job.settings
+    parts = [name]
+    if settings.weights:
+        parts.append(f"weights {settings.weights}")
+    if count:
+        parts.append(f"{count:,} images, {settings.epochs} epochs")
+    with console.stage("network", ", ".join(parts)):
+        if settings.weights and settings.backbone:
+            load_weights(net, settings.backbone, settings.weights)
         if count:
             train_network(
                 net,
                 *job.images("network"),
-                job.training,
-                seed=job.settings["seed"],
+                settings.training,
+                seed=settings.seed,
                 device=job.device,
                 checkpoint=job.folder / "training.safetensors",
                 progress=console.progress,
@@ -119,7 +123,7 @@ def _rejecting(
     sizes = f"{len(job.splits.svm):,} images, theta on {len(job.splits.threshold):,} others"
     with console.stage(name, f"SVMs on {layers}, {sizes}"):
         model.fit(*job.images("svm"), progress=console.progress)
-        model.calibrate(job.images("threshold")[0], job.settings["rejection_rate"])
+        model.calibrate(job.images("threshold")[0], job.settings.rejection_rate)
         if processes.first:
             model.save(path)
     return model
@@ -147,27 +151,27 @@ def summarise(job: Job, classifiers: dict[str, nn.Module]) -> Summary:
     """
     test, labels = job.images("test")
     calibration = job.images("threshold")[0]
-    found: dict[str, dict[str, Any]] = {}
+    entries: dict[str, dict[str, Any]] = {}
     for name, model in classifiers.items():
         reject = has_reject_column(model, None)
         predicted = predict_labels(outputs(model, test, BATCH_SIZE), reject)
         rates = {"test_accuracy": (accuracy_under_attack(predicted, labels, eps=0), len(labels))}
-        found[name] = {}
-        if reject:
+        entries[name] = {}
+        if isinstance(model, DNR | NR):
             before = predict_labels(outputs(model, calibration, BATCH_SIZE), reject)
             rates["calibration_rejection_rate"] = rejection_rate(before), len(before)
             rates["test_rejection_rate"] = rejection_rate(predicted), len(labels)
-            found[name] = {"threshold": model.threshold.item(), "selection": model.selection}
+            entries[name] = {"threshold": model.threshold.item(), "selection": model.selection}
         for rate, (value, count) in rates.items():
-            found[name] |= {rate: value, f"{rate}_interval": list(wilson_interval(value, count))}
-    accuracy = ", ".join(f"{name} {entry['test_accuracy']:.1%}" for name, entry in found.items())
+            entries[name] |= {rate: value, f"{rate}_interval": list(wilson_interval(value, count))}
+    accuracy = ", ".join(f"{name} {entry['test_accuracy']:.1%}" for name, entry in entries.items())
     rejected = ", ".join(
         f"{name} {entry['calibration_rejection_rate']:.1%} and {entry['test_rejection_rate']:.1%}"
-        for name, entry in found.items()
+        for name, entry in entries.items()
         if "threshold" in entry
     )
     text = (
         f"clean accuracy on {len(labels):,} test images (a reject is an error): {accuracy}; "
         f"rejected of calibration and test: {rejected}"
     )
-    return Summary(text, found)
+    return Summary(text, entries)

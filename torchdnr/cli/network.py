@@ -1,7 +1,7 @@
 """The network of a run folder and the layers that DNR reads: the paper's, or torchvision's."""
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from torchdnr.cli.settings import SPLIT_SIZES
 from torchdnr.data.sources import Dataset
 from torchdnr.features.choice import default_layers
 from torchdnr.features.reductions import ReductionLike
@@ -45,7 +46,13 @@ _PAPER = {
 
 
 def choose_network(
-    source: str, shape: tuple[int, ...], classes: int, chosen: Mapping[str, Any]
+    source: str,
+    shape: tuple[int, ...],
+    classes: int,
+    *,
+    backbone: str | None = None,
+    outputs: list[int] | None = None,
+    weights: str | None = None,
 ) -> Preset:
     """Choose the network for a data set.
 
@@ -53,8 +60,10 @@ def choose_network(
         source: Its name, for messages.
         shape: Of its images, (channels, height, width): decides which of the paper's networks.
         classes: How many it has.
-        chosen: "backbone": a torchvision classifier instead, or None; "outputs" of it that are the
-            data set's classes, and "weights", or None.
+        backbone: Name of a torchvision classifier instead.
+        outputs: Outputs of the backbone that are the data set's classes; None: it is built with
+            one output per class.
+        weights: Weights of the backbone; here only refused where there is no backbone.
 
     Returns:
         How to build and train it.
@@ -62,18 +71,18 @@ def choose_network(
     Raises:
         ValueError: If no network fits the images, or there is no such backbone.
     """
-    backbone = chosen["backbone"]
     if backbone is not None:
         if shape[0] != 3:
             raise ValueError(
                 f"--backbone takes images of 3 channels, got {shape} in {source}; repeat the "
                 "grey channel in the data, or drop the option"
             )
-        build = partial(build_backbone, backbone, classes, outputs=chosen["outputs"])
+        build = partial(build_backbone, backbone, classes, outputs=outputs)
         build()  # raises for an unknown backbone or wrong outputs, before any costly work
         return Preset(backbone, build, None, CIFAR10_TRAINING)
-    if orphans := [f"--{name}" for name in ("outputs", "weights") if chosen[name] is not None]:
-        raise ValueError(f"{orphans[0]} must go with a --backbone: name one, or drop the option")
+    for flag, value in (("--outputs", outputs), ("--weights", weights)):
+        if value is not None:
+            raise ValueError(f"{flag} must go with a --backbone: name one, or drop the option")
     if shape not in _PAPER:
         raise ValueError(
             f"there is a built-in network for images {' and '.join(map(str, _PAPER))} "
@@ -86,7 +95,7 @@ def choose_network(
 
 
 def layers_for(net: nn.Module, dataset: Dataset) -> list[str]:
-    """Choose layers of a network that no one has named layers of, as texts."""
+    """Choose layers of a network by default, as texts for ``parse_layers``."""
     image, _ = dataset.select(torch.arange(1))
     prefix = f"{NETWORK}."
     return [
@@ -106,10 +115,10 @@ def parse_layers(texts: Sequence[str], net: nn.Module) -> dict[str, ReductionLik
         Name in ``net`` -> reduction, what ``DNR`` takes.
 
     Raises:
-        ValueError: If a text is no such thing, or a layer is named twice.
+        ValueError: If a text has another form, or a layer is named twice.
     """
-    inside = {name for name, _ in net.named_modules()}
-    found: dict[str, ReductionLike] = {}
+    modules = {name for name, _ in net.named_modules()}
+    layers: dict[str, ReductionLike] = {}
     for text in texts:
         match = REDUCTION.fullmatch(text)
         if match is None:
@@ -118,12 +127,12 @@ def parse_layers(texts: Sequence[str], net: nn.Module) -> dict[str, ReductionLik
                 f"projectN, got {text!r}"
             )
         name, kind, number = match["layer"], match["kind"] or "flatten", match["number"]
-        if name not in inside and f"{NETWORK}.{name}" in inside:
+        if name not in modules and f"{NETWORK}.{name}" in modules:
             name = f"{NETWORK}.{name}"
-        if name in found:
+        if name in layers:
             raise ValueError(f"--layers must name a layer once, got {name!r} twice; drop one")
-        found[name] = (kind.removesuffix(number), int(number)) if number else kind
-    return found
+        layers[name] = (kind.removesuffix(number), int(number)) if number else kind
+    return layers
 
 
 def _text(reduction: Any) -> str:  # noqa: ANN401 - what default_layers chooses
@@ -131,27 +140,27 @@ def _text(reduction: Any) -> str:  # noqa: ANN401 - what default_layers chooses
     return "" if kind == "flatten" else f":{kind}"
 
 
-def split_sizes(
-    source: str, dataset: Dataset, sizes: Mapping[str, tuple[int, int, int]], trained: bool
-) -> tuple[int, int, int]:
+def split_sizes(source: str, dataset: Dataset, *, trained: bool) -> dict[str, int]:
     """Choose how many images the network, the SVMs and theta get.
 
     Args:
         source: Name of the data set.
         dataset: The data set.
-        sizes: Those of data sets that are known by name.
         trained: Whether the network comes with weights, and so needs no images.
 
     Returns:
-        Images for the network, for the SVMs, for theta.
+        Sizes by the names that they have in ``RunSettings``.
     """
     n, pool = len(dataset.labels_train), dataset.labels_test is None
     if trained:
         share = 6 * n // 10 if pool else n
-        threshold = min(share // 5, 1_000)
-        return 0, min(share - threshold, 10_000), threshold
-    if source in sizes:
-        return sizes[source]
-    if pool:
-        return 4 * n // 10, min(24 * n // 100, 10_000), min(n // 10, 1_000)
-    return 6 * n // 10, min(3 * n // 10, 10_000), min(n // 10, 1_000)
+        theta = min(share // 5, 1_000)
+        sizes = 0, min(share - theta, 10_000), theta
+    elif source in SPLIT_SIZES:
+        sizes = SPLIT_SIZES[source]
+    elif pool:
+        sizes = 4 * n // 10, min(24 * n // 100, 10_000), min(n // 10, 1_000)
+    else:
+        sizes = 6 * n // 10, min(3 * n // 10, 10_000), min(n // 10, 1_000)
+    names = "network_samples", "svm_samples", "threshold_samples"
+    return dict(zip(names, sizes, strict=True))

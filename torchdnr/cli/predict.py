@@ -1,4 +1,4 @@
-"""Label image files, or reject them: `python -m torchdnr.predict --help`."""
+"""Label image files, or reject them, with a classifier of a run folder."""
 
 import argparse
 import csv
@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from torchdnr.cli.console import Console, run_command
+from torchdnr.cli.console import Console, command
 from torchdnr.cli.network import choose_network
-from torchdnr.cli.options import add_channels_last, whole_number
-from torchdnr.cli.run_folder import NETWORK_OPTIONS, find_device, read_settings
+from torchdnr.cli.options import add_device_options
+from torchdnr.cli.run_folder import find_device, read_settings
+from torchdnr.cli.settings import whole_number
 from torchdnr.data.readers import find_images, read_batches
 from torchdnr.decisions import REJECT, predict_labels
 from torchdnr.dnr import DNR, NR
@@ -32,13 +33,14 @@ best score must exceed. Exit status: 0; 1 if a file could not be read, which has
 
 COLUMNS = "file", "label", "class", "rejected", "best_label", "best_score", "threshold"
 SOME_UNREADABLE = 1
+PROG = "python -m torchdnr.predict"
 
 
-def parser() -> argparse.ArgumentParser:
+def predict_parser(prog: str = PROG) -> argparse.ArgumentParser:
     """Build the parser of the command line."""
-    built = argparse.ArgumentParser(prog="python -m torchdnr.predict", description=_DESCRIPTION)
-    option = built.add_argument
-    option("images", nargs="+", type=Path, metavar="IMAGE_OR_FOLDER", help="what to label")
+    parser = argparse.ArgumentParser(prog=prog, description=_DESCRIPTION)
+    option = parser.add_argument
+    option("images", nargs="+", type=Path, metavar="IMAGE_OR_FOLDER", help="image files to label")
     option("--run", type=Path, required=True, metavar="DIR", help="run folder, made by train.py")
     option("--csv", metavar="FILE", help="file to write (default: standard output)")
     option(
@@ -48,8 +50,7 @@ def parser() -> argparse.ArgumentParser:
         help="DNN is the network alone, which rejects nothing (default: %(default)s)",
     )
     option("--all-scores", action="store_true", help='add a column "score CLASS" for every class')
-    option("--device", help="cpu, cuda or cuda:N (default: cuda if there is one, else cpu)")
-    add_channels_last(option)
+    add_device_options(option)
     option(
         "--batch-size",
         type=whole_number(1),
@@ -58,7 +59,7 @@ def parser() -> argparse.ArgumentParser:
         help="images per forward pass; lower it if memory runs out (default: %(default)s)",
     )
     option("--quiet", action="store_true", help="no summary, no progress bar")
-    return built
+    return parser
 
 
 def load_classifier(folder: Path, name: str, device: torch.device) -> nn.Module:
@@ -78,46 +79,52 @@ def load_classifier(folder: Path, name: str, device: torch.device) -> nn.Module:
         CheckpointError: If a file is damaged or does not belong to the others.
     """
     settings = read_settings(folder)
-    chosen = {option: settings.get(option) for option in NETWORK_OPTIONS}
-    shape, classes = tuple(settings["image_shape"]), len(settings["classes"])
-    net = choose_network(settings["dataset"], shape, classes, chosen).build()
+    network = {part: getattr(settings, part) for part in ("backbone", "weights", "outputs")}
+    shape, classes = tuple(settings.image_shape), len(settings.classes)
+    net = choose_network(settings.dataset, shape, classes, **network).build()
     model: nn.Module = load_network(net, folder / "network.safetensors")
     if name != "DNN":
-        model = {"DNR": DNR, "NR": NR}[name].load(folder / f"{name.lower()}.safetensors", net)
+        kind = DNR if name == "DNR" else NR
+        model = kind.load(folder / f"{name.lower()}.safetensors", net)
     return model.to(device).eval()
 
 
 def predict(options: argparse.Namespace, console: Console) -> int:
-    """Label the images, and write the table; how many files could not be read."""
+    """Label the images, and write the table.
+
+    Returns:
+        Number of files that could not be read.
+    """
     files = find_images(options.images)
     settings, device = read_settings(options.run), find_device(options.device)
     model = load_classifier(options.run, options.classifier, device)
     if options.channels_last:
         model = model.to(memory_format=torch.channels_last)
-    classes, counts = settings["classes"], {"images": 0, "rejected": 0, "unreadable": 0}
+    classes, images_read, rejected, unreadable = settings.classes, 0, 0, 0
 
-    def unreadable(file: Path, error: Exception) -> None:
-        counts["unreadable"] += 1
+    def count_unreadable(file: Path, error: Exception) -> None:
+        nonlocal unreadable
+        unreadable += 1
         print(f"cannot read {file}: {error}", file=sys.stderr)
 
     scores = [f"score {name}" for name in classes] if options.all_scores else []
     bar = tqdm(total=len(files), unit="image", disable=not console.progress)
-    with _table(options.csv) as table, bar:
+    with _open_table(options.csv) as table, bar:
         writer = csv.writer(table, lineterminator="\n")
         writer.writerow([*COLUMNS, *scores])
-        batches = read_batches(files, settings["image_shape"], options.batch_size, unreadable)
-        for read, images in batches:
-            for row in _rows(read, _outputs(model, images.to(device)), classes):
-                counts["images"] += 1
-                counts["rejected"] += row[COLUMNS.index("rejected")]
+        shape, size = settings.image_shape, options.batch_size
+        for readable, images in read_batches(files, shape, size, count_unreadable):
+            for row in _rows(readable, _outputs(model, images.to(device)), classes):
+                images_read += 1
+                rejected += row[COLUMNS.index("rejected")]
                 writer.writerow(row if scores else row[: len(COLUMNS)])
-            bar.n = counts["images"] + counts["unreadable"]
+            bar.n = images_read + unreadable
             bar.refresh()
     console.say(
-        f"{options.classifier}: {counts['images']:,} images, {counts['rejected']:,} rejected, "
-        f"{counts['unreadable']:,} unreadable" + (f": {options.csv}" if options.csv else "")
+        f"{options.classifier}: {images_read:,} images, {rejected:,} rejected, "
+        f"{unreadable:,} unreadable" + (f": {options.csv}" if options.csv else "")
     )
-    return counts["unreadable"]
+    return unreadable
 
 
 @torch.no_grad()
@@ -133,46 +140,41 @@ def _rows(
 ) -> Iterator[list[Any]]:
     labels, scores, threshold = outputs
     best, places = scores.max(dim=1)
-    limit = "" if threshold is None else threshold.item()
+    theta = "" if threshold is None else threshold.item()
     for index, file in enumerate(files):
         label, place = int(labels[index]), int(places[index])
         rejected = label == REJECT
         name = "" if rejected else classes[label]
-        first = [file, name, label, int(rejected), classes[place], best[index].item(), limit]
-        yield first + scores[index].tolist()
+        row = [file, name, label, int(rejected), classes[place], best[index].item(), theta]
+        yield row + scores[index].tolist()
 
 
 @contextmanager
-def _table(path: str | None) -> Iterator[TextIO]:
+def _open_table(path: str | None) -> Iterator[TextIO]:
     """Open the table for writing: a file, which appears when it is whole, or standard output."""
     if path is None:
         yield sys.stdout
         return
     with (
         atomic_path(path) as temporary,
-        # Names that are no UTF-8 are written as they are.
+        # File names that are no UTF-8 are written byte for byte.
         temporary.open("w", encoding="utf-8", errors="surrogateescape", newline="") as opened,
     ):
         yield opened
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, prog: str = PROG) -> int:
     """Run the command line.
 
     Args:
         argv: Arguments; None: those of the process.
+        prog: Name of the command in the help.
 
     Returns:
         Exit code: 0 done, 1 done but for files that could not be read, 2 error, 130 stopped by
         Ctrl-C.
     """
-    options = parser().parse_args(argv)
-    failed: list[int] = []
-    status = run_command(
-        options, lambda console: failed.append(predict(options, console)), resumes=False
-    )
-    return status or (SOME_UNREADABLE if failed[0] else 0)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    options = predict_parser(prog).parse_args(argv)
+    with command(options.quiet, resumes=False) as console:
+        console.status = SOME_UNREADABLE if predict(options, console) else 0
+    return console.status

@@ -1,4 +1,4 @@
-"""Write the report of an evaluation into its run folder, or find the one that is there."""
+"""Write the report of an evaluation into its run folder, or load the one that is there."""
 
 import shlex
 from collections.abc import Mapping
@@ -6,16 +6,21 @@ from pathlib import Path
 from textwrap import wrap
 from typing import Any
 
-from torchdnr.cli.attack import Evaluation
-from torchdnr.cli.console import Console, peak_memory_mib
-from torchdnr.cli.run_folder import NETWORK_OPTIONS
+from torchdnr.cli.evaluation import Evaluation
+from torchdnr.cli.options import option_words
+from torchdnr.cli.settings import AttackSettings
+from torchdnr.costs import process_peak_mib
 from torchdnr.evaluation.checks.result import ORDER, broken_off
 from torchdnr.evaluation.curve import SecurityCurve, most_telling_eps
 from torchdnr.evaluation.detection import Measures
 from torchdnr.evaluation.environment import describe_environment
 from torchdnr.evaluation.figures import plot_curves, plot_examples
 from torchdnr.evaluation.report.html import save_html
-from torchdnr.evaluation.report.rejection_figures import plot_roc
+from torchdnr.evaluation.report.rejection_figures import (
+    plot_roc,
+    plot_stratified,
+    plot_threshold_sweep,
+)
 from torchdnr.evaluation.report.table import (
     attack_costs,
     attack_rates,
@@ -24,43 +29,45 @@ from torchdnr.evaluation.report.table import (
     save_csv,
     save_results,
 )
+from torchdnr.evaluation.stratified import StratifiedCurve
+from torchdnr.evaluation.threshold_sweep import ThresholdSweep
 from torchdnr.files import read_json
 
-RESULTS = "results.json"  # written last: it tells that all is done
-FILES = "report.html", RESULTS, "results.csv", "curve.png", "examples.png", "roc.png"
+RESULTS = "results.json"  # written last: where it is there, all is done
+FIGURES = "curve.png", "examples.png", "roc.png", "stratified.png", "sweep.png"
+FILES = "report.html", RESULTS, "results.csv", *FIGURES
 
 
-def find_report(evaluation: Evaluation) -> str | None:
+def load_report(evaluation: Evaluation) -> str | None:
     """Format the results that the run folder holds, if they are those of this evaluation.
 
     Returns:
         Table and checks as text; None if there are none, or others.
     """
-    folder, known = evaluation.job.folder, evaluation.identity
+    folder, known = evaluation.job.folder, evaluation.identity(evaluation.settings)
     try:
         curves, settings = load_results(folder / RESULTS)
         checks = read_json(folder / RESULTS)["checks"]
-        made = settings["files"]
+        same = AttackSettings.from_json(settings["attack"]) == evaluation.settings
+        files = settings["files"]
     except (OSError, ValueError, KeyError):
         return None  # none yet, or damaged: written again
-    same = {key: settings.get(key) for key in known} == known
-    complete = all((folder / name).exists() for name in made)
+    same = same and all(settings.get(key) == known[key] for key in known if key != "attack")
+    complete = all((folder / name).exists() for name in files)
     return _as_text(curves, checks) if same and complete else None
 
 
 def write_report(
     evaluation: Evaluation,
     curves: Mapping[str, SecurityCurve],
-    checks: Mapping[str, Mapping[str, Any]],
-    console: Console,
+    results: Mapping[str, Mapping[str, Any]],
 ) -> str:
     """Draw the figures and write every file of the report.
 
     Args:
         evaluation: What was attacked, and how.
         curves: Classifier name to its curve.
-        checks: Classifier name to its checks; empty if none were made.
-        console: For messages.
+        results: From ``Evaluation.examine``.
 
     Returns:
         Table and checks as text.
@@ -68,80 +75,49 @@ def write_report(
     Raises:
         OSError: If a file cannot be written; an earlier one then stays as it was.
     """
-    folder, identity = evaluation.job.folder, evaluation.identity
+    folder, console = evaluation.job.folder, evaluation.console
+    identity = evaluation.identity(evaluation.settings)
     measures = evaluation.measure(curves)
-    plot_curves(curves, folder / "curve.png")
-    figures = {"Accuracy under attack and rejection rate": folder / "curve.png"}
-    if _draw_examples(evaluation, folder / "examples.png", console):
-        figures["Adversarial examples"] = folder / "examples.png"
-    if _draw_roc(curves, measures, folder / "roc.png"):
-        figures["Detection of adversarial images at every threshold"] = folder / "roc.png"
+    figures = _draw(evaluation, curves, measures, results)
     save_csv(folder / "results.csv", curves)
-    files = ["report.html", "results.csv", *(path.name for path in figures.values())]
     settings = {
         **identity,
         "environment": describe_environment(evaluation.job.device),
         "processes": evaluation.processes.count,
         "command": command_of(evaluation),
-        "files": files,
+        "files": ["report.html", "results.csv", *(path.name for path in figures.values())],
     }
-    measured = {name: found.to_dict() for name, found in measures.items()}
+    measured = {name: measure.to_dict() for name, measure in measures.items()}
     save_html(
         folder / "report.html",
         curves,
         settings=settings,
-        checks=checks,
+        checks=results["checks"],
         measures=measured,
         figures=figures,
+        tables=_tables(results),
         title=f"Security evaluation: {identity['run']['dataset']}",
         command=settings["command"],
     )
     settings["cost"] = {
         "stage_seconds": console.seconds,
         "seconds": console.total_seconds,
-        "peak_memory_mib": peak_memory_mib(),
+        "peak_memory_mib": process_peak_mib(),
     }
     more = {
-        "checks": checks,
+        **results,
         "measures": measured,
         "rates": attack_rates(curves),
         "costs": attack_costs(curves),
     }
     save_results(folder / RESULTS, curves, settings, more)
-    return _as_text(curves, checks)
+    return _as_text(curves, results["checks"])
 
 
 def command_of(evaluation: Evaluation) -> str:
     """Write the command that makes the same numbers, with every option that they depend on."""
-    run, attack = evaluation.identity["run"], evaluation.identity["attack"]
-    options = {
-        "dataset": run["dataset"],
-        "seed": run["seed"],
-        **{f"{part}-samples": run[f"{part}_samples"] for part in ("network", "svm", "threshold")},
-        **{name.replace("_", "-"): run.get(name) for name in NETWORK_OPTIONS},
-        **{name: run[name] for name in ("epochs", "lr", "momentum")},
-        "train-batch-size": run["batch_size"],
-        "layers": run["layers"],
-        "rejection-rate": run["rejection_rate"],
-        "attack": attack["attacks"],
-        **{name: attack[name] for name in ("norm", "eps", "samples", "objective", "steps")},
-        "restarts": attack["restarts"],
-        "batch-size": attack["batch_size"],
-        "check-samples": attack["check_samples"],
-        "examples": attack["examples"],
-        "example-eps": attack["example_eps"],
-    }
-    words = ["python", "attack.py"]
-    for name, value in options.items():
-        if value is not None:
-            values = value if isinstance(value, list) else [value]
-            words += [f"--{name}", *(_word(entry) for entry in values)]
-    return shlex.join(words + ([] if attack["checks"] else ["--no-checks"]))
-
-
-def _word(value: object) -> str:
-    whole = isinstance(value, float) and value.is_integer()
-    return str(int(value)) if whole else str(value)  # all digits: it makes the same numbers
+    run, attack = option_words(evaluation.job.settings), option_words(evaluation.settings)
+    return shlex.join(["python", "attack.py", *run, *attack])
 
 
 def _as_text(curves: Mapping[str, SecurityCurve], checks: Mapping[str, Mapping[str, Any]]) -> str:
@@ -153,8 +129,8 @@ def _as_text(curves: Mapping[str, SecurityCurve], checks: Mapping[str, Mapping[s
         )
     lines = ["checks of the evaluation (all of them in full: report.html):"]
     for name, report in checks.items():
-        found = [entry["status"] for entry in report["checks"]]
-        counts = ", ".join(f"{found.count(status)} {status}" for status in ORDER)
+        statuses = [entry["status"] for entry in report["checks"]]
+        counts = ", ".join(f"{statuses.count(status)} {status}" for status in ORDER)
         lines.append(f"  {name}: {report['status'].upper()} ({counts})")
         entries = report["checks"]
         doubtful = [entry for status in ORDER[:2] for entry in entries if entry["status"] == status]
@@ -165,23 +141,64 @@ def _as_text(curves: Mapping[str, SecurityCurve], checks: Mapping[str, Mapping[s
     return "\n".join(lines) + f"\n\n{format_table(curves)}"
 
 
-def _draw_examples(evaluation: Evaluation, path: Path, console: Console) -> bool:
-    found = evaluation.examples()
-    if found is None:
-        if evaluation.settings["examples"]:
-            console.say("no examples.png: no attacked image is right for all classifiers")
-        path.unlink(missing_ok=True)  # it would show other results than these
+def _draw(
+    evaluation: Evaluation,
+    curves: Mapping[str, SecurityCurve],
+    measures: Mapping[str, Measures],
+    results: Mapping[str, Mapping[str, Any]],
+) -> dict[str, Path]:
+    """Draw what there is to draw; a figure that would show other results is removed.
+
+    Returns:
+        Caption to file.
+    """
+    folder = evaluation.job.folder
+    plot_curves(curves, folder / "curve.png")
+    figures = {"Accuracy under attack and rejection rate": folder / "curve.png"}
+
+    def add(name: str, caption: str, drawn: bool) -> None:
+        if drawn:
+            figures[caption] = folder / name
+        else:
+            (folder / name).unlink(missing_ok=True)
+
+    examples = _draw_examples(evaluation, folder / "examples.png")
+    add("examples.png", "Adversarial examples", examples)
+    roc = _draw_roc(curves, measures, folder / "roc.png")
+    add("roc.png", "Detection of adversarial images at every threshold", roc)
+    stratified = {
+        name: StratifiedCurve.from_dict(curve)
+        for name, curve in results.get("stratified", {}).items()
+    }
+    if stratified:
+        plot_stratified(stratified, folder / "stratified.png")
+    add("stratified.png", "Robustness where early rejection is an error", bool(stratified))
+    sweeps = {
+        name: ThresholdSweep.from_dict(sweep) for name, sweep in results.get("sweeps", {}).items()
+    }
+    if sweeps:
+        plot_threshold_sweep(sweeps, folder / "sweep.png")
+    add("sweep.png", "Accuracy under attack over the false rejection rate", bool(sweeps))
+    return figures
+
+
+def _draw_examples(evaluation: Evaluation, path: Path) -> bool:
+    examples = evaluation.examples()
+    if examples is None:
+        if evaluation.settings.examples:
+            text = "no examples.png: no attacked image is right for all classifiers"
+            evaluation.console.say(text)
         return False
-    images, labels, adversarials = found
+    images, labels, adversarials = examples
     plot_examples(
         path,
         images,
         labels,
         adversarials,
         {name: evaluation.predict(name, points) for name, points in adversarials.items()},
-        evaluation.settings["example_eps"],
+        evaluation.settings.example_eps,
         evaluation.job.dataset.classes,
-        norm=evaluation.norm,
+        norm=evaluation.settings.norm,
     )
     return True
 
@@ -189,14 +206,46 @@ def _draw_examples(evaluation: Evaluation, path: Path, console: Console) -> bool
 def _draw_roc(
     curves: Mapping[str, SecurityCurve], measures: Mapping[str, Measures], path: Path
 ) -> bool:
-    """Draw each rejecting classifier at the eps that tells most about it."""
+    """Draw each rejecting classifier at its most telling eps; return whether there is any."""
     lines = {}
     for name, curve in curves.items():
         eps = most_telling_eps(curve)
-        if curve.rejects and eps is not None and (found := measures[name].detection[eps]):
-            lines[f"{name}, eps {eps:g}"] = found
+        if curve.rejects and eps is not None:
+            detection = measures[name].detection[eps]
+            if detection is not None:
+                lines[f"{name}, eps {eps:g}"] = detection
     if lines:
         plot_roc(lines, path)
-    else:
-        path.unlink(missing_ok=True)
     return bool(lines)
+
+
+def _tables(results: Mapping[str, Mapping[str, Any]]) -> dict[str, list[list[Any]]]:
+    """List the rates of the stratified curves and the sweeps: title to rows, the first a header."""
+    tables: dict[str, list[list[Any]]] = {}
+    curves, sweeps = results.get("stratified", {}), results.get("sweeps", {})
+    if curves:
+        title, header = "Stratified robustness", ["", "alpha", "robustness, %", "rejected, %"]
+        tables[title] = [header] + [
+            [f"{name}, eps {curve['eps']:g}", f"{alpha:g}", robust, rejected]
+            for name, curve in curves.items()
+            for alpha, robust, rejected in zip(
+                curve["alphas"], curve["robustness"], curve["rejection"], strict=True
+            )
+        ]
+    if sweeps:
+        header = ["", "theta", "clean accuracy, %", "false rejections, %"]
+        header += ["accuracy on fixed points, %", "attacked again, %"]
+        tables["Threshold sweep"] = [header] + [
+            [
+                f"{name}, eps {eps:g}",
+                f"{theta:.4g}",
+                sweep["clean_accuracy"][column],
+                sweep["false_rejection_rate"][column],
+                sweep["accuracy"][row][column],
+                sweep["reattacked_accuracy"][row][column],
+            ]
+            for name, sweep in sweeps.items()
+            for row, eps in enumerate(sweep["eps"])
+            for column, theta in enumerate(sweep["thresholds"])
+        ]
+    return tables

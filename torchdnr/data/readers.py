@@ -1,4 +1,4 @@
-"""Read images and labels from an npz file or a folder of image files, and check them."""
+"""Read images and labels: from an npz file, a folder of classes, or single image files."""
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +18,9 @@ MAX_CHANNELS = 4  # tells NCHW from NHWC
 
 UNREADABLE = OSError, ValueError, SyntaxError, Image.DecompressionBombError
 """What Pillow raises for a file that is no image, a damaged one, or one of too many pixels."""
+
+_MODES = {1: "L", 3: "RGB"}
+"""Pillow's name for images of so many channels."""
 
 
 def read_npz(path: Path) -> tuple[Any, ...]:
@@ -44,7 +47,7 @@ def read_npz(path: Path) -> tuple[Any, ...]:
             f"{path} must be an npz file of plain arrays, got {type(error).__name__}: {error}; "
             "write it with numpy.savez(path, x_train=..., y_train=..., x_test=..., y_test=...)"
         ) from error
-    names = ("x_train", "y_train", "x_test", "y_test")
+    names: tuple[str, ...] = ("x_train", "y_train", "x_test", "y_test")
     if missing := [name for name in names if name not in arrays]:
         if missing != ["x_test", "y_test"]:
             raise ValueError(f"{path} must hold {', '.join(names)}, lacks {missing}; add them")
@@ -90,26 +93,26 @@ def _check_labels(name: str, array: np.ndarray) -> Tensor:
 
 
 def _check_classes(path: Path, parts: dict[str, Tensor]) -> int:
-    """Check that labels fit images and training labels are 0..c-1; c."""
+    """Check that labels fit the images and are 0..c-1; return the number of classes c."""
     for part in ("train", "test"):
         if f"x_{part}" in parts and len(parts[f"x_{part}"]) != len(parts[f"y_{part}"]):
             raise ValueError(
                 f"{path}: x_{part} and y_{part} must be equally long, got "
                 f"{len(parts[f'x_{part}'])} and {len(parts[f'y_{part}'])}; pair them up"
             )
-    found = parts["y_train"].unique().tolist()
-    c = len(found)
+    labels = parts["y_train"].unique().tolist()
+    c = len(labels)
     extra = sorted(set(parts.get("y_test", parts["y_train"]).tolist()) - set(range(c)))
-    if found != list(range(c)) or c < 2 or extra:
+    if labels != list(range(c)) or c < 2 or extra:
         raise ValueError(
-            f"{path}: labels must be 0..c-1, c >= 2, every class in y_train, got {found[:20]} in "
+            f"{path}: labels must be 0..c-1, c >= 2, every class in y_train, got {labels[:20]} in "
             f"y_train and {extra[:20]} in y_test besides; number the classes from 0 without gaps"
         )
     return c
 
 
 def read_folder(path: Path, image_size: int) -> tuple[Any, ...]:
-    """Read ``train/CLASS/*`` and ``val/CLASS/*`` into memory; warn of files that are unreadable.
+    """Read ``train/CLASS/*`` and ``val/CLASS/*`` into memory; warn about unreadable files.
 
     Args:
         path: The folder that holds ``train`` and ``val``.
@@ -142,7 +145,7 @@ def read_folder(path: Path, image_size: int) -> tuple[Any, ...]:
 
 
 def square_crop(image_size: int) -> Callable[[Any], Tensor]:
-    """Make what turns an image of Pillow into a square tensor.
+    """Make the transform from an image of Pillow to a square tensor.
 
     Args:
         image_size: Side in pixels: the short side is resized to it, then the centre is cropped.
@@ -157,7 +160,8 @@ def _read_images(
     folder: datasets.ImageFolder, crop: Callable[[Any], Tensor], image_size: int
 ) -> tuple[Tensor, Tensor]:
     images = torch.empty(len(folder.samples), 3, image_size, image_size, dtype=torch.uint8)
-    labels, unreadable = [], []
+    labels: list[int] = []
+    unreadable = []
     for file, label in tqdm(folder.samples, desc=str(folder.root), unit="image"):
         try:
             images[len(labels)] = crop(folder.loader(file))
@@ -183,16 +187,12 @@ def to_nchw(images: Tensor) -> Tensor:
     return images.unsqueeze(1) if images.dim() == 3 else images.permute(0, 3, 1, 2).contiguous()
 
 
-_MODES = {1: "L", 3: "RGB"}
-"""Pillow's name for images of so many channels."""
-
-
 def find_images(paths: Sequence[Path]) -> list[Path]:
-    """List the image files that are meant.
+    """List the image files at some paths.
 
     Args:
-        paths: Files, which are taken whatever they are called; and folders, of which, with all
-            below them, the files are taken that are called as images are (.jpg, .png, ...).
+        paths: Files, with any name; and folders, searched with all folders below them for files
+            with the suffix of an image (.jpg, .png, ...).
 
     Returns:
         The files, those of a folder sorted.
@@ -200,20 +200,20 @@ def find_images(paths: Sequence[Path]) -> list[Path]:
     Raises:
         FileNotFoundError: If there is no such file or folder, or a folder holds no image.
     """
-    found: list[Path] = []
+    images: list[Path] = []
     for path in paths:
         if not path.exists():
             raise FileNotFoundError(f"no file or folder {path}; check the path")
-        inside = [path]
+        files = [path]
         if path.is_dir():
-            files = (file for file in path.rglob("*") if file.suffix.lower() in IMG_EXTENSIONS)
-            inside = sorted(file for file in files if file.is_file())
-        if not inside:
+            suffixed = (file for file in path.rglob("*") if file.suffix.lower() in IMG_EXTENSIONS)
+            files = sorted(file for file in suffixed if file.is_file())
+        if not files:
             raise FileNotFoundError(
                 f"no image in {path}; expected files that end in {', '.join(IMG_EXTENSIONS)}"
             )
-        found += inside
-    return found
+        images += files
+    return images
 
 
 def read_batches(
@@ -231,16 +231,17 @@ def read_batches(
         unreadable: Called with every file that cannot be read, and why.
 
     Yields:
-        Files that were read, and their images ``(k, *shape)``, float32 in [0, 1]; k >= 1.
+        The files of a batch that could be read, and their images ``(k, *shape)``, float32 in
+        [0, 1]; k >= 1.
 
     Raises:
-        ValueError: If no image file can have such a shape.
+        ValueError: If ``shape`` is not square, or not of 1 or 3 channels.
     """
     channels, height, width = shape
     if channels not in _MODES or height != width:
         raise ValueError(
-            f"images from files are square, of 1 or 3 channels, and the network takes "
-            f"{tuple(shape)}; predict with torchdnr in Python"
+            f"image files are read as squares of 1 or 3 channels, but the network takes "
+            f"{tuple(shape)}; call the classifier from Python instead"
         )
     crop = square_crop(height)
     for start in range(0, len(files), batch_size):

@@ -121,7 +121,7 @@ def plot_examples(
     *,
     norm: float = 2,
 ) -> None:
-    """Draw images, and per classifier the magnified perturbation, the result and its decision.
+    """Draw images, and per classifier the magnified perturbation and the decision on the result.
 
     A perturbation is stretched so that its largest entry, which is printed, has full contrast; on
     grey images purple means brighter and orange darker.

@@ -4,20 +4,21 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from torchdnr.attacks.objectives import decision_objective
 from torchdnr.attacks.projections import project
+from torchdnr.attacks.view import ModelView
 from torchdnr.decisions import REJECT, accepted, is_evasion, predict_labels, split_scores
 
 TOLERANCE = 1e-5  # of float32 arithmetic, relative to the larger of eps and 1
 
 
 def outputs(model: Callable[[Tensor], Tensor], points: Tensor, batch_size: int) -> Tensor:
-    """Run the model without gradients in batches of a fixed size: rounding depends on it.
+    """Run the model without gradients, in batches of a fixed size, as rounding depends on it.
 
     Raises:
         ValueError: If an output is NaN: no decision can be read from it.
@@ -34,7 +35,7 @@ def outputs(model: Callable[[Tensor], Tensor], points: Tensor, batch_size: int) 
 
 
 class Decisions(NamedTuple):
-    """What the classifier says of each point; the last dimension runs over the samples.
+    """Decisions of a classifier on points; the last dimension runs over the samples.
 
     Attributes:
         confidence: Best score, ``(..., n)``.
@@ -188,7 +189,7 @@ class Judged(NamedTuple):
 
 
 def judge(task: Task, points: Tensor) -> Judged:
-    """Evaluate the model on points, whatever an attack said of them."""
+    """Evaluate the model on points, whatever an attack has reported of them."""
     output = outputs(task.model, points, task.batch_size)
     margin = decision_objective(*split_scores(output, task.reject), task.labels)
     predictions = predict_labels(output, task.reject)
@@ -273,7 +274,7 @@ def keep_inside(task: Task, points: Tensor, eps: float, name: str) -> tuple[Tens
 
 @dataclass
 class Count:
-    """Input rows sent through a model.
+    """Input rows sent through a model; ``ModelView(model, count)`` counts them.
 
     Attributes:
         forwards: Rows sent forwards.
@@ -283,32 +284,27 @@ class Count:
     forwards: int = 0
     backwards: int = 0
 
-
-class CountedModel(nn.Module):
-    """A model that counts the input rows sent forwards and backwards through it.
-
-    Whatever else the model has can be reached through it. A smoothed view of the model, if it has
-    any (``model.smoothed(factor)``), counts into the same numbers.
-
-    Args:
-        model: Module or callable; a module is left as it is.
-        count: Where to count; None: from zero.
-    """
-
-    def __init__(self, model: Callable[[Tensor], Tensor], count: Count | None = None) -> None:
-        super().__init__()
-        self.model = model
-        self.reject_index = getattr(model, "reject_index", None)
-        self.training = False
-        self.count = Count() if count is None else count
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        """Return the output of the model."""
-        self.count.forwards += len(inputs)
-        output = self.model(inputs)
+    def __call__(self, inputs: Tensor, output: Tensor) -> Tensor:
+        """Count one forward, and the backward if there is one; return the output."""
+        self.forwards += len(inputs)
         if output.requires_grad:
             output.register_hook(partial(self._count_backwards, len(inputs)))
         return output
+
+    def _count_backwards(self, rows: int, _: Tensor) -> None:
+        self.backwards += rows
+
+
+class CountedModel(ModelView):
+    """A model that counts the input rows sent forwards and backwards through it.
+
+    Args:
+        model: Module or callable; a module is left as it is.
+    """
+
+    def __init__(self, model: Callable[[Tensor], Tensor]) -> None:
+        self.count = Count()
+        super().__init__(model, self.count)
 
     @property
     def forwards(self) -> int:
@@ -319,18 +315,3 @@ class CountedModel(nn.Module):
     def backwards(self) -> int:
         """Input rows sent back so far."""
         return self.count.backwards
-
-    def __getattr__(self, name: str) -> Any:  # noqa: ANN401 - whatever the model has
-        try:
-            return super().__getattr__(name)  # parameters, buffers and submodules
-        except AttributeError:
-            submodules = self.__dict__.get("_modules", {})  # none yet while it is being copied
-            if "model" not in submodules and "model" not in self.__dict__:
-                raise
-            value = getattr(self.model, name)
-        if name == "smoothed":
-            return lambda *args, **options: CountedModel(value(*args, **options), self.count)
-        return value
-
-    def _count_backwards(self, rows: int, _: Tensor) -> None:
-        self.count.backwards += rows

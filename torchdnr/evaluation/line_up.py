@@ -63,7 +63,7 @@ class Attack:
 
 
 class Entry(NamedTuple):
-    """An attack that can be asked for by name.
+    """An attack that can be chosen by name.
 
     Attributes:
         label: Its name in results, tables and figures.

@@ -1,4 +1,4 @@
-"""What is counted when a classifier may reject: each rate, and its confidence interval, once."""
+"""Rates of a classifier that may reject, each defined once, with their confidence intervals."""
 
 import math
 from collections.abc import Mapping

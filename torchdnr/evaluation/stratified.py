@@ -59,6 +59,13 @@ class StratifiedCurve:
         rates = {"robustness": self.robustness, "rejection": self.rejection}
         return to_plain({**vars(self), **rates})
 
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> StratifiedCurve:
+        """Read what ``to_dict`` made, also by way of JSON; the rates are computed afresh."""
+        values = {key: content[key] for key in cls.__dataclass_fields__}
+        rows = {key: torch.tensor(values[key]) for key in ("evaded", "rejected")}
+        return cls(**{**values, **rows, "norm": float(values["norm"])})
+
 
 def stratified_curve(
     model: Callable[[Tensor], Tensor],

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from torchdnr.attacks.checks import check_inputs
+from torchdnr.attacks.view import ModelView
 from torchdnr.decisions import evaluation_mode, has_reject_column, is_evasion, split_scores
 from torchdnr.evaluation.judging import (
     Task,
@@ -24,7 +25,7 @@ from torchdnr.evaluation.metrics import DecisionRates, Estimate, decision_rates,
 from torchdnr.rejection import rejection_threshold
 
 
-class WithThreshold(nn.Module):
+class WithThreshold(ModelView):
     """A view of a classifier with another rejection threshold; the classifier is not changed.
 
     Args:
@@ -36,29 +37,18 @@ class WithThreshold(nn.Module):
     def __init__(
         self, model: Callable[[Tensor], Tensor], threshold: float, reject: bool | None = None
     ) -> None:
-        super().__init__()
-        self.model: Any = model
+        rejects = has_reject_column(model, reject)
+
+        def replace_threshold(_: Tensor, output: Tensor) -> Tensor:
+            scores = split_scores(output, rejects)[0]
+            return torch.cat([scores, scores.new_full((len(scores), 1), threshold)], dim=1)
+
+        super().__init__(model, replace_threshold, reject=True)
         self.threshold = float(threshold)
-        self.reject = has_reject_column(model, reject)
-        self.reject_index = -1  # the last column; it tells attacks that there is one
-        self.training = False
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        """Compute scores and the threshold of the view, ``(n, c + 1)``."""
-        scores, _ = split_scores(self.model(inputs), self.reject)
-        return torch.cat([scores, scores.new_full((len(scores), 1), self.threshold)], dim=1)
-
-    @property
-    def smoothed(self) -> Callable[..., WithThreshold]:
-        """Smoothed views of the model with this threshold; there are some iff the model has any."""
-        smoothed = self.model.smoothed
-        return lambda *args, **options: WithThreshold(
-            smoothed(*args, **options), self.threshold, self.reject
-        )
 
 
 Rates = list[list[Estimate]]
-Attack = Callable[[nn.Module, Tensor, Tensor, float], Tensor]
+AttackAtEps = Callable[[nn.Module, Tensor, Tensor, float], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,6 +86,12 @@ class ThresholdSweep:
         """Convert to numbers, lists and dictionaries."""
         return to_plain(self)
 
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> ThresholdSweep:
+        """Read what ``to_dict`` made, also by way of JSON."""
+        rates = {key: _estimates(value) for key, value in content.items() if key != "settings"}
+        return cls(**{**content, **rates, "norm": float(content["norm"])})
+
 
 def thresholds_at_rates(scores: Tensor, rates: Sequence[float]) -> list[float]:
     """Find the thresholds that reject given shares of clean calibration inputs.
@@ -120,7 +116,7 @@ def threshold_sweep(
     adversarial: Mapping[float, Tensor],
     thresholds: Sequence[float],
     *,
-    attack: Attack | None = None,
+    attack: AttackAtEps | None = None,
     norm: float = 2,
     bounds: tuple[float, float] = (0.0, 1.0),
     batch_size: int = 256,
@@ -207,7 +203,7 @@ def threshold_sweep(
 
 def _attack_again(
     task: Task,
-    attack: Attack,
+    attack: AttackAtEps,
     pools: list[Tensor],
     eps: Sequence[float],
     thetas: Sequence[float],
@@ -252,3 +248,11 @@ def _checked_grid(
 
 def _column(rows: list[list[DecisionRates]], rate: str) -> Rates:
     return [[getattr(rates, rate) for rates in row] for row in rows]
+
+
+def _estimates(value: Any) -> Any:  # noqa: ANN401 - whatever to_dict made
+    """Turn the dictionaries within lists back into estimates; NaN may have become text."""
+    if isinstance(value, dict):
+        low, middle, high = (float(value[key]) for key in ("low", "value", "high"))
+        return Estimate(middle, low, high, value["n"])
+    return [_estimates(item) for item in value] if isinstance(value, list) else value

@@ -1,15 +1,16 @@
 """A choice of layers for a network of which nothing is known but how it runs."""
 
+import math
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from torchdnr.decisions import evaluation_mode
-from torchdnr.features.reductions import ReductionLike, build_reduction
+from torchdnr.features.reductions import Reduction, ReductionLike, build_reduction
 
 
 @dataclass(frozen=True)
@@ -103,11 +104,10 @@ def layer_table(
     with torch.no_grad():
         shapes, unusable, _ = observe(net, image, lambda output: tuple(output.shape))
     kinds = {name: type(module).__name__ for name, module in net.named_modules()}
-    square = size[0] == size[1]
-    rows = [
-        LayerRow(name, kinds[name], shape[1:], *_sizes(shape, square, k))
-        for name, shape in shapes.items()
-    ]
+    rows = []
+    for name, shape in shapes.items():
+        avg, grid = (reduced_size(r, shape, size[0] == size[1]) for r in ("avg", ("grid", k)))
+        rows.append(LayerRow(name, kinds[name], shape[1:], math.prod(shape), avg, grid))
     return LayerTable(rows, unusable, k)
 
 
@@ -165,23 +165,20 @@ def reduced_size(reduction: ReductionLike, shape: tuple[int, ...], square: bool)
     """Compute the number of features that a reduction makes of an output, without computing them.
 
     Args:
-        reduction: As for ``build_reduction``; not a projection.
+        reduction: A built-in one, as for ``build_reduction``; not a projection.
         shape: Of the output, ``(1, ...)``.
         square: Whether the images are square.
 
     Returns:
         Number of features; None where the reduction does not fit.
     """
-    module, output = build_reduction(reduction), torch.empty(shape, device="meta")
+    module = cast(Reduction, build_reduction(reduction))
+    output = torch.empty(shape, device="meta")
     try:
         module.prepare(output, square)
         return module(output).shape[1]
     except ValueError:
         return None
-
-
-def _sizes(shape: tuple[int, ...], square: bool, k: int) -> tuple[int | None, ...]:
-    return tuple(reduced_size(r, shape, square) for r in ("flatten", "avg", ("grid", k)))
 
 
 # Most features that a layer keeps flat or averaged, and the number it is projected to beyond.

@@ -1,7 +1,7 @@
-"""Features of named layers of any network, all taken in one forward pass."""
+"""Features of named layers of any network, all of one forward pass."""
 
 import difflib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -22,7 +22,7 @@ NAMES_SHOWN = 20
 
 
 class LayerFeatures(nn.Module):
-    """Take the outputs of named layers of a network as flat features.
+    """Compute features of named layers of a network: their outputs, reduced to ``(n, d)``.
 
     The network runs in evaluation mode whatever mode it is in, and is left as found: training
     flags, ``requires_grad``, hooks. Gradients flow to the inputs and to the parameters. Each output
@@ -134,8 +134,9 @@ class LayerFeatures(nn.Module):
             for name, reduction in zip(self.layers, self.reductions, strict=True):
                 # Looked up at each call: a deep copy of this module then hooks its own layers.
                 layer = self.net.get_submodule(name)
-                built_in = isinstance(reduction, Reduction)
-                memory_format = reduction.memory_format if built_in else torch.preserve_format
+                memory_format = torch.preserve_format
+                if isinstance(reduction, Reduction):
+                    memory_format = reduction.memory_format
                 stack.enter_context(hook(layer, _capture(name, captured, memory_format)))
             self.net(inputs)
         missing = [name for name in self.layers if name not in captured]
@@ -148,18 +149,18 @@ class LayerFeatures(nn.Module):
         return {name: _check_rows(name, captured[name], inputs.shape[0]) for name in self.layers}
 
 
-def _check_layers(net: nn.Module, layers: Sequence[str]) -> tuple[str, ...]:
-    if isinstance(layers, str):
+def _check_layers(net: nn.Module, given: Iterable[str]) -> tuple[str, ...]:
+    if isinstance(given, str):
         raise ValueError(
-            f"layers must be a list of names, got the string {layers!r}; pass [{layers!r}]"
+            f"layers must be a list of names, got the string {given!r}; pass [{given!r}]"
         )
-    layers = tuple(layers)
+    layers = tuple(given)
     if not layers:
         raise ValueError("layers must name at least one layer, got none; see net.named_modules()")
     repeated = sorted({name for name in layers if layers.count(name) > 1})
     if repeated:
         raise ValueError(
-            f"layers must be named once each, got {repeated} several times; drop the rest"
+            f"layers must be named once each, got {repeated} more than once; drop the rest"
         )
     # A module that is registered under two names may be asked for by either.
     names = [name for name, _ in net.named_modules(remove_duplicate=False) if name]
@@ -194,7 +195,8 @@ def _registered_hook(layer: nn.Module, hook: Callable[..., None]) -> Iterator[No
 def _swapped_hook(layer: nn.Module, hook: Callable[..., None]) -> Iterator[None]:
     """Do the same while a program is traced: `torch.compile` cannot trace a registration."""
     hooks = layer._forward_hooks
-    layer._forward_hooks = {**hooks, f"torchdnr {len(hooks)}": hook}
+    key: Any = f"torchdnr {len(hooks)}"  # torch's own keys are numbers
+    layer._forward_hooks = {**hooks, key: hook}
     try:
         yield
     finally:

@@ -4,7 +4,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -173,13 +173,16 @@ class Reduction(nn.Module, ABC):
     depends on nothing but tensors and shapes.
 
     Attributes:
-        ready: Whether ``prepare`` has nothing to find out any more.
         memory_format: That of the copy of an output which is best to read; the values of a
             flattened one lie in the order of the channels, whatever the format of the network.
     """
 
-    ready = True
     memory_format = torch.preserve_format
+
+    @property
+    def ready(self) -> bool:
+        """Whether ``prepare`` has nothing to find out any more."""
+        return True
 
     @abstractmethod
     def spec(self) -> str | list[Any]:
@@ -231,7 +234,7 @@ class Average(Reduction):
         """Average ``(n, ...)`` over its positions; ``(n, d)`` has none and stays."""
         if output.dim() < 3:
             return output if output.dim() == 2 else output.unsqueeze(1)
-        return channels_first(output, self.channels).flatten(2).mean(dim=2)
+        return channels_first(output, cast(str, self.channels)).flatten(2).mean(dim=2)
 
 
 class Grid(Average):
@@ -257,7 +260,7 @@ class Grid(Average):
         """Average ``(n, ...)`` over the parts; ``(n, d)`` has no positions and stays."""
         if output.dim() < 3:
             return super().forward(output)
-        output = channels_first(output, self.channels)
+        output = channels_first(output, cast(str, self.channels))
         positions = tuple(output.shape[2:])
         parts = (self.k**2,) if len(positions) == 1 else (self.k, self.k)
         if len(positions) > 2 or any(p < k for p, k in zip(positions, parts, strict=True)):

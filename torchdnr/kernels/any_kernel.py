@@ -8,11 +8,9 @@ from torch import Tensor
 
 from torchdnr.kernels.rbf import (
     BLOCK_ELEMENTS,
-    compiled_rbf_scores,
     full_precision,
     rbf_scores,
     squared_distances,
-    traced_rbf_scores,
 )
 from torchdnr.kernels.row_blocks import entry_moments
 
@@ -113,19 +111,16 @@ def kernel_scores(
     center: Tensor,
     *,
     block_elements: int = BLOCK_ELEMENTS,
-    keep_centred: bool = False,
 ) -> Tensor:
     """Sum kernel values times coefficients, in blocks of rows.
 
     Args:
-        kernel: Any gpytorch kernel; a plain RBF takes the fused path of ``rbf_scores``, the same
-            under ``torch.compile``, and under ``torch.export`` that of ``traced_rbf_scores``.
+        kernel: Any gpytorch kernel; a plain RBF takes the fused path of ``rbf_scores``.
         inputs: Features, ``(n, d)``.
         vectors: Support vectors, ``(m, d)``.
         coefficients: One column per class, ``(m, c)``.
         center: Mean of the training features, ``(d,)``.
         block_elements: Largest number of kernel values held at once on the fused path.
-        keep_centred: Whether ``rbf_scores`` keeps the centred vectors for the next call.
 
     Returns:
         Sums without intercept, ``(n, c)``.
@@ -133,11 +128,7 @@ def kernel_scores(
     gamma = rbf_gamma(kernel)
     if gamma is not None:
         tensors = (inputs, vectors, coefficients, gamma, center)
-        if torch.compiler.is_exporting():
-            return traced_rbf_scores(*tensors)
-        if torch.compiler.is_compiling():
-            return compiled_rbf_scores(*tensors)
-        return rbf_scores(*tensors, block_elements=block_elements, keep_centred=keep_centred)
+        return rbf_scores(*tensors, block_elements=block_elements)
     rows = max(1, block_elements // max(1, len(vectors)))
     with full_precision(inputs.device):
         blocks = [

@@ -1,154 +1,24 @@
-"""Sums of RBF kernels: distances, scores and their exact gradients, tile by tile."""
+"""Sums of RBF kernels: squared distances, scores and their exact gradients, tile by tile.
+
+Inputs and vectors are measured from one center, the mean of the training features: that removes the
+cancellation of large norms, and a row's distances depend on no other row of its batch.
+"""
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
-
-
-class Moved(NamedTuple):
-    """What distances to vectors need of them.
-
-    Attributes:
-        vectors: Less the centre, ``(m, d)``.
-        norms: Their squared norms, ``(m,)``.
-    """
-
-    vectors: Tensor
-    norms: Tensor
-
-
-class _Kept(NamedTuple):
-    center: Tensor
-    versions: tuple[int, int]
-    moved: Moved
-
-
-_KEPT: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # for as long as the vectors live
-
-
-def centred(vectors: Tensor, center: Tensor) -> Moved | None:
-    """Return vectors less their centre, and their squared norms, made once while both are the same.
-
-    To make them costs two passes over all vectors, which for few inputs is as much as the distances
-    themselves. A copy of the vectors is held as long as they live. Another centre, or a change in
-    place that autograd knows of, has them made again.
-
-    Args:
-        vectors: ``(m, d)``.
-        center: ``(d,)``.
-
-    Returns:
-        Tensors without gradient; None where changes could not be seen, or derivatives by one of
-        the two are wanted.
-    """
-    if any(t.requires_grad or t.is_inference() for t in (vectors, center)):
-        return None
-    versions = (vectors._version, center._version)
-    kept = _KEPT.get(vectors)
-    if kept is None or kept.center is not center or kept.versions != versions:
-        _KEPT.pop(vectors, None)  # frees it before there is another
-        with torch.inference_mode(False), torch.no_grad():
-            moved = vectors - center
-            norms = torch.linalg.vector_norm(moved, dim=1).square_()
-        _KEPT[vectors] = kept = _Kept(center, versions, Moved(moved, norms))
-    return kept.moved
-
-
-_CPU_TILE = (1024, 512)
-"""Most rows and columns of a tile on a CPU: it stays in cache from the exponents to the sum."""
-_CPU_TILE_ELEMENTS = 2**15
-"""Kernel values up to which a tile may have more columns, where centred vectors are at hand."""
-
-
-def squared_norms(rows: Tensor) -> Tensor:
-    """Compute the squared norms of rows ``(n, d)``; ``(n,)``."""
-    if rows.requires_grad:
-        return rows.square().sum(dim=1)  # the norm has no second derivative at 0
-    return torch.linalg.vector_norm(rows, dim=1).square_()
-
-
-class Tile(NamedTuple):
-    """A part of the kernel matrix: where it is, and what its distances are made of."""
-
-    rows: slice
-    columns: slice
-    inputs: Tensor  # centred, as the vectors
-    input_norms: Tensor  # squared, as those of the vectors
-    vectors: Tensor
-    vector_norms: Tensor
-
-    def unclamped_distances(self, room: Tensor) -> Tensor:
-        """Compute squared distances, which rounding may make negative, in a piece of memory."""
-        out = room.resize_(len(self.inputs), len(self.vectors))
-        torch.addmm(self.vector_norms, self.inputs, self.vectors.T, alpha=-2.0, out=out)
-        return out.add_(self.input_norms)
-
-
-def tile_slices(
-    inputs: Tensor, vectors: Tensor, block_elements: int, is_moved: bool
-) -> Iterator[tuple[slice, slice]]:
-    """Say where the kernel matrix is cut; the arguments are those of ``cut_tiles``.
-
-    Yields:
-        Rows and columns of each tile, left to right, then top to bottom.
-    """
-    n, m = len(inputs), len(vectors)
-    most_rows, most_columns = _CPU_TILE if inputs.device.type == "cpu" else (n, m)
-    if is_moved:  # nothing but kernel values has to stay in cache
-        most_columns = max(most_columns, _CPU_TILE_ELEMENTS // max(1, n))
-    width = max(1, min(m, most_columns, block_elements))
-    blocks = math.ceil(n / max(1, min(most_rows, block_elements // width)))
-    height = math.ceil(n / max(1, blocks))  # a last block of a few rows would be slow
-    for top in range(0, n, max(1, height)):
-        for left in range(0, m, width):
-            yield slice(top, min(top + height, n)), slice(left, min(left + width, m))
-
-
-def cut_tiles(
-    inputs: Tensor, vectors: Tensor, center: Tensor, block_elements: int, moved: Moved | None
-) -> Iterator[Tile]:
-    """Cut the kernel matrix.
-
-    Args:
-        inputs: Features, ``(n, d)``.
-        vectors: Support vectors, ``(m, d)``.
-        center: What both are measured from, ``(d,)``.
-        block_elements: Largest number of kernel values in a tile.
-        moved: The centred vectors, if they are at hand.
-
-    Yields:
-        Tiles, left to right, then top to bottom. Centred vectors that were not at hand share one
-        piece of memory: they last until the next tile is asked for.
-    """
-    room, above = vectors.new_empty(0), None
-    for rows, columns in tile_slices(inputs, vectors, block_elements, moved is not None):
-        if rows != above:
-            z, above = inputs[rows] - center, rows
-            z_norms = squared_norms(z).unsqueeze(1)
-        if moved is not None:
-            s, s_norms = (part[columns] for part in moved)
-        else:
-            part = vectors[columns]
-            s = torch.sub(part, center, out=room.resize_(part.shape))
-            s_norms = squared_norms(s)
-        yield Tile(rows, columns, z, z_norms, s, s_norms)
-
-
-def kernel_values(tile: Tile, rate: Tensor, room: Tensor) -> Tensor:
-    """Compute ``exp(rate * distances)`` of a tile, in a piece of memory; the rate is -gamma."""
-    return tile.unclamped_distances(room).clamp_min_(0.0).mul_(rate).exp_()
-
 
 BLOCK_ELEMENTS = 2**24
 """Largest number of kernel values held at once while scoring (64 MiB in float32)."""
 
-_FEW_ROWS = 512
-"""Rows up to which the centring of the vectors is worth keeping."""
+_CPU_TILE = (1024, 512)
+"""Most rows and columns of a tile on a CPU: it stays in cache from the exponents to the sum."""
+_CPU_TILE_ELEMENTS = 2**15
+"""Kernel values up to which a tile of few rows may have more columns."""
 _COLUMN_LAYOUT = (32, 64)
 """From so many rows, and up to so many classes, MKL is twice as fast by columns."""
 
@@ -164,7 +34,8 @@ def full_precision(device: torch.device) -> Iterator[None]:
     Args:
         device: Where the enclosed work runs.
     """
-    modules = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    mkldnn = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # torch does not type it
+    modules: tuple[Any, ...] = (torch.backends.cuda.matmul, mkldnn)
     if torch.compiler.is_compiling():
         modules = ()
     lowered = [(m, m.fp32_precision) for m in modules if m.fp32_precision not in ("ieee", "none")]
@@ -180,30 +51,35 @@ def full_precision(device: torch.device) -> Iterator[None]:
                 module.fp32_precision = precision
 
 
+def squared_norms(rows: Tensor) -> Tensor:
+    """Compute the squared norms of rows ``(n, d)``; ``(n,)``."""
+    if rows.requires_grad:
+        return rows.square().sum(dim=1)  # the norm has no second derivative at 0
+    return torch.linalg.vector_norm(rows, dim=1).square_()
+
+
 def squared_distances(inputs: Tensor, vectors: Tensor, center: Tensor) -> Tensor:
     """Compute all squared Euclidean distances by one matrix product.
-
-    Both sides are first moved by ``center``, the mean of the training features: that removes the
-    cancellation of large norms, and a row's distances depend on no other row of its batch.
 
     Args:
         inputs: Features, ``(n, d)``.
         vectors: Features to measure to, ``(m, d)``; may be ``inputs`` itself.
-        center: Mean of the training features, ``(d,)``.
+        center: Mean of the training features, ``(d,)``, from which both sides are measured.
 
     Returns:
         Squared distances, ``(n, m)``, at least 0. Without gradient the diagonal is exactly 0
         when ``vectors is inputs``.
     """
     with full_precision(inputs.device):
-        moved = inputs - center
+        z = inputs - center
         if vectors is inputs:
-            distances = _unclamped_distances(moved, moved).clamp_min_(0.0)
+            distances = _unclamped_distances(z, z).clamp_min_(0.0)
             return distances.fill_diagonal_(0.0) if not distances.requires_grad else distances
-        return _unclamped_distances(moved, vectors - center).clamp_min_(0.0)
+        return _unclamped_distances(z, vectors - center).clamp_min_(0.0)
 
 
 def _unclamped_distances(inputs: Tensor, vectors: Tensor) -> Tensor:
+    """Compute squared distances, which rounding may make negative."""
     products = torch.addmm(squared_norms(vectors), inputs, vectors.T, alpha=-2.0)
     return products.add_(squared_norms(inputs).unsqueeze(1))
 
@@ -213,10 +89,10 @@ def rbf_scores(
     vectors: Tensor,
     coefficients: Tensor,
     gamma: Tensor,
-    center: Tensor,
+    center: Tensor | None = None,
     *,
+    norms: Tensor | None = None,
     block_elements: int = BLOCK_ELEMENTS,
-    keep_centred: bool = False,
 ) -> Tensor:
     """Compute ``sum_j coefficients_j exp(-gamma ||inputs - vectors_j||^2)`` for all classes.
 
@@ -225,125 +101,191 @@ def rbf_scores(
     derivatives by all of inputs, vectors, coefficients and gamma are exact; only a gradient that
     is itself to be differentiated (``create_graph=True``) takes the kernel whole.
 
+    Under ``torch.compile`` it is ``compiled_rbf_scores``, under ``torch.export``
+    ``traced_rbf_scores``.
+
     Args:
         inputs: Features, ``(n, d)``.
         vectors: Support vectors, ``(m, d)``.
         coefficients: One column of dual coefficients per class, ``(m, c)``.
         gamma: Kernel width, a scalar tensor > 0.
-        center: Mean of the training features, ``(d,)``. It serves the rounding alone: the sums do
-            not depend on it, and its derivative is zero.
+        center: Mean of the training features, ``(d,)``; None if both sides are measured from it
+            already. It serves the rounding alone: the sums do not depend on it.
+        norms: Squared norms of the vectors less the center, ``(m,)``, if they are at hand.
         block_elements: Largest number of kernel values held at once.
-        keep_centred: Whether the centred vectors are kept for the next call, if there are so few
-            inputs that it pays.
 
     Returns:
         Sums without intercept, ``(n, c)``.
     """
-    tensors = (inputs, vectors, coefficients, gamma, center)
-    wanted = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    keep_kernel = wanted and len(inputs) * len(vectors) <= block_elements
-    moved = moved_vectors(inputs, vectors, center) if keep_centred else None
+    if center is not None:
+        inputs, vectors = inputs - center, vectors - center
+    if torch.compiler.is_exporting():
+        return traced_rbf_scores(inputs, vectors, coefficients, gamma)
+    if norms is None:
+        norms = squared_norms(vectors.detach())
+    if torch.compiler.is_compiling():
+        return compiled_rbf_scores(inputs, vectors, coefficients, gamma, norms)
+    tensors = (inputs, vectors, coefficients, gamma)
+    size = len(inputs) * len(vectors)
+    keep = size <= block_elements and _gradient_is_wanted(*tensors)
+    kernel = inputs.new_empty(size if keep else 0)
     with full_precision(inputs.device):
-        return _RBFScores.apply(*tensors, block_elements, keep_kernel, *(moved or (None, None)))
+        return _RBFScores.apply(*tensors, norms, kernel, block_elements)
 
 
-def moved_vectors(inputs: Tensor, vectors: Tensor, center: Tensor) -> Moved | None:
-    """Look up the centred vectors, where there are so few inputs that it pays to keep them."""
-    return centred(vectors, center) if len(inputs) <= _FEW_ROWS else None
+def traced_rbf_scores(
+    inputs: Tensor, vectors: Tensor, coefficients: Tensor, gamma: Tensor
+) -> Tensor:
+    """Compute what ``rbf_scores`` computes, in operations of PyTorch's own.
+
+    An exported program has to run without this package. The kernel is taken whole, ``(n, m)``: a
+    number of rows that is only known when the program runs cannot be cut into tiles.
+
+    Args:
+        inputs: Features less the center, ``(n, d)``.
+        vectors: Support vectors less the center, ``(m, d)``.
+        coefficients: ``(m, c)``.
+        gamma: Scalar tensor.
+
+    Returns:
+        Sums without intercept, ``(n, c)``.
+    """
+    norms = inputs.square().sum(dim=1, keepdim=True) + vectors.square().sum(dim=1)
+    distances = (norms - 2.0 * inputs @ vectors.T).clamp_min(0.0)
+    return (-gamma * distances).exp() @ coefficients
+
+
+def compiled_rbf_scores(
+    inputs: Tensor, vectors: Tensor, coefficients: Tensor, gamma: Tensor, norms: Tensor
+) -> Tensor:
+    """Compute what ``rbf_scores`` computes, as one operator of a program that is being compiled.
+
+    Args:
+        inputs: Features less the center, ``(n, d)``.
+        vectors: Support vectors less the center, ``(m, d)``.
+        coefficients: ``(m, c)``.
+        gamma: Scalar tensor.
+        norms: Squared norms of the vectors, ``(m,)``.
+
+    Returns:
+        Sums without intercept, ``(n, c)``, with derivatives of first order. Where they are wanted
+        the kernel is kept for them, whatever its size.
+    """
+    keep = _gradient_is_wanted(inputs, vectors, coefficients, gamma)
+    return scores_and_kernel(inputs, vectors, coefficients, gamma, norms, keep)[0]
+
+
+def _gradient_is_wanted(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
+def tiles(inputs: Tensor, vectors: Tensor, block_elements: int) -> Iterator[tuple[slice, slice]]:
+    """Cut the kernel matrix of inputs ``(n, d)`` and vectors ``(m, d)``.
+
+    Args:
+        inputs: Features.
+        vectors: Support vectors.
+        block_elements: Largest number of kernel values in a tile.
+
+    Yields:
+        Rows and columns of each tile, left to right, then top to bottom.
+    """
+    n, m = len(inputs), len(vectors)
+    most_rows, most_columns = _CPU_TILE if inputs.device.type == "cpu" else (n, m)
+    most_columns = max(most_columns, _CPU_TILE_ELEMENTS // max(1, n))
+    width = max(1, min(m, most_columns, block_elements))
+    blocks = math.ceil(n / max(1, min(most_rows, block_elements // width)))
+    height = math.ceil(n / max(1, blocks))  # a last block of a few rows would be slow
+    for top in range(0, n, max(1, height)):
+        for left in range(0, m, width):
+            yield slice(top, min(top + height, n)), slice(left, min(left + width, m))
+
+
+def _split_kernel(
+    kernel: Tensor, inputs: Tensor, vectors: Tensor, block_elements: int
+) -> Iterator[tuple[slice, slice, Tensor]]:
+    """Yield rows, columns and memory of each tile: its part of the kernel, or one for all."""
+    keep, buffer, start = kernel.numel() > 0, inputs.new_empty(0), 0
+    for rows, columns in tiles(inputs, vectors, block_elements):
+        height, width = rows.stop - rows.start, columns.stop - columns.start
+        if keep:
+            yield rows, columns, kernel[start : start + height * width].view(height, width)
+            start += height * width
+        else:
+            yield rows, columns, buffer.resize_(height, width)
+
+
+def _exponentials_(products: Tensor, input_norms: Tensor, gamma: Tensor) -> Tensor:
+    """Make kernel values of the vectors' norms less twice the products, in their memory."""
+    return products.add_(input_norms).clamp_min_(0.0).mul_(-gamma).exp_()
 
 
 def sum_kernels(
-    inputs: Tensor, coefficients: Tensor, rate: Tensor, tiles: Iterator[Tile], keep: bool
-) -> tuple[Tensor, list[Tensor]]:
-    """Sum kernel values times coefficients, without derivatives.
+    ctx: Any,  # noqa: ANN401 - that of autograd, which has no public type
+    inputs: Tensor,
+    vectors: Tensor,
+    coefficients: Tensor,
+    gamma: Tensor,
+    norms: Tensor,
+    kernel: Tensor,
+    block_elements: int,
+) -> Tensor:
+    """Sum kernel values times coefficients.
 
     Args:
-        inputs: Features, ``(n, d)``.
+        ctx: Where ``_RBFScores`` saves what its backward pass needs; None elsewhere.
+        inputs: Features less the center, ``(n, d)``.
+        vectors: Support vectors less the center, ``(m, d)``.
         coefficients: ``(m, c)``.
-        rate: -gamma.
-        tiles: Of ``inputs`` and the vectors.
-        keep: Whether the kernels are wanted.
+        gamma: Scalar tensor.
+        norms: Squared norms of the vectors, ``(m,)``.
+        kernel: Memory for all kernel values, tile after tile, ``(n * m,)``; ``(0,)`` if they are
+            not to be kept.
+        block_elements: Largest number of kernel values in a tile.
 
     Returns:
-        Sums, ``(n, c)``, and the kernel of each tile, if wanted.
+        Sums, ``(n, c)``.
     """
     n, c = len(inputs), coefficients.shape[1]
     scores = coefficients.new_zeros(n, c)
+    input_norms = squared_norms(inputs.detach()).unsqueeze(1)
     few_columns = n >= _COLUMN_LAYOUT[0] and c <= _COLUMN_LAYOUT[1]
     factors = coefficients.T.contiguous().T if few_columns else coefficients
-    kept, room = [], inputs.new_empty(0)
-    for tile in tiles:
-        kernel = kernel_values(tile, rate, inputs.new_empty(0) if keep else room)
-        scores[tile.rows].addmm_(kernel, factors[tile.columns])
-        if keep:
-            kept.append(kernel)
-    return scores, kept
+    for rows, columns, tile in _split_kernel(kernel, inputs, vectors, block_elements):
+        torch.addmm(norms[columns], inputs[rows], vectors[columns].T, alpha=-2.0, out=tile)
+        _exponentials_(tile, input_norms[rows], gamma)
+        scores[rows].addmm_(tile, factors[columns])
+    if ctx is not None:
+        ctx.block_elements = block_elements
+        ctx.save_for_backward(inputs, vectors, coefficients, gamma, norms, scores, kernel)
+    return scores
 
 
-class _RBFScores(torch.autograd.Function):
-    """``exp(-gamma D) A`` with D the squared distances; two matrix products each way."""
-
-    @staticmethod
-    def forward(
-        ctx: torch.autograd.function.FunctionCtx,
-        inputs: Tensor,
-        vectors: Tensor,
-        coefficients: Tensor,
-        gamma: Tensor,
-        center: Tensor,
-        block_elements: int,
-        keep_kernel: bool,
-        moved_vectors: Tensor | None,
-        norms: Tensor | None,
-    ) -> Tensor:
-        moved = None if moved_vectors is None else Moved(moved_vectors, norms)
-        tiles = cut_tiles(inputs, vectors, center, block_elements, moved)
-        scores, kept = sum_kernels(inputs, coefficients, -gamma, tiles, keep_kernel)
-        ctx.block_elements, ctx.is_moved = block_elements, moved is not None
-        saved = (inputs, vectors, coefficients, gamma, center, scores, *(moved or ()))
-        ctx.save_for_backward(*saved, *kept)
-        return scores
-
-    @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple:
-        inputs, vectors, coefficients, gamma, center, scores, *kept = ctx.saved_tensors
-        moved = Moved(kept.pop(0), kept.pop(0)) if ctx.is_moved else None
-        tensors, needed = (inputs, vectors, coefficients, gamma, center), ctx.needs_input_grad[:4]
-        with full_precision(grad.device):
-            if torch.is_grad_enabled():
-                found = _differentiable_gradients(grad, *tensors, needed)
-            else:
-                tiles = cut_tiles(inputs, vectors, center, ctx.block_elements, moved)
-                found = gradients(grad, *tensors, scores, kept, tiles, needed)
-        by_center = torch.zeros_like(center) if ctx.needs_input_grad[4] else None
-        return *found, by_center, None, None, None, None
-
-
-def gradients(
+def kernel_gradients(
     grad: Tensor,
     inputs: Tensor,
     vectors: Tensor,
     coefficients: Tensor,
     gamma: Tensor,
-    center: Tensor,
+    norms: Tensor,
     scores: Tensor,
-    kept: list[Tensor],
-    tiles: Iterator[Tile],
-    needed: tuple[bool, ...],
-) -> tuple[Tensor | None, ...]:
+    kernel: Tensor,
+    needed: Sequence[bool],
+    block_elements: int,
+) -> list[Tensor | None]:
     """Compute the gradients of the sums tile by tile.
 
     Args:
         grad: Of the sums, ``(n, c)``.
-        inputs: ``(n, d)``.
-        vectors: ``(m, d)``.
-        coefficients: ``(m, c)``.
-        gamma: Scalar tensor.
-        center: ``(d,)``.
-        scores: The sums, ``(n, c)``.
-        kept: The kernel of each tile, or nothing.
-        tiles: Of ``inputs`` and the vectors.
+        inputs: As the next four, those of ``sum_kernels``.
+        vectors: See there.
+        coefficients: See there.
+        gamma: See there.
+        norms: See there.
+        scores: The sums.
+        kernel: Their kernel values, or ``(0,)`` where they were not kept.
         needed: Which of inputs, vectors, coefficients and gamma have gradients.
+        block_elements: As in ``sum_kernels``.
 
     Returns:
         These gradients, None where not needed.
@@ -351,29 +293,51 @@ def gradients(
     With W = K * (G A'), the derivative by an input z is 2 gamma (sum_j W_j s_j - sum_j W_j z), and
     sum_j W_j is the product of its rows of G and of the scores K A.
     """
-    tensors = (inputs, vectors, coefficients, gamma)
-    by_inputs, by_vectors, by_coefficients, by_gamma = found = [
-        torch.zeros_like(t) if need else None for t, need in zip(tensors, needed, strict=True)
+    by_inputs, by_vectors, by_coefficients, by_gamma = gradients = [
+        torch.zeros_like(tensor) if need else None
+        for tensor, need in zip((inputs, vectors, coefficients, gamma), needed, strict=True)
     ]
-    rate, room, more_room = -gamma, inputs.new_empty(0), inputs.new_empty(0)
-    for number, tile in enumerate(tiles):
-        rows, columns, z, s = tile.rows, tile.columns, tile.inputs, tile.vectors
-        kernel = kept[number] if kept else kernel_values(tile, rate, room)
-        weights = more_room.resize_(kernel.shape)
-        torch.mm(grad[rows], coefficients[columns].T, out=weights).mul_(kernel)
-        if needed[0]:
+    input_norms = squared_norms(inputs.detach()).unsqueeze(1)
+    buffer = inputs.new_empty(0)
+    for rows, columns, tile in _split_kernel(kernel, inputs, vectors, block_elements):
+        z, s = inputs[rows], vectors[columns]
+        if not kernel.numel():
+            torch.addmm(norms[columns], z, s.T, alpha=-2.0, out=tile)
+            _exponentials_(tile, input_norms[rows], gamma)
+        weights = buffer.resize_(tile.shape)
+        torch.mm(grad[rows], coefficients[columns].T, out=weights).mul_(tile)
+        if by_inputs is not None:
             by_inputs[rows].addmm_(weights, s)
-        if needed[1]:
+        if by_vectors is not None:
             by_vectors[columns].addmm_(weights.T, z).sub_(weights.sum(dim=0).unsqueeze(1) * s)
-        if needed[2]:
-            by_coefficients[columns].addmm_(kernel.T, grad[rows])
-        if needed[3]:
-            by_gamma.sub_(weights.mul_(tile.unclamped_distances(inputs.new_empty(0))).sum())
-    if needed[0]:
-        by_inputs.sub_((grad * scores).sum(dim=1, keepdim=True) * (inputs - center)).mul_(2 * gamma)
-    if needed[1]:
+        if by_coefficients is not None:
+            by_coefficients[columns].addmm_(tile.T, grad[rows])
+        if by_gamma is not None:
+            distances = torch.addmm(norms[columns], z, s.T, alpha=-2.0).add_(input_norms[rows])
+            by_gamma.sub_(weights.mul_(distances).sum())
+    if by_inputs is not None:
+        by_inputs.sub_((grad * scores).sum(dim=1, keepdim=True) * inputs).mul_(2 * gamma)
+    if by_vectors is not None:
         by_vectors.mul_(2 * gamma)
-    return tuple(found)
+    return gradients
+
+
+class _RBFScores(torch.autograd.Function):
+    """``exp(-gamma D) A`` with D the squared distances; two matrix products each way."""
+
+    forward = staticmethod(sum_kernels)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401 - as above
+        needed = ctx.needs_input_grad[:4]
+        with full_precision(grad.device):
+            if torch.is_grad_enabled():
+                tensors = ctx.saved_tensors[:4]
+                gradients = _differentiable_gradients(grad, *tensors, needed=needed)
+            else:
+                options = {"needed": needed, "block_elements": ctx.block_elements}
+                gradients = kernel_gradients(grad, *ctx.saved_tensors, **options)
+        return *gradients, None, None, None
 
 
 def _differentiable_gradients(
@@ -382,9 +346,8 @@ def _differentiable_gradients(
     vectors: Tensor,
     coefficients: Tensor,
     gamma: Tensor,
-    center: Tensor,
-    needed: tuple[bool, ...],
-) -> tuple[Tensor | None, ...]:
+    needed: Sequence[bool],
+) -> list[Tensor | None]:
     """Compute the gradients by autograd, which can then differentiate them.
 
     Distances are not clamped: where rounding makes one negative, the clamp would take away its
@@ -392,35 +355,10 @@ def _differentiable_gradients(
     """
     # Views tell the arguments apart where one tensor was given twice.
     tensors = [t.view_as(t) for t in (inputs, vectors, coefficients, gamma)]
-    z, s = tensors[0] - center, tensors[1] - center
-    scores = (-tensors[3] * _unclamped_distances(z, s)).exp() @ tensors[2]
+    scores = (-tensors[3] * _unclamped_distances(*tensors[:2])).exp() @ tensors[2]
     chosen = [t for t, need in zip(tensors, needed, strict=True) if need]
-    found = iter(torch.autograd.grad(scores, chosen, grad, create_graph=True) if chosen else ())
-    return tuple(next(found) if need else None for need in needed)
-
-
-Context = torch.autograd.function.FunctionCtx
-
-
-def compiled_rbf_scores(
-    inputs: Tensor, vectors: Tensor, coefficients: Tensor, gamma: Tensor, center: Tensor
-) -> Tensor:
-    """Compute what ``rbf_scores`` computes, in a program that is being compiled.
-
-    Args:
-        inputs: Features, ``(n, d)``.
-        vectors: Support vectors, ``(m, d)``.
-        coefficients: One column of dual coefficients per class, ``(m, c)``.
-        gamma: Kernel width, a scalar tensor > 0.
-        center: Mean of the training features, ``(d,)``.
-
-    Returns:
-        Sums without intercept, ``(n, c)``, with derivatives of first order. Where they are wanted
-        the kernel is kept for them, whatever its size.
-    """
-    tensors = (inputs, vectors, coefficients, gamma, center)
-    wanted = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    return scores_and_kernel(*tensors, wanted)[0]
+    gradients = iter(torch.autograd.grad(scores, chosen, grad, create_graph=True) if chosen else ())
+    return [next(gradients) if need else None for need in needed]
 
 
 @torch.library.custom_op("torchdnr::rbf_scores", mutates_args=())
@@ -429,7 +367,7 @@ def scores_and_kernel(
     vectors: Tensor,
     coefficients: Tensor,
     gamma: Tensor,
-    center: Tensor,
+    norms: Tensor,
     keep_kernel: bool,
 ) -> tuple[Tensor, Tensor]:
     """Sum kernels times coefficients; the arguments are those of ``compiled_rbf_scores``.
@@ -438,12 +376,10 @@ def scores_and_kernel(
         Sums, ``(n, c)``, and all kernel values, tile after tile, ``(n * m,)``; ``(0,)`` if they
         are not to be kept.
     """
+    kernel = inputs.new_empty(len(inputs) * len(vectors) if keep_kernel else 0)
+    tensors = (inputs, vectors, coefficients, gamma, norms, kernel)
     with full_precision(inputs.device):
-        moved = moved_vectors(inputs, vectors, center)
-        tiles = cut_tiles(inputs, vectors, center, BLOCK_ELEMENTS, moved)
-        scores, kept = sum_kernels(inputs, coefficients, -gamma, tiles, keep_kernel)
-    flat = [kernel.flatten() for kernel in kept]
-    return scores, torch.cat(flat) if flat else inputs.new_empty(0)
+        return sum_kernels(None, *tensors, BLOCK_ELEMENTS), kernel
 
 
 @scores_and_kernel.register_fake
@@ -452,7 +388,7 @@ def _(
     vectors: Tensor,
     coefficients: Tensor,
     gamma: Tensor,
-    center: Tensor,
+    norms: Tensor,
     keep_kernel: bool,
 ) -> tuple[Tensor, Tensor]:
     n, m = inputs.shape[0], vectors.shape[0]
@@ -467,42 +403,16 @@ def rbf_gradients(
     vectors: Tensor,
     coefficients: Tensor,
     gamma: Tensor,
-    center: Tensor,
+    norms: Tensor,
     scores: Tensor,
     kernel: Tensor,
     needed: Sequence[bool],
 ) -> list[Tensor]:
-    """Compute the gradients of the sums from their own gradient.
-
-    Args:
-        grad: Of the sums, ``(n, c)``.
-        inputs: As the next four, those of ``compiled_rbf_scores``.
-        vectors: See there.
-        coefficients: See there.
-        gamma: See there.
-        center: See there.
-        scores: The sums.
-        kernel: Their kernel values, or ``(0,)`` where they were not kept.
-        needed: Which of inputs, vectors, coefficients and gamma have gradients.
-
-    Returns:
-        Four gradients; ``(0,)`` in the place of those not needed.
-    """
-    moved = moved_vectors(inputs, vectors, center)
-    kept = _kept_tiles(kernel, tile_slices(inputs, vectors, BLOCK_ELEMENTS, moved is not None))
+    """Compute what ``kernel_gradients`` computes, ``(0,)`` in the place of those not needed."""
+    tensors = (inputs, vectors, coefficients, gamma, norms, scores, kernel)
     with full_precision(inputs.device):
-        tiles = cut_tiles(inputs, vectors, center, BLOCK_ELEMENTS, moved)
-        tensors = (inputs, vectors, coefficients, gamma, center)
-        found = gradients(grad, *tensors, scores, kept, tiles, tuple(needed))
-    return [inputs.new_empty(0) if part is None else part for part in found]
-
-
-def _kept_tiles(kernel: Tensor, slices: Iterable[tuple[slice, slice]]) -> list[Tensor]:
-    if not kernel.numel():
-        return []
-    shapes = [(rows.stop - rows.start, columns.stop - columns.start) for rows, columns in slices]
-    parts = kernel.split([height * width for height, width in shapes])
-    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+        gradients = kernel_gradients(grad, *tensors, needed, BLOCK_ELEMENTS)
+    return [inputs.new_empty(0) if part is None else part for part in gradients]
 
 
 @rbf_gradients.register_fake
@@ -512,7 +422,7 @@ def _(
     vectors: Tensor,
     coefficients: Tensor,
     gamma: Tensor,
-    center: Tensor,
+    norms: Tensor,
     scores: Tensor,
     kernel: Tensor,
     needed: Sequence[bool],
@@ -524,39 +434,15 @@ def _(
     ]
 
 
-def _keep(ctx: Context, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:  # noqa: ANN401
     *tensors, _ = inputs
     ctx.save_for_backward(*tensors, *output)
 
 
-def _backward(ctx: Context, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
     needed = ctx.needs_input_grad[:4]
-    found = rbf_gradients(grad, *ctx.saved_tensors, needed)
-    return *(part if need else None for part, need in zip(found, needed, strict=True)), None, None
+    gradients = rbf_gradients(grad, *ctx.saved_tensors, needed)
+    return (*(g if need else None for g, need in zip(gradients, needed, strict=True)), None, None)
 
 
-scores_and_kernel.register_autograd(_backward, setup_context=_keep)
-
-
-def traced_rbf_scores(
-    inputs: Tensor, vectors: Tensor, coefficients: Tensor, gamma: Tensor, center: Tensor
-) -> Tensor:
-    """Compute what ``rbf_scores`` computes, in operations of PyTorch's own.
-
-    An exported program has to run without this package. The kernel is taken whole, ``(n, m)``: a
-    number of rows that is only known when the program runs cannot be cut into tiles.
-
-    Args:
-        inputs: Features, ``(n, d)``.
-        vectors: Support vectors, ``(m, d)``.
-        coefficients: One column of dual coefficients per class, ``(m, c)``.
-        gamma: Kernel width, a scalar tensor > 0.
-        center: Mean of the training features, ``(d,)``.
-
-    Returns:
-        Sums without intercept, ``(n, c)``.
-    """
-    z, s = inputs - center, vectors - center
-    norms = z.square().sum(dim=1, keepdim=True) + s.square().sum(dim=1)
-    distances = (norms - 2.0 * z @ s.T).clamp_min(0.0)
-    return (-gamma * distances).exp() @ coefficients
+scores_and_kernel.register_autograd(_backward, setup_context=_save)

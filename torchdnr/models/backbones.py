@@ -1,4 +1,4 @@
-"""Torchvision classifiers as networks on images in [0, 1], with the outputs that are wanted."""
+"""Torchvision classifiers as networks on images in [0, 1], with all their outputs or some."""
 
 import difflib
 import pickle
@@ -27,6 +27,8 @@ class SelectOutputs(nn.Module):
     Args:
         outputs: Their numbers, in the order of the classes.
     """
+
+    outputs: Tensor
 
     def __init__(self, outputs: Sequence[int]) -> None:
         super().__init__()
@@ -70,8 +72,8 @@ def build_backbone(
     return nn.Sequential(parts)
 
 
-def load_weights(backbone: nn.Sequential, name: str, weights: str | Path) -> None:
-    """Load published or own weights of the torchvision model in a backbone, in place.
+def load_weights(backbone: nn.Module, name: str, weights: str | Path) -> None:
+    """Load published weights, or those in a file, into the torchvision model of a backbone.
 
     Args:
         backbone: From ``build_backbone``.
@@ -87,23 +89,24 @@ def load_weights(backbone: nn.Sequential, name: str, weights: str | Path) -> Non
     """
     network = backbone.get_submodule(NETWORK)
     published = models.get_model_weights(name).__members__
-    found = _download(published[weights]) if weights in published else _read_state(Path(weights))
+    known = str(weights) in published
+    loaded = _download(published[str(weights)]) if known else _read_state(Path(weights))
     expected = network.state_dict()
     differ = [
         key
-        for key in expected | found
-        if getattr(expected.get(key), "shape", None) != getattr(found.get(key), "shape", None)
+        for key in {**expected, **loaded}
+        if getattr(expected.get(key), "shape", None) != getattr(loaded.get(key), "shape", None)
         # Counters of batch norms, which older files lack, decide nothing.
         and not key.endswith("num_batches_tracked")
     ]
     if differ:
-        both = [_shape_of(state.get(differ[0])) for state in (expected, found)]
+        both = [_shape_of(state.get(differ[0])) for state in (expected, loaded)]
         raise ValueError(
             f"{weights} does not fit this {type(network).__name__}: {len(differ)} tensors differ, "
             f"first {differ[0]!r}: expected {both[0]}, got {both[1]}; give the weights of this "
             "network, and the outputs to keep if they are for more classes"
         )
-    network.load_state_dict(found, strict=False)
+    network.load_state_dict(loaded, strict=False)
 
 
 def _normalise(published: models.WeightsEnum) -> Normalise:
@@ -148,19 +151,19 @@ def _read_state(path: Path) -> Mapping[str, Tensor]:
         if path.suffix == ".safetensors":
             return load_file(path)
         # A restricted reader: it makes tensors and plain containers, and calls nothing else.
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(
             f"{path} must be a state dict, as a .safetensors file or from torch.save, got another "
             f"or a damaged file ({reason})"
         ) from error
-    if not isinstance(found, Mapping) or not all(map(torch.is_tensor, found.values())):
+    if not isinstance(state, Mapping) or not all(map(torch.is_tensor, state.values())):
         raise ValueError(
-            f"{path} must be a state dict, names to tensors, got {type(found).__name__}; save "
+            f"{path} must be a state dict, names to tensors, got {type(state).__name__}; save "
             "net.state_dict()"
         )
-    return found
+    return state
 
 
 def _shape_of(tensor: Tensor | None) -> str:

@@ -139,6 +139,9 @@ class Normalise(nn.Module):
         std: As ``mean``, > 0.
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, mean: float | list[float], std: float | list[float]) -> None:
         super().__init__()
         for name, value in (("mean", mean), ("std", std)):

@@ -6,141 +6,21 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from torchdnr.files import CheckpointError, DamagedFileError, digest, load_tensors, save_tensors
-
-SHIFT = 4  # pixels
-
-
-def shift_and_mirror(images: Tensor) -> Tensor:
-    """Shift each image by up to 4 pixels in both directions; mirror it with probability 1/2.
-
-    Zeros come in at the borders. The random numbers are those of the CPU's global generator.
-
-    Args:
-        images: ``(n, channels, height, width)``.
-
-    Returns:
-        Changed images, like ``images``.
-
-    Source: the usual augmentation of CIFAR-10, as in He et al., "Deep residual learning for image
-    recognition", 2016, Sec. 4.2.
-    """
-    n, channels, height, width = images.shape
-    shifts = torch.randint(0, 2 * SHIFT + 1, (2, n, 1))
-    rows = torch.arange(height) + shifts[0]
-    columns = torch.arange(width) + shifts[1]
-    mirrored = torch.rand(n, 1) < 0.5
-    columns = torch.where(mirrored, columns.flip(1), columns)
-    rows, columns = rows.to(images.device), columns.to(images.device)
-    padded = nn.functional.pad(images, (SHIFT,) * 4)
-    each = torch.arange(n, device=images.device)[:, None, None, None]
-    channel = torch.arange(channels, device=images.device)[None, :, None, None]
-    return padded[each, channel, rows[:, None, :, None], columns[:, None, None, :]]
-
+from torchdnr.models.paper import Network
 
 SCHEDULES = "constant", "one-cycle"
 RISE = 0.3  # share of the steps over which "one-cycle" rises
-
-
-def relative_learning_rate(schedule: str, step: int, *, warmup: int, total: int) -> float:
-    """Compute the learning rate of a step, relative to the largest.
-
-    Args:
-        schedule: "constant": linear from 0 over ``warmup`` steps, then 1. "one-cycle": linear over
-            the first 30 % of the steps, then a cosine down to 0.
-        step: 1 for the first.
-        warmup: Steps of the warm-up, >= 0.
-        total: Steps of the whole training, >= 1.
-
-    Returns:
-        A factor in [0, 1].
-
-    Source: Smith, Topin, "Super-convergence: very fast training of neural networks using large
-    learning rates", 2018, for the cycle; its fall is a cosine here.
-    """
-    if schedule == "constant":
-        return min(1.0, step / max(1, warmup))
-    rise = max(1, round(RISE * total))
-    if step <= rise:
-        return step / rise
-    return (1 + math.cos(math.pi * (step - rise) / max(1, total - rise))) / 2
-
-
-KIND = "training checkpoint"
-
-
-def describe_run(
-    net: nn.Module, images: Tensor, labels: Tensor, settings: Mapping[str, Any], seed: int
-) -> dict[str, Any]:
-    """Describe all that decides the final weights; a checkpoint serves exactly this run."""
-    return {
-        "settings": dict(settings),
-        "seed": seed,
-        "data": digest({"images": images, "labels": labels}),
-        "starting weights": digest(net.state_dict()),
-    }
-
-
-def save_state(
-    net: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    checkpoint: Path,
-    run: dict[str, Any],
-    epochs_done: int,
-) -> None:
-    """Save weights and momentum after an epoch, with the run that they belong to."""
-    tensors = {f"net.{name}": tensor for name, tensor in net.state_dict().items()}
-    for name, parameter in net.named_parameters():
-        momentum = optimizer.state.get(parameter, {}).get("momentum_buffer")
-        if momentum is not None:  # none with momentum 0, nor for a frozen parameter
-            tensors[f"momentum.{name}"] = momentum
-    save_tensors(checkpoint, tensors, {"run": run, "epochs_done": epochs_done}, kind=KIND)
-
-
-def resume(
-    net: nn.Module, optimizer: torch.optim.Optimizer, checkpoint: Path, run: dict[str, Any]
-) -> int:
-    """Load weights and momentum in place; the epochs that they have behind them, 0 if none."""
-    try:
-        tensors, metadata = load_tensors(checkpoint, kind=KIND)
-    except FileNotFoundError:
-        return 0
-    except DamagedFileError as error:
-        aside = checkpoint.with_name(f"{checkpoint.name}.damaged")
-        checkpoint.replace(aside)
-        warnings.warn(f"training starts again; moved to {aside}: {error}", stacklevel=3)
-        return 0
-    differ = [name for name, value in run.items() if metadata["run"].get(name) != value]
-    if differ:
-        raise CheckpointError(
-            f"{checkpoint}: expected a checkpoint of this run, got one with other "
-            f"{', '.join(differ)}; repeat that run (seed before building the network), choose "
-            "another path, or delete the file"
-        )
-    net.load_state_dict(
-        {
-            name.removeprefix("net."): tensor
-            for name, tensor in tensors.items()
-            if name.startswith("net.")
-        }
-    )
-    for name, parameter in net.named_parameters():
-        if f"momentum.{name}" in tensors:
-            momentum = tensors[f"momentum.{name}"].to(parameter.device)
-            optimizer.state[parameter]["momentum_buffer"] = momentum
-    return metadata["epochs_done"]
-
-
+SHIFT = 4  # pixels
 # Runs with neighbouring seeds must not share the random numbers of neighbouring epochs.
 SEED_STRIDE = 1_000_003
-
-Network = TypeVar("Network", bound=nn.Module)
+KIND = "training checkpoint"
 
 
 @dataclass(frozen=True)
@@ -273,12 +153,12 @@ def _train_epoch(
     epoch: int,
     bar: tqdm,
 ) -> tuple[float, float]:
-    """Run one epoch; mean loss and accuracy of the batches as they were trained on."""
+    """Run one epoch; return mean loss and accuracy of the batches while they were trained on."""
     device = next(net.parameters()).device
     total_loss = torch.zeros((), device=device)
     correct = torch.zeros((), device=device, dtype=torch.int64)
     batches = torch.randperm(len(images)).split(settings.batch_size)
-    for index, chosen in enumerate(batches):
+    for index, rows in enumerate(batches):
         step = epoch * len(batches) + index + 1
         optimizer.param_groups[0]["lr"] = settings.lr * relative_learning_rate(
             settings.schedule,
@@ -286,20 +166,71 @@ def _train_epoch(
             warmup=settings.warmup_epochs * len(batches),
             total=settings.epochs * len(batches),
         )
-        inputs = images[chosen.to(images.device)].to(device)
+        inputs = images[rows.to(images.device)].to(device)
         if settings.augment:
             inputs = shift_and_mirror(inputs)
-        targets = labels[chosen.to(labels.device)].to(device)
+        targets = labels[rows.to(labels.device)].to(device)
         logits = net(inputs)
         loss = nn.functional.cross_entropy(logits, targets)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
         # Summed on the device: reading them here would make every step wait.
-        total_loss += loss.detach() * len(chosen)
+        total_loss += loss.detach() * len(rows)
         correct += (logits.argmax(1) == targets).sum()
         bar.update()
     return total_loss.item() / len(images), correct.item() / len(images)
+
+
+def relative_learning_rate(schedule: str, step: int, *, warmup: int, total: int) -> float:
+    """Compute the learning rate of a step, relative to the largest.
+
+    Args:
+        schedule: "constant": linear from 0 over ``warmup`` steps, then 1. "one-cycle": linear over
+            the first 30 % of the steps, then a cosine down to 0.
+        step: 1 for the first.
+        warmup: Steps of the warm-up, >= 0.
+        total: Steps of the whole training, >= 1.
+
+    Returns:
+        A factor in [0, 1].
+
+    Source: Smith, Topin, "Super-convergence: very fast training of neural networks using large
+    learning rates", 2018, for the cycle; its fall is a cosine here.
+    """
+    if schedule == "constant":
+        return min(1.0, step / max(1, warmup))
+    rise = max(1, round(RISE * total))
+    if step <= rise:
+        return step / rise
+    return (1 + math.cos(math.pi * (step - rise) / max(1, total - rise))) / 2
+
+
+def shift_and_mirror(images: Tensor) -> Tensor:
+    """Shift each image by up to 4 pixels in both directions; mirror it with probability 1/2.
+
+    Zeros come in at the borders. The random numbers are those of the CPU's global generator.
+
+    Args:
+        images: ``(n, channels, height, width)``.
+
+    Returns:
+        Changed images, like ``images``.
+
+    Source: the usual augmentation of CIFAR-10, as in He et al., "Deep residual learning for image
+    recognition", 2016, Sec. 4.2.
+    """
+    n, channels, height, width = images.shape
+    shifts = torch.randint(0, 2 * SHIFT + 1, (2, n, 1))
+    rows = torch.arange(height) + shifts[0]
+    columns = torch.arange(width) + shifts[1]
+    mirrored = torch.rand(n, 1) < 0.5
+    columns = torch.where(mirrored, columns.flip(1), columns)
+    rows, columns = rows.to(images.device), columns.to(images.device)
+    padded = nn.functional.pad(images, (SHIFT,) * 4)
+    each = torch.arange(n, device=images.device)[:, None, None, None]
+    channel = torch.arange(channels, device=images.device)[None, :, None, None]
+    return padded[each, channel, rows[:, None, :, None], columns[:, None, None, :]]
 
 
 def _check_data(images: Tensor, labels: Tensor) -> None:
@@ -325,3 +256,65 @@ def _random_numbers(seed: int, device: torch.device) -> Iterator[None]:
             with torch.cuda.device(device):
                 torch.cuda.manual_seed(seed)
         yield
+
+
+def describe_run(
+    net: nn.Module, images: Tensor, labels: Tensor, settings: Mapping[str, Any], seed: int
+) -> dict[str, Any]:
+    """Describe all that decides the final weights: a checkpoint is of use to no other run."""
+    return {
+        "settings": dict(settings),
+        "seed": seed,
+        "data": digest({"images": images, "labels": labels}),
+        "starting weights": digest(net.state_dict()),
+    }
+
+
+def save_state(
+    net: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    checkpoint: Path,
+    run: dict[str, Any],
+    epochs_done: int,
+) -> None:
+    """Save weights and momentum after an epoch, with the run that they belong to."""
+    tensors = {f"net.{name}": tensor for name, tensor in net.state_dict().items()}
+    for name, parameter in net.named_parameters():
+        momentum = optimizer.state.get(parameter, {}).get("momentum_buffer")
+        if momentum is not None:  # none with momentum 0, nor for a frozen parameter
+            tensors[f"momentum.{name}"] = momentum
+    save_tensors(checkpoint, tensors, {"run": run, "epochs_done": epochs_done}, kind=KIND)
+
+
+def resume(
+    net: nn.Module, optimizer: torch.optim.Optimizer, checkpoint: Path, run: dict[str, Any]
+) -> int:
+    """Load weights and momentum in place; return the number of epochs that are done."""
+    try:
+        tensors, metadata = load_tensors(checkpoint, kind=KIND)
+    except FileNotFoundError:
+        return 0
+    except DamagedFileError as error:
+        aside = checkpoint.with_name(f"{checkpoint.name}.damaged")
+        checkpoint.replace(aside)
+        warnings.warn(f"training starts again; moved to {aside}: {error}", stacklevel=3)
+        return 0
+    differ = [name for name, value in run.items() if metadata["run"].get(name) != value]
+    if differ:
+        raise CheckpointError(
+            f"{checkpoint}: expected a checkpoint of this run, got one with other "
+            f"{', '.join(differ)}; repeat that run (seed before building the network), choose "
+            "another path, or delete the file"
+        )
+    net.load_state_dict(
+        {
+            name.removeprefix("net."): tensor
+            for name, tensor in tensors.items()
+            if name.startswith("net.")
+        }
+    )
+    for name, parameter in net.named_parameters():
+        if f"momentum.{name}" in tensors:
+            momentum = tensors[f"momentum.{name}"].to(parameter.device)
+            optimizer.state[parameter]["momentum_buffer"] = momentum
+    return metadata["epochs_done"]

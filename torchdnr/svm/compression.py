@@ -8,11 +8,17 @@ intercept, prototypes p_i with coefficients beta_i minimise, over all classes,
 g the sum over the prototypes. The second term holds the scores away from the features, where
 attacks go: it bounds their difference everywhere (`score_bound`). Intercepts, center and kernel
 stay as they are, and so do the scores far from all data and what a margin of 1 means.
+
+The SVMs of a stack are compressed one after the other; then the prototypes of all move together,
+on the scores of the last one.
 """
 
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol, cast
 
 import torch
 from gpytorch.kernels import Kernel
@@ -23,6 +29,14 @@ from torchdnr.kernels.rbf import BLOCK_ELEMENTS
 from torchdnr.svm.checks import check_features
 from torchdnr.svm.rbf_svm import RBFSVM
 
+SMOOTHNESS = 1e-3
+"""Weight of the difference in the space of the kernel, against that at the features."""
+STEPS = 100
+"""Iterations of L-BFGS on the positions of the prototypes."""
+ANCHOR = 0.1
+"""Weight of what each SVM of a stack loses by itself, against what the final scores lose."""
+WARN_BELOW = 0.99
+"""Least R^2 of the final scores, and least share of labels kept, without a warning."""
 _RIDGE = 1e-10  # of the mean diagonal: two prototypes may come to lie on one another
 _NO_RESIDUAL = 1e-10  # of k(s, s): such a vector lies in the span of those chosen
 
@@ -40,7 +54,7 @@ class KernelSum:
     def of(cls, svm: "RBFSVM") -> "KernelSum":
         """Copy what an SVM scores with."""
         tensors = (svm.support_vectors, svm.dual_coef, svm.center)
-        kernel = deepcopy(svm.kernel).double().requires_grad_(False)
+        kernel = deepcopy(cast(Kernel, svm.kernel)).double().requires_grad_(False)
         return cls(kernel, *(tensor.detach().double() for tensor in tensors))
 
     @property
@@ -62,8 +76,8 @@ class KernelSum:
 
     def distance(self, vectors: Tensor, coefficients: Tensor) -> Tensor:
         """Compute half of ||g - f||^2 but for its constant part, g the sum over ``vectors``."""
-        own = self.scores(vectors, vectors, coefficients)
-        return (coefficients * (own / 2 - self(vectors))).sum()
+        scores = self.scores(vectors, vectors, coefficients)
+        return (coefficients * (scores / 2 - self(vectors))).sum()
 
 
 def greedy_choice(target: KernelSum, count: int) -> Tensor:
@@ -142,16 +156,11 @@ class ReducedSet:
         part.backward()
         total, n = part.detach(), len(self.features)
         for features, values in self._blocks():
-            found = self.target.scores(features.double(), prototypes, coefficients)
-            part = (found - values).square().sum() / (n * self.scale)
+            scores = self.target.scores(features.double(), prototypes, coefficients)
+            part = (scores - values).square().sum() / (n * self.scale)
             part.backward()
             total = total + part.detach()
         return total
-
-    @torch.enable_grad()
-    def descend(self, start: Tensor, steps: int) -> Tensor:
-        """Move prototypes to lessen the objective; return the best that were seen."""
-        return minimise([start], lambda tensors: self.loss(tensors[0]), steps)[0]
 
 
 @torch.enable_grad()
@@ -180,8 +189,12 @@ def minimise(
             tensor.grad = None
         value = loss(tensors)
         reached = value.item()  # stalls a GPU, as L-BFGS does for its line search anyway
-        if lowest == torch.inf:
-            _check_start(value, tensors)
+        parts = [value, *(tensor.grad for tensor in tensors if tensor.grad is not None)]
+        if lowest == torch.inf and not all(torch.isfinite(part).all() for part in parts):
+            raise ValueError(
+                "the scores have no finite gradient by the support vectors, so that prototypes "
+                "cannot be moved: use another kernel, or steps=0, which leaves them at their start"
+            )
         if reached < lowest:
             best, lowest = [tensor.detach().clone() for tensor in tensors], reached
         return value
@@ -196,21 +209,6 @@ def minimise(
             line_search_fn="strong_wolfe",
         ).step(closure)
     return best
-
-
-def _check_start(value: Tensor, tensors: Sequence[Tensor]) -> None:
-    if not all(torch.isfinite(t).all() for t in (value, *(tensor.grad for tensor in tensors))):
-        raise ValueError(
-            "the scores have no finite gradient by the support vectors, so that prototypes cannot "
-            "be moved: use another kernel, or steps=0, which leaves them where they start"
-        )
-
-
-SMOOTHNESS = 1e-3
-"""Weight of the difference in the space of the kernel, against that at the features."""
-
-STEPS = 100
-"""Iterations of L-BFGS on the positions of the prototypes."""
 
 
 @torch.no_grad()
@@ -257,11 +255,11 @@ def compress_svm(
     target = KernelSum.of(svm)
     if targets is None:
         blocks = features.split(target.block_rows)
-        targets = torch.cat([svm._decision_values(block) for block in blocks])
+        targets = torch.cat([svm(block, vote=False) for block in blocks])
     problem = ReducedSet(target, features, targets - svm.intercept, smoothness)
     start = target.vectors[greedy_choice(target, prototypes)]
-    found = problem.descend(start, steps)
-    return with_prototypes(svm, found, problem.coefficients(found))
+    (vectors,) = minimise([start], lambda tensors: problem.loss(tensors[0]), steps)
+    return with_prototypes(svm, vectors, problem.coefficients(vectors))
 
 
 def _check(
@@ -350,3 +348,229 @@ def score_bound(svm: RBFSVM, compressed: RBFSVM) -> Tensor:
     squares = (coefficients * one.scores(vectors, vectors, coefficients)).sum(dim=0)
     largest = one.kernel(probe[:1], probe[:1], diag=True)
     return shift + (squares.clamp_min(0.0) * largest).sqrt()
+
+
+def stack_scores(
+    svms: Mapping[str, Callable[[Tensor], Tensor]], features: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Score features by every SVM of a stack.
+
+    Args:
+        svms: By layer, and under another name the combiner, if there is one.
+        features: By layer, ``(n, d)``.
+
+    Returns:
+        Scores by SVM, ``(n, c)``, the final ones last.
+    """
+    scores = {name: svms[name](values) for name, values in features.items()}
+    for name in svms:
+        if name not in features:
+            scores[name] = svms[name](torch.cat(list(scores.values()), dim=1))
+    return scores
+
+
+class JointProblem:
+    """Least squares on the final scores, each SVM anchored at what it was to return by itself.
+
+    Attributes:
+        tensors: Prototypes and coefficients of the SVMs that move, to begin with.
+
+    Args:
+        svms: The stack to replace.
+        compressed: The stack to begin with.
+        features: By layer, ``(n, d)``.
+        wanted: Scores of ``svms`` by name.
+        names: The SVMs whose prototypes move.
+        smoothness: Weight of the difference in the space of the kernel.
+    """
+
+    def __init__(
+        self,
+        svms: Mapping[str, RBFSVM],
+        compressed: Mapping[str, RBFSVM],
+        features: Mapping[str, Tensor],
+        wanted: Mapping[str, Tensor],
+        names: Sequence[str],
+        smoothness: float,
+    ) -> None:
+        self.targets = {name: KernelSum.of(svm) for name, svm in svms.items()}
+        self.start = {name: KernelSum.of(svm) for name, svm in compressed.items()}
+        self.intercepts = {name: svm.intercept.double() for name, svm in svms.items()}
+        self.features, self.wanted, self.names = features, wanted, list(names)
+        starts = [self.start[name] for name in names]
+        self.tensors = [t for start in starts for t in (start.vectors, start.coefficients)]
+        self.smoothness = smoothness
+        self.final = list(svms)[-1]
+        spreads = {n: w.double().var(dim=0, correction=0).sum() for n, w in wanted.items()}
+        self.scale = {n: torch.where(spread > 0.0, spread, 1.0) for n, spread in spreads.items()}
+
+    def pairs(self, tensors: Sequence[Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+        """Return prototypes and coefficients of the SVMs that move, by name."""
+        return dict(zip(self.names, zip(tensors[::2], tensors[1::2], strict=True), strict=True))
+
+    def loss(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Evaluate the objective, and add its gradient to ``.grad`` of the tensors."""
+        moved, total = self.pairs(tensors), torch.zeros_like(self.scale[self.final])
+        for name, pair in moved.items():
+            part = 2 * self.smoothness * self.targets[name].distance(*pair) / self.scale[name]
+            (ANCHOR * part).backward()
+            total = total + ANCHOR * part.detach()
+        scorers = {
+            name: partial(self._score, name, moved.get(name, (fixed.vectors, fixed.coefficients)))
+            for name, fixed in self.start.items()
+        }
+        count = len(self.wanted[self.final])
+        rows = min(target.block_rows for target in self.targets.values())
+        for top in range(0, count, rows):
+            block = slice(top, top + rows)
+            inputs = {name: z[block].double() for name, z in self.features.items()}
+            part = torch.zeros_like(total)
+            for name, scores in stack_scores(scorers, inputs).items():
+                error = (scores - self.wanted[name][block]).square().sum() / self.scale[name]
+                part = part + (1.0 if name == self.final else ANCHOR) * error / count
+            part.backward()
+            total = total + part.detach()
+        return total
+
+    def _score(self, name: str, pair: tuple[Tensor, Tensor], inputs: Tensor) -> Tensor:
+        return self.targets[name].scores(inputs, *pair) + self.intercepts[name]
+
+
+class CompressionWarning(UserWarning):
+    """A compressed classifier scores visibly unlike the one it stands for."""
+
+
+@torch.no_grad()
+def compress_stack(
+    svms: Mapping[str, RBFSVM],
+    features: Mapping[str, Tensor],
+    sizes: Mapping[str, int],
+    *,
+    steps: int,
+    joint_steps: int,
+    smoothness: float,
+) -> dict[str, RBFSVM]:
+    """Compress the SVMs of a stack one after the other, then fine-tune them on the final scores.
+
+    The combiner learns to give the original scores on what the compressed SVMs return.
+
+    Args:
+        svms: By layer, and the combiner if there is one.
+        features: By layer, ``(n, d)``.
+        sizes: Prototypes by SVM; an SVM without stays as it is.
+        steps: Iterations of L-BFGS for each SVM.
+        joint_steps: Iterations of L-BFGS for all of them together.
+        smoothness: Weight of the difference in the space of the kernel.
+
+    Returns:
+        SVMs by the same names.
+    """
+    wanted = stack_scores(svms, features)
+    compressed: dict[str, RBFSVM] = {}
+    for name, svm in svms.items():
+        inputs = features.get(name)
+        if inputs is None:
+            inputs = torch.cat([compressed[layer](z) for layer, z in features.items()], dim=1)
+        if name not in sizes:
+            compressed[name] = deepcopy(svm)
+            continue
+        targets = wanted[name]
+        compressed[name] = compress_svm(
+            svm, inputs, sizes[name], targets=targets, steps=steps, smoothness=smoothness
+        )
+    if len(svms) > len(features):
+        problem = JointProblem(svms, compressed, features, wanted, list(sizes), smoothness)
+        pairs = problem.pairs(minimise(problem.tensors, problem.loss, joint_steps))
+        compressed |= {name: with_prototypes(compressed[name], *pairs[name]) for name in pairs}
+    return compressed
+
+
+@torch.no_grad()
+def stack_losses(
+    svms: Mapping[str, RBFSVM],
+    compressed: Mapping[str, RBFSVM],
+    features: Mapping[str, Tensor],
+) -> dict[str, dict[str, Any]]:
+    """Measure what a compressed stack has lost, SVM by SVM.
+
+    Each SVM is measured in its stack: the combiner on what the SVMs before it return, so that the
+    last entry is about the final scores.
+
+    Args:
+        svms: The original ones.
+        compressed: Those in their place.
+        features: By layer, ``(n, d)``.
+
+    Returns:
+        By SVM, as JSON values: ``support_vectors`` and ``prototypes`` in their place; ``r2`` of the
+        scores and their ``largest_difference``; ``label_agreement``, the share of inputs whose
+        largest score is that of the same class; ``score_bound``: no features whatever, given to
+        both of this SVM alone, let their scores differ more.
+    """
+    before, after = stack_scores(svms, features), stack_scores(compressed, features)
+    losses = {}
+    for name, scores in before.items():
+        wanted, given = scores.double(), after[name].double()
+        spread = (wanted - wanted.mean(dim=0)).square().sum().clamp_min(1e-300)
+        losses[name] = {
+            "support_vectors": len(svms[name].support_vectors),
+            "prototypes": len(compressed[name].support_vectors),
+            "r2": (1 - (given - wanted).square().sum() / spread).item(),
+            "largest_difference": (given - wanted).abs().max().item(),
+            "label_agreement": (wanted.argmax(1) == given.argmax(1)).double().mean().item(),
+            "score_bound": score_bound(svms[name], compressed[name]).max().item(),
+        }
+    return losses
+
+
+def warn_of_losses(losses: Mapping[str, Mapping[str, Any]]) -> None:
+    """Warn if the final scores lost more than a little.
+
+    Args:
+        losses: From ``stack_losses``.
+    """
+    name, final = list(losses.items())[-1]
+    if min(final["r2"], final["label_agreement"]) < WARN_BELOW:
+        warnings.warn(
+            f"the compressed scores of {name!r} keep {final['label_agreement']:.1%} of the labels "
+            f"and R^2 {final['r2']:.3f}: use more prototypes, or attack it before you trust it",
+            CompressionWarning,
+            stacklevel=4,
+        )
+
+
+class _Compressed(Protocol):
+    """A classifier whose ``selection`` has an entry ``compression`` for each of its SVMs."""
+
+    @property
+    def selection(self) -> dict[str, dict[str, Any]]: ...
+
+
+def compression_report(model: _Compressed) -> str:
+    """Format what a compressed classifier has lost on the images it was compressed with.
+
+    Args:
+        model: What ``compress`` returned, also after ``load``.
+
+    Returns:
+        A table with a row per SVM, each measured in its stack; the last row is the final scores.
+
+    Raises:
+        ValueError: If the classifier is not a compressed one.
+    """
+    entries: dict[str, Any] = {
+        name: chosen.get("compression") for name, chosen in model.selection.items()
+    }
+    if not entries or None in entries.values():
+        raise ValueError("this classifier is not compressed: call compress(images, ...) first")
+    lines = [
+        f"{'SVM':<16} {'vectors':>15} {'R^2':>8} {'largest difference':>19} "
+        f"{'anywhere at most':>17} {'same label':>11}"
+    ]
+    for name, entry in entries.items():
+        vectors = f"{entry['support_vectors']} -> {entry['prototypes']}"
+        lines.append(
+            f"{name:<16} {vectors:>15} {entry['r2']:>8.4f} {entry['largest_difference']:>19.3g} "
+            f"{entry['score_bound']:>17.3g} {entry['label_agreement']:>11.1%}"
+        )
+    return "\n".join(lines)

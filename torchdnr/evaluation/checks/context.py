@@ -110,7 +110,7 @@ class Context(Task):
         reject: bool = False,
         **options: Any,  # noqa: ANN401 - options of any attack
     ) -> Tensor:
-        """Attack some samples at the one eps.
+        """Attack given samples at the eps of the comparison.
 
         Args:
             attack: Function of ``torchdnr.attacks``.
@@ -164,7 +164,7 @@ def choose_eps(curve: SecurityCurve, eps: float | None) -> int:
 
 
 def evades_at(context: Context, points: Tensor, rows: Tensor) -> Tensor:
-    """Tell which points of some samples, projected into ball and box, evade; bool ``(s,)``."""
+    """Tell which points of given samples evade, projected into ball and box; bool ``(s,)``."""
     inside = project(points, context.inputs[rows], context.eps, context.norm, context.bounds)
     output = outputs(context.model, inside, context.batch_size)
     return is_evasion(predict_labels(output, context.reject), context.labels[rows])

@@ -1,22 +1,23 @@
 """Every point that an attack shows to the model while it attacks one sample."""
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from torchdnr.attacks.objectives import decision_objective
+from torchdnr.attacks.view import ModelView
 from torchdnr.decisions import evades, split_scores
 from torchdnr.evaluation.checks.context import Context
 from torchdnr.evaluation.line_up import Attack
 
 
-class Recorder(nn.Module):
-    """A model that records margin, norm and success of all points it is shown.
+class Recorder:
+    """Records margin, norm and success of all points that a model is shown, in a ``ModelView``.
 
-    An attack may be any function, but all that it learns of the model goes through here: a point in
-    the ball that evades was within its reach, whatever it returned.
+    An attack may be any function: all it knows of the model went through here, so that a point in
+    the ball that evades was within its reach, whatever the attack itself made of it.
 
     Args:
         context: What is checked.
@@ -24,29 +25,15 @@ class Recorder(nn.Module):
     """
 
     def __init__(self, context: Context, row: int) -> None:
-        super().__init__()
-        self.model = context.model
-        self.reject_index = getattr(context.model, "reject_index", None)
-        self.training = False
         self._context = context
         self._center = context.inputs[row : row + 1]
         self._label = context.labels[row : row + 1]
         self._seen: list[tuple[Tensor, Tensor, Tensor]] = []
 
-    def forward(self, inputs: Tensor) -> Tensor:
-        """Return the output of the model."""
-        output = self.model(inputs)
+    def __call__(self, inputs: Tensor, output: Tensor) -> Tensor:
+        """Record the points of one forward; return the output."""
         self._seen.append(self._measure(inputs.detach(), output.detach()))
         return output
-
-    def __getattr__(self, name: str) -> Any:  # noqa: ANN401 - whatever the model has
-        """Look up in the model what this wrapper does not have, such as smoothed views of it."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "model":
-                raise
-            return getattr(self.model, name)
 
     def _measure(self, points: Tensor, output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         low, high = self._context.bounds
@@ -89,14 +76,15 @@ NEARER = 0.01
 
 def record(context: Context, attack: Attack, row: int) -> Recorded:
     """Attack one sample alone, from the clean input, and grade all points that were evaluated."""
-    model = Recorder(context, row)
+    recorder = Recorder(context, row)
+    model = ModelView(context.model, recorder)
     inputs, labels = context.inputs[row : row + 1], context.labels[row : row + 1]
     eps = math.inf if attack.minimum_norm else context.eps
     points = attack.run(model, inputs, labels, eps, inputs)
-    margin, norm, success = model.seen()
+    margin, norm, success = recorder.seen()
     with torch.no_grad():
         model(points)
-    _, (returned,), (succeeded,) = (part[len(margin) :] for part in model.seen())
+    _, (returned,), (succeeded,) = (part[len(margin) :] for part in recorder.seen())
     if attack.minimum_norm:
         values = norm.masked_fill(~success, math.inf)
         succeeded = succeeded & returned.isfinite()

@@ -127,7 +127,7 @@ def _wrap(text: str, first: str, others: str) -> list[str]:
 
 
 def broken_off(entries: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Return the checks that an error ended: they say nothing, which must be seen."""
+    """Return the checks that an error ended: their silence must not pass for success."""
     return [
         entry for entry in entries if entry["status"] == "skipped" and "errors" in entry["counts"]
     ]

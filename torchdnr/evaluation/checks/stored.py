@@ -1,4 +1,4 @@
-"""Do the stored points lie in ball and box, do as is claimed, and no less at a larger eps?"""
+"""Are the stored points in ball and box, decided as stored, and no weaker at a larger eps?"""
 
 import torch
 from torch import Tensor
@@ -42,7 +42,7 @@ def _recovered(curve: Predictions) -> int:
 
 
 def check_stored_points(context: Context) -> Finding:
-    """Measure the stored points again and ask the model again, in the batch size of the evaluation.
+    """Measure the stored points and evaluate the model on them again, in the same batch size.
 
     Norms in float64 may exceed eps by the rounding of float32, points must lie in the box, and
     decisions must be the stored ones; a decision that only rounding can have turned warns.

@@ -100,6 +100,7 @@ def save_html(
     figures: Mapping[str, str | Path],
     title: str,
     command: str,
+    tables: Mapping[str, Sequence[Sequence[Any]]] | None = None,
 ) -> None:
     """Write the report, atomically: an earlier one stays until the new one is complete.
 
@@ -113,6 +114,8 @@ def save_html(
         figures: Caption to a PNG file, embedded in this order.
         title: Heading of the page.
         command: How to reproduce it.
+        tables: Title to the rows of a further table, the first its header; a cell is text or the
+            ``to_dict()`` of a share.
 
     Raises:
         OSError: If the file cannot be written, or a figure cannot be read.
@@ -127,6 +130,7 @@ def save_html(
         _section("Each attack alone", _attacks(curves), "attacks"),
         _section("Clean images", _classifiers(settings.get("classifiers", {})), "clean"),
         _section("Detection", _detection(measures), "detection"),
+        *(_section(heading, _rates(rows)) for heading, rows in (tables or {}).items()),
         _section("All checks", _all_checks(checks)),
         _section("What the attacks cost", _costs(curves)),
         _section("Environment", _pairs(settings.get("environment", {}))),
@@ -293,6 +297,14 @@ def _detection(measures: Mapping[str, Mapping[str, Any]]) -> str:
     header = ["", "AUROC", "FPR95, %", "detected, %", "false rejections, %"]
     header += ["robust error, %", "robust error at 99 % TPR, %"]
     return _table(header, rows) if rows else ""
+
+
+def _rates(rows: Sequence[Sequence[Any]]) -> str:
+    header, *body = [
+        [_estimate(cell) if isinstance(cell, Mapping) else _escape(cell) for cell in row]
+        for row in rows
+    ]
+    return _table(header, body)
 
 
 def _all_checks(checks: Checks) -> str:

@@ -64,13 +64,13 @@ def plot_threshold_sweep(
             x = [rate.value for rate in sweep.false_rejection_rate]
             label = "false rejection rate (clean inputs)"
         _draw_sweep(axes, x, sweep, sizes)
-        if not over_threshold:
-            axes.set_xlim(0, None)
         axes.set_xlabel(label, fontsize=11)
         _style(axes)
         if marked is not None:
             axes.axvline(marked, color="0.3", linestyle="-.", linewidth=1.2, zorder=2.5)
         axes.set_title(name, fontsize=12, pad=8)
+    if not over_threshold:
+        grid[0, 0].set_xlim(0, None)  # of all panels, so after the last is drawn
     grid[0, 0].set_ylabel("accuracy under attack", fontsize=11)
     again = any(sweep.reattacked_accuracy is not None for sweep in sweeps.values())
     handles = _sweep_handles(sizes, again)

@@ -1,4 +1,4 @@
-"""The results of classifiers side by side: as rows, as a table to read, as JSON and CSV files."""
+"""The results of classifiers side by side: rows, a table to read, JSON and CSV files."""
 
 import csv
 import io
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from torchdnr.evaluation.curve import Predictions, SecurityCurve
-from torchdnr.evaluation.metrics import to_plain
+from torchdnr.evaluation.metrics import DecisionRates, to_plain
 from torchdnr.files import atomic_write_bytes, read_json, write_json
 
 WORST_CASE = "worst case"
@@ -44,10 +44,10 @@ def attack_rates(
     """
     rows: list[dict[str, Any]] = []
     for name, curve in curves.items():
-        lines: list[tuple[str | None, Predictions]] = [*curve.attacks.items(), (None, curve)]
-        for attack, alone in lines:
+        for attack, alone in _lines(curve):
+            of_attack = None if alone is curve else attack
             for eps, rates in zip(alone.eps, alone.estimates(confidence), strict=True):
-                row = {"classifier": name, "attack": attack, "eps": eps}
+                row = {"classifier": name, "attack": of_attack, "eps": eps}
                 rows.append(row | to_plain(rates))
     return rows
 
@@ -112,17 +112,62 @@ def format_table(curves: Mapping[str, SecurityCurve]) -> str:
         ),
     ]
     lines.append("-" * len(lines[-1]))
+    rates = {
+        (name, attack): dict(zip(alone.eps, alone.estimates(), strict=True))
+        for name, curve in curves.items()
+        for attack, alone in _lines(curve)
+    }
     for eps in sorted({value for curve in curves.values() for value in curve.eps}):
         for name, curve in curves.items():
             if eps in curve.eps:
                 cells = [
-                    _format_cell(curve.attacks.get(attack), curve, eps, width)
-                    for attack, width in columns[:-1]
+                    _cell(rates.get((name, attack), {}).get(eps), curve.rejects, width)
+                    for attack, width in columns
                 ]
-                cells.append(_format_cell(curve, curve, eps, columns[-1][1]))
                 lines.append(" | ".join([f"{eps:>6g}  {name:<{first}}", *cells]))
         lines.append("")
     return "\n".join([*(line.rstrip() for line in lines), EXPLANATION, "", *_remarks(curves)])
+
+
+def _lines(curve: SecurityCurve) -> list[tuple[str, Predictions]]:
+    """List each attack alone, then the worst case."""
+    return [*curve.attacks.items(), (WORST_CASE, curve)]
+
+
+def _cell(rates: DecisionRates | None, rejects: bool, width: int) -> str:
+    if rates is None:
+        return f"{'-':>{width}}"
+    reject = f"{100 * rates.rejection.value:.1f}" if rejects else "-"
+    return f"{f'{100 * rates.accuracy.value:8.1f}  {reject:>6}':>{width}}"
+
+
+def _remarks(curves: Mapping[str, SecurityCurve]) -> list[str]:
+    """List sample counts, evasion norms, and what makes the numbers doubtful."""
+    lines = []
+    for name, curve in curves.items():
+        median = curve.median_evasion_norm
+        evasion = f"{median:.3g}" if math.isfinite(median) else "not reached"
+        half = max((high - low) / 2 for low, high in curve.accuracy_interval)
+        lines.append(
+            f"{name}: {len(curve.labels)} samples, accuracy +- {100 * half:.1f} at most (95 %), "
+            f"median evasion norm {evasion}, {curve.seconds:.0f} s of attacks."
+        )
+        if curve.eps[-1] > 0 and curve.accuracy[-1] > 0:
+            left = f"{100 * curve.accuracy[-1]:.1f} % is left at eps = {curve.eps[-1]:g}"
+            lines.append(
+                f"  Note: {left}. Every defence has to fail at some eps: "
+                "try a larger one, or stronger attacks."
+            )
+        if missing := curve.settings.get("left_out"):
+            names = ", ".join(missing)
+            lines.append(f"  Note: left out, as the model lacks what they need: {names}.")
+        for attack, alone in curve.attacks.items():
+            if sum(alone.violations):
+                lines.append(
+                    f"  WARNING: {attack} left the ball or the box {sum(alone.violations)} times; "
+                    "these points were projected back."
+                )
+    return lines
 
 
 def save_results(
@@ -159,45 +204,6 @@ def load_results(path: str | Path) -> tuple[dict[str, SecurityCurve], dict[str, 
     return {name: SecurityCurve.from_dict(curve) for name, curve in curves}, content["settings"]
 
 
-def _format_cell(
-    predictions: Predictions | None, curve: SecurityCurve, eps: float, width: int
-) -> str:
-    if predictions is None:
-        return f"{'-':>{width}}"
-    index = curve.eps.index(eps)
-    reject = f"{100 * predictions.rejection_rate[index]:.1f}" if curve.rejects else "-"
-    return f"{f'{100 * predictions.accuracy[index]:8.1f}  {reject:>6}':>{width}}"
-
-
-def _remarks(curves: Mapping[str, SecurityCurve]) -> list[str]:
-    """List sample counts, evasion norms, and what makes the numbers doubtful."""
-    lines = []
-    for name, curve in curves.items():
-        median = curve.median_evasion_norm
-        evasion = f"{median:.3g}" if math.isfinite(median) else "not reached"
-        half = max((high - low) / 2 for low, high in curve.accuracy_interval)
-        lines.append(
-            f"{name}: {len(curve.labels)} samples, accuracy +- {100 * half:.1f} at most (95 %), "
-            f"median evasion norm {evasion}, {curve.seconds:.0f} s of attacks."
-        )
-        if curve.eps[-1] > 0 and curve.accuracy[-1] > 0:
-            left = f"{100 * curve.accuracy[-1]:.1f} % is left at eps = {curve.eps[-1]:g}"
-            lines.append(
-                f"  Note: {left}. Every defence has to fail at some eps: "
-                "try a larger one, or stronger attacks."
-            )
-        if missing := curve.settings.get("left_out"):
-            names = ", ".join(missing)
-            lines.append(f"  Note: left out, as the model lacks what they need: {names}.")
-        for attack, alone in curve.attacks.items():
-            if sum(alone.violations):
-                lines.append(
-                    f"  WARNING: {attack} left the ball or the box {sum(alone.violations)} times; "
-                    "these points were projected back."
-                )
-    return lines
-
-
 def save_csv(path: str | Path, curves: Mapping[str, SecurityCurve]) -> None:
     """Write a row per classifier, attack and eps, and for the worst case over the attacks.
 
@@ -215,7 +221,7 @@ def save_csv(path: str | Path, curves: Mapping[str, SecurityCurve]) -> None:
     writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
     writer.writeheader()
     for name, curve in curves.items():
-        for attack, alone in {**curve.attacks, WORST_CASE: curve}.items():
+        for attack, alone in _lines(curve):
             writer.writerows(_rows(name, attack, alone, curve))
     atomic_write_bytes(path, text.getvalue().encode())
 

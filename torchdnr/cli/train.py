@@ -1,0 +1,42 @@
+"""Train the paper's network, then fit DNR and NR on it."""
+
+import argparse
+from collections.abc import Sequence
+
+from torchdnr.cli.classifiers import make_classifiers, summarise
+from torchdnr.cli.console import Console, command
+from torchdnr.cli.options import train_parser
+from torchdnr.cli.run_folder import find_device, prepare
+from torchdnr.distributed.processes import joined
+
+
+def train(options: argparse.Namespace, console: Console) -> None:
+    """Make what the run folder lacks, and report how it does on clean images."""
+    console.stages = 3
+    with joined(find_device(options.device)) as processes:
+        console.join(processes.rank, processes.count)
+        with processes.first_alone():  # it downloads and writes what the others then read
+            job = prepare(options, console, processes)
+        classifiers = make_classifiers(job, console, processes)
+        if processes.first:
+            console.say(summarise(job, classifiers).text)
+            console.say(
+                f"network, DNR and NR: {job.folder}/; next: python attack.py --run {job.folder}"
+            )
+        processes.wait()  # none leaves while the first one may still fail
+
+
+def main(argv: Sequence[str] | None = None, prog: str = "train.py") -> int:
+    """Run the command line.
+
+    Args:
+        argv: Arguments; None: those of the process.
+        prog: Name of the command in the help.
+
+    Returns:
+        Exit code: 0 done, 2 error, 130 stopped by Ctrl-C.
+    """
+    options = train_parser(prog).parse_args(argv)
+    with command(options.quiet) as console:
+        train(options, console)
+    return console.status
