@@ -36,8 +36,7 @@ from torchdnr.evaluation.environment import describe_environment
 from torchdnr.evaluation.line_up import build_line_up
 from torchdnr.evaluation.metrics import accuracy_under_attack, rejection_rate
 from torchdnr.files import write_json
-from torchdnr.svm.compression import SMOOTHNESS, STEPS
-from torchdnr.svm.stack import CompressionWarning, stack_scores
+from torchdnr.svm.compression import SMOOTHNESS, STEPS, CompressionWarning, stack_scores
 
 EPS = (0.0, 1.0, 1.5, 2.0)
 FACTORS = {"DNR": (5, 10, 20, 50, 100), "NR": (10,)}
