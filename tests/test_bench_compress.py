@@ -17,7 +17,7 @@ EPS = (0.0, 2.0)
 def job():
     fit, calibration, test = digits()
     parts = {"svm": fit, "threshold": calibration, "test": test}
-    settings = {"seed": 0, "rejection_rate": 0.1, "dataset": "digits"}
+    settings = SimpleNamespace(seed=0, rejection_rate=0.1, dataset="digits")
     return SimpleNamespace(images=parts.__getitem__, settings=settings)
 
 
@@ -48,7 +48,7 @@ def test_the_benchmark_measures_what_the_models_do(job, fitted):  # noqa: F811
     )
     record = {
         "environment": {"processor": "toy", "threads": 1, "torch": torch.__version__},
-        "run": job.settings,
+        "run": vars(job.settings),
         "settings": {"samples": 4},
         "models": found,
     }

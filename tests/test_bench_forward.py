@@ -59,10 +59,6 @@ def test_every_network_can_be_built(name):
 @pytest.mark.skipif(
     not any(map(shutil.which, ("g++", "clang++", "cl"))), reason="inductor needs a C++ compiler"
 )
-@pytest.mark.skipif(
-    torch.backends.cpu.get_cpu_capability() == "DEFAULT",
-    reason="inductor writes vector code that does not compile where there are no vectors",
-)
 def test_a_small_case_is_measured_whole():
     case = forward.Case("MNISTNet", size=28)
     found = json.loads(json.dumps(forward.measure(case, 50, 2, batches=(2,))))

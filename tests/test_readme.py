@@ -24,6 +24,7 @@ def test_it_is_read_in_one_sitting():
     assert len(README.splitlines()) <= 250
 
 
+@pytest.mark.slow
 def test_the_example_of_a_run_runs(examples, tmp_path, monkeypatch):
     code = examples["run"]
     for given, small in [
@@ -70,6 +71,7 @@ def test_the_example_of_layers_runs(examples, tmp_path, monkeypatch):
     torch.testing.assert_close(found["scores"], model.scores(images), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_example_of_a_detector_runs(examples):
     images = torch.rand(12, 5)
     weight = torch.randn(5, 3)

@@ -17,7 +17,6 @@ stratified sample of it. About ten minutes on one core.
 """
 
 import argparse
-import json
 import statistics
 import time
 import warnings
@@ -36,7 +35,7 @@ from torchdnr.evaluation import SecurityCurve, security_evaluation
 from torchdnr.evaluation.environment import describe_environment
 from torchdnr.evaluation.line_up import build_line_up
 from torchdnr.evaluation.metrics import accuracy_under_attack, rejection_rate
-from torchdnr.files import atomic_write_bytes, plain_json
+from torchdnr.files import write_json
 from torchdnr.svm.compression import SMOOTHNESS, STEPS, CompressionWarning, stack_scores
 
 EPS = (0.0, 1.0, 1.5, 2.0)
@@ -245,8 +244,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             model, job, classifiers["DNN"], options.samples, originals.get(kind)
         )
         originals.setdefault(kind, curve)
-        text = json.dumps(plain_json(record), indent=1, allow_nan=False) + "\n"
-        atomic_write_bytes(path, text.encode())
+        write_json(path, record)
         print(name, found[name]["test_accuracy"], curve.accuracy, flush=True)
 
 

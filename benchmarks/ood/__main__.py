@@ -16,7 +16,6 @@ core.
 """
 
 import argparse
-import json
 from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -36,7 +35,7 @@ from benchmarks.ood.images import (
 from benchmarks.ood.report import plot_severities
 from torchdnr.evaluation import Estimate, auroc, auroc_difference, fpr_at_tpr, share
 from torchdnr.evaluation.environment import describe_environment
-from torchdnr.files import atomic_write_bytes, plain_json
+from torchdnr.files import write_json
 
 DIGITS = "mnist-5k", "mnist"
 TPR = 0.95
@@ -180,8 +179,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "sets": measure_all(detectors.scores, images, labels, sets),
     }
     path = options.output or RESULTS / f"ood-{job.device.type}.json"
-    text = json.dumps(plain_json(record), indent=1, allow_nan=False) + "\n"
-    atomic_write_bytes(path, text.encode())
+    write_json(path, record)
     plot_severities(record["sets"], path.with_name(f"{path.stem}-severity.png"))
 
 

@@ -1,20 +1,18 @@
 """A small network trained on real digits, DNR on it, and how its decisions are read."""
 
-import importlib
 from collections import OrderedDict
-from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from benchmarks.attacks.peers import peer_attacks
 from torchdnr import DNR
 from torchdnr.attacks import evades
 from torchdnr.attacks.starts import nearest_other_class
 from torchdnr.data import load_dataset, split
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 TESTED = 16
 
 
@@ -83,6 +81,5 @@ def victim():
 
 
 @pytest.fixture
-def peer_attacks(monkeypatch):
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    return importlib.import_module("benchmarks.attacks.peer_attacks").peers(steps=40, queries=200)
+def peers():
+    return peer_attacks(steps=40, queries=200)

@@ -1,22 +1,18 @@
-import importlib
-
 import pytest
 import torch
+
+from benchmarks.attacks import peers as bench
+from torchdnr.files import read_json
 
 pytest.importorskip("torchattacks", reason="needs torchattacks: pip install -e '.[peers]'")
 
 
-@pytest.fixture
-def bench(peer_attacks):
-    return importlib.import_module("benchmarks.attacks.peers")
-
-
-def problem(bench, victim, ours):
+def problem(victim, ours):
     starts = victim.far_starts()
     return bench.Problem(victim.model, True, victim.inputs, victim.labels, starts, ours)
 
 
-def test_counts_what_a_peer_evades_and_ours_does_not(bench, peer_attacks, victim):
+def test_counts_what_a_peer_evades_and_ours_does_not(peers, victim):
     ours = {
         1.0: torch.arange(16) == 0,
         2.0: torch.arange(16) < 2,
@@ -25,22 +21,22 @@ def test_counts_what_a_peer_evades_and_ours_does_not(bench, peer_attacks, victim
         "1": {"rows": [0, 1, 5], "evading": [False, True, False], "norm": [1.0, 0.9, 1.0]},
         "2": {"rows": [0, 5], "evading": [True, True], "norm": [1.9, 2.0]},
     }
-    made = problem(bench, victim, ours)
-    table = bench.compare(made, peer_attacks["torchattacks PGDL2"], runs)
+    made = problem(victim, ours)
+    table = bench.compare(made, peers["torchattacks PGDL2"], runs)
     assert table == {
         "1": {"peer": 1, "ours": 1, "peer_only": [1]},
         "2": {"peer": 3, "ours": 2, "peer_only": [5]},
     }
     once = {"2": {"rows": [0, 3, 5], "evading": [True, True, False], "norm": [0.5, 1.5, 0.1]}}
-    table = bench.compare(made, peer_attacks["foolbox FMN"], once)
+    table = bench.compare(made, peers["foolbox FMN"], once)
     assert table["1"] == {"peer": 1, "ours": 1, "peer_only": []}
     assert table["2"] == {"peer": 2, "ours": 2, "peer_only": [3]}
 
 
-def test_measures_the_missing_cases_only(bench, peer_attacks, victim, tmp_path, monkeypatch):
+def test_measures_the_missing_cases_only(peers, victim, tmp_path):
     ours = {size: torch.zeros(16, dtype=torch.bool) for size in (1.0, 2.0)}
-    made = problem(bench, victim, ours)
-    chosen = {"torchattacks PGDL2": peer_attacks["torchattacks PGDL2"]}
+    made = problem(victim, ours)
+    chosen = {"torchattacks PGDL2": peers["torchattacks PGDL2"]}
     record = {"run": {"survivors": False}, "peers": {}}
     bench.measure(made, chosen, record, tmp_path / "peers.json")
     entry = record["peers"]["torchattacks PGDL2"]
@@ -55,7 +51,6 @@ def test_measures_the_missing_cases_only(bench, peer_attacks, victim, tmp_path, 
     def no_run(*_):
         raise AssertionError("measured again")
 
-    monkeypatch.setattr(bench, "run_peer", no_run)
-    again = bench.read_json(tmp_path / "peers.json")
-    bench.measure(made, chosen, again, tmp_path / "peers.json")
+    again = read_json(tmp_path / "peers.json")
+    bench.measure(made, chosen, again, tmp_path / "peers.json", run=no_run)
     assert again["peers"]["torchattacks PGDL2"]["runs"] == entry["runs"]

@@ -1,6 +1,3 @@
-import importlib
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -8,23 +5,23 @@ from scipy.spatial.distance import cdist
 from sklearn.metrics import roc_auc_score
 from small_models import LAYERS, fitted, make_images, options, small_network
 
+from benchmarks.ood.__main__ import measure_all
+from benchmarks.ood.images import Unknown
 from torchdnr import DNR, NR, REJECT
 
 pytest.importorskip("pytorch_ood", reason="needs pytorch-ood: pip install -e '.[peers]'")
 
-ROOT = Path(__file__).parents[2]
+from benchmarks.ood.detectors import fit_detectors
 
 
 @pytest.fixture
-def toy(monkeypatch):
+def toy():
     """Fit all detectors on images of three classes that their brightness tells apart."""
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
     images = make_images(90)
     net = small_network().eval()
     dnr = fitted(DNR(net, LAYERS, **options(*LAYERS, "combiner", gamma=1.0)), images)
     nr = fitted(NR(net, LAYERS[-1], **options(LAYERS[-1], gamma=1.0)), images)
-    module = importlib.import_module("benchmarks.ood.detectors")
-    detectors = module.fit_detectors(net, dnr, nr, images, torch.arange(90) % 3, neighbours=4)
+    detectors = fit_detectors(net, dnr, nr, images, torch.arange(90) % 3, neighbours=4)
     return images, detectors
 
 
@@ -68,12 +65,10 @@ def half_squared_distance(z, known, labels):
 
 def test_from_images_to_numbers(toy):
     _, detectors = toy
-    measures = importlib.import_module("benchmarks.ood.measures")
-    Unknown = importlib.import_module("benchmarks.ood.images").Unknown
     clean, unknown = make_images(60), (torch.rand(40, 1, 8, 8) > 0.5).float()
     labels = torch.arange(60) % 3
     sets = [Unknown("black and white points", "noise", unknown)]
-    first, entry = measures.measure_all(detectors.scores, clean, labels, sets)
+    first, entry = measure_all(detectors.scores, clean, labels, sets)
     right = (detectors.net(clean).argmax(dim=1) == labels).double().mean().item()
     assert first["accuracy"][0] == pytest.approx(right, abs=1e-5)
     negatives, positives = detectors.scores(clean)[0], detectors.scores(unknown)[0]
