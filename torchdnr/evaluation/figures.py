@@ -1,8 +1,10 @@
 """Figures: security evaluation curves and adversarial examples."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from matplotlib.artist import Artist
@@ -13,8 +15,11 @@ from torch import Tensor
 
 from torchdnr.decisions import REJECT
 from torchdnr.evaluation.line_up import LINE_SEARCH_PGD
-from torchdnr.evaluation.metrics import DecisionRates
+from torchdnr.evaluation.metrics import Estimate
 from torchdnr.files import atomic_path
+
+if TYPE_CHECKING:  # a curve can draw itself
+    from torchdnr.evaluation.curve import Predictions, SecurityCurve
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart; markers for print in grey
 COLOURS = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"
@@ -22,28 +27,8 @@ MARKERS = "osD^vP*"
 WIDE = 20  # ratio of the largest to the smallest eps above which the axis is logarithmic
 
 
-class Line(Protocol):
-    """What is drawn as one line: the rates of ``Predictions``."""
-
-    eps: list[float]
-
-    def estimates(self) -> list[DecisionRates]:
-        """Measure every rate, with its confidence interval, at each eps."""
-
-
-class Curve(Line, Protocol):
-    """What is drawn of a ``SecurityCurve``."""
-
-    norm: float
-    rejects: bool
-
-    @property
-    def attacks(self) -> Mapping[str, Line]:
-        """Each attack alone, by name."""
-
-
 def plot_curves(
-    curves: Mapping[str, Curve | Sequence[Curve]],
+    curves: Mapping[str, SecurityCurve | Sequence[SecurityCurve]],
     path: str | Path,
     *,
     attack: str = LINE_SEARCH_PGD,
@@ -78,7 +63,7 @@ def plot_curves(
         for name, group in runs.items()
         if all(attack in run.attacks for run in group)
     }
-    columns: dict[str, Mapping[str, Sequence[Line]]] = {"Worst case over all attacks": runs}
+    columns: dict[str, Mapping[str, Sequence[Predictions]]] = {"Worst case over all attacks": runs}
     if alone:
         columns[f"{attack[0].upper()}{attack[1:]} alone"] = alone
     rejecting = [name for name, group in runs.items() if group[0].rejects]
@@ -93,7 +78,8 @@ def plot_curves(
         for axes, rate in zip(axes_column, rows, strict=True):
             for index, name in enumerate(runs):
                 if name in lines and (rate == "accuracy" or name in rejecting):
-                    _draw_line(axes, lines[name], rate, index, name)
+                    averaged = _averaged(lines[name], rate)
+                    draw_estimates(axes, lines[name][0].eps, averaged, index, name)
             _style(axes)
         label = rf"perturbation size $\epsilon$ ({_norm_name(norm)})"
         axes_column[-1].set_xlabel(label, fontsize=11)
@@ -182,47 +168,40 @@ def plot_examples(
     _save(figure, path)
 
 
-def _draw_line(axes: Axes, runs: Sequence[Line], rate: str, index: int, name: str) -> None:
+def _averaged(runs: Sequence[Predictions], rate: str) -> list[Estimate]:
+    """Return a rate of one run at each eps, or mean and standard deviation over repeated runs."""
     estimates = [[getattr(rates, rate) for rates in run.estimates()] for run in runs]
-    values = torch.tensor([[e.value for e in run] for run in estimates], dtype=torch.float64)
-    middle = values.mean(dim=0)
     if len(runs) == 1:
-        low, high = torch.tensor([(e.low, e.high) for e in estimates[0]], dtype=torch.float64).T
-    else:
-        deviation = values.std(dim=0)
-        low, high = (middle - deviation).clamp(0, 1), (middle + deviation).clamp(0, 1)
-    draw_line(axes, runs[0].eps, middle.tolist(), (low.tolist(), high.tolist()), index, name)
+        return estimates[0]
+    values = torch.tensor([[e.value for e in run] for run in estimates], dtype=torch.float64)
+    mean, deviation = values.mean(dim=0), values.std(dim=0)
+    ends = (mean - deviation).clamp(0, 1), (mean + deviation).clamp(0, 1)
+    columns = (column.tolist() for column in (mean, *ends))
+    return [Estimate(*values, len(runs)) for values in zip(*columns, strict=True)]
 
 
-def draw_line(
+def draw_estimates(
     axes: Axes,
     x: Sequence[float],
-    y: Sequence[float],
-    band: tuple[Sequence[float], Sequence[float]] | None,
+    estimates: Sequence[Estimate],
     index: int | None,
     label: str = "",
     *,
+    band: bool = True,
     linestyle: str = "-",
     hollow: bool = False,
 ) -> None:
-    """Draw a line with markers, and its band if there is one.
+    """Draw values as a line with markers, and their intervals as a band.
 
-    Args:
-        axes: Where to draw.
-        x: Positions.
-        y: Values.
-        band: Lower and upper ends of the intervals.
-        index: Number of its colour and marker; None: black, without markers.
-        label: Its name in the legend.
-        linestyle: As in matplotlib.
-        hollow: Whether the markers are hollow.
+    ``index`` numbers the colour and the marker; None: black, without markers.
     """
     colour = "black" if index is None else COLOURS[index % len(COLOURS)]
-    if band is not None:
-        axes.fill_between(x, *band, color=colour, alpha=0.15, linewidth=0)
+    if band:
+        low, high = [e.low for e in estimates], [e.high for e in estimates]
+        axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
     axes.plot(
         x,
-        y,
+        [e.value for e in estimates],
         color=colour,
         linestyle=linestyle,
         marker="" if index is None else MARKERS[index % len(MARKERS)],

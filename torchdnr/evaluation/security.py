@@ -13,17 +13,16 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from torchdnr.attacks.checks import check_inputs, check_like
+from torchdnr.attacks.checks import check_count, check_inputs, check_pool
 from torchdnr.attacks.objectives import decision_objective
 from torchdnr.attacks.projections import project
 from torchdnr.attacks.target import Target, check_classes
-from torchdnr.decisions import check_images, evaluation_mode, has_reject_column, is_evasion
+from torchdnr.decisions import evaluation_mode, has_reject_column, is_evasion
 from torchdnr.distributed.processes import ALONE, Processes
 from torchdnr.evaluation.checkpoint import Checkpoint, attack_paths, behaviour, fingerprint
 from torchdnr.evaluation.curve import PER_EPS, AttackCurve, SecurityCurve
 from torchdnr.evaluation.environment import describe_environment
 from torchdnr.evaluation.judging import (
-    Count,
     CountedModel,
     Judged,
     Task,
@@ -132,7 +131,7 @@ def security_evaluations(
         ``SecurityCurve`` by name: worst case and each attack alone.
 
     Raises:
-        ValueError: If an argument is not as settings_of, or a model or an attack returns NaN.
+        ValueError: If an argument is not as described, or a model or an attack returns NaN.
         OSError: If a checkpoint cannot be written.
         PeerError: If another of the processes has ended.
 
@@ -141,10 +140,8 @@ def security_evaluations(
     eps = _checked_eps(eps)
     check_inputs(inputs, labels, norm, bounds)
     if init_inputs is not None:
-        check_images("init_inputs", init_inputs, bounds)
-        check_like("init_inputs", init_inputs, inputs)
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be >= 1, got {batch_size}")
+        check_pool(init_inputs, None, inputs, bounds)
+    check_count("batch_size", batch_size, 1)
     jobs: list[_Job] = []
     settings_of: dict[str, dict[str, Any]] = {}
     with ExitStack() as stack:
@@ -187,7 +184,7 @@ def security_evaluations(
                 depends = {**known, "attack": attack.settings, **attack.fingerprint}
                 depends |= {} if attack.minimum_norm else {"eps": eps}  # each goes on from the last
                 steps = Checkpoint(path, depends, output)
-                jobs.append(_Job(name, key, attack, task, counted.count, clean, steps))
+                jobs.append(_Job(name, key, attack, task, counted, clean, steps))
         results: dict[int, _Result] = {}
         mine = [number for number in range(len(jobs)) if processes.mine(number)]
         with tqdm(total=len(eps) * len(mine), unit="step", disable=not progress) as bar:
@@ -210,25 +207,15 @@ def security_evaluations(
 
 @dataclass(frozen=True, eq=False)
 class _Job:
-    """One attack on one classifier.
+    """One attack on one classifier."""
 
-    Attributes:
-        classifier: Name of the classifier.
-        name: Name of the attack.
-        attack: The attack.
-        task: What is attacked.
-        count: Input rows that its model has seen.
-        clean: The inputs themselves, judged.
-        steps: Points and costs of the steps that are done.
-    """
-
-    classifier: str
-    name: str
+    classifier: str  # its name
+    name: str  # of the attack
     attack: Attack
     task: Task
-    count: Count
-    clean: Judged
-    steps: Checkpoint
+    model: CountedModel  # that of the task
+    clean: Judged  # the inputs themselves
+    steps: Checkpoint  # points and costs of the steps that are done
 
 
 class _Result(NamedTuple):
@@ -313,7 +300,7 @@ def _spent(job: _Job) -> dict[str, float]:
     """Return the time, and the input rows that the model has seen so far."""
     if job.task.inputs.device.type == "cuda":
         torch.cuda.synchronize(job.task.inputs.device)  # kernels run on after their call
-    rows = {"forwards": job.count.forwards, "backwards": job.count.backwards}
+    rows = {"forwards": job.model.forwards, "backwards": job.model.backwards}
     return {"seconds": time.perf_counter(), **rows}
 
 

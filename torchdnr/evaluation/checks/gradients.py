@@ -107,9 +107,6 @@ def check_true_gradient(context: Context) -> Finding:
     Predicted changes that drown in rounding are left out. Warns from a tenth of the points on,
     fails from half of them on.
 
-    Raises:
-        CannotRun: If three quarters of the predicted changes drown in rounding.
-
     Source: the definition of the derivative; Athalye et al., "Obfuscated gradients give a false
     sense of security", ICML 2018, on gradients that are replaced.
     """

@@ -16,8 +16,7 @@ from torchdnr.evaluation.judging import outputs
 def _unbounded(context: Context) -> tuple[int, int, int]:
     """Run the line-up, and PGD from the input alone, with no bound but the box.
 
-    Returns:
-        Samples, how many the line-up evades, how many PGD from the input alone evades.
+    Returns samples, how many the line-up evades, and how many PGD from the input alone evades.
     """
     if "unbounded" not in context.cache:
         rows = context.first

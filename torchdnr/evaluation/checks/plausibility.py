@@ -24,9 +24,6 @@ def check_half_eps(context: Context) -> Finding:
     attacked at eps / 2. Warns if the lower end of the 95 % interval is above the reference by more
     than ``FAR_ABOVE`` at any eps. It never fails: to be better than all before proves no error.
 
-    Raises:
-        CannotRun: If there is neither a reference nor a surrogate.
-
     Source: Tramer, "Detecting adversarial examples is (nearly) as hard as classifying them",
     ICML 2022.
     """

@@ -14,14 +14,10 @@ from torchdnr.evaluation.line_up import Attack
 
 
 class Recorder:
-    """What a ``ModelView`` is shown: margin, norm and success of all points.
+    """What a ``ModelView`` is shown: margin, norm and success of all points, for one sample.
 
     An attack may be any function, but all that it learns of the model goes through here: a point in
     the ball that evades was within its reach, whatever it returned.
-
-    Args:
-        context: What is checked.
-        row: The attacked sample.
     """
 
     def __init__(self, context: Context, row: int) -> None:
@@ -51,19 +47,12 @@ class Recorder:
 
 
 class Recorded(NamedTuple):
-    """One attack on one sample.
+    """One attack on one sample."""
 
-    Attributes:
-        succeeded: Whether what it returned evades within eps; of a minimum-norm attack, at all.
-        silent: Whether it saw a success that it did not return: within eps, or nearer.
-        falling: Whether its best value still fell at the end.
-        stuck: Whether its best value never fell.
-    """
-
-    succeeded: bool
-    silent: bool
-    falling: bool
-    stuck: bool
+    succeeded: bool  # what it returned evades within eps; of a minimum-norm attack, at all
+    silent: bool  # it saw a success that it did not return: within eps, or nearer
+    falling: bool  # its best value still fell at the end
+    stuck: bool  # its best value never fell
 
 
 LAST = 0.1

@@ -49,12 +49,7 @@ class Check:
 
 
 class CannotRun(Exception):
-    """Raised by a check that does not apply.
-
-    Args:
-        reason: Why.
-        advice: What it would need.
-    """
+    """Raised by a check that does not apply, with the reason and what it would need."""
 
     def __init__(self, reason: str, advice: str = "") -> None:
         super().__init__(reason)
@@ -92,11 +87,7 @@ class CheckReport:
         return [check.name for check in self.checks if check.status == status]
 
     def __getitem__(self, name: str) -> Check:
-        """Return the check of this name.
-
-        Raises:
-            KeyError: If there is none.
-        """
+        """Return the check of this name."""
         for check in self.checks:
             if check.name == name:
                 return check

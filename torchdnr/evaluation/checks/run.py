@@ -7,16 +7,11 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from torchdnr.attacks.checks import check_count, check_inputs, check_like
+from torchdnr.attacks.checks import check_count, check_inputs, check_pool
 from torchdnr.attacks.objectives import decision_objective
 from torchdnr.attacks.starts import assigned_classes
 from torchdnr.attacks.target import Target, check_classes
-from torchdnr.decisions import (
-    check_images,
-    evaluation_mode,
-    has_reject_column,
-    predict_labels,
-)
+from torchdnr.decisions import evaluation_mode, has_reject_column, predict_labels
 from torchdnr.evaluation.checks import (
     gradients,
     limits,
@@ -207,8 +202,7 @@ def _check_arguments(
 ) -> None:
     check_inputs(inputs, labels, norm, bounds)
     if init_inputs is not None:
-        check_images("init_inputs", init_inputs, bounds)
-        check_like("init_inputs", init_inputs, inputs)
+        check_pool(init_inputs, None, inputs, bounds)
     if norm != curve.norm:
         raise ValueError(f"norm must be that of the curve, {curve.norm:g}, got {norm:g}")
     if curve.labels.shape != labels.shape or (curve.labels != labels.cpu()).any():

@@ -47,9 +47,6 @@ def check_stored_points(context: Context) -> Finding:
     Norms in float64 may exceed eps by the rounding of float32, points must lie in the box, and
     decisions must be the stored ones; a decision that only rounding can have turned warns.
 
-    Raises:
-        CannotRun: If the points are not stored.
-
     Source: Carlini et al., "On evaluating adversarial robustness"; the evaluation of the
     self-study tutorials of the same authors measures the norms again.
     """

@@ -85,9 +85,6 @@ def check_transfer(context: Context) -> Finding:
 
     Points made on the surrogate, and points on the line to them.
 
-    Raises:
-        CannotRun: If there is no surrogate.
-
     Source: Carlini et al., "On evaluating adversarial robustness"; Pintor et al., "Indicators of
     attack failure" (transfer failure).
     """
@@ -110,9 +107,6 @@ def check_transfer(context: Context) -> Finding:
 
 def check_unaware(context: Context) -> Finding:
     """Attack the class scores alone, as if there were no rejection.
-
-    Raises:
-        CannotRun: If the model does not reject.
 
     Source: Carlini and Wagner, "Adversarial examples are not easily detected", 2017; Sotgiu et al.,
     Sec. IV.
@@ -139,9 +133,6 @@ def check_components(context: Context) -> Finding:
     It fails, or warns, if points against a part evade the whole where the evaluation did not; and
     it warns if the gradient of a part vanishes for more than a tenth of the samples: the whole
     hides behind that part.
-
-    Raises:
-        CannotRun: If the model is not made of ``base_svms`` on ``layers`` of a ``net``.
 
     Source: Carlini et al., "On evaluating adversarial robustness" (ablation study).
     """

@@ -17,9 +17,8 @@ from torchdnr.evaluation.figures import (
     _norm_name,
     _save,
     _style,
-    draw_line,
+    draw_estimates,
 )
-from torchdnr.evaluation.metrics import Estimate
 from torchdnr.evaluation.stratified import StratifiedCurve
 from torchdnr.evaluation.threshold_sweep import ThresholdSweep
 
@@ -153,7 +152,7 @@ def plot_stratified(curves: Mapping[str, StratifiedCurve], path: str | Path) -> 
     figure = Figure(figsize=(6.2, 4.6), layout="constrained")
     axes = figure.subplots()
     for index, (name, curve) in enumerate(curves.items()):
-        _draw_estimates(axes, curve.alphas, curve.robustness, index, name)
+        draw_estimates(axes, curve.alphas, curve.robustness, index, name)
     _style(axes)
     axes.set_xlim(0, 1)
     axes.set_xlabel(r"$\alpha$: to reject within $\alpha\,\epsilon$ is an error", fontsize=11)
@@ -171,28 +170,12 @@ def _draw_sweep(
     axes: Axes, x: Sequence[float], sweep: ThresholdSweep, sizes: Sequence[float]
 ) -> None:
     again = sweep.reattacked_accuracy
-    _draw_estimates(axes, x, sweep.clean_accuracy, None, linestyle=":", band=False)
+    draw_estimates(axes, x, sweep.clean_accuracy, None, linestyle=":", band=False)
     for row, eps in enumerate(sweep.eps):
         index, fixed = sizes.index(eps), sweep.accuracy[row]
-        _draw_estimates(axes, x, fixed, index, band=again is None, hollow=again is not None)
+        draw_estimates(axes, x, fixed, index, band=again is None, hollow=again is not None)
         if again is not None:
-            _draw_estimates(axes, x, again[row], index, linestyle="--")
-
-
-def _draw_estimates(
-    axes: Axes,
-    x: Sequence[float],
-    estimates: Sequence[Estimate],
-    index: int | None,
-    label: str = "",
-    *,
-    band: bool = True,
-    linestyle: str = "-",
-    hollow: bool = False,
-) -> None:
-    ends = ([e.low for e in estimates], [e.high for e in estimates]) if band else None
-    values = [estimate.value for estimate in estimates]
-    draw_line(axes, x, values, ends, index, label, linestyle=linestyle, hollow=hollow)
+            draw_estimates(axes, x, again[row], index, linestyle="--")
 
 
 def _sweep_handles(sizes: Sequence[float], again: bool) -> list[Line2D]:

@@ -227,17 +227,14 @@ def save_csv(path: str | Path, curves: Mapping[str, SecurityCurve]) -> None:
 
 
 def _rows(
-    name: str, attack: str, alone: Predictions, curve: SecurityCurve
+    classifier: str, attack: str, alone: Predictions, curve: SecurityCurve
 ) -> Iterator[dict[str, Any]]:
     attacks = curve.attacks.values() if alone is curve else [curve.attacks[attack]]
     for index, (eps, rates) in enumerate(zip(alone.eps, alone.estimates(), strict=True)):
-        row = {"classifier": name, "attack": attack, "norm": f"{curve.norm:g}", "eps": eps}
+        row = {"classifier": classifier, "attack": attack, "norm": f"{curve.norm:g}", "eps": eps}
         row |= {"samples": len(alone.labels), "mean_norm": alone.mean_norm[index]}
-        columns = {
-            ("accuracy", "accuracy"): rates.accuracy,
-            ("rejection_rate", "rejection"): rates.rejection,
-            ("evasion_rate", "evasion"): rates.evasion,
-        }
-        for (column, ends), rate in columns.items():
-            row |= {column: rate.value, f"{ends}_low": rate.low, f"{ends}_high": rate.high}
+        for name in ("accuracy", "rejection", "evasion"):
+            rate = getattr(rates, name)
+            column = name if name == "accuracy" else f"{name}_rate"
+            row |= {column: rate.value, f"{name}_low": rate.low, f"{name}_high": rate.high}
         yield row | {cost: sum(getattr(one, cost)[index] for one in attacks) for cost in COSTS}
