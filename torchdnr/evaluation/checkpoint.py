@@ -18,7 +18,6 @@ from torchdnr.files import CheckpointError, digest, load_tensors, save_tensors
 
 KIND = "torchdnr security evaluation"
 CLEAN_OUTPUT = "clean output"  # no step has this name
-COSTS = "seconds", "forwards", "backwards"
 
 
 class Checkpoint:
@@ -64,14 +63,9 @@ class Checkpoint:
         here = processes.rank == owner
         for step in steps:
             points = self.points[step].to(like.device) if here else torch.empty_like(like)
-            spent = [self.costs[step][key] if here else 0.0 for key in COSTS]
-            points = processes.broadcast(points, owner)
-            # float64 holds counts exactly up to 2^53
-            cost = torch.tensor(spent, dtype=torch.float64, device=like.device)
-            seconds, *counts = processes.broadcast(cost, owner).tolist()
-            if not here:
-                self.points[step] = points.cpu()
-                self.costs[step] = dict(zip(COSTS, [seconds, *map(int, counts)], strict=True))
+            self.points[step] = processes.broadcast(points, owner).cpu()
+            cost = processes.broadcast_text(json.dumps(self.costs.get(step)), owner)
+            self.costs[step] = json.loads(cost)
 
     def _write(self) -> None:
         if self.path is None:

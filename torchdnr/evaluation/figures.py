@@ -176,8 +176,8 @@ def _averaged(runs: Sequence[Predictions], rate: str) -> list[Estimate]:
     values = torch.tensor([[e.value for e in run] for run in estimates], dtype=torch.float64)
     mean, deviation = values.mean(dim=0), values.std(dim=0)
     ends = (mean - deviation).clamp(0, 1), (mean + deviation).clamp(0, 1)
-    columns = (column.tolist() for column in (mean, *ends))
-    return [Estimate(*values, len(runs)) for values in zip(*columns, strict=True)]
+    columns = torch.stack([mean, *ends], dim=1).tolist()
+    return [Estimate(middle, low, high, len(runs)) for middle, low, high in columns]
 
 
 def draw_estimates(

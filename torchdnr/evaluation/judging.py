@@ -1,9 +1,10 @@
 """What a model makes of points: outputs, decisions, and the worst case of each sample."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -102,6 +103,17 @@ def check_labels(labels: Tensor, output: Tensor) -> None:
             f"labels must be int64 (n,) with n = {len(output)} >= 1 rows of clean, "
             f"got {labels.dtype} {tuple(labels.shape)}"
         )
+
+
+def increasing(
+    name: str, values: Sequence[float], where: str, allowed: Callable[[float], bool]
+) -> list[float]:
+    """Return numbers that increase and are allowed, as floats, and refuse others."""
+    values = [float(value) for value in values]
+    rising = all(one < two for one, two in pairwise(values))
+    if not values or not rising or not all(map(allowed, values)):
+        raise ValueError(f"{name} must be {where} and increasing, got {values}: sort them")
+    return values
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,8 +12,16 @@ from torch import Tensor
 from torchdnr.decisions import REJECT, is_evasion
 
 
+class Plain:
+    """Results that can be written as JSON."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Convert to numbers, lists and dictionaries."""
+        return to_plain(self)
+
+
 @dataclass(frozen=True)
-class Estimate:
+class Estimate(Plain):
     """A value measured on samples, with its confidence interval.
 
     Attributes:
@@ -27,10 +35,6 @@ class Estimate:
     low: float
     high: float
     n: int
-
-    def to_dict(self) -> dict[str, float | int]:
-        """Convert to a dictionary of numbers."""
-        return to_plain(self)
 
 
 def to_plain(value: Any) -> Any:  # noqa: ANN401 - results of any kind, as JSON would hold them

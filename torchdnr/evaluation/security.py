@@ -5,7 +5,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +26,7 @@ from torchdnr.evaluation.judging import (
     Judged,
     Task,
     checked_points,
+    increasing,
     judge,
     keep_inside,
     worse,
@@ -40,40 +40,28 @@ def security_evaluation(
     labels: Tensor,
     eps: Sequence[float],
     *,
-    norm: float = 2,
-    attacks: Mapping[str, Attack] | None = None,
-    init_inputs: Tensor | None = None,
-    bounds: tuple[float, float] = (0.0, 1.0),
-    batch_size: int = 256,
-    reject: bool | None = None,
     name: str | None = None,
-    settings: Mapping[str, Any] | None = None,
     checkpoint: str | Path | None = None,
-    processes: Processes = ALONE,
-    progress: bool = True,
+    **options: Any,  # noqa: ANN401 - typed in security_evaluations
 ) -> SecurityCurve:
     """Attack one classifier: ``security_evaluations`` for one model, with the same arguments.
+
+    Args:
+        model: The classifier.
+        inputs: Clean inputs, ``(n, ...)``.
+        labels: True labels, int64 ``(n,)``.
+        eps: Perturbation sizes.
+        name: Name of the classifier.
+        checkpoint: Beginning of the names of the files that keep the points.
+        **options: See ``security_evaluations``.
 
     Returns:
         ``SecurityCurve``: worst case and each attack alone.
     """
     key = name or "classifier"
-    curve = security_evaluations(
-        {key: model},
-        inputs,
-        labels,
-        eps,
-        norm=norm,
-        attacks=attacks,
-        init_inputs=init_inputs,
-        bounds=bounds,
-        batch_size=batch_size,
-        reject=reject,
-        settings=settings,
-        checkpoints=None if checkpoint is None else {key: checkpoint},
-        processes=processes,
-        progress=progress,
-    )[key]
+    checkpoints = None if checkpoint is None else {key: checkpoint}
+    data = inputs, labels, eps
+    curve = security_evaluations({key: model}, *data, checkpoints=checkpoints, **options)[key]
     curve.name = name
     return curve
 
@@ -137,7 +125,7 @@ def security_evaluations(
 
     Source: Sotgiu et al., Sec. IV-A, "Security Evaluation".
     """
-    eps = _checked_eps(eps)
+    eps = increasing("eps", eps, "finite, >= 0", lambda value: 0 <= value < math.inf)
     check_inputs(inputs, labels, norm, bounds)
     if init_inputs is not None:
         check_pool(init_inputs, None, inputs, bounds)
@@ -150,9 +138,9 @@ def security_evaluations(
             rejects = has_reject_column(model, reject)
             counted = CountedModel(model)
             task = Task(counted, inputs, labels, norm, bounds, batch_size, rejects)
-            line_up = attacks
-            if line_up is None:
-                line_up = default_line_up(
+            candidates = attacks
+            if candidates is None:
+                candidates = default_line_up(
                     inputs if init_inputs is None else init_inputs,
                     norm=norm,
                     bounds=bounds,
@@ -160,8 +148,7 @@ def security_evaluations(
                     reject=rejects,
                     progress=progress,
                 )
-            left_out = [key for key, attack in line_up.items() if not attack.fits(model)]
-            line_up = {key: attack for key, attack in line_up.items() if attack.fits(model)}
+            line_up = {key: attack for key, attack in candidates.items() if attack.fits(model)}
             if not line_up:
                 raise ValueError(f"attacks is empty for {name}: give one, or None for the default")
             settings_of[name] = {
@@ -171,7 +158,7 @@ def security_evaluations(
                 "reject": rejects,
                 "samples": len(inputs),
                 "init_inputs": None if init_inputs is None else len(init_inputs),
-                "left_out": left_out,
+                "left_out": [key for key in candidates if key not in line_up],
                 **(settings or {}),
             }
             target = Target(counted, decision_objective, rejects, batch_size)
@@ -224,14 +211,6 @@ class _Result(NamedTuple):
     curve: AttackCurve
     judged: list[Judged]
     evasion_norm: Tensor
-
-
-def _checked_eps(eps: Sequence[float]) -> list[float]:
-    eps = [float(value) for value in eps]
-    increasing = all(one < two for one, two in pairwise(eps))
-    if not eps or not increasing or not all(0 <= value < math.inf for value in eps):
-        raise ValueError(f"eps must be finite, >= 0 and increasing, got {eps}: sort it")
-    return eps
 
 
 def _attack_at_every_eps(job: _Job, eps: list[float], bar: tqdm) -> _Result:
@@ -290,10 +269,8 @@ def _attack_at_every_eps(job: _Job, eps: list[float], bar: tqdm) -> _Result:
 
 def _steps(attack: Attack, eps: list[float]) -> list[str]:
     """Name the steps that an attack takes over all eps, as its checkpoint does."""
-    positive = [value for value in eps if value > 0]
-    return [
-        f"eps {value}" for value in ([math.inf] if attack.minimum_norm and positive else positive)
-    ]
+    sizes = [value for value in eps if value > 0]
+    return [f"eps {size}" for size in ([math.inf] if attack.minimum_norm and sizes else sizes)]
 
 
 def _spent(job: _Job) -> dict[str, float]:

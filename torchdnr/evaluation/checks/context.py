@@ -19,8 +19,7 @@ from torchdnr.evaluation.line_up import Attack
 
 Model = Callable[[Tensor], Tensor]
 
-SMALL_DROP = 0.02
-"""Fall of the accuracy, by an attack that ought to be weaker, above which a check fails."""
+SMALL_DROP = 0.02  # fall of the accuracy, by an attack that ought to be weaker, that fails
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -163,6 +162,6 @@ def drop_status(context: Context, count: int, samples: int, allowed: float) -> t
 
 
 def share_status(count: int, total: int, *, warn: float = 0.1, fail: float = 0.5) -> Status:
-    """Grade a count by its share of the total."""
+    """Grade a count by its share of the total: above a tenth it warns, above half it fails."""
     share = count / total if total else 0.0
     return "fail" if share > fail else "warn" if share > warn else "pass"

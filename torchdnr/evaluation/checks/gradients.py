@@ -11,21 +11,15 @@ from torchdnr.evaluation.checks.context import Context, share_status
 from torchdnr.evaluation.checks.result import CannotRun, Finding
 from torchdnr.evaluation.judging import outputs
 
-TINY = 1e-12
-"""Length of a gradient below which it counts as vanished."""
-SHARE_VANISHED = 0.1
-"""Share of vanished gradients above which the check fails; any at all warns."""
+TINY = 1e-12  # length of a gradient below which it counts as vanished
+SHARE_VANISHED = 0.1  # share of vanished gradients above which the check fails; any at all warns
 MASKED = (
     "Gradient attacks cannot see this model: attack a differentiable approximation of it (backward "
     "pass of the identity for a quantisation), rescale the scores in float64, or attack without "
     "gradients."
 )
-
-SIDE = 8 / 255
-"""Side of the cube of draws around each point, relative to the width of the box."""
-UNSTABLE = 0.1
-"""Mean unexplained change, relative to the loss, from which a point counts as unstable."""
-
+SIDE = 8 / 255  # of the cube of draws around each point, relative to the width of the box
+UNSTABLE = 0.1  # mean unexplained change, relative to the loss, above which a point is unstable
 _STEP = 1e-3  # of the finite difference, relative to the width of the box
 _DISAGREES = 0.5  # relative error of the change that the gradient predicts
 _CLEAR = 0.25  # share of the points where the change must not drown in rounding
@@ -78,8 +72,6 @@ def _raw_gradient(context: Context, points: Tensor, labels: Tensor) -> Tensor | 
 def check_zero_gradient(context: Context) -> Finding:
     """Count gradients of the "decision" objective that vanish, at clean and at final points.
 
-    Fails above ``SHARE_VANISHED`` of either, warns if there is any.
-
     Source: Pintor et al., "Indicators of attack failure"; Croce et al., AutoAttack's own checks.
     """
     rows, total, largest = context.first, len(context.first), 0
@@ -104,8 +96,7 @@ def check_true_gradient(context: Context) -> Finding:
     Of a random weighting of the outputs, which has none of the kinks of a maximum; the step goes a
     thousandth of the box both ways along its gradient, at clean and at final points. A
     straight-through or otherwise replaced gradient, noise, and steps in the scores disagree.
-    Predicted changes that drown in rounding are left out. Warns from a tenth of the points on,
-    fails from half of them on.
+    Predicted changes that drown in rounding are left out.
 
     Source: the definition of the derivative; Athalye et al., "Obfuscated gradients give a false
     sense of security", ICML 2018, on gradients that are replaced.
@@ -158,8 +149,8 @@ def check_unstable_loss(context: Context) -> Finding:
 
     The loss is Eq. (2), with the rejection switched off. Its change less the change that the
     gradient predicts is divided by the loss, or by the median loss where that is larger, and
-    clipped to 1; a point counts from a mean of ``UNSTABLE`` on. Warns from a tenth of the points
-    on, fails from half of them on. A steep loss is not unstable: the gradient explains it.
+    clipped to 1; a point counts above a mean of ``UNSTABLE``. A steep loss is not unstable: the
+    gradient explains it.
 
     Source: Pintor et al., "Indicators of attack failure" (unstable predictions), which has no
     tangent.

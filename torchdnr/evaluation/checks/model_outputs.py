@@ -8,8 +8,7 @@ from torchdnr.evaluation.checks.context import Context, share_status
 from torchdnr.evaluation.checks.result import Finding
 from torchdnr.evaluation.judging import outputs
 
-SAME_OUTPUT = 1e-4
-"""Difference of two passes, relative to the spread of the outputs, up to which they agree."""
+SAME_OUTPUT = 1e-4  # difference relative to the spread of the outputs up to which passes agree
 
 
 def check_deterministic(context: Context) -> Finding:
@@ -78,8 +77,7 @@ def check_unbounded_scores(context: Context) -> Finding:
 
     At clean points, final points and noise in the box. Probabilities, in [0, 1] with sum 1, warn:
     a margin of them vanishes in float32 where the model is sure. Scores that equal the smallest or
-    largest one seen are stuck there: it warns from a tenth of the scores on, and fails from half of
-    them on.
+    largest one seen are stuck there.
 
     Source: the checks of outputs in AutoAttack; Carlini and Wagner, "Defensive distillation is not
     robust to adversarial examples", 2016, on gradients lost in a saturated softmax.

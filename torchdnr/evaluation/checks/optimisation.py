@@ -13,12 +13,9 @@ from torchdnr.evaluation.checks.context import (
 from torchdnr.evaluation.checks.recording import Recorded, record
 from torchdnr.evaluation.checks.result import Finding
 
-NOT_CONVERGED = 0.05
-"""Fall of the accuracy, by longer attacks with restarts, above which the check fails."""
-MORE = 2
-"""Times the steps, and number of restarts, of the longer attack."""
-WALK = 300
-"""Steps of the longer boundary walk: the default 100 and the cycle after it."""
+NOT_CONVERGED = 0.05  # fall of the accuracy, by longer attacks, above which the check fails
+MORE = 2  # times the steps, and number of restarts, of the longer attack
+WALK = 300  # steps of the longer boundary walk: the default 100 and the cycle after it
 
 
 def _recordings(context: Context) -> dict[str, list[Recorded]]:
@@ -58,20 +55,19 @@ def check_incomplete(context: Context) -> Finding:
     """Count runs whose best value still fell in the last tenth of the forwards.
 
     By more than 5 % of the whole descent of the margin for an attack at a given eps that failed;
-    by more than 5 % of the norm for a minimum-norm attack. Warns from a tenth of the runs on,
-    fails from half of them on.
+    by more than 5 % of the norm for a minimum-norm attack.
 
     Source: Pintor et al., "Indicators of attack failure" (incomplete optimisation).
     """
-    falling = stuck = total = 0
-    guilty = []
-    for name, runs in _recordings(context).items():
-        counted = [run for run in runs if context.attacks[name].minimum_norm or not run.succeeded]
-        total += len(counted)
-        stuck += sum(run.stuck for run in counted)
-        number = sum(run.falling for run in counted)
-        falling += number
-        guilty += [name] * bool(number)
+    counted = [
+        (name, run)
+        for name, runs in _recordings(context).items()
+        for run in runs
+        if context.attacks[name].minimum_norm or not run.succeeded
+    ]
+    total, stuck = len(counted), sum(run.stuck for _, run in counted)
+    falling = sum(run.falling for _, run in counted)
+    guilty = dict.fromkeys(name for name, run in counted if run.falling)
     message = (
         f"In {falling} of {total} runs without success, or for the least norm, the best value "
         "still fell at the end"

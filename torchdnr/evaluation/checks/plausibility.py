@@ -11,8 +11,7 @@ from torchdnr.evaluation.curve import SecurityCurve
 from torchdnr.evaluation.judging import outputs
 from torchdnr.evaluation.metrics import wilson_interval
 
-FAR_ABOVE = 0.1
-"""How far the lower end of the detector's interval may exceed the reference at eps / 2."""
+FAR_ABOVE = 0.1  # how far the lower end of the interval may exceed the reference at eps / 2
 
 
 def check_half_eps(context: Context) -> Finding:

@@ -28,17 +28,15 @@ class Recorder:
 
     def __call__(self, inputs: Tensor, output: Tensor) -> Tensor:
         """Record the points of one forward; return the output."""
-        self._seen.append(self._measure(inputs.detach(), output.detach()))
-        return output
-
-    def _measure(self, points: Tensor, output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        low, high = self._context.bounds
+        points, seen, (low, high) = inputs.detach(), output.detach(), self._context.bounds
         labels, reject = self._label.expand(len(points)), self._context.reject
-        margin = decision_objective(*split_scores(output, reject), labels)
+        margin = decision_objective(*split_scores(seen, reject), labels).double()
         moved = (points.double() - self._center.double()).flatten(1)
         norm = torch.linalg.vector_norm(moved, self._context.norm, dim=1)
         in_box = ((points >= low) & (points <= high)).flatten(1).all(dim=1)
-        return margin.double(), norm.masked_fill(~in_box, math.inf), evades(output, labels, reject)
+        norm = norm.masked_fill(~in_box, math.inf)
+        self._seen.append((margin, norm, evades(seen, labels, reject)))
+        return output
 
     def seen(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return margin, norm (infinite outside the box) and success, in order, each ``(k,)``."""
@@ -55,12 +53,9 @@ class Recorded(NamedTuple):
     stuck: bool  # its best value never fell
 
 
-LAST = 0.1
-"""Share of the forwards that counts as the end of an attack."""
-STILL_FALLING = 0.05
-"""Share of the whole descent, or of the final norm, that it may fall at the end."""
-NEARER = 0.01
-"""Share of its norm by which a success has to be nearer than the one returned to count."""
+LAST = 0.1  # share of the forwards that counts as the end of an attack
+STILL_FALLING = 0.05  # share of the whole descent, or of the final norm, allowed at the end
+NEARER = 0.01  # share of its norm by which a success has to be nearer than the one returned
 
 
 def record(context: Context, attack: Attack, row: int) -> Recorded:

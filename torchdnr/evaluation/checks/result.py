@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from textwrap import TextWrapper
 from typing import Any, Literal, NamedTuple
 
-from torchdnr.evaluation.metrics import to_plain
+from torchdnr.evaluation.metrics import Plain, to_plain
 
 Status = Literal["pass", "warn", "fail", "skipped"]
 
@@ -25,7 +25,7 @@ class Finding(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Check:
+class Check(Plain):
     """The result of one check.
 
     Attributes:
@@ -42,10 +42,6 @@ class Check:
     counts: Mapping[str, int | float]
     message: str
     advice: str = ""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Convert to a dictionary of text and numbers."""
-        return to_plain(self)
 
 
 class CannotRun(Exception):

@@ -140,7 +140,10 @@ def run_checks(
     for name, value in {**counts, "batch_size": batch_size}.items():
         check_count(name, value, 2 if name == "passes" else 1)
     norm = curve.norm if norm is None else norm
-    _check_arguments(inputs, labels, curve, norm, bounds, init_inputs)
+    check_inputs(inputs, labels, norm, bounds)
+    if init_inputs is not None:
+        check_pool(init_inputs, None, inputs, bounds)
+    _check_curve(curve, inputs, labels, norm)
     chosen = _named(only)
     began = time.perf_counter()
     counted = CountedModel(model)
@@ -192,17 +195,7 @@ def run_checks(
     return CheckReport(checks, counted.forwards, counted.backwards, seconds, settings)
 
 
-def _check_arguments(
-    inputs: Tensor,
-    labels: Tensor,
-    curve: SecurityCurve,
-    norm: float,
-    bounds: tuple[float, float],
-    init_inputs: Tensor | None,
-) -> None:
-    check_inputs(inputs, labels, norm, bounds)
-    if init_inputs is not None:
-        check_pool(init_inputs, None, inputs, bounds)
+def _check_curve(curve: SecurityCurve, inputs: Tensor, labels: Tensor, norm: float) -> None:
     if norm != curve.norm:
         raise ValueError(f"norm must be that of the curve, {curve.norm:g}, got {norm:g}")
     if curve.labels.shape != labels.shape or (curve.labels != labels.cpu()).any():

@@ -30,8 +30,7 @@ from torchdnr.evaluation.checks.gradients import SHARE_VANISHED, TINY
 from torchdnr.evaluation.checks.result import CannotRun, Finding
 from torchdnr.evaluation.judging import outputs
 
-STEPS = (1.0, 0.5, 0.25, 0.125)
-"""Lengths of the single step, relative to eps."""
+STEPS = (1.0, 0.5, 0.25, 0.125)  # lengths of the single step, relative to eps
 _STRONGER = "Strengthen the attacks of the evaluation: more steps, restarts, other objectives"
 
 

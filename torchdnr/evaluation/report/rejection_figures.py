@@ -22,8 +22,7 @@ from torchdnr.evaluation.figures import (
 from torchdnr.evaluation.stratified import StratifiedCurve
 from torchdnr.evaluation.threshold_sweep import ThresholdSweep
 
-OPERATING_POINT = 0.10
-"""False rejection rate at which the paper's experiments are run."""
+OPERATING_POINT = 0.10  # false rejection rate at which the paper's experiments are run
 
 
 def plot_threshold_sweep(

@@ -44,7 +44,7 @@ def attack_rates(
     """
     rows: list[dict[str, Any]] = []
     for name, curve in curves.items():
-        for attack, alone in _lines(curve):
+        for attack, alone in each_line(curve):
             of_attack = None if alone is curve else attack
             for eps, rates in zip(alone.eps, alone.estimates(confidence), strict=True):
                 row = {"classifier": name, "attack": of_attack, "eps": eps}
@@ -115,7 +115,7 @@ def format_table(curves: Mapping[str, SecurityCurve]) -> str:
     rates = {
         (name, attack): dict(zip(alone.eps, alone.estimates(), strict=True))
         for name, curve in curves.items()
-        for attack, alone in _lines(curve)
+        for attack, alone in each_line(curve)
     }
     for eps in sorted({value for curve in curves.values() for value in curve.eps}):
         for name, curve in curves.items():
@@ -129,7 +129,7 @@ def format_table(curves: Mapping[str, SecurityCurve]) -> str:
     return "\n".join([*(line.rstrip() for line in lines), EXPLANATION, "", *_remarks(curves)])
 
 
-def _lines(curve: SecurityCurve) -> list[tuple[str, Predictions]]:
+def each_line(curve: SecurityCurve) -> list[tuple[str, Predictions]]:
     """List each attack alone, then the worst case."""
     return [*curve.attacks.items(), (WORST_CASE, curve)]
 
@@ -221,7 +221,7 @@ def save_csv(path: str | Path, curves: Mapping[str, SecurityCurve]) -> None:
     writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
     writer.writeheader()
     for name, curve in curves.items():
-        for attack, alone in _lines(curve):
+        for attack, alone in each_line(curve):
             writer.writerows(_rows(name, attack, alone, curve))
     atomic_write_bytes(path, text.getvalue().encode())
 
