@@ -38,11 +38,6 @@ class Decisions(NamedTuple):
     classes: Tensor  # class of the best score, whether accepted or not, int64 (..., n)
     accepted: Tensor  # whether the best score is above theta, bool (..., n)
 
-    @property
-    def predictions(self) -> Tensor:
-        """Labels, or ``REJECT`` where not accepted, int64 ``(..., n)``."""
-        return torch.where(self.accepted, self.classes, REJECT)
-
 
 def decide(output: Tensor, reject: bool, threshold: float | Tensor | None = None) -> Decisions:
     """Read the decisions from an output, ``(..., n, c)`` or ``(..., n, c + 1)`` with theta last.
@@ -70,7 +65,7 @@ def worst_predictions(
     if threshold is not None:
         theta = torch.as_tensor(threshold).to(scores).expand(len(scores))
     margin = decision_objective(scores, theta, labels.repeat(len(output)))
-    predictions = decisions.predictions
+    predictions = torch.where(decisions.accepted, decisions.classes, REJECT)
     worst = worst_of(predictions, margin.view_as(decisions.confidence), labels)
     return predictions.gather(0, worst[None])[0]
 

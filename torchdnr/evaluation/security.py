@@ -46,15 +46,6 @@ def security_evaluation(
 ) -> SecurityCurve:
     """Attack one classifier: ``security_evaluations`` for one model, with the same arguments.
 
-    Args:
-        model: The classifier.
-        inputs: Clean inputs, ``(n, ...)``.
-        labels: True labels, int64 ``(n,)``.
-        eps: Perturbation sizes.
-        name: Name of the classifier.
-        checkpoint: Beginning of the names of the files that keep the points.
-        **options: See ``security_evaluations``.
-
     Returns:
         ``SecurityCurve``: worst case and each attack alone.
     """

@@ -165,3 +165,8 @@ def share_status(count: int, total: int, *, warn: float = 0.1, fail: float = 0.5
     """Grade a count by its share of the total: above a tenth it warns, above half it fails."""
     share = count / total if total else 0.0
     return "fail" if share > fail else "warn" if share > warn else "pass"
+
+
+def uniform_like(points: Tensor, generator: torch.Generator) -> Tensor:
+    """Draw from [0, 1) in the shape and dtype of points."""
+    return points.new_empty(points.shape).uniform_(generator=generator)

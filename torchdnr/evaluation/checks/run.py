@@ -13,9 +13,9 @@ from torchdnr.attacks.starts import assigned_classes
 from torchdnr.attacks.target import Target, check_classes
 from torchdnr.decisions import evaluation_mode, has_reject_column, predict_labels
 from torchdnr.evaluation.checks import (
-    gradients,
-    limits,
-    model_outputs,
+    model as model_checks,
+)
+from torchdnr.evaluation.checks import (
     optimisation,
     plausibility,
     stored,
@@ -28,12 +28,12 @@ from torchdnr.evaluation.judging import CountedModel, outputs
 from torchdnr.evaluation.line_up import ATTACKS, DEFAULT_ATTACKS, Attack, default_line_up
 
 CHECKS: dict[str, Callable[[Context], Finding]] = {
-    "differentiable": gradients.check_differentiable,
-    "zero gradient": gradients.check_zero_gradient,
-    "true gradient": gradients.check_true_gradient,
-    "unstable loss": gradients.check_unstable_loss,
-    "deterministic": model_outputs.check_deterministic,
-    "unbounded scores": model_outputs.check_unbounded_scores,
+    "differentiable": model_checks.check_differentiable,
+    "zero gradient": model_checks.check_zero_gradient,
+    "true gradient": model_checks.check_true_gradient,
+    "unstable loss": model_checks.check_unstable_loss,
+    "deterministic": model_checks.check_deterministic,
+    "unbounded scores": model_checks.check_unbounded_scores,
     "stored points": stored.check_stored_points,
     "monotone curve": stored.check_monotone,
     "silent success": optimisation.check_silent_success,
@@ -45,8 +45,8 @@ CHECKS: dict[str, Callable[[Context], Finding]] = {
     "transfer": weaker.check_transfer,
     "adaptive attack": weaker.check_unaware,
     "components": weaker.check_components,
-    "unbounded attack": limits.check_unbounded,
-    "chance at large eps": limits.check_chance,
+    "unbounded attack": plausibility.check_unbounded,
+    "chance at large eps": plausibility.check_chance,
     "plausible at eps / 2": plausibility.check_half_eps,
 }
 """All checks by name, in the order in which they run."""

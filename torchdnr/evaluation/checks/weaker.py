@@ -26,7 +26,7 @@ from torchdnr.evaluation.checks.context import (
     evades_at,
     missed_evasions,
 )
-from torchdnr.evaluation.checks.gradients import SHARE_VANISHED, TINY
+from torchdnr.evaluation.checks.model import SHARE_VANISHED, TINY
 from torchdnr.evaluation.checks.result import CannotRun, Finding
 from torchdnr.evaluation.judging import outputs
 
@@ -80,9 +80,7 @@ def check_black_box(context: Context) -> Finding:
 
 
 def check_transfer(context: Context) -> Finding:
-    """Attack an undefended classifier and show the points to the model.
-
-    Points made on the surrogate, and points on the line to them.
+    """Attack an undefended classifier and show the points, and those on the line to them.
 
     Source: Carlini et al., "On evaluating adversarial robustness"; Pintor et al., "Indicators of
     attack failure" (transfer failure).
@@ -129,9 +127,7 @@ def check_unaware(context: Context) -> Finding:
 def check_components(context: Context) -> Finding:
     """Attack each layer's SVM and the network alone, and show the points to the whole.
 
-    It fails, or warns, if points against a part evade the whole where the evaluation did not; and
-    it warns if the gradient of a part vanishes for more than a tenth of the samples: the whole
-    hides behind that part.
+    If the gradient of a part vanishes for many samples, the whole hides behind that part.
 
     Source: Carlini et al., "On evaluating adversarial robustness" (ablation study).
     """
