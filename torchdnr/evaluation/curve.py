@@ -150,29 +150,13 @@ class SecurityCurve(Predictions):
         if not isinstance(content, Mapping) or content.get("format") != FORMAT:
             raise ValueError(f"not a security curve of format {FORMAT}: evaluate the model again")
         try:
-            shared: dict[str, Any] = {
-                "eps": list(content["eps"]),
-                "labels": torch.tensor(content["labels"]),
-            }
+            shared = {key: content[key] for key in ("eps", "labels")}
             attacks = {
-                name: AttackCurve(
-                    **shared,
-                    predictions=torch.tensor(attack["predictions"]),
-                    **{key: attack[key] for key in ("mean_norm", "minimum_norm", *PER_EPS)},
-                    settings=attack["settings"],
-                )
+                name: AttackCurve(**_fields(AttackCurve, {**attack, **shared}))
                 for name, attack in content["attacks"].items()
             }
-            norms = [float(value) for value in content["evasion_norm"]]
-            names = "mean_norm", "name", "rejects", "seconds", "settings", "environment"
-            return cls(
-                **shared,
-                predictions=torch.tensor(content["predictions"]),
-                norm=float(content["norm"]),
-                attacks=attacks,
-                evasion_norm=torch.tensor(norms, dtype=torch.float64),
-                **{key: content[key] for key in names},
-            )
+            whole = {**content, "attacks": attacks, "adversarial": None}
+            return cls(**_fields(cls, {**whole, "norm": float(content["norm"])}))
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"not a security curve, {error!r}: evaluate the model again") from None
 
@@ -196,6 +180,16 @@ def _plain(curve: Predictions, *left_out: str) -> dict[str, Any]:
     short = {key: value for key, value in kept if not isinstance(value, Tensor)}
     long = {key: value.tolist() for key, value in kept if isinstance(value, Tensor)}
     return {**curve.rates(), **short, **long}
+
+
+def _fields(kind: type[Predictions], content: Mapping[str, Any]) -> dict[str, Any]:
+    """Read the fields of a curve from what ``_plain`` made, also by way of JSON."""
+    values = {key: content[key] for key in kind.__dataclass_fields__}
+    values |= {key: torch.tensor(values[key]) for key in ("labels", "predictions")}
+    if "evasion_norm" in values:
+        norms = [float(norm) for norm in values["evasion_norm"]]  # infinity may have become text
+        values["evasion_norm"] = torch.tensor(norms, dtype=torch.float64)
+    return values
 
 
 def median_evasion_norm(curve: SecurityCurve, *, confidence: float = 0.95) -> Estimate:

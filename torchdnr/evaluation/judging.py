@@ -144,20 +144,14 @@ def judge(task: Task, points: Tensor) -> Judged:
 def norms(task: Task, points: Tensor) -> Tensor:
     """Compute the norm of each perturbation in float64, ``(n,)``."""
     pairs = zip(points.split(task.batch_size), task.inputs.split(task.batch_size), strict=True)
-    return torch.cat(
-        [
-            torch.linalg.vector_norm((new.double() - old.double()).flatten(1), task.norm, dim=1)
-            for new, old in pairs
-        ]
-    )
+    moved = ((new.double() - old.double()).flatten(1) for new, old in pairs)
+    return torch.cat([torch.linalg.vector_norm(part, task.norm, dim=1) for part in moved])
 
 
 def worse(task: Task, first: Judged, second: Judged) -> Judged:
     """Keep per sample the point that is worse for the classifier, by ``worst_of``."""
-    predictions, margins = (
-        torch.stack([getattr(one, key) for one in (first, second)])
-        for key in ("predictions", "margin")
-    )
+    predictions = torch.stack([first.predictions, second.predictions])
+    margins = torch.stack([first.margin, second.margin])
     replaced = worst_of(predictions, margins, task.labels) == 1
     return Judged(
         *(

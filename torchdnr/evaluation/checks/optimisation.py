@@ -11,12 +11,7 @@ from torchdnr.attacks.objectives import decision_objective
 from torchdnr.attacks.pgd import pgd
 from torchdnr.attacks.view import ModelView
 from torchdnr.decisions import evades, split_scores
-from torchdnr.evaluation.checks.context import (
-    Context,
-    evades_at,
-    missed_evasions,
-    share_status,
-)
+from torchdnr.evaluation.checks.context import Context, evades_at, missed_evasions, share_status
 from torchdnr.evaluation.checks.result import Finding
 from torchdnr.evaluation.line_up import Attack
 
