@@ -210,8 +210,7 @@ def plot_threshold_sweep(
             x = [rate.value for rate in sweep.false_rejection_rate]
             label = "false rejection rate (clean inputs)"
         _draw_sweep(axes, x, sweep, sizes)
-        axes.set_xlabel(label, fontsize=11)
-        _style(axes)
+        _style(axes, label)
         if marked is not None:
             axes.axvline(marked, color="0.3", linestyle="-.", linewidth=1.2, zorder=2.5)
         axes.set_title(name, fontsize=12, pad=8)
@@ -270,11 +269,9 @@ def plot_roc(detections: Mapping[str, Detection], path: str | Path) -> None:
                 zorder=4,
                 clip_on=False,
             )
-    _style(axes)
+    _style(axes, "clean inputs rejected", "adversarial inputs rejected")
     axes.set_xlim(0, 1)
     axes.set_aspect("equal")
-    axes.set_xlabel("clean inputs rejected", fontsize=11)
-    axes.set_ylabel("adversarial inputs rejected", fontsize=11)
     _legend(figure, axes.get_legend_handles_labels()[0])
     _footnote(figure, "Marker: the threshold in use. Bars and brackets: 95 % confidence intervals.")
     _save(figure, path)
@@ -300,10 +297,9 @@ def plot_stratified(curves: Mapping[str, StratifiedCurve], path: str | Path) -> 
     axes = figure.subplots()
     for index, (name, curve) in enumerate(curves.items()):
         _draw_estimates(axes, curve.alphas, curve.robustness, index, name)
-    _style(axes)
+    x = r"$\alpha$: to reject within $\alpha\,\epsilon$ is an error"
+    _style(axes, x, rf"robustness at $\epsilon$ = {eps:g} ({_norm_name(norm)})")
     axes.set_xlim(0, 1)
-    axes.set_xlabel(r"$\alpha$: to reject within $\alpha\,\epsilon$ is an error", fontsize=11)
-    axes.set_ylabel(rf"robustness at $\epsilon$ = {eps:g} ({_norm_name(norm)})", fontsize=11)
     axes.legend(loc="upper right", fontsize=11, frameon=False)
     note = (
         r"Share neither accepted and wrong within $\epsilon$ nor rejected "
@@ -400,7 +396,9 @@ def _footnote(figure: Figure, text: str) -> None:
     figure.supxlabel(text, fontsize=9, color="0.35")
 
 
-def _style(axes: Axes) -> None:
+def _style(axes: Axes, x: str = "", y: str = "") -> None:
+    axes.set_xlabel(x, fontsize=11)
+    axes.set_ylabel(y, fontsize=11)
     axes.set_ylim(0, 1)
     axes.grid(color="0.9", linewidth=0.8)
     axes.spines[["top", "right"]].set_visible(False)

@@ -12,15 +12,9 @@ from torchdnr.attacks.objectives import decision_objective
 from torchdnr.attacks.starts import assigned_classes
 from torchdnr.attacks.target import Target, check_classes
 from torchdnr.decisions import evaluation_mode, has_reject_column, predict_labels
-from torchdnr.evaluation.checks import (
-    model as model_checks,
-)
-from torchdnr.evaluation.checks import (
-    optimisation,
-    plausibility,
-    stored,
-    weaker,
-)
+from torchdnr.evaluation.checks import curve as curves
+from torchdnr.evaluation.checks import model as models
+from torchdnr.evaluation.checks import optimisation, weaker
 from torchdnr.evaluation.checks.context import Context, Model, choose_eps
 from torchdnr.evaluation.checks.result import CannotRun, Check, CheckReport, Finding
 from torchdnr.evaluation.curve import SecurityCurve
@@ -28,14 +22,14 @@ from torchdnr.evaluation.judging import CountedModel, outputs
 from torchdnr.evaluation.line_up import ATTACKS, DEFAULT_ATTACKS, Attack, default_line_up
 
 CHECKS: dict[str, Callable[[Context], Finding]] = {
-    "differentiable": model_checks.check_differentiable,
-    "zero gradient": model_checks.check_zero_gradient,
-    "true gradient": model_checks.check_true_gradient,
-    "unstable loss": model_checks.check_unstable_loss,
-    "deterministic": model_checks.check_deterministic,
-    "unbounded scores": model_checks.check_unbounded_scores,
-    "stored points": stored.check_stored_points,
-    "monotone curve": stored.check_monotone,
+    "differentiable": models.check_differentiable,
+    "zero gradient": models.check_zero_gradient,
+    "true gradient": models.check_true_gradient,
+    "unstable loss": models.check_unstable_loss,
+    "deterministic": models.check_deterministic,
+    "unbounded scores": models.check_unbounded_scores,
+    "stored points": curves.check_stored_points,
+    "monotone curve": curves.check_monotone,
     "silent success": optimisation.check_silent_success,
     "incomplete optimisation": optimisation.check_incomplete,
     "converged": optimisation.check_converged,
@@ -45,9 +39,9 @@ CHECKS: dict[str, Callable[[Context], Finding]] = {
     "transfer": weaker.check_transfer,
     "adaptive attack": weaker.check_unaware,
     "components": weaker.check_components,
-    "unbounded attack": plausibility.check_unbounded,
-    "chance at large eps": plausibility.check_chance,
-    "plausible at eps / 2": plausibility.check_half_eps,
+    "unbounded attack": curves.check_unbounded,
+    "chance at large eps": curves.check_chance,
+    "plausible at eps / 2": curves.check_half_eps,
 }
 """All checks by name, in the order in which they run."""
 
