@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -142,6 +143,8 @@ def run_checks(
     began = time.perf_counter()
     counted = CountedModel(model)
     reject = has_reject_column(model, reject)
+    shared: dict[str, Any] = {"norm": norm, "bounds": bounds}
+    shared |= {"batch_size": batch_size, "reject": reject}
     pool = inputs if init_inputs is None else init_inputs
     with evaluation_mode(counted), evaluation_mode(counted if surrogate is None else surrogate):
         target = Target(counted, decision_objective, reject, batch_size)
@@ -149,26 +152,14 @@ def run_checks(
         clean = predict_labels(outputs(counted, inputs, batch_size), reject)
         pool_labels = assigned_classes(target, pool)
         if attacks is None:
-            attacks = default_line_up(
-                pool,
-                norm=norm,
-                bounds=bounds,
-                batch_size=batch_size,
-                reject=reject,
-                own_options={
-                    name: {"init_labels": pool_labels}
-                    for name in DEFAULT_ATTACKS
-                    if "init_labels" in ATTACKS[name].accepts
-                },
-            )
+            starting = [key for key in DEFAULT_ATTACKS if "init_labels" in ATTACKS[key].accepts]
+            known = {key: {"init_labels": pool_labels} for key in starting}
+            attacks = default_line_up(pool, **shared, own_options=known)
         context = Context(
             model=counted,
             inputs=inputs,
             labels=labels,
-            norm=norm,
-            bounds=bounds,
-            batch_size=batch_size,
-            reject=reject,
+            **shared,
             original=model,
             curve=curve,
             index=choose_eps(curve, eps),

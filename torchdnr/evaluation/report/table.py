@@ -102,14 +102,11 @@ def format_table(curves: Mapping[str, SecurityCurve]) -> str:
     attacks = list(dict.fromkeys(name for curve in curves.values() for name in curve.attacks))
     first = max(len("classifier"), *map(len, curves))
     columns = [(name, max(16, len(name))) for name in [*attacks, WORST_CASE]]
+    names = [f"{name:^{width}}" for name, width in columns]
+    rates_of = [f"{'accuracy  reject':>{width}}" for _, width in columns]
     lines = [
-        " | ".join([f"{'':>6}  {'':<{first}}", *(f"{name:^{width}}" for name, width in columns)]),
-        " | ".join(
-            [
-                f"{'eps':>6}  {'classifier':<{first}}",
-                *(f"{'accuracy  reject':>{width}}" for _, width in columns),
-            ]
-        ),
+        " | ".join([f"{'':>6}  {'':<{first}}", *names]),
+        " | ".join([f"{'eps':>6}  {'classifier':<{first}}", *rates_of]),
     ]
     lines.append("-" * len(lines[-1]))
     rates = {
