@@ -144,7 +144,7 @@ def check_success(attack, norm, share=0.9, gamma=60.0):
     assert (evading & possible).sum() >= share * possible.sum()
 
 
-def check_left_as_found(attack):
+def check_model_is_unchanged(attack):
     """The model is attacked in evaluation mode, and left in training mode as it was."""
     model = Bumps(dtype=torch.float32).eval()
     inputs, labels = model.samples(8)

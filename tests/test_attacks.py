@@ -79,7 +79,7 @@ def test_a_sample_gets_the_same_result_alone_and_in_a_batch(attack):
 
 
 @ATTACKS
-def test_model_is_left_as_found_and_attacked_in_evaluation_mode(attack):
+def test_model_is_unchanged_and_attacked_in_evaluation_mode(attack):
     model, inputs, labels, pool = problem()
     expected = attack(model, inputs, labels, pool)
     model.train()

@@ -156,7 +156,7 @@ def test_a_restart_leaves_a_flat_place():
     assert (confidence(moved) < 0.5 * confidence(inputs)).all()
 
 
-def test_leaves_the_model_as_found():
+def test_leaves_the_model_unchanged():
     model = Linear(torch.randn(3, 4), torch.randn(3)).train()
     lowest_confidence(model, torch.rand(2, 4), 0.1, steps=2)
     assert model.training and model.dropout.training

@@ -11,7 +11,7 @@ from attack_promises import (
     blind,
     check_budget,
     check_chunks,
-    check_left_as_found,
+    check_model_is_unchanged,
     check_seed,
     check_success,
     check_targeted,
@@ -36,7 +36,7 @@ def test_promises():
         return noise(*args, draws=20, **options)
 
     check_chunks(attack, exact=False)
-    check_left_as_found(attack)
+    check_model_is_unchanged(attack)
     check_seed(attack)
 
 

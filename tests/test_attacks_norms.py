@@ -81,7 +81,7 @@ def test_targeted_means_accepted_as_the_target(name, seed):
 
 
 @one_norm
-def test_same_seed_same_result_and_the_model_is_left_as_found(name):
+def test_same_seed_same_result_and_the_model_is_unchanged(name):
     model, inputs, labels, pool = problem()
     model.train()
     runs = [

@@ -11,7 +11,7 @@ from attack_promises import (
     Bumps,
     check_budget,
     check_chunks,
-    check_left_as_found,
+    check_model_is_unchanged,
     check_seed,
     check_success,
     check_targeted,
@@ -40,7 +40,7 @@ def test_keeps_to_ball_and_box(norm, dtype):
 
 def test_promises():
     check_chunks(partial(orthogonal_pgd, steps=10))
-    check_left_as_found(partial(orthogonal_pgd, steps=10))
+    check_model_is_unchanged(partial(orthogonal_pgd, steps=10))
     check_seed(partial(orthogonal_pgd, steps=10, random_start=True))
 
 

@@ -11,7 +11,7 @@ from attack_promises import (
     Bumps,
     check_budget,
     check_chunks,
-    check_left_as_found,
+    check_model_is_unchanged,
     check_seed,
     check_success,
     check_targeted,
@@ -36,7 +36,7 @@ def test_keeps_to_ball_and_box(norm, dtype):
 
 def test_promises():
     check_chunks(QUICK)
-    check_left_as_found(QUICK)
+    check_model_is_unchanged(QUICK)
     check_seed(partial(QUICK, random_start=True))
 
 

@@ -11,7 +11,7 @@ from attack_promises import (
     blind,
     check_budget,
     check_chunks,
-    check_left_as_found,
+    check_model_is_unchanged,
     check_seed,
     check_success,
     check_targeted,
@@ -65,7 +65,7 @@ def test_promises():
         return square(*args, queries=30, **options)
 
     check_chunks(attack, exact=False)
-    check_left_as_found(attack)
+    check_model_is_unchanged(attack)
     check_seed(attack)
 
 

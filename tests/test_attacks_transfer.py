@@ -12,7 +12,7 @@ from attack_promises import (
     brute_force,
     check_budget,
     check_chunks,
-    check_left_as_found,
+    check_model_is_unchanged,
     check_seed,
     measure,
     not_worse,
@@ -36,7 +36,7 @@ def test_keeps_to_ball_and_box(norm, dtype):
 
 def test_promises():
     check_chunks(partial(itself, surrogate_reject=True))
-    check_left_as_found(itself)
+    check_model_is_unchanged(itself)
     check_seed(partial(itself, random_start=True))
 
 

@@ -27,8 +27,15 @@ FILES = {
 
 
 def imported(path):
-    """Modules of the package that a file imports, wherever in the file it does."""
-    for node in ast.walk(ast.parse(path.read_text())):
+    """Modules of the package that a file imports, wherever in the file it does.
+
+    Imports that only a type checker sees do not run.
+    """
+    tree = ast.parse(path.read_text())
+    for node in list(ast.walk(tree)):
+        if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING":
+            node.body = []
+    for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "torchdnr":
             for alias in node.names:
                 module = f"{node.module}.{alias.name}"

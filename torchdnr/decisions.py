@@ -47,13 +47,14 @@ def split_scores(output: Tensor, reject: bool) -> tuple[Tensor, Tensor | None]:
     """Split a model output into class scores and rejection threshold.
 
     Args:
-        output: ``(n, c)``, or ``(n, c + 1)`` with theta in the last column.
+        output: ``(..., c)``, or ``(..., c + 1)`` with theta in the last column.
         reject: Whether the last column is theta.
 
     Returns:
-        Scores ``(n, c)`` and the threshold of every row ``(n,)``, ``None`` without a reject column.
+        Scores ``(..., c)`` and the threshold of every row ``(...)``, ``None`` without a reject
+        column.
     """
-    return (output[:, :-1], output[:, -1]) if reject else (output, None)
+    return (output[..., :-1], output[..., -1]) if reject else (output, None)
 
 
 def has_reject_column(model: Callable[[Tensor], Tensor], reject: bool | None) -> bool:

@@ -53,7 +53,7 @@ def apgd(
             differentiable.
         inputs: ``(n, ...)`` in ``bounds``, float32 or float64.
         labels: True classes, int64 ``(n,)``.
-        eps: Largest perturbation >= 0, a number or ``(n,)``; several sizes can share a batch.
+        eps: Largest perturbation >= 0, a number or ``(n,)``.
         objective: Name in ``OBJECTIVES``.
         steps: Number of steps of each run.
         random_start: Whether the first run starts at a random point too.

@@ -104,7 +104,7 @@ def check_count(name: str, value: int, smallest: int) -> None:
 
 
 def check_targets(targets: Tensor | None, labels: Tensor) -> None:
-    """Refuse wanted classes that do not fit the labels.
+    """Refuse targets that do not fit the labels.
 
     Raises:
         ValueError: If they are not int64 ``(n,)`` beside the labels, or one is the true class.

@@ -44,8 +44,8 @@ class EnsembleResult:
 class EnsembleAttack:
     """Attacks that are run one after the other, each on the samples that do not evade yet.
 
-    A sample that is accepted and wrong is finished. A rejected one is not: the next member goes on
-    with it. Members are called as
+    A sample that is accepted and wrong is finished. A rejected one is not: the next member attacks
+    it. Members are called as
     ``member(model, inputs, labels, eps, start=..., norm=..., targets=..., bounds=...,
     batch_size=..., reject=..., **options)``; the attacks at a given eps of this package accept
     these, others can be wrapped in a function that drops what they do not know. Options of one

@@ -1,4 +1,4 @@
-"""Attacks at a given eps: a descent that is run from several starts, and the best point it reaches.
+"""Attacks at a given eps: a descent is run from more than one start, and its best point kept.
 
 It is run from the input (or a given start), from the best accepted sample of another class, and
 from random points of the ball; the best point that any of these runs evaluated is returned.

@@ -1,4 +1,4 @@
-"""Minimum-norm attacks: a descent that is run from several starts, and the nearest evading point.
+"""Minimum-norm attacks: a descent is run from many starts, and the nearest evading point kept.
 
 A descent goes on from first points, the inputs themselves or evading points near samples of other
 classes, and returns the nearest evading point of each input that it reaches.
@@ -150,7 +150,7 @@ def nearest_evading(
 
 
 def _half(pool: Pool, generator: torch.Generator) -> Pool:
-    """Draw a random half of the pool: the nearest of it are others than before."""
+    """Draw a random half of the pool, in which other samples are the nearest."""
     samples, classes = pool
     half = torch.rand(len(samples), generator=generator, device=samples.device) < 0.5
     half = half | ~half.any()  # none is no pool

@@ -18,7 +18,7 @@ from torchdnr.attacks.projections import per_row, project
 from torchdnr.attacks.target import slope_at
 
 CHECK_EVERY = 5
-"""Steps after which ``until_evasion`` drops the rows that evade: each time waits for the device."""
+"""Steps between which ``until_evasion`` keeps the rows that evade: dropping them waits."""
 
 
 def pgd(
@@ -44,13 +44,13 @@ def pgd(
             differentiable.
         inputs: ``(n, ...)`` in ``bounds``, float32 or float64.
         labels: True classes, int64 ``(n,)``.
-        eps: Largest perturbation >= 0, a number or ``(n,)``; several sizes can share a batch.
+        eps: Largest perturbation >= 0, a number or ``(n,)``.
         objective: Name in ``OBJECTIVES``.
         steps: Number of steps of each run.
         step_size: Length of a step in ``norm``; None: 2.5 eps / steps, per input.
         random_start: Whether the first run starts at a random point too.
         until_evasion: Whether a row is done once it evades: the same rows evade, at less cost and
-            with less confidence. Rows that evade are dropped every ``CHECK_EVERY`` steps.
+            with less confidence. It leaves the batch within ``CHECK_EVERY`` steps.
         **shared: See ``FixedEpsOptions``.
 
     Returns:

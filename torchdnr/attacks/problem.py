@@ -128,17 +128,7 @@ def call_member(
 ) -> Tensor:
     """Run an attack, one of those that another attack is made of, on some rows.
 
-    Args:
-        attack: Attack at a given eps.
-        problem: What is attacked.
-        labels: True classes, ``(n,)``.
-        rows: Rows to attack.
-        options: Further options of the attack.
-        targets: Targets of all rows, ``(n,)``.
-        start: Where to start, for all rows, ``(n, ...)``.
-
-    Returns:
-        Points, one for each of ``rows``.
+    Labels, targets and start are those of all rows; the points are one for each of ``rows``.
 
     Raises:
         ValueError: If the points are not like the inputs.

@@ -126,7 +126,7 @@ def _search(run: Run, *, queries: int, coverage: float, pull: float) -> Points:
 def _some_local(
     trial: Tensor, points: Tensor, length: Tensor, region: Region, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Replace a share of the trials, ``(n, d)``, by steps from the points; return which too."""
+    """Replace a share of the trials, ``(n, d)``, by steps from the points; mark those, ``(n,)``."""
     options: dict[str, Any] = {
         "generator": generator,
         "dtype": points.dtype,

@@ -31,7 +31,7 @@ class ModelView(nn.Module):
         self.model = model
         self.change = change
         self.rejects = has_reject_column(model, reject)
-        # Whoever puts the view back into its mode must not train the model.
+        # A library that puts the view back into this mode leaves the model in its mode too.
         self.training = getattr(model, "training", False)
 
     @property

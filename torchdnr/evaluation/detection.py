@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchdnr.decisions import evaluation_mode
+from torchdnr.decisions import evaluation_mode, split_scores
 from torchdnr.evaluation.curve import SecurityCurve, median_evasion_norm
 from torchdnr.evaluation.judging import check_labels, decide, outputs, stacked
 from torchdnr.evaluation.metrics import Estimate, share, to_plain
@@ -64,8 +64,8 @@ def rejection_scores(output: Tensor, reject: bool) -> Tensor:
     Returns:
         Scores, ``(..., n)``.
     """
-    confidence = decide(output, reject).confidence
-    return output[..., -1] - confidence if reject else -confidence
+    confidence, theta = decide(output, reject).confidence, split_scores(output, reject)[1]
+    return -confidence if theta is None else theta - confidence
 
 
 def detection_scores(

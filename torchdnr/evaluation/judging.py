@@ -68,7 +68,7 @@ def decide(output: Tensor, reject: bool, threshold: float | Tensor | None = None
     Raises:
         ValueError: If there are fewer than two classes, or a score is NaN.
     """
-    scores = output[..., :-1] if reject else output
+    scores, theta = split_scores(output, reject)
     if output.ndim < 2 or scores.shape[-1] < 2:
         columns = "(..., n, c + 1) with theta last" if reject else "(..., n, c)"
         raise ValueError(f"output must be {columns} and c >= 2, got {tuple(output.shape)}")
@@ -76,7 +76,7 @@ def decide(output: Tensor, reject: bool, threshold: float | Tensor | None = None
         raise ValueError("output holds NaN, no decision can be read from it: check the model")
     confidence, classes = scores.max(dim=-1)
     if threshold is None:
-        threshold = output[..., -1] if reject else -torch.inf
+        threshold = -torch.inf if theta is None else theta
     return Decisions(confidence, classes, accepted(confidence, threshold))
 
 

@@ -3,13 +3,12 @@
 import math
 from collections.abc import Mapping
 
-import torch
-
 from torchdnr.attacks.pgd import pgd
-from torchdnr.decisions import is_evasion
+from torchdnr.decisions import is_evasion, predict_labels
 from torchdnr.evaluation.checks.context import Context
 from torchdnr.evaluation.checks.result import CannotRun, Finding
 from torchdnr.evaluation.curve import SecurityCurve
+from torchdnr.evaluation.judging import outputs
 from torchdnr.evaluation.metrics import wilson_interval
 
 FAR_ABOVE = 0.1
@@ -94,7 +93,6 @@ def _reference(context: Context, wanted: list[float]) -> tuple[dict[float, float
     points = context.attack(
         pgd, rows, model=context.surrogate, eps=eps / 2, steps=context.options["steps"]
     )
-    labels = context.labels[rows]
-    with torch.no_grad():
-        scores = torch.cat([context.surrogate(part) for part in points.split(context.batch_size)])
-    return {eps: (scores.argmax(dim=1) == labels).double().mean().item()}, "the surrogate"
+    output = outputs(context.surrogate, points, context.batch_size)
+    right = predict_labels(output, False) == context.labels[rows]
+    return {eps: right.double().mean().item()}, "the surrogate"
