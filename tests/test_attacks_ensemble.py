@@ -1,4 +1,4 @@
-"""Ensembles of attacks: the worst case per sample, and who found it."""
+"""Ensembles of attacks: the worst case per sample, and which member reached it."""
 
 from functools import partial
 

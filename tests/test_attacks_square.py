@@ -243,6 +243,7 @@ def test_length_of_local_steps_follows_success_within_bounds():
     torch.testing.assert_close(_next_length(length, local, success, eps), expected)
 
 
+@pytest.mark.slow
 def test_finds_a_slope_after_a_long_plateau():
     weight = torch.nn.functional.normalize(torch.randn(12, generator=generator()), dim=0)
     asked = [0]

@@ -155,6 +155,20 @@ def test_a_nearer_success_that_is_not_returned_is_silent(data):
     assert report["silent success"].counts == {"runs": 3, "silent": 3}
 
 
+def test_what_evades_a_smoothed_view_alone_is_no_silent_success(data):
+    class Smooth(Linear):
+        def smoothed(self, factor):
+            return lambda x: self(1 - x)  # what is right for the model is wrong for this view
+
+    def smooth(model, inputs, labels, eps, start):
+        model.smoothed(2)(inputs)
+        return idle(model, inputs, labels, eps, start)
+
+    model = Smooth().to(data[0].device)
+    report = check(data, smooth, model, only=["silent success"])
+    assert report["silent success"].counts == {"runs": 3, "silent": 0}
+
+
 def test_an_attack_that_still_gains_at_the_end_is_incomplete(data):
     report = check(data, slow, only=["incomplete optimisation"])
     assert report["incomplete optimisation"].counts == {"runs": 3, "falling": 3, "stuck": 0}

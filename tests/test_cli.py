@@ -334,7 +334,7 @@ def test_unforeseen_error_keeps_its_traceback(digits, tmp_path, monkeypatch):
     def broken(*_, **__):
         raise ValueError("a bug")
 
-    monkeypatch.setattr(torchdnr.cli.classifiers, "train_network", broken)
+    monkeypatch.setattr(torch.optim, "SGD", broken)
     with pytest.raises(ValueError, match="a bug"):
         train.main(["--quiet", *_making(digits, tmp_path / "run")])
 

@@ -98,7 +98,7 @@ def test_download_that_fails(source, tmp_path, monkeypatch):
         raise RuntimeError("no network")
 
     name = "MNIST" if source == "mnist" else "CIFAR10"
-    monkeypatch.setattr(f"torchdnr.data.sources.datasets.{name}", fail)
+    monkeypatch.setattr(f"torchvision.datasets.{name}", fail)
     with pytest.raises(ConnectionError, match=f"cannot download {source}.*choose mnist-5k"):
         load_dataset(source, tmp_path)
 
@@ -111,7 +111,7 @@ def test_torchvision_sets_become_nchw(tmp_path, monkeypatch):
         def __init__(self, *_, **__):
             self.targets = [0, 1]
 
-    monkeypatch.setattr("torchdnr.data.sources.datasets.CIFAR10", Fake)
+    monkeypatch.setattr("torchvision.datasets.CIFAR10", Fake)
     data = load_dataset("cifar10", tmp_path)
     assert data.classes == ("cat", "dog")
     assert data.images_test.shape == (2, 3, 4, 5)

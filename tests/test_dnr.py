@@ -455,7 +455,7 @@ def test_a_failed_save_leaves_the_earlier_checkpoint_as_it_was(dnr, tmp_path, mo
         file.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("torchdnr.files.save_file", full_disk)
+    monkeypatch.setattr("safetensors.torch.serialize_file", full_disk)
     with pytest.raises(OSError, match="No space left"):
         dnr.save(path)
     assert path.read_bytes() == good

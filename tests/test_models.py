@@ -152,7 +152,7 @@ def test_stop_during_the_write_keeps_the_last_epoch(tmp_path, monkeypatch):
 
     def save_then_die(target, tensors, metadata, kind):
         if metadata["epochs_done"] == 3:
-            monkeypatch.setattr("torchdnr.files.save_file", die)
+            monkeypatch.setattr("safetensors.torch.serialize_file", die)
         save_tensors(target, tensors, metadata, kind)
 
     def die(_, temporary, **__):

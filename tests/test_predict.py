@@ -188,6 +188,7 @@ def test_errors_in_one_line_and_an_earlier_table_stays(run, photographs, tmp_pat
     assert out.read_text() == "earlier"
 
 
+@pytest.mark.slow
 def test_module_on_the_command_line(finished, photographs):
     command = [sys.executable, "-m", "torchdnr.predict", "--run", finished, photographs[0]]
     done = subprocess.run(

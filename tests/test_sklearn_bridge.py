@@ -193,6 +193,7 @@ def test_modules_that_scikit_learn_cannot_be_are_refused():
         svm.to_sklearn()
 
 
+@pytest.mark.slow
 def test_torchdnr_works_without_scikit_learn():
     code = """
 import sys

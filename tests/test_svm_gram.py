@@ -148,7 +148,12 @@ def test_few_rows_are_evaluated_where_few_samples_matter():
 
 
 @pytest.mark.parametrize(
-    ("n", "capacity", "problems", "C"), [(300, 40, 1, 10.0), (300, 40, 3, 1.0), (1500, 100, 1, 0.3)]
+    ("n", "capacity", "problems", "C"),
+    [
+        pytest.param(300, 40, 1, 10.0, marks=pytest.mark.slow),
+        (300, 40, 3, 1.0),
+        (1500, 100, 1, 0.3),
+    ],
 )
 def test_few_rows_held_give_the_optimum_all_the_same(n, capacity, problems, C):
     x, _ = noisy(n=n)

@@ -312,7 +312,7 @@ def test_a_failed_save_leaves_the_earlier_file_as_it_was(tmp_path, monkeypatch):
         file.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("torchdnr.files.save_file", full_disk)
+    monkeypatch.setattr("safetensors.torch.serialize_file", full_disk)
     with pytest.raises(OSError, match="No space left"):
         svm.save(path)
     assert path.read_bytes() == good

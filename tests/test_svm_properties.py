@@ -96,7 +96,7 @@ def test_weighted_samples_are_those_of_libsvm(seed, zeros, spread):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("n", [60, 120])
+@pytest.mark.parametrize("n", [60, pytest.param(120, marks=pytest.mark.slow)])
 def test_one_of_300_problems_is_solved_as_if_alone(n, device):
     # Batches change the order of summation only: 1e-14 was seen here.
     x, targets = many(n, 300)

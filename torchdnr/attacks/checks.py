@@ -8,12 +8,7 @@ from torchdnr.decisions import check_images
 
 
 def check_inputs(inputs: Tensor, labels: Tensor, norm: float, bounds: tuple[float, float]) -> None:
-    """Refuse inputs, labels, a norm or bounds that no attack can work with.
-
-    Raises:
-        ValueError: If the inputs are not a non-empty floating point batch within ``bounds``, the
-            labels are not one class index per input, or the norm is not supported.
-    """
+    """Refuse inputs, labels, a norm or bounds that no attack can work with: ValueError."""
     check_norm(norm)
     if not bounds[0] < bounds[1]:
         raise ValueError(f"bounds must be (smallest, largest), got {bounds}")
@@ -40,10 +35,9 @@ def check_inputs(inputs: Tensor, labels: Tensor, norm: float, bounds: tuple[floa
 
 
 def check_like(name: str, images: Tensor, inputs: Tensor, *, same_length: bool = False) -> None:
-    """Refuse images whose shape, dtype or device differs from that of the attacked inputs.
+    """Refuse images unlike the attacked inputs in shape, dtype or device: ValueError.
 
-    Raises:
-        ValueError: If they differ; the number of rows counts with ``same_length`` only.
+    The number of rows has to agree with ``same_length`` only.
     """
     skip = 0 if same_length else 1
     if images.shape[skip:] != inputs.shape[skip:] or images.ndim != inputs.ndim:
@@ -59,11 +53,7 @@ def check_like(name: str, images: Tensor, inputs: Tensor, *, same_length: bool =
 def check_pool(
     pool: Tensor, classes: Tensor | None, inputs: Tensor, bounds: tuple[float, float]
 ) -> None:
-    """Refuse a pool of starting points that does not fit the attacked inputs.
-
-    Raises:
-        ValueError: If the images are unlike the inputs, or the classes are not ``(m,)``.
-    """
+    """Refuse a pool of starting points, or its classes, unlike the inputs: ValueError."""
     check_images("init_inputs", pool, bounds)
     check_like("init_inputs", pool, inputs)
     if classes is not None and (
@@ -94,21 +84,13 @@ def check_eps(eps: float | Tensor, inputs: Tensor) -> Tensor:
 
 
 def check_count(name: str, value: int, smallest: int) -> None:
-    """Refuse a count below ``smallest``.
-
-    Raises:
-        ValueError: If ``value`` is below it.
-    """
+    """Refuse a count below ``smallest``: ValueError."""
     if value < smallest:
         raise ValueError(f"{name} must be >= {smallest}, got {value}")
 
 
 def check_targets(targets: Tensor | None, labels: Tensor) -> None:
-    """Refuse targets that do not fit the labels.
-
-    Raises:
-        ValueError: If they are not int64 ``(n,)`` beside the labels, or one is the true class.
-    """
+    """Refuse targets unlike the labels in kind, or equal to a true class: ValueError."""
     if targets is None:
         return
     if (targets.shape, targets.dtype, targets.device) != (
@@ -128,10 +110,6 @@ def check_targets(targets: Tensor | None, labels: Tensor) -> None:
 
 
 def check_step_size(step_size: float | None) -> None:
-    """Refuse a step size that is not a positive number, or None for the default.
-
-    Raises:
-        ValueError: If it is not.
-    """
+    """Refuse a step size that is neither positive and finite nor None: ValueError."""
     if step_size is not None and not 0 < step_size < torch.inf:
         raise ValueError(f"step_size must be > 0 and finite, got {step_size}")

@@ -70,11 +70,7 @@ def project(
 
 
 def check_norm(norm: float) -> None:
-    """Refuse a norm that the attacks do not support.
-
-    Raises:
-        ValueError: If ``norm`` is not in ``NORMS``.
-    """
+    """Refuse a norm that is not in ``NORMS``: ValueError."""
     if norm not in NORMS:
         raise ValueError(f"no norm {norm!r}; choose from: {', '.join(map(str, NORMS))}")
 

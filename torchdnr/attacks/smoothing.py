@@ -92,11 +92,7 @@ def smoothed_pgd(
 def _views(
     model: View, factors: Sequence[float], smoothed: Callable[[float], View] | None
 ) -> list[View]:
-    """Return the view for each factor.
-
-    Raises:
-        ValueError: If there is none.
-    """
+    """Return the view for each factor."""
     if all(factor == 1 for factor in factors):
         return [model] * len(factors)
     smoothed = getattr(model, "smoothed", None) if smoothed is None else smoothed

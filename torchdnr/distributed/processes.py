@@ -86,26 +86,11 @@ class Processes:
         return self._exchange(tensor, lambda t: dist.broadcast(t, src=source))
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
-        """Add up the tensors of all processes.
-
-        Args:
-            tensor: Of one shape and dtype everywhere; it may be overwritten.
-
-        Returns:
-            The sum, the same in every process.
-        """
+        """Add up the tensors of all processes, which may be overwritten."""
         return self._exchange(tensor, dist.all_reduce)
 
     def reduce(self, tensor: Tensor, target: int) -> Tensor:
-        """Add up the tensors of all processes for one of them.
-
-        Args:
-            tensor: Of one shape and dtype everywhere; it may be overwritten.
-            target: Rank of the process that needs the sum.
-
-        Returns:
-            The sum on the target; elsewhere nothing of use.
-        """
+        """Add up the tensors of all processes for one; elsewhere the result is of no use."""
         return self._exchange(tensor, lambda t: dist.reduce(t, dst=target))
 
     def numbers(self, number: int) -> list[int]:
@@ -119,16 +104,7 @@ class Processes:
         return sum(self.numbers(int(flag))) == self.count
 
     def gather(self, part: Tensor, sizes: Sequence[int], dim: int = 0) -> Tensor:
-        """Concatenate the parts of all processes.
-
-        Args:
-            part: This process's part; those of the others differ in dimension ``dim`` at most.
-            sizes: Size of each process's part in that dimension.
-            dim: Along which the parts follow each other.
-
-        Returns:
-            The whole, in every process.
-        """
+        """Concatenate the parts of all processes, of these sizes in dimension ``dim``."""
         if self.count == 1:
             return part
         shape = list(part.shape)

@@ -49,29 +49,16 @@ class Partition:
         return slice(start, start + self.sizes[self.processes.rank])
 
     def locate(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Look up the positions of samples among those of this process.
+        """Return the positions of samples among those of this process, and whether they are here.
 
-        Args:
-            index: Samples, int64 of any shape.
-
-        Returns:
-            Positions from 0, and whether a sample is here; the position of one that is not means
-            nothing.
+        The position of a sample that is not here means nothing.
         """
         local = self.local
         is_local = (index >= local.start) & (index < local.stop)
         return (index - local.start).clamp(0, local.stop - local.start - 1), is_local
 
     def gather(self, part: Tensor, dim: int = 0) -> Tensor:
-        """Concatenate what each process computed for its samples.
-
-        Args:
-            part: Entries for this process's samples along dimension ``dim``.
-            dim: The dimension.
-
-        Returns:
-            Entries for all n, in every process.
-        """
+        """Concatenate what each process computed for its samples, along ``dim``."""
         return self.processes.gather(part, self.sizes, dim)
 
 
@@ -96,15 +83,7 @@ class ShardedFeatures:
 
     @classmethod
     def from_local(cls, local: Tensor, processes: Processes) -> "ShardedFeatures":
-        """Wrap the rows of this process, and learn how many the others have.
-
-        Args:
-            local: Rows of this process, ``(k, d)``, k >= 1; they follow those of lower ranks.
-            processes: All of them; they must call this together.
-
-        Returns:
-            The features of all.
-        """
+        """Wrap the rows of this process, which follow those of lower ranks; all call this."""
         return cls(local, Partition(tuple(processes.numbers(len(local))), processes))
 
     def __len__(self) -> int:
@@ -135,14 +114,7 @@ class ShardedFeatures:
         return self.partition.processes.all_reduce(rows)  # all but one add 0
 
     def select(self, kept: Tensor) -> "ShardedFeatures":
-        """Leave out samples.
-
-        Args:
-            kept: Those that stay, int64 ``(m,)``, ascending; some of every process.
-
-        Returns:
-            Their features; each process keeps what it has of them.
-        """
+        """Select samples, int64 ``(m,)``, ascending and some of every process."""
         bounds = torch.tensor([0, *accumulate(self.partition.sizes)], device=kept.device)
         sizes = tuple(torch.searchsorted(kept, bounds).diff().tolist())
         positions, is_local = self.partition.locate(kept)

@@ -163,9 +163,6 @@ def _device_of(net: nn.Module) -> torch.device:
 def first_images(batches: Iterator[Batch]) -> tuple[list[Tensor], Iterator[Batch]]:
     """Read the first images ahead.
 
-    Args:
-        batches: Images ``(n, ...)`` and labels or None; not empty.
-
     Returns:
         Up to 64 images of one shape, spread over as many of the first batches as it takes to have
         so many, in batches that are no larger than the first one; and all the batches.
@@ -220,14 +217,7 @@ def prepare_features(features: LayerFeatures, batches: Sequence[Tensor]) -> Laye
 
 
 def distortions(features: LayerFeatures) -> dict[str, dict[str, float]]:
-    """Collect by how much random projections changed distances.
-
-    Args:
-        features: Prepared layers.
-
-    Returns:
-        Layer name -> what ``projection_distortion`` measured, for projected layers.
-    """
+    """Collect what ``projection_distortion`` measured, by projected layer."""
     pairs = zip(features.layers, features.reductions, strict=True)
     return {name: r.distortion for name, r in pairs if isinstance(r, Project) and r.distortion}
 

@@ -68,14 +68,7 @@ class RowsInMemory:
         return sum(sizes) + max(sizes)
 
     def append(self, values: Mapping[str, Tensor]) -> None:
-        """Add the rows of one batch.
-
-        Args:
-            values: Layer name -> features ``(n, d)``, of the same d and dtype as before.
-
-        Raises:
-            ValueError: If a layer changed its number of features or its dtype.
-        """
+        """Add the rows of one batch, of the same number of features and dtype as before."""
         if not self._bytes:
             self._layout = layout_of(values)
             if self._n is not None:
@@ -128,9 +121,6 @@ class LayerFiles:
 
     def append(self, values: Mapping[str, Tensor]) -> None:
         """Add the rows of one batch.
-
-        Args:
-            values: Layer name -> features ``(n, d)``, of the same d and dtype as before.
 
         Raises:
             OSError: If the disk is too full for them, or cannot be written.
@@ -185,15 +175,7 @@ class LayerFiles:
 
 
 def map_files(folder: Path, layout: Layout, rows: int) -> dict[str, Tensor]:
-    """Map the files that ``LayerFiles.finish`` has completed.
-
-    Args:
-        folder: Where they are.
-        layout: Of their layers.
-        rows: Rows that they hold.
-
-    Returns:
-        Layer name -> features ``(rows, d)``.
+    """Map the files that ``LayerFiles.finish`` has completed: layer name -> ``(rows, d)``.
 
     Raises:
         DamagedFileError: If a file is missing or not as it was completed.

@@ -99,7 +99,7 @@ def rbf_scores(
     The kernel is made tile by tile. It is kept for the gradient if it has at most
     ``block_elements`` entries; otherwise its tiles are made again there. First and second
     derivatives by all of inputs, vectors, coefficients and gamma are exact; only a gradient that
-    is itself to be differentiated (``create_graph=True``) takes the kernel whole.
+    is itself to be differentiated (``create_graph=True``) needs the whole kernel at once.
 
     Under ``torch.compile`` it is ``compiled_rbf_scores``, under ``torch.export``
     ``traced_rbf_scores``.
@@ -136,9 +136,9 @@ def rbf_scores(
 def traced_rbf_scores(
     inputs: Tensor, vectors: Tensor, coefficients: Tensor, gamma: Tensor
 ) -> Tensor:
-    """Compute what ``rbf_scores`` computes, in operations of PyTorch's own.
+    """Compute what ``rbf_scores`` computes, in plain operations of PyTorch.
 
-    An exported program has to run without this package. The kernel is taken whole, ``(n, m)``: a
+    An exported program has to run without this package. The kernel is made whole, ``(n, m)``: a
     number of rows that is only known when the program runs cannot be cut into tiles.
 
     Args:
@@ -333,9 +333,8 @@ class _RBFScores(torch.autograd.Function):
         with full_precision(grad.device):
             if torch.is_grad_enabled():
                 inputs, vectors, coefficients, gamma = ctx.saved_tensors[:4]
-                gradients = _differentiable_gradients(
-                    grad, inputs, vectors, coefficients, gamma, needed
-                )
+                tensors = (inputs, vectors, coefficients, gamma)
+                gradients = _differentiable_gradients(grad, *tensors, needed)
             else:
                 options = {"needed": needed, "block_elements": ctx.block_elements}
                 gradients = kernel_gradients(grad, *ctx.saved_tensors, **options)
@@ -355,7 +354,7 @@ def _differentiable_gradients(
     Distances are not clamped: where rounding makes one negative, the clamp would take away its
     part of the second derivative.
     """
-    # Views tell the arguments apart where one tensor was given twice.
+    # Views keep the arguments apart where one tensor was given twice.
     tensors = [t.view_as(t) for t in (inputs, vectors, coefficients, gamma)]
     scores = (-tensors[3] * _unclamped_distances(*tensors[:2])).exp() @ tensors[2]
     chosen = [t for t, need in zip(tensors, needed, strict=True) if need]

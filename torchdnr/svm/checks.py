@@ -10,14 +10,7 @@ SYMMETRY = 1e-4
 
 
 def check_features(features: Tensor | ShardedFeatures) -> None:
-    """Check that features are a finite float matrix with at least one row.
-
-    Args:
-        features: Candidate features, perhaps sharded.
-
-    Raises:
-        ValueError: Saying what was expected, what came and what to do.
-    """
+    """Refuse features that are not a finite float matrix with at least one row."""
     local = features.local if isinstance(features, ShardedFeatures) else features
     if local.ndim != 2 or 0 in local.shape:
         raise ValueError(f"features must be (n, d) with n, d >= 1, got {tuple(local.shape)}")
@@ -30,19 +23,7 @@ def check_features(features: Tensor | ShardedFeatures) -> None:
 
 
 def check_labels(labels: Tensor, n: int, num_classes: int | None = None) -> int:
-    """Check that labels are 0..c-1 with every class present.
-
-    Args:
-        labels: Candidate labels.
-        n: Number of samples they belong to.
-        num_classes: c; default: largest label + 1.
-
-    Returns:
-        c.
-
-    Raises:
-        ValueError: Saying what was expected, what came and what to do.
-    """
+    """Refuse labels that are not ``(n,)`` in 0..c-1 with every class present, and return c."""
     if labels.shape != (n,):
         raise ValueError(f"labels must be ({n},), one per sample, got {tuple(labels.shape)}")
     if labels.dtype.is_floating_point or labels.dtype == torch.bool:
@@ -62,14 +43,7 @@ def check_labels(labels: Tensor, n: int, num_classes: int | None = None) -> int:
 
 
 def check_gram(gram: Tensor) -> None:
-    """Check that a precomputed kernel is square and symmetric up to rounding.
-
-    Args:
-        gram: Candidate kernel values between all training samples, a finite float matrix.
-
-    Raises:
-        ValueError: Saying what was expected, what came and what to do.
-    """
+    """Refuse a precomputed kernel that is not square, and symmetric up to rounding."""
     n = len(gram)
     if gram.shape != (n, n):
         raise ValueError(
@@ -85,16 +59,7 @@ def check_gram(gram: Tensor) -> None:
 
 
 def check_sample_weight(sample_weight: Tensor, labels: Tensor, num_classes: int) -> None:
-    """Check that weights are finite, >= 0, and leave samples of every class.
-
-    Args:
-        sample_weight: Candidate weights.
-        labels: ``(n,)`` in 0..c-1.
-        num_classes: c.
-
-    Raises:
-        ValueError: Saying what was expected, what came and what to do.
-    """
+    """Refuse weights that are not finite and >= 0, or that leave a class without samples."""
     n = len(labels)
     if sample_weight.shape != (n,):
         raise ValueError(

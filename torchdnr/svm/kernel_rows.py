@@ -81,14 +81,7 @@ class KernelRows:
 
     @classmethod
     def dense(cls, kernel: Tensor) -> "KernelRows":
-        """Wrap a Gram matrix that is at hand.
-
-        Args:
-            kernel: Symmetric Gram matrix, ``(n, n)``.
-
-        Returns:
-            Rows that are all held already.
-        """
+        """Wrap a symmetric Gram matrix ``(n, n)``, whose rows are all held then."""
         rows = cls(lambda index: kernel[index], len(kernel), kernel, MemoryPlan(1, LARGEST_SET))
         rows.capacity = rows._filled = rows.evaluated = rows.n
         rows.store = kernel
@@ -121,26 +114,11 @@ class KernelRows:
         return self._slot_of[index]
 
     def block(self, index: Tensor) -> Tensor:
-        """Return the kernels between the samples of working sets.
-
-        Args:
-            index: Samples of each set, ``(p, k)``.
-
-        Returns:
-            Kernel values, ``(p, k, k)``.
-        """
+        """Return the kernels ``(p, k, k)`` between the samples of working sets ``(p, k)``."""
         return self.store[self._slots_of_sets(index).unsqueeze(2), index.unsqueeze(1)]
 
     def product_at(self, samples: Tensor, vectors: Tensor) -> Tensor:
-        """Multiply vectors by the rows of some samples.
-
-        Args:
-            samples: At most ``capacity`` of them, ``(m,)``.
-            vectors: One vector per row, float64 ``(P, n)``.
-
-        Returns:
-            Products, float64 ``(P, m)``.
-        """
+        """Multiply vectors, float64 ``(P, n)``, by the rows of at most ``capacity`` samples."""
         rows = self.store[self.slots(samples)].double()
         return vectors[:, self._columns] @ rows.T
 

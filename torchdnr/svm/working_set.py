@@ -28,15 +28,7 @@ NEW_NONZERO = 0.25
 
 
 def select_working_sets(points: Points, size: int) -> Tensor:
-    """Choose each problem's working set: half may grow b, half may shrink it, worst first.
-
-    Args:
-        points: Of P problems.
-        size: Samples in a working set, at most n.
-
-    Returns:
-        Indices without repetition, ``(P, size)``.
-    """
+    """Choose working sets ``(P, size)``: half may grow b, half may shrink it, worst first."""
     gradient, dual_coef, lower, upper = points
     n = gradient.shape[1]
     if size >= n:

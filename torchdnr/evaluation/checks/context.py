@@ -107,7 +107,6 @@ class Context(Task):
         rows: Tensor,
         *,
         model: Model | None = None,
-        reject: bool = False,
         **options: Any,  # noqa: ANN401 - options of any attack
     ) -> Tensor:
         """Attack given samples at the eps of the comparison.
@@ -115,8 +114,7 @@ class Context(Task):
         Args:
             attack: Function of ``torchdnr.attacks``.
             rows: Samples, ``(s,)``.
-            model: What to attack; None: the model.
-            reject: Whether the output of another ``model`` has theta in the last column.
+            model: What to attack, without theta in its output; None: the model.
             **options: Of the attack.
 
         Returns:
@@ -127,12 +125,11 @@ class Context(Task):
             "norm": self.norm,
             "bounds": self.bounds,
             "batch_size": self.batch_size,
+            "reject": self.reject and model is None,
             "seed": self.seed,
         }
-        if model is None:
-            model, reject = self.model, self.reject
-        inputs, labels = self.inputs[rows], self.labels[rows]
-        return attack(model, inputs, labels, **(shared | options), reject=reject)
+        attacked = self.model if model is None else model
+        return attack(attacked, self.inputs[rows], self.labels[rows], **shared | options)
 
     def unevaded(self) -> Tensor:
         """Return the samples that the evaluation did not evade.

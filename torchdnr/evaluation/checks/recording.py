@@ -14,10 +14,10 @@ from torchdnr.evaluation.line_up import Attack
 
 
 class Recorder:
-    """Records margin, norm and success of all points that a model is shown, in a ``ModelView``.
+    """What a ``ModelView`` is shown: margin, norm and success of all points.
 
-    An attack may be any function: all it knows of the model went through here, so that a point in
-    the ball that evades was within its reach, whatever the attack itself made of it.
+    An attack may be any function, but all that it learns of the model goes through here: a point in
+    the ball that evades was within its reach, whatever it returned.
 
     Args:
         context: What is checked.
@@ -78,6 +78,8 @@ def record(context: Context, attack: Attack, row: int) -> Recorded:
     """Attack one sample alone, from the clean input, and grade all points that were evaluated."""
     recorder = Recorder(context, row)
     model = ModelView(context.model, recorder)
+    if (smoothed := getattr(context.model, "smoothed", None)) is not None:
+        model.__dict__["smoothed"] = smoothed  # not recorded: it is the model that has to be evaded
     inputs, labels = context.inputs[row : row + 1], context.labels[row : row + 1]
     eps = math.inf if attack.minimum_norm else context.eps
     points = attack.run(model, inputs, labels, eps, inputs)
