@@ -161,11 +161,10 @@ def _device_of(net: nn.Module) -> torch.device:
 
 
 def first_images(batches: Iterator[Batch]) -> tuple[list[Tensor], Iterator[Batch]]:
-    """Read the first images ahead.
+    """Read the first images ahead; return them, and all the batches.
 
-    Returns:
-        Up to 64 images of one shape, spread over as many of the first batches as it takes to have
-        so many, in batches that are no larger than the first one; and all the batches.
+    They are up to 64 images of one shape, spread over as many of the first batches as it takes to
+    have so many, in batches that are no larger than the first one.
     """
     read: list[Batch] = []
     for batch in batches:
@@ -182,20 +181,9 @@ def first_images(batches: Iterator[Batch]) -> tuple[list[Tensor], Iterator[Batch
 def prepare_features(features: LayerFeatures, batches: Sequence[Tensor]) -> LayerFeatures:
     """Make the reductions of layers anew, for the outputs that images of this size give.
 
-    Args:
-        features: The layers and the reductions wanted; left as they are.
-        batches: A few images of those to come, ``(n, ...)`` each, on the device of the network.
-            Distances are compared for all pairs of the first 64.
-
-    Returns:
-        Another module on the same network, ready to use, with ``sizes``.
-
-    Raises:
-        Exception: Whatever the network raises, with a note of the size of the images.
-        ValueError: If a reduction does not fit the output of its layer.
-
-    Warns:
-        ProjectionWarning: If a projection changes distances by much.
+    Distances are compared for all pairs of the first 64 of a few images, ``(n, ...)`` each. Returns
+    another module on the same network, ready to use, with ``sizes``. Warns (``ProjectionWarning``)
+    if a projection changes distances by much.
     """
     fresh = LayerFeatures(features.net, features.given, seed=features.seed)
     parts = [_outputs(fresh, images) for images in batches]
@@ -244,25 +232,12 @@ def training_features(
     """Extract the features of checked images, and the labels that go with them.
 
     Each of the current processes extracts and keeps a contiguous part: of the images in a tensor,
-    or of the batches of a loader, all of which it goes through for the labels.
+    or of the batches of a loader, all of which it goes through for the labels. ``prepare`` makes
+    the layers ready, given a few batches of images on the device. Without a memory limit it is 4
+    GiB on a CPU; a GPU has none. With a folder each of more than one process has a folder in it.
 
-    Args:
-        data: Images ``(n, ...)``, or a loader that yields ``(images, labels)``.
-        labels: ``(n,)`` where ``data`` is a tensor.
-        prepare: Makes the layers ready, given a few batches of the images on the device.
-        device: Where the network runs.
-        batch_size: Images per forward pass.
-        memory_limit: Bytes that the features may take in memory; None: 4 GiB on a CPU, and no
-            limit on a GPU.
-        folder: Where features go in any case; of several processes each has a folder in it.
-        progress: Whether to show a progress bar.
-
-    Returns:
-        The layers that were read; layer name -> features ``(n, d)``, float32 at least; labels
-        ``(n,)`` of all images, int64.
-
-    Raises:
-        ValueError: If images or labels are not as said above.
+    Returns the layers that were read; layer name -> features ``(n, d)``, float32 at least; and the
+    labels of all images, int64.
     """
     processes = current()
     if memory_limit is None and device.type == "cpu":

@@ -37,16 +37,8 @@ class GrowingFile:
     no reader takes for a safetensors file: a part is never mistaken for the whole. Rows are written
     and not mapped: on a full disk a write fails with an error, a map kills the process.
 
-    Args:
-        path: The file. It is made, or emptied, unless ``rows`` says what to keep.
-        name: Name of the tensor in the file.
-        dtype: Of the rows, one of ``DTYPES``.
-        width: Columns.
-        rows: Rows of an unfinished file that are kept; what follows them is cut off.
-
-    Raises:
-        DamagedFileError: If the file holds fewer rows than are to be kept.
-        OSError: If the file cannot be opened or written.
+    The file is made, or emptied, unless ``rows`` says how many of an unfinished file are kept; what
+    follows them is cut off. It is a ``DamagedFileError`` if there are fewer.
     """
 
     def __init__(
@@ -61,14 +53,7 @@ class GrowingFile:
         self._file.seek(keep)
 
     def append(self, rows: Tensor) -> None:
-        """Write rows behind the others.
-
-        Args:
-            rows: ``(n, width)`` of the file's dtype, on any device.
-
-        Raises:
-            OSError: If the disk is full or cannot be written.
-        """
+        """Write rows of the file's width and dtype, on any device, behind the others."""
         # Their bytes: numpy, which has the buffer, does not know bfloat16.
         rows = rows.detach().cpu().contiguous()
         rest = rows.view(-1).view(torch.uint8).numpy().data
@@ -105,24 +90,11 @@ class GrowingFile:
 
 
 def map_rows(path: Path, name: str, dtype: torch.dtype, rows: int, width: int) -> Tensor:
-    """Map a finished file into memory.
+    """Map a finished file into memory: ``(rows, width)`` on the CPU.
 
     Pages are read when they are used, and dropped when memory gets short. Writing to the tensor
-    changes it for this process only, never the file.
-
-    Args:
-        path: What ``GrowingFile.finish`` has written.
-        name: Name of the tensor in it.
-        dtype: Its dtype.
-        rows: Its rows, >= 1.
-        width: Its columns.
-
-    Returns:
-        The tensor, ``(rows, width)``, on the CPU. The file may be unlinked (not on Windows).
-
-    Raises:
-        DamagedFileError: If the file is missing, or not the finished file of this tensor.
-        OSError: If it cannot be mapped.
+    changes it for this process only, never the file, which may be unlinked (not on Windows). It is
+    a ``DamagedFileError`` if the file is missing, or not the finished file of this tensor.
     """
     header = _header(name, dtype, rows, width)
     expected = len(header) + rows * width * dtype.itemsize

@@ -44,11 +44,7 @@ Layout = dict[str, tuple[torch.dtype, int]]
 
 
 class RowsInMemory:
-    """Features that are gathered in memory, in their final place where their number is known.
-
-    Args:
-        n: Rows of all batches together, if known.
-    """
+    """Features that are gathered in memory, in their final place where their number n is known."""
 
     def __init__(self, n: int | None) -> None:
         self._n, self._rows = n, 0
@@ -97,17 +93,11 @@ class RowsInMemory:
 
 
 class LayerFiles:
-    """The features of several layers in a folder that nothing else uses, one file per layer.
+    """The features of all layers in a folder that nothing else uses, one file per layer.
 
-    Args:
-        folder: An existing folder.
-        n: Rows of all batches together, if known: a disk that is too full for them is then
-            noticed at the first batch.
-        layout: The files that an earlier call began, if they are to go on.
-        rows: Rows that it wrote.
-
-    Raises:
-        DamagedFileError: If the files hold less than that.
+    Where the number n of rows is known, a disk that is too full for them is noticed at the first
+    batch. ``layout`` and ``rows`` say what an earlier call wrote, if its files are to go on; it is
+    a ``DamagedFileError`` if they hold less.
     """
 
     def __init__(
@@ -120,13 +110,7 @@ class LayerFiles:
             self._open(layout)
 
     def append(self, values: Mapping[str, Tensor]) -> None:
-        """Add the rows of one batch.
-
-        Raises:
-            OSError: If the disk is too full for them, or cannot be written.
-            ValueError: If a layer changed its number of features or its dtype, or has a dtype that
-                cannot be stored.
-        """
+        """Add the rows of one batch, if all layers are as before and their dtypes can be stored."""
         if not self._files:
             self._check_space(row_bytes(values) * (self._n or 0))
             self._open(layout_of(values))
@@ -175,11 +159,7 @@ class LayerFiles:
 
 
 def map_files(folder: Path, layout: Layout, rows: int) -> dict[str, Tensor]:
-    """Map the files that ``LayerFiles.finish`` has completed: layer name -> ``(rows, d)``.
-
-    Raises:
-        DamagedFileError: If a file is missing or not as it was completed.
-    """
+    """Map the files that ``LayerFiles.finish`` has completed: layer name -> ``(rows, d)``."""
     paths = _paths(folder, layout)
     return {
         name: map_rows(paths[name], name, dtype, rows, width)
@@ -189,18 +169,10 @@ def map_files(folder: Path, layout: Layout, rows: int) -> dict[str, Tensor]:
 
 @contextmanager
 def temporary_files(n: int | None, needed: int, memory_limit: int) -> Iterator[LayerFiles]:
-    """Make files for features that do not fit into memory.
+    """Make files in a temporary folder for features that do not fit into memory, and warn of it.
 
-    Args:
-        n: Rows of all batches together, if known.
-        needed: Bytes that the features take.
-        memory_limit: Bytes that they may take in memory.
-
-    Yields:
-        Files in a temporary folder. It is removed at the end of the block; what is mapped by then
-        takes space on the disk until the tensors are gone (on Windows the folder stays).
-
-    Warns (``UserWarning``) of the size and the folder.
+    The folder is removed at the end of the block; what is mapped by then takes space on the disk
+    until the tensors are gone (on Windows the folder stays).
     """
     with tempfile.TemporaryDirectory(
         prefix="torchdnr-features-", ignore_cleanup_errors=True
@@ -250,17 +222,9 @@ class FeatureStore:
 
     Every call brings all batches again from the first on. Those that are in the store are
     recognised by their images and not computed again. Rows are on disk before the record says so.
-
-    Args:
-        folder: Where; made if it is missing.
-        run: All that decides the features beside the images, as JSON values.
-        n: Rows of all batches together, if known.
-
-    Raises:
-        CheckpointError: If the folder holds the features of another run, or files of others.
-        OSError: If the folder cannot be made or written to.
-
-    Warns (``UserWarning``) if the files are damaged; the extraction then starts again.
+    If the files are damaged, the extraction starts again with a warning; a folder that holds the
+    features of another run, or files of others, is refused (``CheckpointError``). ``run`` is all
+    that decides the features beside the images, as JSON values.
     """
 
     def __init__(self, folder: str | Path, run: Mapping[str, Any], n: int | None) -> None:
@@ -295,17 +259,10 @@ class FeatureStore:
             self._files.close()
 
     def holds(self, images: Tensor, labels: Tensor | None) -> bool:
-        """Return whether the next batch is in the store already.
+        """Return whether the next batch is in the store already; else ``append`` has to follow.
 
-        Args:
-            images: The batch that follows those asked about before.
-            labels: Its labels, if there are any.
-
-        Returns:
-            Whether there is nothing to compute; otherwise ``append`` has to follow.
-
-        Raises:
-            CheckpointError: If the store has another batch at this place, or none and is complete.
+        Raises ``CheckpointError`` if the store has another batch at this place, or is complete
+        without it.
         """
         parts = {"images": images} if labels is None else {"images": images, "labels": labels}
         self._next, place = digest(parts)[:16], self._seen
@@ -334,14 +291,8 @@ class FeatureStore:
     def finish(self, labels: Tensor | None) -> dict[str, Tensor]:
         """Complete the store, unless it is complete already, and map the features.
 
-        Args:
-            labels: Of all rows, if there are any; they are kept beside the features.
-
-        Returns:
-            Layer name -> features ``(n, d)``, mapped from the files.
-
-        Raises:
-            CheckpointError: If there were fewer batches than the store has.
+        Labels, if there are any, are kept beside them. Fewer batches than the store has are
+        refused.
         """
         if self._seen < len(self._batches):
             raise CheckpointError(

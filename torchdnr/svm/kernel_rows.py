@@ -16,13 +16,7 @@ from torchdnr.svm.memory_plan import EVALUATE_ELEMENTS, EXACT_ELEMENTS, LARGEST_
 
 
 class Block(NamedTuple):
-    """Working sets of p problems that are solved together.
-
-    Attributes:
-        problems: ``(p,)``.
-        samples: Their working sets, ``(p, k)``.
-        valid: Which entries count, bool ``(p, k)``; the rest pads.
-    """
+    """Working sets ``(p, k)`` of p problems solved together; entries that are not valid pad."""
 
     problems: Tensor
     samples: Tensor
@@ -94,13 +88,9 @@ class KernelRows:
         return self._slot_of is self._sample_in
 
     def slots(self, index: Tensor) -> Tensor:
-        """Make sure that rows are held.
+        """Return the rows of ``store`` that hold the samples ``(m,)``; missing ones are evaluated.
 
-        Args:
-            index: Samples, ``(m,)``, any order, repeats allowed; at most ``capacity`` different.
-
-        Returns:
-            Rows of ``store`` that hold them, ``(m,)``; valid until the next call.
+        At most ``capacity`` samples may differ. The result is valid until the next call.
         """
         if self.is_dense:
             return index
@@ -123,14 +113,10 @@ class KernelRows:
         return vectors[:, self._columns] @ rows.T
 
     def product(self, vectors: Tensor, *, exact: bool = True) -> Tensor:
-        """Multiply vectors by the Gram matrix; only rows with a nonzero coefficient are read.
+        """Multiply vectors, float64 ``(P, n)``, by the Gram matrix.
 
-        Args:
-            vectors: One vector per row, float64 ``(P, n)``.
-            exact: Whether to accumulate in float64 whatever the dtype of the kernel.
-
-        Returns:
-            Products, float64 ``(P, n)``.
+        Only rows with a nonzero coefficient are read. ``exact`` accumulates in float64 whatever the
+        dtype of the kernel.
         """
         used = vectors.ne(0).any(dim=0).nonzero().squeeze(1)  # a data-dependent size: syncs once
         result = torch.zeros_like(vectors[:, self._columns])
@@ -155,13 +141,7 @@ class KernelRows:
     ) -> Sequence[Tensor]:
         """Return the results of all blocks, given those of the ``assigned`` ones.
 
-        Args:
-            blocks: All of them.
-            results: A row per problem, float64 ``(p, k + extra)``.
-            extra: Numbers per problem beside those of its working set.
-
-        Returns:
-            Results in the order of the blocks.
+        A result has a row per problem, float64 ``(p, k + extra)``.
         """
         return results
 

@@ -49,14 +49,8 @@ def plan_features(
 ) -> FeaturePlan:
     """Divide memory between copies of the features and all else that a fit needs.
 
-    Args:
-        features: ``(n, d)``.
-        problems: Problems solved at once.
-        memory_limit: Bytes beyond the features; None for ``MEMORY_LIMIT``.
-
-    Returns:
-        A plan that takes at most half of what the least memory of a fit leaves; more only if a
-        single row is more.
+    The copies get at most half of what the least memory of a fit leaves; more only if a single row
+    is more.
     """
     features = ShardedFeatures.of(features)
     (n, d), itemsize = features.shape, features.local.element_size()
@@ -97,21 +91,11 @@ def plan_memory(
 ) -> MemoryPlan:
     """Divide memory between the state of the problems, working sets and kernel rows.
 
-    Args:
-        n: Samples.
-        problems: Problems on one kernel.
-        itemsize: Bytes of a kernel value.
-        memory_limit: Bytes beyond the features; None for ``MEMORY_LIMIT``.
-        reserved: Bytes of it for copies of the features.
-        width: Kernel values that are held of each row, where rows are sharded; default: n.
-
-    Returns:
-        The plan: a quarter of what is beyond the least goes to solving more problems together; of
-        what their state leaves, a fifth goes to working sets, the rest to kernel rows. Where not
-        all rows fit, only as many problems are solved together as have all of theirs held.
-
-    Raises:
-        ValueError: If the limit is less than a small working set needs.
+    A quarter of what is beyond the least goes to solving more problems together; of what their
+    state leaves, a fifth goes to working sets, the rest to kernel rows. Where not all rows fit,
+    only as many problems are solved together as have all of theirs held. ``reserved`` bytes are for
+    copies of the features, ``width`` is how much of each row is held where rows are sharded. Raises
+    ``ValueError`` if the limit is less than a small working set needs.
     """
     limit = MEMORY_LIMIT if memory_limit is None else int(memory_limit)
     width = n if width is None else width

@@ -55,19 +55,10 @@ class GridSearch:
 
 
 def stratified_folds(labels: Tensor, folds: int, seed: int = 0) -> Tensor:
-    """Assign the samples of every class evenly to the folds, in a seeded random order.
+    """Assign the samples of every class evenly to the folds 0..folds-1, in a seeded random order.
 
-    Args:
-        labels: ``(n,)`` in 0..c-1.
-        folds: Number of folds, >= 2.
-        seed: Of the random order.
-
-    Returns:
-        Fold of each sample, ``(n,)`` in 0..folds-1. Sizes differ by at most one within a class
-        and, as the remainders are passed on, over all samples.
-
-    Raises:
-        ValueError: If a class has fewer samples than there are folds.
+    Sizes differ by at most one within a class and, as the remainders are passed on, over all
+    samples.
     """
     if folds < 2:
         raise ValueError(f"folds must be >= 2, got {folds}")
@@ -224,15 +215,7 @@ class _Fits(NamedTuple):
 class FoldedFits:
     """One-vs-rest problems on all samples, and without each fold: held-out samples have C = 0.
 
-    Args:
-        rows: The Gram matrix of all samples.
-        labels: ``(n,)`` in 0..c-1.
-        num_classes: c.
-        fold: Fold of each sample, ``(n,)`` from 0.
-        tol: Largest KKT violation accepted.
-
-    Attributes:
-        not_converged: Problems that missed the tolerance so far.
+    ``not_converged`` counts the problems that missed the tolerance so far.
     """
 
     def __init__(
@@ -249,11 +232,8 @@ class FoldedFits:
     def advance(self, C: float) -> Tensor:
         """Fit with a larger C than before.
 
-        Args:
-            C: Upper bound of the dual variables.
-
-        Returns:
-            Scores of each sample by the machine fitted without its fold, float64 ``(n, c)``.
+        Returns the scores of each sample by the machine fitted without its fold, float64 ``(n,
+        c)``.
         """
         last, targets = self._last, self._targets.repeat(1, self._folds)
         # Samples at a bound pull less without a fold, by its share: as with a C so much smaller.
@@ -309,10 +289,7 @@ def _best_multiple(linear: Tensor, quadratic: Tensor) -> Tensor:
 class _Kernels:
     """Gram matrices of more than one width: from common distances, where these fit.
 
-    Attributes:
-        features: ``(n, d)``.
-        distances: Squared distances to this process's rows, or None.
-        limit: Bytes that are left beside the distances computed here.
+    ``limit`` counts the bytes that are left beside the distances computed here.
     """
 
     def __init__(

@@ -31,11 +31,10 @@ def one_vs_rest(labels: Tensor, num_classes: int) -> Tensor:
 
 
 def one_vs_one(labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
-    """Turn labels ``(n,)`` into one column of -1 and +1 per pair of classes.
+    """Turn labels into one column per pair of classes: +1 for its first class, else -1.
 
-    Returns:
-        Targets, float64 ``(n, c (c - 1) / 2)``, +1 for the first class of the pair; and whether the
-        sample takes part, bool of the same shape: the target of one that does not means nothing.
+    Returns targets, float64 ``(n, c (c - 1) / 2)``, and whether the sample takes part: the target
+    of one that does not means nothing.
     """
     first, second = class_pairs(num_classes, labels.device).unbind(dim=1)
     is_first = labels.unsqueeze(1) == first
@@ -50,18 +49,11 @@ def binary_targets(labels: Tensor, num_classes: int, strategy: str) -> Tensor:
 
 
 def votes_and_confidence(values: Tensor) -> Tensor:
-    """Turn values of pairs into class scores by scikit-learn's formula.
+    """Turn values of pairs, ``(n, c (c - 1) / 2)``, into class scores by scikit-learn's formula.
 
-    A class gets one vote for each pair it wins, plus the sum s of its values squeezed to
-    s / (3 (|s| + 1)): that breaks ties and never overturns a vote. The votes are piecewise
-    constant: their gradient is 0, so that only the squeezed sums can be followed by a gradient.
-
-    Args:
-        values: Decision values of the pairs, ``(n, c (c - 1) / 2)``, > 0 for the first class.
-
-    Returns:
-        Scores, ``(n, c)``. Two classes have one pair, whose value v is the score without voting:
-        (v, -v).
+    A class gets one vote for each pair it wins, plus the sum s of its values squeezed to s / (3
+    (|s| + 1)): that breaks ties and never overturns a vote. The votes are piecewise constant, so
+    that only the squeezed sums have a gradient. The one pair of two classes does not vote: (v, -v).
 
     Source: scikit-learn, ``sklearn.utils.multiclass._ovr_decision_function``.
     """
@@ -78,11 +70,7 @@ def votes_and_confidence(values: Tensor) -> Tensor:
 
 
 def checked_C(C: PerClass) -> float | tuple[float, ...]:
-    """Return C as a Python number, or as one per class.
-
-    Raises:
-        ValueError: If a value is not a number > 0.
-    """
+    """Return C > 0 as a Python number, or as one per class."""
     values = _numbers(C, "C")
     if not all(value > 0.0 for value in values):
         raise ValueError(f"C must be > 0, got {C}")
@@ -91,11 +79,7 @@ def checked_C(C: PerClass) -> float | tuple[float, ...]:
 
 
 def checked_class_weight(class_weight: ClassWeight | None) -> CheckedWeight:
-    """Return class weights as Python values.
-
-    Raises:
-        ValueError: If they are none of ``CheckedWeight``, or a factor is not a finite number > 0.
-    """
+    """Return class weights as Python values; refuse factors that are not finite and > 0."""
     if class_weight is None or (isinstance(class_weight, str) and class_weight == "balanced"):
         return class_weight
     if isinstance(class_weight, str):
@@ -125,25 +109,12 @@ def upper_bounds(
     class_weight: CheckedWeight,
     sample_weight: Tensor | None,
 ) -> float | Tensor:
-    """Compute the bound of each sample's alpha in each binary problem.
+    """Compute the bound of each sample's alpha in each binary problem, 0 where it takes no part.
 
-    The factors are multiplied: C, the weight of the sample's class, and that of the sample. Class
-    weights go by the sample's class under both strategies, except that ``"balanced"`` balances each
-    problem of one-vs-rest by itself, its class against all others.
-
-    Args:
-        labels: ``(n,)`` in 0..c-1.
-        num_classes: c.
-        strategy: ``"one-vs-rest"`` or ``"one-vs-one"``.
-        C: As ``checked_C`` returns it: by problem in one-vs-rest, by class in one-vs-one.
-        class_weight: As ``checked_class_weight`` returns it.
-        sample_weight: > 0, float64 ``(n,)``, or None.
-
-    Returns:
-        A number, or float64 that broadcasts to ``(n, P)``; 0 where a sample takes no part.
-
-    Raises:
-        ValueError: If C or the class weights do not have one value per class.
+    It is a number, or float64 that broadcasts to ``(n, P)``: the product of C, by problem in
+    one-vs-rest and by class in one-vs-one, the weight of the sample's class, and that of the
+    sample. Class weights go by the sample's class under both strategies, except that ``"balanced"``
+    balances each problem of one-vs-rest by itself, its class against all others.
     """
     by_sample = None if sample_weight is None else sample_weight.unsqueeze(1)
     factors = _class_factors(labels, num_classes, strategy, class_weight, sample_weight)
@@ -159,16 +130,7 @@ def upper_bounds(
 def balanced_weights(
     labels: Tensor, num_classes: int, sample_weight: Tensor | None = None
 ) -> Tensor:
-    """Compute scikit-learn's ``"balanced"`` class weights: total / (c * count).
-
-    Args:
-        labels: ``(n,)`` in 0..c-1, every class present.
-        num_classes: c.
-        sample_weight: By which samples are counted, ``(n,)``; default 1 each.
-
-    Returns:
-        One weight per class, float64 ``(c,)``.
-    """
+    """Compute scikit-learn's ``"balanced"`` class weights: total / (c * weighted count)."""
     counts = torch.bincount(labels, weights=sample_weight, minlength=num_classes).double()
     return counts.sum() / (num_classes * counts)
 

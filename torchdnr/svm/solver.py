@@ -135,14 +135,8 @@ def solve_dual(
 class SolverState:
     """State of P problems on n samples; one row each.
 
-    Attributes:
-        gradient: F = K b - y, float64 ``(P, n)``.
-        dual_coef: b, float64 ``(P, n)``.
-        lower: Lower bounds of b, ``(P, n)``.
-        upper: Upper bounds of b, ``(P, n)``.
-        steps: Newton steps and two-variable updates spent, ``(P,)``.
-        damping: Proximal term of the next Newton steps, ``(P,)``.
-        failures: Newton blocks in a row that were not solved, ``(P,)``.
+    ``damping`` is the proximal term of the next Newton steps; ``failures`` counts the Newton blocks
+    in a row that were not solved.
     """
 
     gradient: Tensor
@@ -163,18 +157,9 @@ class SolverState:
         initial: Tensor | None,
         goal: float,
     ) -> "SolverState":
-        """Begin at given b, or where the problem makes a better start than b = 0 worth it.
+        """Begin at given b, ``(n, P)``, or wherever a better start than b = 0 is worth it.
 
-        Args:
-            rows: The kernel.
-            targets: Labels in {-1, +1}, ``(n, P)``.
-            lower: Lower bounds of b, ``(n, P)``.
-            upper: Upper bounds of b, ``(n, P)``.
-            initial: b, ``(n, P)``, clipped to the bounds and balanced; None for the best start.
-            goal: Violation at which a problem is done.
-
-        Returns:
-            The state, with the gradient at its b.
+        Given values are clipped to the bounds and balanced.
         """
         targets, lower, upper = (t.T.contiguous() for t in (targets.double(), lower, upper))
         counts = torch.zeros(len(targets), dtype=torch.int64, device=targets.device)
@@ -206,14 +191,7 @@ class SolverState:
 
 
 def descend(rows: KernelRows, state: SolverState, goal: float, max_steps: int) -> None:
-    """Run outer steps until every problem is within the goal by its running gradient.
-
-    Args:
-        rows: The kernel.
-        state: Of all problems; changed in place.
-        goal: Largest violation to reach.
-        max_steps: Steps of one problem at the most.
-    """
+    """Run outer steps until every problem is within the goal by its running gradient."""
     fresh = ~state.dual_coef.any(dim=1)
     polish = rows.n <= SMALL_SET
     while True:
@@ -338,10 +316,7 @@ def _line_search(
     solved: Tensor,
     easy: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Go to the minimum on the way to Newton's answer.
-
-    Returns the changes of b, ``(p, k)``, the damping from now on, and whether b improved.
-    """
+    """Go to the minimum on the way to Newton's answer: changes of b, damping, and success."""
     gradient, dual_coef, lower, upper = local
     solution = to_double(solution, lower, upper)
     target = make_feasible(solution, gradient, lower, upper, dual_coef.sum(dim=1))

@@ -20,15 +20,13 @@ class TrainingData:
     """Samples of weight > 0, and their indices among all n.
 
     Attributes:
-        features: ``(k, d)``, perhaps sharded; with a precomputed kernel its matrix between the k
-            samples.
+        features: ``(k, d)``; with a precomputed kernel its matrix between the k samples.
         labels: ``(k,)``.
         weight: Their weights, float64 ``(k,)``; None if all are 1.
         kept: Their indices among the n samples, int64 ``(k,)``.
         count: n.
         center: Mean of the features, ``(d,)``; zeros ``(n,)`` with a precomputed kernel.
-        distances: Squared distances between the features, ``(k, k)``, if they are at hand; of
-            sharded features those to this process's.
+        distances: Squared distances to the features of this process, if they are at hand.
         is_precomputed: Whether the features are kernel values.
     """
 
@@ -42,11 +40,7 @@ class TrainingData:
     is_precomputed: bool
 
     def gamma(self, given: float | str) -> float:
-        """Compute the kernel width from what ``checked_gamma`` returned.
-
-        Raises:
-            ValueError: If the variance of the features is not finite.
-        """
+        """Compute the kernel width from what ``checked_gamma`` returned."""
         if given == "auto":
             return 1.0 / self.features.shape[1]
         if given != "scale":
@@ -63,18 +57,9 @@ class TrainingData:
     def gram(
         self, kernel: Kernel | None, problems: int, memory_limit: int | None
     ) -> Tensor | KernelRows:
-        """Prepare the Gram matrix with the very kernel that will score.
+        """Make the Gram matrix with the very kernel that will score; None if precomputed.
 
-        Args:
-            kernel: The kernel; None for a precomputed one.
-            problems: Problems that will be solved on it at once.
-            memory_limit: Bytes that the fit may take; None for the default.
-
-        Returns:
-            Kernel values, ``(k, k)``: whole if they are at hand, otherwise evaluated on demand.
-
-        Raises:
-            ValueError: If the memory limit is too small, or squared distances overflow.
+        It is whole if it is at hand, otherwise its rows are evaluated on demand.
         """
         features, center, local = self.features, self.center, self.features.local
         if kernel is None:
@@ -103,14 +88,7 @@ class TrainingData:
         return self.features.rows(chosen.nonzero().squeeze(1))
 
     def of_all_samples(self, solution: DualSolution) -> DualSolution:
-        """Put the samples of weight 0 back, with b = 0 and no score.
-
-        Args:
-            solution: Of the k samples.
-
-        Returns:
-            The same with ``dual_coef`` and ``scores`` ``(n, P)``; scores left out are NaN.
-        """
+        """Put the samples of weight 0 back, with b = 0 and the score NaN."""
         if len(self.kept) == self.count:
             return solution
         spread = {}
@@ -130,23 +108,7 @@ def select_training_data(
     distances: Tensor | None,
     is_precomputed: bool,
 ) -> TrainingData:
-    """Check kernel values and weights, and leave out the samples of weight 0.
-
-    Args:
-        features: ``(n, d)``, perhaps sharded, or a precomputed kernel, ``(n, n)``.
-        labels: ``(n,)`` in 0..c-1.
-        num_classes: c.
-        sample_weight: ``(n,)``, or None for 1 each.
-        distances: Squared distances between the features, ``(n, n)``, if they are at hand; of
-            sharded features those to this process's.
-        is_precomputed: Whether the features are kernel values.
-
-    Returns:
-        The samples that count.
-
-    Raises:
-        ValueError: If the kernel is not a Gram matrix, or weights do not fit.
-    """
+    """Check kernel values and weights, and leave out samples of weight 0; see ``RBFSVM.fit``."""
     features = ShardedFeatures.of(features)
     n, weight, local = len(features), None, features.local
     if is_precomputed:
@@ -171,11 +133,7 @@ def select_training_data(
 
 
 def checked_gamma(gamma: float | str) -> float | str:
-    """Return a kernel width, a number as float.
-
-    Raises:
-        ValueError: If it is neither a number > 0 nor ``"scale"`` or ``"auto"``.
-    """
+    """Return a kernel width: a number > 0 as float, ``"scale"`` or ``"auto"``."""
     if isinstance(gamma, str):
         if gamma in ("scale", "auto"):
             return gamma

@@ -45,15 +45,9 @@ def select_working_sets(points: Points, size: int) -> Tensor:
 def largest_violators(points: Points, intercept: Tensor, largest: int) -> tuple[Tensor, Tensor]:
     """Choose each problem's working set: its free samples, and the worst of those at a bound.
 
-    Args:
-        points: Of P problems.
-        intercept: Intercepts, ``(P,)``: a multiplier is F + intercept.
-        largest: Samples in a set at the most.
-
-    Returns:
-        Indices, ``(P, k)``, and whether they belong to the set, bool ``(P, k)``. Those that do
-        belong do not repeat. The pair that violates most is among them, unless the free samples are
-        more than fit in the set.
+    Returns indices, ``(P, k)``, and whether they belong to the set. Those that do belong do not
+    repeat. The pair that violates most is among them, unless the free samples are more than fit in
+    the set. A multiplier is F + intercept.
     """
     gradient, dual_coef, lower, upper = points
     multiplier = gradient + intercept.unsqueeze(1)
@@ -88,21 +82,10 @@ def common_sample(n: int, device: torch.device, size: int = FIRST_SAMPLES) -> Te
 def first_sets(
     lower: Tensor, upper: Tensor, index: Tensor, valid: Tensor, fresh: Tensor, largest: int
 ) -> tuple[Tensor, Tensor]:
-    """Give problems at b = 0 one random working set, whose kernel they share.
+    """Give ``fresh`` problems, at b = 0, one random working set, whose kernel they share.
 
-    There all samples violate alike, so that any choice is as good as the worst violators.
-
-    Args:
-        lower: Lower bounds of b, ``(P, n)``.
-        upper: Upper bounds of b, ``(P, n)``.
-        index: Working sets for the other problems, and for those of which the random set holds one
-            class only, ``(P, k)``.
-        valid: Which of those entries count, ``(P, k)``.
-        fresh: Which problems are at b = 0, ``(P,)``.
-        largest: Samples in a set at the most.
-
-    Returns:
-        Indices and which of them count.
+    There all samples violate alike, so that any choice is as good as the worst violators. The
+    others, and those of which the random set holds one class only, keep their sets.
     """
     common = common_sample(lower.shape[1], index.device)[:largest]
     both = (lower[:, common] < 0).any(dim=1) & (upper[:, common] > 0).any(dim=1)
@@ -117,18 +100,10 @@ def first_sets(
 def make_feasible(
     values: Tensor, gradient: Tensor, lower: Tensor, upper: Tensor, total: Tensor
 ) -> Tensor:
-    """Bring values within their bounds and to their sum, leaving on a bound what is there.
+    """Bring b ``(P, k)`` within its bounds and to its sums, leaving on a bound what is there.
 
-    Args:
-        values: b or entries of it, ``(P, k)``.
-        gradient: F there or nearby, ``(P, k)``: where samples have to leave their bounds for the
-            sake of the sum, those go first that win most by it.
-        lower: Lower bounds, ``(P, k)``.
-        upper: Upper bounds, ``(P, k)``.
-        total: What each row has to sum to, within the sums of its bounds, ``(P,)``.
-
-    Returns:
-        Feasible values, ``(P, k)``.
+    Where samples have to leave their bounds for the sake of the sum, those go first that win most
+    by it, by the gradient there or nearby.
     """
     tiny = torch.finfo(values.dtype).tiny
     for _ in range(2):  # the second time for what the first put within the slack of a bound
@@ -158,14 +133,8 @@ def solve_blocks(
 ) -> tuple[Tensor, Tensor]:
     """Solve P small dual problems by two-variable updates, second-order selection.
 
-    Args:
-        kernels: Gram matrices of the working sets, ``(P, q, q)``.
-        points: The problems on their working sets.
-        tol: Violation at which each problem stops, ``(P,)``.
-        max_steps: Updates of each problem at the most, ``(P,)``.
-
-    Returns:
-        New b, ``(P, q)``, and updates spent, ``(P,)``.
+    Kernels are ``(P, q, q)``, the violations to stop at and the most updates ``(P,)``. Returns new
+    b, ``(P, q)``, and updates spent.
     """
     gradient, dual_coef, lower, upper = points
     count, size = gradient.shape

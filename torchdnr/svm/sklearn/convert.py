@@ -23,12 +23,9 @@ if TYPE_CHECKING:
 
 
 class LibsvmLayout(NamedTuple):
-    """Support vectors by class, and their coefficients against the other classes.
+    """LIBSVM's order of the support vectors, ``(m,)``, how many each class has, and coefficients.
 
-    Attributes:
-        order: Rows of the support vectors in LIBSVM's order, int64 ``(m,)``.
-        n_support: Support vectors of each class, int64 ``(c,)``.
-        dual_coef: alpha * y, y = +1 for the first class of a pair, ``(c - 1, m)``.
+    ``dual_coef`` is alpha * y, y = +1 for the first class of a pair, ``(c - 1, m)``.
     """
 
     order: Tensor
@@ -37,16 +34,10 @@ class LibsvmLayout(NamedTuple):
 
 
 def to_libsvm(dual_coef: Tensor) -> LibsvmLayout:
-    """Bring one column per pair of classes to LIBSVM's layout.
+    """Bring alpha * y, one column per pair of classes, to LIBSVM's layout.
 
-    The class of a support vector is read off its signs: > 0 in a pair whose first class it is.
-
-    Args:
-        dual_coef: alpha * y, ``(m, c (c - 1) / 2)``, ascending in the training samples. Rows of
-            zeros, which support nothing, are left out of the layout.
-
-    Returns:
-        The layout, of at most m support vectors.
+    The class of a support vector is read off its signs: > 0 in a pair whose first class it is. Rows
+    of zeros, which support nothing, are left out of the layout.
     """
     c = classes_of_pairs(dual_coef.shape[1])
     pairs = class_pairs(c, dual_coef.device)
@@ -63,15 +54,7 @@ def to_libsvm(dual_coef: Tensor) -> LibsvmLayout:
 
 
 def from_libsvm(dual_coef: Tensor, n_support: Tensor) -> Tensor:
-    """Bring LIBSVM's layout to one column per pair of classes.
-
-    Args:
-        dual_coef: alpha * y, y = +1 for the first class of a pair, ``(c - 1, m)``.
-        n_support: Support vectors of each class, int64 ``(c,)``.
-
-    Returns:
-        alpha * y, ``(m, c (c - 1) / 2)``, 0 where a support vector takes no part.
-    """
+    """Bring LIBSVM's layout to alpha * y, one column per pair of classes."""
     c = len(n_support)
     classes = torch.arange(c, device=n_support.device).repeat_interleave(n_support)
     pairs = class_pairs(c, n_support.device)
