@@ -171,7 +171,7 @@ def join_solutions(parts: Sequence[DualSolution]) -> DualSolution:
     return DualSolution(**values, kernel_rows=parts[-1].kernel_rows)
 
 
-def warn_if_not_converged(solution: DualSolution, tol: float, stacklevel: int = 3) -> None:
+def warn_if_not_converged(solution: DualSolution, tol: float) -> None:
     """Warn once about all problems that did not meet the tolerance."""
     failed = (~solution.converged).nonzero().squeeze(1).tolist()
     if not failed:
@@ -182,5 +182,5 @@ def warn_if_not_converged(solution: DualSolution, tol: float, stacklevel: int = 
         f"{len(failed)} of {len(solution.converged)} dual problems did not reach a KKT violation "
         f"of {tol:g}: {named}{more}. Raise max_steps, lower C, or scale the features.",
         ConvergenceWarning,
-        stacklevel=stacklevel,
+        stacklevel=3,
     )
