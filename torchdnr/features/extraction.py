@@ -60,33 +60,27 @@ def extract(
     are mapped from them: their pages are read when they are used and dropped when memory gets
     short. The number of images need not be known: each layer has a safetensors file that grows.
 
-    In a folder of your own they are kept. A call that was stopped goes on behind the last whole
-    batch when it is repeated, and a repeated call finds all of them. It still goes through the
-    images, to see that they are the same in the same order: a loader that shuffles or augments is
-    refused as soon as a batch differs, so pass one that does neither.
+    In a given folder they are kept. A call that was stopped goes on behind the last whole batch
+    when it is repeated, and a repeated call computes none again. It still goes through the images,
+    to see that they are the same in the same order: a loader that shuffles or augments is refused
+    as soon as a batch differs, so pass one that does neither.
 
     Args:
         features: The layers to read.
         data: Images ``(n, ...)``, or an iterable such as a ``DataLoader`` that yields batches of
-            images or ``(images, labels)``.
+            images or ``(images, labels)``; not empty, and labels with every batch or with none.
         batch_size: Images per forward pass where ``data`` is a tensor, >= 1.
         device: Where the network runs and the results stay; default: the device of the network.
         progress: Whether to show a progress bar over the batches.
         memory_limit: Bytes that the features of all layers together may take in memory; beyond
-            that, they go to a temporary folder. Default: no limit.
-        folder: Where features go in any case, and are kept.
+            that, they go to a temporary folder, with a warning. Default: no limit.
+        folder: Where features go in any case, and are kept; a ``CheckpointError`` if it holds those
+            of other images or another network.
         widen: Whether features of half precision come back as float32, which SVMs need.
 
     Returns:
         Layer name -> features ``(n, d)``, and the labels ``(n,)`` where ``data`` yields them,
         else None.
-
-    Raises:
-        ValueError: If ``data`` is empty, ``batch_size`` < 1, or only some batches have labels.
-        CheckpointError: If the folder holds the features of other images or another network.
-        OSError: If the disk is full, or the folder cannot be written to.
-
-    Warns (``UserWarning``) if features go to a temporary folder, or were damaged on disk.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be >= 1, got {batch_size}")
@@ -123,9 +117,7 @@ def extract(
                 "data holds no image; expected at least one; pass a non-empty tensor or loader"
             )
         joined = _joined(labels, count)
-        if isinstance(rows, FeatureStore):
-            return rows.finish(joined), joined
-        return rows.finish(), joined
+        return rows.finish(joined) if isinstance(rows, FeatureStore) else rows.finish(), joined
 
 
 def _joined(labels: Sequence[Tensor | None], count: int) -> Tensor | None:
@@ -155,9 +147,8 @@ def _describe(
 
 
 def _device_of(net: nn.Module) -> torch.device:
-    for tensor in (*net.parameters(), *net.buffers()):
-        return tensor.device
-    return torch.device("cpu")
+    tensors = (*net.parameters(), *net.buffers())
+    return tensors[0].device if tensors else torch.device("cpu")
 
 
 def first_images(batches: Iterator[Batch]) -> tuple[list[Tensor], Iterator[Batch]]:

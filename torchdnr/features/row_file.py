@@ -45,7 +45,7 @@ class GrowingFile:
         self, path: Path, name: str, dtype: torch.dtype, width: int, *, rows: int = 0
     ) -> None:
         self.path, self.name, self.dtype, self.width, self.rows = path, name, dtype, width, rows
-        keep = self._size()
+        keep = _data_start(name) + rows * width * dtype.itemsize
         if rows and (not path.is_file() or path.stat().st_size < keep):
             raise DamagedFileError(f"{path}: expected at least {keep} bytes of features, got less")
         self._file = path.open("r+b" if rows else "w+b", buffering=0)
@@ -85,9 +85,6 @@ class GrowingFile:
         """Close the file; what was written stays."""
         self._file.close()
 
-    def _size(self) -> int:
-        return _data_start(self.name) + self.rows * self.width * self.dtype.itemsize
-
 
 def map_rows(path: Path, name: str, dtype: torch.dtype, rows: int, width: int) -> Tensor:
     """Map a finished file into memory: ``(rows, width)`` on the CPU.
@@ -115,19 +112,14 @@ def _map(descriptor: int, path: Path) -> mmap.mmap:
         if not hasattr(mmap, "MAP_PRIVATE"):  # Windows
             return mmap.mmap(descriptor, 0, access=mmap.ACCESS_COPY)
         # No memory is set aside for changes: else no file could be larger than the memory.
-        flags = mmap.MAP_PRIVATE | _no_reserve()
-        return mmap.mmap(descriptor, 0, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+        is_linux = platform.system() == "Linux" and platform.machine() in ("x86_64", "aarch64")
+        no_reserve = getattr(mmap, "MAP_NORESERVE", 0x4000 if is_linux else 0)  # from Python 3.13
+        protection = mmap.PROT_READ | mmap.PROT_WRITE
+        return mmap.mmap(descriptor, 0, flags=mmap.MAP_PRIVATE | no_reserve, prot=protection)
     except OSError as error:
         raise OSError(
             error.errno, f"{error.strerror}: cannot map this file of features", str(path)
         ) from error
-
-
-def _no_reserve() -> int:
-    if hasattr(mmap, "MAP_NORESERVE"):  # from Python 3.13
-        return mmap.MAP_NORESERVE
-    is_linux = platform.system() == "Linux" and platform.machine() in ("x86_64", "aarch64")
-    return 0x4000 if is_linux else 0
 
 
 def _header(name: str, dtype: torch.dtype, rows: int, width: int) -> bytes:

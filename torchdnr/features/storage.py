@@ -12,10 +12,10 @@ import shutil
 import tempfile
 import time
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import torch
@@ -50,7 +50,7 @@ class RowsInMemory:
         self._n, self._rows = n, 0
         self._whole: dict[str, Tensor] = {}
         self._parts: list[dict[str, Tensor]] = []
-        self._bytes: dict[str, int] = {}  # held so far, by layer
+        self._bytes = Counter[str]()  # held so far, by layer
 
     def bytes_with(self, values: Mapping[str, Tensor]) -> int:
         """Return the largest number of bytes that these features take once this batch is added.
@@ -60,7 +60,7 @@ class RowsInMemory:
         """
         if self._n is not None:
             return row_bytes(values) * self._n
-        sizes = [self._bytes.get(name, 0) + rows.nbytes for name, rows in values.items()]
+        sizes = [self._bytes[name] + rows.nbytes for name, rows in values.items()]
         return sum(sizes) + max(sizes)
 
     def append(self, values: Mapping[str, Tensor]) -> None:
@@ -70,12 +70,11 @@ class RowsInMemory:
             if self._n is not None:
                 self._whole = {k: v.new_empty(self._n, v.shape[1]) for k, v in values.items()}
         check_layout(values, self._layout)
-        for name, rows in values.items():
-            self._bytes[name] = self._bytes.get(name, 0) + rows.nbytes
-            if self._n is not None:
-                self._whole[name][self._rows : self._rows + len(rows)] = rows
+        self._bytes.update({name: rows.nbytes for name, rows in values.items()})
         if self._n is None:
             self._parts.append(dict(values))
+        for name, whole in self._whole.items():
+            whole[self._rows : self._rows + len(values[name])] = values[name]
         self._rows += len(next(iter(values.values())))
 
     def finish(self) -> dict[str, Tensor]:
@@ -112,7 +111,14 @@ class LayerFiles:
     def append(self, values: Mapping[str, Tensor]) -> None:
         """Add the rows of one batch, if all layers are as before and their dtypes can be stored."""
         if not self._files:
-            self._check_space(row_bytes(values) * (self._n or 0))
+            needed, free = row_bytes(values) * (self._n or 0), shutil.disk_usage(self.folder).free
+            if needed > free:
+                raise OSError(
+                    errno.ENOSPC,
+                    f"{os.strerror(errno.ENOSPC)}: the features take {needed / 2**30:.2f} GiB and "
+                    f"{free / 2**30:.2f} GiB are left; free space or choose another folder",
+                    str(self.folder),
+                )
             self._open(layout_of(values))
         check_layout(values, self.layout)
         for name, rows in values.items():
@@ -146,16 +152,6 @@ class LayerFiles:
         paths = _paths(self.folder, layout)
         for name, (dtype, width) in layout.items():
             self._files[name] = GrowingFile(paths[name], name, dtype, width, rows=self.rows)
-
-    def _check_space(self, needed: int) -> None:
-        free = shutil.disk_usage(self.folder).free
-        if needed > free:
-            raise OSError(
-                errno.ENOSPC,
-                f"{os.strerror(errno.ENOSPC)}: the features take {needed / 2**30:.2f} GiB and "
-                f"{free / 2**30:.2f} GiB are left; free space or choose another folder",
-                str(self.folder),
-            )
 
 
 def map_files(folder: Path, layout: Layout, rows: int) -> dict[str, Tensor]:
@@ -243,17 +239,12 @@ class FeatureStore:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, *details: object) -> None:
         """Record what is done, whatever stopped the work, and close the files."""
         try:
             if self._features is None:
                 # On a full disk the record before this one stands.
-                with suppress(*([] if error is None else [OSError])):
+                with suppress(*([] if kind is None else [OSError])):
                     self._record()
         finally:
             self._files.close()

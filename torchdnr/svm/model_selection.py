@@ -63,9 +63,8 @@ def stratified_folds(labels: Tensor, folds: int, seed: int = 0) -> Tensor:
     if folds < 2:
         raise ValueError(f"folds must be >= 2, got {folds}")
     counts = torch.bincount(labels)
-    present = counts[counts > 0]
-    if len(present) == 0 or int(present.min()) < folds:
-        smallest = int(present.min()) if len(present) else 0
+    smallest = min(counts[counts > 0].tolist(), default=0)
+    if smallest < folds:
         raise ValueError(
             f"every class needs at least as many samples as folds = {folds}, got a class with "
             f"{smallest}: add samples or use fewer folds"

@@ -87,17 +87,15 @@ def checked_class_weight(class_weight: ClassWeight | None) -> CheckedWeight:
             'class_weight must be None, "balanced", one factor per class or a dict, '
             f"got {class_weight!r}"
         )
-    if isinstance(class_weight, Mapping):
-        values = _numbers(list(class_weight.values()), "class_weight")
-    else:
-        values = _numbers(class_weight, "class_weight")
+    factors = [*class_weight.values()] if isinstance(class_weight, Mapping) else class_weight
+    values = _numbers(factors, "class_weight")
     if not all(0.0 < value < float("inf") for value in values):
         raise ValueError(
             f"class_weight must hold finite factors > 0, got {class_weight}: to leave samples out, "
             "remove them or give them sample_weight 0"
         )
     if isinstance(class_weight, Mapping):
-        return {int(k): value for k, value in zip(class_weight, values, strict=True)}
+        return dict(zip(map(int, class_weight), values, strict=True))
     return values
 
 
@@ -116,15 +114,14 @@ def upper_bounds(
     sample. Class weights go by the sample's class under both strategies, except that ``"balanced"``
     balances each problem of one-vs-rest by itself, its class against all others.
     """
-    by_sample = None if sample_weight is None else sample_weight.unsqueeze(1)
+    by_sample = 1.0 if sample_weight is None else sample_weight.unsqueeze(1)
     factors = _class_factors(labels, num_classes, strategy, class_weight, sample_weight)
     limits = C if isinstance(C, float) else _per_class("C", C, num_classes, labels.device)
     if strategy == ONE_VS_REST:
-        return _product(limits, factors, by_sample)
+        return limits * factors * by_sample
     if isinstance(limits, Tensor):
         limits = limits[labels].unsqueeze(1)
-    members = one_vs_one(labels, num_classes)[1].double()
-    return _product(members, limits, factors, by_sample)
+    return one_vs_one(labels, num_classes)[1].double() * limits * factors * by_sample
 
 
 def balanced_weights(
@@ -141,12 +138,12 @@ def _class_factors(
     strategy: str,
     class_weight: CheckedWeight,
     sample_weight: Tensor | None,
-) -> Tensor | None:
-    """Look up class weights: None, ``(n, 1)``, or ``(n, c)`` where they differ by problem."""
+) -> float | Tensor:
+    """Look up class weights: 1, ``(n, 1)``, or ``(n, c)`` where they differ by problem."""
     if class_weight is None:
-        return None
+        return 1.0
     if not isinstance(class_weight, str):
-        weights = _explicit(class_weight, num_classes, labels.device)
+        weights = _per_class("class_weight", class_weight, num_classes, labels.device)
     else:
         weights = balanced_weights(labels, num_classes, sample_weight)
         if strategy == ONE_VS_REST:
@@ -156,20 +153,13 @@ def _class_factors(
     return weights[labels].unsqueeze(1)
 
 
-def _explicit(
-    class_weight: tuple[float, ...] | dict[int, float], num_classes: int, device: torch.device
+def _per_class(
+    name: str, values: tuple[float, ...] | dict[int, float], c: int, device: torch.device
 ) -> Tensor:
-    if not isinstance(class_weight, dict):
-        return _per_class("class_weight", class_weight, num_classes, device)
-    if unknown := sorted(k for k in class_weight if not 0 <= k < num_classes):
-        raise ValueError(
-            f"class_weight must name classes 0..{num_classes - 1}, got {unknown}: remove them"
-        )
-    values = tuple(class_weight.get(k, 1.0) for k in range(num_classes))
-    return _per_class("class_weight", values, num_classes, device)
-
-
-def _per_class(name: str, values: tuple[float, ...], c: int, device: torch.device) -> Tensor:
+    if isinstance(values, dict):
+        if unknown := sorted(k for k in values if not 0 <= k < c):
+            raise ValueError(f"{name} must name classes 0..{c - 1}, got {unknown}: remove them")
+        values = tuple(values.get(k, 1.0) for k in range(c))
     if len(values) != c:
         raise ValueError(f"{name} must have one value per class, {c}, got {len(values)}")
     return torch.tensor(values, dtype=torch.float64, device=device)
@@ -183,11 +173,3 @@ def _numbers(values: PerClass, name: str) -> tuple[float, ...]:
     if numbers.ndim > 1 or numbers.numel() == 0:
         raise ValueError(f"{name} must be one number or one per class, got {values!r}")
     return tuple(numbers.reshape(-1).tolist())
-
-
-def _product(*factors: float | Tensor | None) -> float | Tensor:
-    given = [factor for factor in factors if factor is not None]
-    product = given[0]
-    for factor in given[1:]:
-        product = product * factor
-    return product

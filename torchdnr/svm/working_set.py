@@ -10,6 +10,7 @@ Wen et al., "ThunderSVM", JMLR 19 (2018).
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from torchdnr.svm.dual import Points, snap_to_bounds
 
@@ -54,17 +55,14 @@ def largest_violators(points: Points, intercept: Tensor, largest: int) -> tuple[
     free = (dual_coef > lower) & (dual_coef < upper)
     count = free.sum(dim=1)
     nonzero = (dual_coef != 0).sum(dim=1)
-    new = (
-        torch.maximum(NEW_SHARE * count, NEW_NONZERO * nonzero)
-        .long()
-        .clamp(min(NEW_SAMPLES, largest), max(2, largest // 2))
-    )
-    half = int(((new + 1) // 2).max().clamp_max(gradient.shape[1]))
+    new = torch.maximum(NEW_SHARE * count, NEW_NONZERO * nonzero).long()
+    new = new.clamp(min(NEW_SAMPLES, largest), max(2, largest // 2))
+    n = gradient.shape[1]
+    half = int(((new + 1) // 2).max().clamp_max(n))
     rank = torch.arange(half, device=gradient.device)
     growing = (-multiplier).masked_fill((dual_coef >= upper) | free, -torch.inf).topk(half, dim=1)
     shrinking = multiplier.masked_fill((dual_coef <= lower) | free, -torch.inf).topk(half, dim=1)
     within = rank < ((new + 1) // 2).unsqueeze(1)
-    n = gradient.shape[1]
     most_free = n if n <= largest else max(1, largest - 2 * half)
     worst = multiplier.abs().masked_fill(~free, -1.0)
     inner = worst.topk(min(most_free, int(count.max())), dim=1)
@@ -90,11 +88,11 @@ def first_sets(
     common = common_sample(lower.shape[1], index.device)[:largest]
     both = (lower[:, common] < 0).any(dim=1) & (upper[:, common] > 0).any(dim=1)
     width = max(len(common), index.shape[1])
-    padded, flags = index.new_zeros(2, len(index), width), valid.new_zeros(2, len(index), width)
-    padded[0, :, : len(common)], flags[0, :, : len(common)] = common, True
-    padded[1, :, : index.shape[1]], flags[1, :, : index.shape[1]] = index, valid
+    index, valid = (pad(t, (0, width - t.shape[1])) for t in (index, valid))
+    counts = torch.arange(width, device=index.device) < len(common)
+    common = pad(common, (0, width - len(common)))
     choice = (both & fresh).unsqueeze(1)
-    return torch.where(choice, padded[0], padded[1]), torch.where(choice, flags[0], flags[1])
+    return torch.where(choice, common, index), torch.where(choice, counts, valid)
 
 
 def make_feasible(
@@ -169,11 +167,8 @@ def solve_blocks(
         scale = torch.maximum(old.abs(), signed.abs()).amax(dim=1, keepdim=True)
         moved = snap_to_bounds(old + signed, low, high, 1e-12, scale)
         dual_coef.scatter_(1, pair, moved)
-        blocked_up.scatter_(
-            1, pair, torch.zeros_like(moved).masked_fill_(moved >= high, -torch.inf)
-        )
-        blocked_down.scatter_(
-            1, pair, torch.zeros_like(moved).masked_fill_(moved <= low, torch.inf)
-        )
+        zeros = torch.zeros_like(moved)
+        blocked_up.scatter_(1, pair, zeros.masked_fill(moved >= high, -torch.inf))
+        blocked_down.scatter_(1, pair, zeros.masked_fill(moved <= low, torch.inf))
         steps += running.squeeze(1)
     return dual_coef, steps

@@ -143,16 +143,16 @@ def to_sklearn(svm: "RBFSVM") -> "ClassifierMixin":
         ImportError: If scikit-learn is not installed.
     """
     svm._require_fit()
-    if svm.strategy == ONE_VS_ONE:
-        return _fitted_svc(svm, svm.dual_coef, svm.intercept, svm.C)
-    if svm.num_classes == 2:
-        dual_coef = (svm.dual_coef[:, :1] - svm.dual_coef[:, 1:]) / 2
-        return _fitted_svc(svm, dual_coef, (svm.intercept[:1] - svm.intercept[1:]) / 2, svm.C)
     try:
         from sklearn.multiclass import OneVsRestClassifier
         from sklearn.preprocessing import LabelBinarizer
     except ImportError as error:
         raise ImportError(MISSING) from error
+    if svm.strategy == ONE_VS_ONE:
+        return _fitted_svc(svm, svm.dual_coef, svm.intercept, svm.C)
+    if svm.num_classes == 2:
+        dual_coef = (svm.dual_coef[:, :1] - svm.dual_coef[:, 1:]) / 2
+        return _fitted_svc(svm, dual_coef, (svm.intercept[:1] - svm.intercept[1:]) / 2, svm.C)
     classes = range(svm.num_classes)
     limits = svm.C if isinstance(svm.C, tuple) else [svm.C] * svm.num_classes
     machines = [  # the first class of scikit-learn's binary problem is "not k"
@@ -236,19 +236,16 @@ def _filled(
 
 def _unfitted_svc(svm: "RBFSVM", C: float | tuple[float, ...], *, of_rest: bool) -> "SVC":
     """Build an SVC with our settings; weights by class make no sense for one class of many."""
-    try:
-        from sklearn.svm import SVC
-    except ImportError as error:
-        raise ImportError(MISSING) from error
-    weight = svm.class_weight
+    from sklearn.svm import SVC
+
+    weight, limit = svm.class_weight, C
     if isinstance(weight, tuple):
         weight = dict(enumerate(weight))
     if isinstance(weight, dict) and of_rest:
         weight = None
-    limit = 1.0 if isinstance(C, tuple) else C
     if isinstance(C, tuple):
         factors = weight if isinstance(weight, dict) else {}
-        weight = {k: value * factors.get(k, 1.0) for k, value in enumerate(C)}
+        weight, limit = {k: value * factors.get(k, 1.0) for k, value in enumerate(C)}, 1.0
     kernel = "precomputed" if svm.is_precomputed else "rbf"
     options = {"tol": svm.tol, "max_iter": svm.max_steps}
     return SVC(C=limit, kernel=kernel, gamma=svm.gamma, class_weight=weight, **options)
