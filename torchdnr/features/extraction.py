@@ -177,7 +177,15 @@ def prepare_features(features: LayerFeatures, batches: Sequence[Tensor]) -> Laye
     if a projection changes distances by much.
     """
     fresh = LayerFeatures(features.net, features.given, seed=features.seed)
-    parts = [_outputs(fresh, images) for images in batches]
+    parts = []
+    for images in batches:
+        try:
+            parts.append(fresh.outputs(images))
+        except Exception as error:
+            error.add_note(
+                f"the network was given images {tuple(images.shape)}: does it take these?"
+            )
+            raise
     outputs = {name: torch.cat([part[name] for part in parts]) for name in fresh.layers}
     for name, values in fresh.reduce(outputs, torch.cat(list(batches))).items():
         shape = list(outputs[name].shape[1:])
@@ -199,14 +207,6 @@ def distortions(features: LayerFeatures) -> dict[str, dict[str, float]]:
     """Collect what ``projection_distortion`` measured, by projected layer."""
     pairs = zip(features.layers, features.reductions, strict=True)
     return {name: r.distortion for name, r in pairs if isinstance(r, Project) and r.distortion}
-
-
-def _outputs(features: LayerFeatures, images: Tensor) -> dict[str, Tensor]:
-    try:
-        return features.outputs(images)
-    except Exception as error:
-        error.add_note(f"the network was given images {tuple(images.shape)}: does it take these?")
-        raise
 
 
 def training_features(

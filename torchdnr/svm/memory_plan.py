@@ -31,17 +31,11 @@ USABLE = 0.95
 
 @dataclass(frozen=True)
 class FeaturePlan:
-    """How much of the features is copied at a time.
+    """How much of the features is copied at a time, and how many kernel rows are evaluated."""
 
-    Attributes:
-        block_bytes: Bytes of centred rows; the features are kept centred if all fit in there.
-        total_bytes: Bytes of all copies together.
-        rows: Kernel rows evaluated at once; None for as many as a CPU's cache holds.
-    """
-
-    block_bytes: int
-    total_bytes: int
-    rows: int | None
+    block_bytes: int  # of centred rows; the features are kept centred if all fit in there
+    total_bytes: int  # of all copies together
+    rows: int | None  # None for as many as a CPU's cache holds
 
 
 def plan_features(
@@ -68,17 +62,11 @@ def plan_features(
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """How a memory limit is spent.
-
-    Attributes:
-        capacity: Kernel rows held at the most.
-        largest_set: Samples in a working set at the most.
-        together: Problems solved together; None for all.
-    """
+    """How many kernel rows are held, and samples in a working set, at the most."""
 
     capacity: int
     largest_set: int
-    together: int | None = None
+    together: int | None = None  # problems solved together; None for all
 
 
 def plan_memory(

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -202,15 +202,6 @@ def out_of_fold_scores(
     return scores.to(kernels.features.local)
 
 
-class _Fits(NamedTuple):
-    """Fits on all samples, and without each fold."""
-
-    whole: DualSolution
-    parts: DualSolution
-    whole_C: float
-    C: float
-
-
 class FoldedFits:
     """One-vs-rest problems on all samples, and without each fold: held-out samples have C = 0.
 
@@ -225,7 +216,9 @@ class FoldedFits:
         self._targets = one_vs_rest(labels, num_classes)
         kept = fold.unsqueeze(1) != torch.arange(self._folds, device=fold.device)
         self._kept = kept.double().repeat_interleave(num_classes, dim=1)  # fold * c + class
-        self._last: _Fits | None = None
+        # Samples at a bound pull less without a fold, by its share: as with a C so much smaller.
+        self._share = 1.0 - 1.0 / self._folds
+        self._last: tuple[DualSolution, DualSolution, float] | None = None  # whole, parts and C
         self.not_converged = 0
 
     def advance(self, C: float) -> Tensor:
@@ -235,18 +228,15 @@ class FoldedFits:
         c)``.
         """
         last, targets = self._last, self._targets.repeat(1, self._folds)
-        # Samples at a bound pull less without a fold, by its share: as with a C so much smaller.
-        smaller = C * (1.0 - 1.0 / self._folds)
-        start = None if last is None else self._stretched(last, smaller)
-        whole = solve_dual(self._rows, self._targets, smaller, tol=self._tol, initial=start)
+        start = None if last is None else self._stretched(last[0], C / last[2])
+        whole = solve_dual(self._rows, self._targets, C * self._share, tol=self._tol, initial=start)
         limits = C * self._kept
         start = self._without_folds(whole, targets, limits)
         if last is not None:  # where nothing was at a bound, a larger C changes nothing
-            start = torch.where(
-                _at_bound(last.parts, last.C).any(dim=0), start, last.parts.dual_coef
-            )
+            _, parts, last_C = last
+            start = torch.where(_at_bound(parts, last_C).any(dim=0), start, parts.dual_coef)
         parts = solve_dual(self._rows, targets, limits, tol=self._tol, initial=start)
-        self._last = _Fits(whole, parts, smaller, C)
+        self._last = whole, parts, C
         self.not_converged += int((~parts.converged).sum() + (~whole.converged).sum())
         scores = parts.scores.view(len(targets), self._folds, self._classes)
         return scores[torch.arange(len(targets), device=targets.device), self._fold]
@@ -255,15 +245,15 @@ class FoldedFits:
         """Return a start for a fit on all samples with the last C, float64 ``(n, c)``."""
         if self._last is None:
             return None
-        whole, _, whole_C, C = self._last
-        stretched = whole.dual_coef * (C / whole_C)
-        return torch.where(_at_bound(whole, whole_C), stretched, whole.dual_coef)
+        whole, _, C = self._last
+        at_bound = _at_bound(whole, C * self._share)
+        return torch.where(at_bound, whole.dual_coef / self._share, whole.dual_coef)
 
-    def _stretched(self, last: _Fits, C: float) -> Tensor:
-        """Multiply the last b by the best factor within the new bounds."""
-        linear = (self._targets * last.whole.dual_coef).sum(dim=0)
-        best = _best_multiple(linear, 2.0 * (last.whole.objective + linear))
-        return last.whole.dual_coef * best.clamp(1.0, max(1.0, C / last.whole_C))
+    def _stretched(self, whole: DualSolution, growth: float) -> Tensor:
+        """Multiply the last b by the best factor within the bounds, which grew by ``growth``."""
+        linear = (self._targets * whole.dual_coef).sum(dim=0)
+        best = _best_multiple(linear, 2.0 * (whole.objective + linear))
+        return whole.dual_coef * best.clamp(1.0, max(1.0, growth))
 
     def _without_folds(self, whole: DualSolution, targets: Tensor, limits: Tensor) -> Tensor:
         """Set the held-out samples of the fit on all to 0, and stretch and balance the rest."""

@@ -17,27 +17,16 @@ from torchdnr.svm.memory_plan import plan_memory
 
 @dataclass(frozen=True)
 class TrainingData:
-    """Samples of weight > 0, and their indices among all n.
+    """Samples of weight > 0, k of n."""
 
-    Attributes:
-        features: ``(k, d)``; with a precomputed kernel its matrix between the k samples.
-        labels: ``(k,)``.
-        weight: Their weights, float64 ``(k,)``; None if all are 1.
-        kept: Their indices among the n samples, int64 ``(k,)``.
-        count: n.
-        center: Mean of the features, ``(d,)``; zeros ``(n,)`` with a precomputed kernel.
-        distances: Squared distances to the features of this process, if they are at hand.
-        is_precomputed: Whether the features are kernel values.
-    """
-
-    features: ShardedFeatures
-    labels: Tensor
-    weight: Tensor | None
-    kept: Tensor
-    count: int
-    center: Tensor
-    distances: Tensor | None
-    is_precomputed: bool
+    features: ShardedFeatures  # (k, d); with a precomputed kernel its matrix between the k samples
+    labels: Tensor  # (k,)
+    weight: Tensor | None  # float64 (k,); None if all are 1
+    kept: Tensor  # indices among the n samples, int64 (k,)
+    count: int  # n
+    center: Tensor  # mean of the features, (d,); zeros (n,) with a precomputed kernel
+    distances: Tensor | None  # squared ones to this process's features, if they are at hand
+    is_precomputed: bool  # whether the features are kernel values
 
     def gamma(self, given: float | str) -> float:
         """Compute the kernel width from what ``checked_gamma`` returned."""
@@ -89,13 +78,11 @@ class TrainingData:
         """Put the samples of weight 0 back, with b = 0 and the score NaN."""
         if len(self.kept) == self.count:
             return solution
-        spread = {}
-        for name in ("dual_coef", "scores"):
-            values = getattr(solution, name)
-            missing = 0.0 if name == "dual_coef" else torch.nan
-            whole = values.new_full((self.count, values.shape[1]), missing)
-            spread[name] = whole.index_copy(0, self.kept, values)
-        return replace(solution, **spread)
+        whole = [
+            values.new_full((self.count, values.shape[1]), missing).index_copy(0, self.kept, values)
+            for values, missing in ((solution.dual_coef, 0.0), (solution.scores, torch.nan))
+        ]
+        return replace(solution, dual_coef=whole[0], scores=whole[1])
 
 
 def select_training_data(
