@@ -44,9 +44,7 @@ class Processes:
 
     def wait(self) -> None:
         """Wait until all processes are here; raise ``PeerError`` if one of them has ended."""
-        if self.count > 1:
-            with _peers_needed():
-                _meet()
+        self.all_reduce(torch.zeros(1))
 
     @contextmanager
     def first_alone(self) -> Iterator[None]:
@@ -111,8 +109,8 @@ class Processes:
             return tensor
         tensor = tensor.contiguous()
         with _peers_needed():
-            if tensor.is_cuda:  # NCCL would wait for a process that is gone
-                _meet()
+            if tensor.is_cuda:  # NCCL would wait for a process that is gone, gloo notices it
+                dist.all_reduce(torch.zeros(1))
             collective(tensor)
         return tensor
 
@@ -189,10 +187,6 @@ def joined(device: torch.device) -> Iterator[Processes]:
         yield processes
     finally:
         dist.destroy_process_group()
-
-
-def _meet() -> None:
-    dist.all_reduce(torch.zeros(1))  # on the CPU: gloo notices closed connections
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from torchdnr.decisions import evaluation_mode
@@ -84,7 +84,10 @@ def extract(
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be >= 1, got {batch_size}")
-    device = _device_of(features.net) if device is None else torch.device(device)
+    if device is None:
+        tensors = chain(features.net.parameters(), features.net.buffers())
+        device = next((tensor.device for tensor in tensors), "cpu")
+    device = torch.device(device)
     n = len(data) if isinstance(data, Tensor) else None
     labels: list[Tensor] = []
     count = images_seen = 0
@@ -144,11 +147,6 @@ def _describe(
         "number of images": n,
         "batch size": batch_size,
     }
-
-
-def _device_of(net: nn.Module) -> torch.device:
-    tensors = (*net.parameters(), *net.buffers())
-    return tensors[0].device if tensors else torch.device("cpu")
 
 
 def first_images(batches: Iterator[Batch]) -> tuple[list[Tensor], Iterator[Batch]]:

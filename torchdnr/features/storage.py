@@ -14,7 +14,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -179,11 +179,8 @@ def temporary_files(n: int | None, needed: int, memory_limit: int) -> Iterator[L
             "them, and to go on after a stop, say in which folder",
             stacklevel=6,
         )
-        files = LayerFiles(Path(folder), n)
-        try:
+        with closing(LayerFiles(Path(folder), n)) as files:
             yield files
-        finally:
-            files.close()
 
 
 def layout_of(values: Mapping[str, Tensor]) -> Layout:

@@ -115,7 +115,17 @@ def upper_bounds(
     balances each problem of one-vs-rest by itself, its class against all others.
     """
     by_sample = 1.0 if sample_weight is None else sample_weight.unsqueeze(1)
-    factors = _class_factors(labels, num_classes, strategy, class_weight, sample_weight)
+    factors: float | Tensor = 1.0
+    if isinstance(class_weight, str):
+        weights = balanced_weights(labels, num_classes, sample_weight)
+        factors = weights[labels].unsqueeze(1)
+        if strategy == ONE_VS_REST:
+            share = 1.0 / (num_classes * weights)  # of the class in all the weight
+            is_class = labels.unsqueeze(1) == torch.arange(num_classes, device=labels.device)
+            factors = 0.5 / torch.where(is_class, share, 1.0 - share)
+    elif class_weight is not None:
+        weights = _per_class("class_weight", class_weight, num_classes, labels.device)
+        factors = weights[labels].unsqueeze(1)
     limits = C if isinstance(C, float) else _per_class("C", C, num_classes, labels.device)
     if strategy == ONE_VS_REST:
         return limits * factors * by_sample
@@ -130,27 +140,6 @@ def balanced_weights(
     """Compute scikit-learn's ``"balanced"`` class weights: total / (c * weighted count)."""
     counts = torch.bincount(labels, weights=sample_weight, minlength=num_classes).double()
     return counts.sum() / (num_classes * counts)
-
-
-def _class_factors(
-    labels: Tensor,
-    num_classes: int,
-    strategy: str,
-    class_weight: CheckedWeight,
-    sample_weight: Tensor | None,
-) -> float | Tensor:
-    """Look up class weights: 1, ``(n, 1)``, or ``(n, c)`` where they differ by problem."""
-    if class_weight is None:
-        return 1.0
-    if not isinstance(class_weight, str):
-        weights = _per_class("class_weight", class_weight, num_classes, labels.device)
-    else:
-        weights = balanced_weights(labels, num_classes, sample_weight)
-        if strategy == ONE_VS_REST:
-            share = 1.0 / (num_classes * weights)  # of the class in all the weight
-            is_class = labels.unsqueeze(1) == torch.arange(num_classes, device=labels.device)
-            return 0.5 / torch.where(is_class, share, 1.0 - share)
-    return weights[labels].unsqueeze(1)
 
 
 def _per_class(

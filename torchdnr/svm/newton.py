@@ -34,18 +34,12 @@ def newton_blocks(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Minimise p dual problems on their working sets, plus ``damping / 2 |b - b_0|^2``.
 
-    Args:
-        kernels: Gram matrices of the working sets, ``(p, k, k)``.
-        points: The problems on their working sets; the sums of b are kept. A padded entry has both
-            bounds and b at 0.
-        intercept: First guess of the intercepts, ``(p,)``.
-        damping: Proximal terms, >= 0, ``(p,)``: they make singular kernels harmless.
-        tol: Violation that a block may keep, ``(p,)``.
-        max_steps: Newton steps that a block may take, ``(p,)``; ``MAX_STEPS`` at the most.
+    The sums of b are kept. A padded entry has both bounds and b at 0. The intercepts are a first
+    guess; damping >= 0 makes singular kernels harmless; ``tol`` is the violation that a block may
+    keep, and ``max_steps`` counts its Newton steps; all are ``(p,)``.
 
-    Returns:
-        b, ``(p, k)``, within the bounds up to rounding where solved with no such sample; whether
-        it was solved, ``(p,)``; and Newton steps, ``(p,)``.
+    Returns b, ``(p, k)``, within the bounds up to rounding where solved with no such sample;
+    whether it was solved; and Newton steps.
     """
     point, slope, best = points.dual_coef, points.gradient, points.dual_coef.clone()
     solved = torch.zeros(len(best), dtype=torch.bool, device=best.device)

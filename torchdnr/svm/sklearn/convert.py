@@ -121,7 +121,17 @@ def from_sklearn(cls: type["RBFSVM"], classifier: "ClassifierMixin") -> "RBFSVM"
         raise ValueError("expected one label per sample, got a multi-label OneVsRestClassifier")
     module = cls(**_options(machines[0], one_vs_one))
     state = _pairwise_state(classifier) if one_vs_one else _one_vs_rest_state(machines)
-    return _filled(module, machines[0], *(torch.as_tensor(part) for part in state))
+    support, vectors, dual_coef, intercept = (torch.as_tensor(part) for part in state)
+    module.support, module.dual_coef = support.long(), dual_coef.double()
+    module.intercept = intercept.double()
+    if module.is_precomputed:
+        module.support_vectors = module.dual_coef.new_zeros(len(support), 0)
+        module.center = module.dual_coef.new_zeros(machines[0].shape_fit_[0])
+        return module
+    module.support_vectors = vectors.double()
+    module.center = module.support_vectors.mean(dim=0)
+    module.kernel = make_rbf_kernel(machines[0]._gamma, like=module.support_vectors)
+    return module
 
 
 def to_sklearn(svm: "RBFSVM") -> "ClassifierMixin":
@@ -213,27 +223,6 @@ def _one_vs_rest_state(machines: list["SVC"]) -> tuple["ndarray", ...]:
     return support, vectors, columns, intercept
 
 
-def _filled(
-    module: "RBFSVM",
-    machine: "SVC",
-    support: Tensor,
-    vectors: Tensor,
-    dual_coef: Tensor,
-    intercept: Tensor,
-) -> "RBFSVM":
-    """Put fitted state into a module."""
-    module.support, module.dual_coef = support.long(), dual_coef.double()
-    module.intercept = intercept.double()
-    if module.is_precomputed:
-        module.support_vectors = module.dual_coef.new_zeros(len(support), 0)
-        module.center = module.dual_coef.new_zeros(machine.shape_fit_[0])
-        return module
-    module.support_vectors = vectors.double()
-    module.center = module.support_vectors.mean(dim=0)
-    module.kernel = make_rbf_kernel(machine._gamma, like=module.support_vectors)
-    return module
-
-
 def _unfitted_svc(svm: "RBFSVM", C: float | tuple[float, ...], *, of_rest: bool) -> "SVC":
     """Build an SVC with our settings; weights by class make no sense for one class of many."""
     from sklearn.svm import SVC
@@ -280,9 +269,8 @@ def _fitted_svc(
     n = len(solution.dual_coef) if solution is not None else int(svm.support.max()) + 1
     model.shape_fit_ = (n, svm.center.numel()) if not svm.is_precomputed else (len(svm.center),) * 2
     model.support_ = _array(svm.support[layout.order], np.int32)
-    model.support_vectors_ = _array(svm.support_vectors[layout.order])
-    if svm.is_precomputed:
-        model.support_vectors_ = np.empty((0, 0))
+    vectors = svm.support_vectors[layout.order]
+    model.support_vectors_ = np.empty((0, 0)) if svm.is_precomputed else _array(vectors)
     model._n_support = _array(layout.n_support, np.int32)
     model._dual_coef_, model._intercept_ = _array(layout.dual_coef), _array(intercept)
     sign = -1.0 if c == 2 else 1.0  # scikit-learn turns the binary case round
@@ -299,4 +287,4 @@ def _dense(array: Any) -> "ndarray":  # noqa: ANN401, an array, or a sparse one 
 
 
 def _array(tensor: Tensor, dtype: Any = "float64") -> "ndarray":  # noqa: ANN401, numpy's dtypes
-    return tensor.detach().cpu().contiguous().numpy().astype(dtype)
+    return tensor.contiguous().numpy(force=True).astype(dtype)
