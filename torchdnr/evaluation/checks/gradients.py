@@ -194,6 +194,6 @@ def _unexplained(context: Context, points: Tensor, labels: Tensor) -> Tensor:
         )
         near = project_box(points + (noise - 0.5) * SIDE * context.width, context.bounds)
         moved = ((near - points) * slope.direction).flatten(1).sum(dim=1)
-        value, _ = evaluate(target, near, labels)
+        value = evaluate(target, near, labels).values
         total += ((value - slope.values + slope.length * moved).abs() / scale).clamp_max(1)
     return total / draws
