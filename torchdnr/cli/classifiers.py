@@ -26,12 +26,10 @@ Loaded = TypeVar("Loaded", bound=nn.Module)
 
 @dataclass(frozen=True)
 class Summary:
-    """How the classifiers do on clean images.
+    """How the classifiers do on clean images, in words and as JSON values by classifier.
 
-    Attributes:
-        text: For a reader.
-        classifiers: By name: test accuracy, and of those that reject theta, the rates that it
-            reaches and what the search chose; each rate with its 95 % interval; JSON values.
+    These are its test accuracy, and if it rejects theta, the rates that theta reaches and what the
+    search chose; each rate with its 95 % interval.
     """
 
     text: str
@@ -41,21 +39,10 @@ class Summary:
 def make_classifiers(
     job: Job, console: Console, processes: Processes = ALONE
 ) -> dict[str, nn.Module]:
-    """Load the classifiers of a run folder, and make those that it lacks.
+    """Load DNN (the network), NR and DNR of a run folder, and make those that it lacks.
 
-    Args:
-        job: The run folder and its settings.
-        console: For messages and progress bars.
-        processes: Those that fit DNR and NR together; all call this. The first one trains the
-            network and writes the files, which all can read.
-
-    Returns:
-        ``{"DNN": network, "NR": ..., "DNR": ...}``, ready for images on the job's device.
-
-    Raises:
-        CheckpointError: If a file of the folder is damaged or does not belong to the others.
-        OSError: If a file cannot be written.
-        PeerError: If another of the processes has ended.
+    All processes call this. They fit DNR and NR together; the first one trains the network and
+    writes the files, which all can read.
     """
     with processes.first_alone():  # it trains the network, which the others then load
         net = _network(job, console)
@@ -139,16 +126,7 @@ def _load(path: Path, load: Callable[[], Loaded]) -> Loaded:
 
 
 def summarise(job: Job, classifiers: dict[str, nn.Module]) -> Summary:
-    """Evaluate the classifiers on clean images.
-
-    Args:
-        job: The run folder and its settings.
-        classifiers: From ``make_classifiers``.
-
-    Returns:
-        Accuracy on the whole test split, where a reject is an error, and the rejection rates that
-        theta reaches on the calibration and the test split.
-    """
+    """Evaluate the classifiers on the whole test split, where a reject is an error."""
     test, labels = job.images("test")
     calibration = job.images("threshold")[0]
     entries: dict[str, dict[str, Any]] = {}
