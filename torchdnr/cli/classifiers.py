@@ -67,7 +67,7 @@ def _network(job: Job, console: Console) -> nn.Module:
     name, count = job.preset.name, len(job.splits.network)
     if path.exists():
         with console.stage("network", f"from {path}"):
-            net = _load(path, lambda: load_network(net, path))
+            _load(path, lambda: load_network(net, path))
         return net.to(job.device).eval()
     settings = job.settings
     parts = [name]

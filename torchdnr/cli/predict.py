@@ -96,7 +96,7 @@ def predict(options: argparse.Namespace, console: Console) -> int:
         writer.writerow([*COLUMNS, *scores])
         shape, size = settings.image_shape, options.batch_size
         for readable, images in read_batches(files, shape, size, count_unreadable):
-            for row in _rows(readable, _outputs(model, images.to(device)), classes):
+            for row in _rows(model, readable, images.to(device), classes):
                 images_read += 1
                 rejected += row[COLUMNS.index("rejected")]
                 writer.writerow(row if scores else row[: len(COLUMNS)])
@@ -109,26 +109,18 @@ def predict(options: argparse.Namespace, console: Console) -> int:
     return unreadable
 
 
-@torch.no_grad()
-def _outputs(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Compute labels, scores ``(n, c)`` and the threshold, if there is one."""
-    output, reject = model(images).cpu(), isinstance(model, DNR | NR)
-    labels = predict_labels(output, reject)
-    return labels, output[:, :-1] if reject else output, output[0, -1] if reject else None
-
-
 def _rows(
-    files: list[Path], outputs: tuple[Tensor, Tensor, Tensor | None], classes: Sequence[str]
+    model: nn.Module, files: list[Path], images: Tensor, classes: Sequence[str]
 ) -> Iterator[list[Any]]:
-    labels, scores, threshold = outputs
-    best, places = scores.max(dim=1)
-    theta = "" if threshold is None else threshold.item()
-    for index, file in enumerate(files):
-        label, place = int(labels[index]), int(places[index])
+    """Label a batch; a row of the table for each image, with the scores of all classes."""
+    with torch.no_grad():
+        output, reject = model(images).cpu(), isinstance(model, DNR | NR)
+    scores, theta = (output[:, :-1], output[0, -1].item()) if reject else (output, "")
+    columns = files, predict_labels(output, reject).tolist(), scores.argmax(dim=1).tolist()
+    for file, label, best, row in zip(*columns, scores.tolist(), strict=True):
         rejected = label == REJECT
         name = "" if rejected else classes[label]
-        row = [file, name, label, int(rejected), classes[place], best[index].item(), theta]
-        yield row + scores[index].tolist()
+        yield [file, name, label, int(rejected), classes[best], row[best], theta, *row]
 
 
 @contextmanager
