@@ -1,9 +1,10 @@
 """From a run folder to three classifiers: the network (DNN), NR and DNR, made where missing."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import nn
 
@@ -20,8 +21,6 @@ from torchdnr.models.paper import load_network, save_network
 from torchdnr.models.training import train_network
 
 BATCH_SIZE = 256
-
-Loaded = TypeVar("Loaded", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -66,8 +65,8 @@ def _network(job: Job, console: Console) -> nn.Module:
     net = job.build_network()
     name, count = job.preset.name, len(job.splits.network)
     if path.exists():
-        with console.stage("network", f"from {path}"):
-            _load(path, lambda: load_network(net, path))
+        with _loading(console, "network", path):
+            load_network(net, path)
         return net.to(job.device).eval()
     settings = job.settings
     parts = [name]
@@ -103,8 +102,8 @@ def _rejecting(
     name = kind.__name__
     path = job.folder / f"{name.lower()}.safetensors"
     if processes.broadcast_text(str(path.exists())) == "True":  # all load it, or none does
-        with console.stage(name, f"from {path}"):
-            return _load(path, lambda: kind.load(path, net))
+        with _loading(console, name, path):
+            return kind.load(path, net)
     model = build().to(job.device)
     layers = ", ".join(model.layers)
     sizes = f"{len(job.splits.svm):,} images, theta on {len(job.splits.threshold):,} others"
@@ -116,13 +115,16 @@ def _rejecting(
     return model
 
 
-def _load(path: Path, load: Callable[[], Loaded]) -> Loaded:
-    try:
-        return load()
-    except CheckpointError as error:
-        raise CheckpointError(
-            f"cannot use {path}; delete it, and the same command makes it again. Cause: {error}"
-        ) from error
+@contextmanager
+def _loading(console: Console, name: str, path: Path) -> Iterator[None]:
+    """Announce that a classifier is loaded, and say what to do if its file is of no use."""
+    with console.stage(name, f"from {path}"):
+        try:
+            yield
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"cannot use {path}; delete it, and the same command makes it again. Cause: {error}"
+            ) from error
 
 
 def summarise(job: Job, classifiers: dict[str, nn.Module]) -> Summary:

@@ -2,7 +2,7 @@
 
 import argparse
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,6 @@ from torchdnr.distributed.processes import ALONE, Processes, local_device
 from torchdnr.dnr import DNR
 from torchdnr.features.reductions import ReductionLike
 from torchdnr.files import digest, read_json, write_json
-
-PARTS = "network", "svm", "threshold", "test"
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,7 +83,7 @@ def prepare(options: argparse.Namespace, console: Console, processes: Processes 
         raise ValueError(
             f"{folder} was made with other contents of {settings.dataset}; choose another --run"
         )
-    sizes = {part: getattr(settings, f"{part}_samples") for part in PARTS}
+    sizes = {part.name: getattr(settings, f"{part.name}_samples") for part in fields(Splits)}
     splits = split(dataset, **sizes, seed=settings.seed)
     job = Job(folder, settings, dataset, splits, preset, device, options.channels_last)
     model = _check_network(job)

@@ -42,7 +42,7 @@ def read_npz(path: Path) -> tuple[Any, ...]:
     try:
         with np.load(path, allow_pickle=False) as opened:
             arrays = {name: opened[name] for name in opened.files}
-    except Exception as error:  # zipfile, zlib and numpy each raise their own
+    except Exception as error:  # zipfile, zlib and numpy raise different ones
         raise ValueError(
             f"{path} must be an npz file of plain arrays, got {type(error).__name__}: {error}; "
             "write it with numpy.savez(path, x_train=..., y_train=..., x_test=..., y_test=...)"

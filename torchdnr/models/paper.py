@@ -15,7 +15,7 @@ MNIST_LAYERS = ("relu_fc1", "relu_fc2", "logits")
 # before the logits (512).
 CIFAR10_LAYERS = ("pool3", "relu7", "fc")
 
-# What the authors' later code reads from its own MNIST network: 1,600, 576 and 32 features.
+# What the authors' later code reads from that of the zoo, below: 1,600, 576 and 32 features.
 ZOO_MNIST_LAYERS = ("relu2", "relu3", "relu4")
 
 Network = TypeVar("Network", bound=nn.Module)

@@ -89,7 +89,7 @@ def train_network(
 
     With ``checkpoint`` the state is saved after every epoch. A run that was stopped at any moment,
     started again with the same arguments and the same starting weights (seed before building
-    ``net``), goes on after the last full epoch. Each epoch has random numbers of its own, so the
+    ``net``), goes on after the last full epoch. Each epoch seeds its random numbers anew, so the
     final weights are those of a run that was never stopped: bit for bit on a CPU with the same
     number of threads, on a GPU as far as its convolutions are deterministic. A damaged checkpoint
     is moved aside with a warning and training starts again; one of another run is never touched.
