@@ -88,7 +88,7 @@ def layers_for(net: nn.Module, dataset: Dataset) -> list[str]:
 def parse_layers(texts: Sequence[str], net: nn.Module) -> dict[str, ReductionLike]:
     """Read layers as the command line has them, such as ``layer3:grid2``: name to reduction.
 
-    Names inside a backbone need not say so.
+    The names of a backbone's layers need no ``network.`` before them.
     """
     modules = {name for name, _ in net.named_modules()}
     layers: dict[str, ReductionLike] = {}
