@@ -234,7 +234,8 @@ class DNR(nn.Module):
         """Set the threshold so that a given share of clean images is rejected.
 
         Several processes share the work where ``torch.distributed`` is set up: all call this with
-        the same images, each scores some batches, and all get the same threshold.
+        the same images, each scores some batches, and all get the same threshold. In the block
+        ``with torchdnr.distributed.alone():`` one process calibrates without the others.
 
         Args:
             inputs: Images ``(n, ...)`` in [0, 1], or a loader of batches (labels are ignored),
@@ -557,15 +558,6 @@ class NR(DNR):
 def compression_losses(
     original: DNR, compressed: DNR, inputs: Tensor | Iterable[Any]
 ) -> dict[str, dict[str, Any]]:
-    """Measure what a compressed classifier has lost, on any images.
-
-    Args:
-        original: The classifier that was compressed.
-        compressed: What ``compress`` returned.
-        inputs: Images ``(n, ...)`` in [0, 1], or a loader (labels are ignored).
-
-    Returns:
-        As ``stack_losses``.
-    """
+    """Measure what a compressed classifier has lost, on any images; see ``stack_losses``."""
     features = original._extract(inputs)
     return stack_losses(original.svms.named(), compressed.svms.named(), features)

@@ -25,21 +25,14 @@ ONNX_FILE_LIMIT = 2**31 - 2**24
 
 
 class Decision(nn.Module):
-    """What a program gives for images: the scores, and the decision that follows from them.
-
-    Args:
-        model: Classifier that returns ``(n, c + 1)`` with the threshold in the last column.
-    """
+    """What a program gives for images: the scores, and the decision that follows from them."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """Score images and decide.
-
-        Args:
-            images: ``(n, ...)`` in [0, 1].
+        """Score images ``(n, ...)`` in [0, 1] and decide.
 
         Returns:
             ``scores (n, c)``, ``labels (n,)`` int64 with ``REJECT`` = -1, ``rejected (n,)`` bool.

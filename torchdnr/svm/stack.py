@@ -41,17 +41,7 @@ class SVMOptions:
             )
 
     def checked(self, names: Collection[str]) -> Self:
-        """Check hyper-parameters by name.
-
-        Args:
-            names: The names of the SVMs.
-
-        Returns:
-            These options, with hyper-parameters as floats.
-
-        Raises:
-            ValueError: If a name is unknown, or a value is not two numbers > 0.
-        """
+        """Return these options with hyper-parameters as floats, for SVMs of these names."""
         given = self.hyperparameters
         if unknown := sorted(set(given) - set(names)):
             raise ValueError(
@@ -81,19 +71,8 @@ class SVMOptions:
 class SVMStack(nn.Module):
     """RBF-SVMs on the features of layers, and perhaps a combiner on their concatenated scores.
 
-    Args:
-        options: Those that all SVMs share.
-        layers: Names of the layers; none if they are not chosen yet.
-        combine: Whether there is a combiner; a stack of one layer needs none.
-
-    Attributes:
-        base_svms: One ``RBFSVM`` per layer, in the order of ``layers``.
-        combiner: ``RBFSVM`` on the scores ``(n, c * len(layers))``, or None.
-        selection: How each SVM got its hyper-parameters, by layer and ``"combiner"``; JSON values.
-
-    Raises:
-        ValueError: If there are several layers and no combiner, or hyper-parameters are not as
-            described in ``DNR``.
+    There are no layers while they are not chosen yet; one layer needs no combiner. ``selection``
+    says how each SVM got its hyper-parameters, by layer and ``"combiner"``, as JSON values.
     """
 
     base_svms: nn.ModuleList
@@ -131,19 +110,7 @@ class SVMStack(nn.Module):
     ) -> Self:
         """Fit the base SVMs, then the combiner on their out-of-fold scores.
 
-        Args:
-            features: By layer, ``(n, d)``; emptied on the way, so that memory is free again.
-            labels: int64 ``(n,)``, 0..c-1.
-            progress: Whether to show progress bars of the searches.
-
-        Returns:
-            The stack itself.
-
-        Raises:
-            ValueError: If a class has fewer samples than folds.
-
-        Warns:
-            ConvergenceWarning: If a dual problem missed its tolerance.
+        ``features`` by layer, ``(n, d)``, is emptied on the way, so that memory is free again.
         """
         options, partition = self.options, next(iter(features.values())).partition
         common: dict[str, Any] = {"tol": options.tol, "memory_limit": options.memory_limit}
@@ -192,18 +159,7 @@ class SVMStack(nn.Module):
         return self
 
     def smoothed(self, factor: float, names: Collection[str] | None = None) -> "SVMStack":
-        """Return a view whose kernels have ``factor`` times the gamma; everything else is shared.
-
-        Args:
-            factor: > 0; below 1 for smoother scores.
-            names: Which SVMs; None: all.
-
-        Returns:
-            The view.
-
-        Raises:
-            ValueError: If ``factor`` is not > 0, or there is no SVM of a name.
-        """
+        """Return a view whose kernels have ``factor`` times the gamma; see ``DNR.smoothed``."""
         svms = self.named()
         if unknown := sorted(set(names or ()) - set(svms)):
             raise ValueError(f"svms must be named after {list(svms)}, got {unknown}")
@@ -261,19 +217,7 @@ def chosen_sizes(
     prototypes: int | Mapping[str, int] | None,
     factor: float | None,
 ) -> dict[str, int]:
-    """Decide how many prototypes each SVM gets.
-
-    Args:
-        svms: The fitted SVMs by name.
-        prototypes: A number for each SVM, or numbers by name; SVMs without one stay as they are.
-        factor: How many times fewer vectors each SVM gets, >= 1, in the place of ``prototypes``.
-
-    Returns:
-        Prototypes by name.
-
-    Raises:
-        ValueError: If not exactly one of the two is given, or it is not as said above.
-    """
+    """Decide how many prototypes each fitted SVM gets; see ``DNR.compress`` for the arguments."""
     if (prototypes is None) == (factor is None):
         raise ValueError(
             "compress takes either prototypes, a number or numbers by SVM, or factor, how many "
