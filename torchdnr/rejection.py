@@ -56,8 +56,8 @@ class Threshold(nn.Module):
         self.theta = torch.full_like(self.theta, math.nan)
         self._is_set = False
 
-    def require(self) -> None:
-        """Raise ``NotFittedError`` if theta is not set."""
+    def append(self, scores: Tensor) -> Tensor:
+        """Append theta to scores ``(n, c)`` as the last column; a fresh tensor ``(n, c + 1)``."""
         # Looked at once: reading it stalls a GPU, and breaks the graph of torch.compile.
         if not self._is_set:
             if torch.isnan(self.theta):
@@ -66,10 +66,6 @@ class Threshold(nn.Module):
                     "were not used in fit, or set_threshold(value); scores(x) works without it"
                 )
             self._is_set = True
-
-    def append(self, scores: Tensor) -> Tensor:
-        """Append theta to scores ``(n, c)`` as the last column; a fresh tensor ``(n, c + 1)``."""
-        self.require()
         return torch.cat([scores, self.theta.to(scores).expand(scores.shape[0], 1)], dim=1)
 
     def _load_from_state_dict(

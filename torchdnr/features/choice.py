@@ -149,7 +149,7 @@ def observe(
         stack.enter_context(evaluation_mode(net))
         for name, module in net.named_modules():
             if name:
-                stack.callback(module.register_forward_hook(hook_of(name)).remove)
+                stack.enter_context(module.register_forward_hook(hook_of(name)))
         try:
             scores = net(image)
         except Exception as error:
@@ -248,11 +248,7 @@ def _bottlenecks(net: nn.Module, image: Tensor) -> list[_Bottleneck]:
     entry = image.detach().clone().requires_grad_() * 1  # not a leaf: it has a node in the graph
     modules = dict(net.named_modules())
     depth = 0
-
-    def keep(output: Tensor) -> tuple[Any, Tensor]:
-        return output.grad_fn, output
-
-    kept, _, scores = observe(net, entry, keep)
+    kept, _, scores = observe(net, entry, lambda output: (output.grad_fn, output))
     scores = scores[0] if isinstance(scores, tuple | list) and scores else scores
     if not isinstance(scores, Tensor) or scores.grad_fn is None:
         raise ValueError(

@@ -92,7 +92,8 @@ class LayerFeatures(nn.Module):
         if not self.layers:
             raise RuntimeError("no layers are chosen yet; name some, or call fit, which does")
         captured: dict[str, Tensor] = {}
-        hook = _swapped_hook if torch.compiler.is_compiling() else _registered_hook
+        compiling = torch.compiler.is_compiling()
+        hook: Any = _swapped_hook if compiling else nn.Module.register_forward_hook
         with ExitStack() as stack:
             stack.enter_context(evaluation_mode(self.net))
             for name, reduction in zip(self.layers, self.reductions, strict=True):
@@ -147,17 +148,8 @@ def _suggest(name: object, names: list[str]) -> str:
 
 
 @contextmanager
-def _registered_hook(layer: nn.Module, hook: Callable[..., None]) -> Iterator[None]:
-    handle = layer.register_forward_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-@contextmanager
 def _swapped_hook(layer: nn.Module, hook: Callable[..., None]) -> Iterator[None]:
-    """Do the same while a program is traced: `torch.compile` cannot trace a registration."""
+    """Hook a layer while a program is traced: `torch.compile` cannot trace a registration."""
     hooks = layer._forward_hooks
     key: Any = f"torchdnr {len(hooks)}"  # torch's own keys are numbers
     layer._forward_hooks = {**hooks, key: hook}

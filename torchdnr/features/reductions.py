@@ -51,15 +51,6 @@ def channels_first(output: Tensor, channels: str) -> Tensor:
     return output if channels == CHANNELS_FIRST else output.movedim(-1, 1)
 
 
-def check_channels(channels: str | None) -> str | None:
-    """Refuse anything but one of the two words or None."""
-    if channels not in (None, CHANNELS_FIRST, CHANNELS_LAST):
-        raise ValueError(
-            f'channels must be "{CHANNELS_FIRST}" or "{CHANNELS_LAST}", got {channels!r}'
-        )
-    return channels
-
-
 def random_rows(inputs: int, size: int, seed: int) -> Tensor:
     """Draw a sparse Johnson-Lindenstrauss projection of ``inputs`` values to ``size`` rows.
 
@@ -106,8 +97,7 @@ def projection_distortion(inputs: Tensor, projected: Tensor) -> dict[str, float]
         value ``max``; None where there is no such pair.
     """
     wide = torch.promote_types(inputs.dtype, torch.float32)
-    before = torch.nn.functional.pdist(inputs.to(wide))
-    after = torch.nn.functional.pdist(projected.to(wide))
+    before, after = F.pdist(inputs.to(wide)), F.pdist(projected.to(wide))
     apart = before > 0
     errors = after[apart] / before[apart] - 1
     if not errors.numel():
@@ -161,7 +151,11 @@ class Average(Reduction):
 
     def __init__(self, channels: str | None = None) -> None:
         super().__init__()
-        self.channels = check_channels(channels)
+        if channels not in (None, CHANNELS_FIRST, CHANNELS_LAST):
+            raise ValueError(
+                f'channels must be "{CHANNELS_FIRST}" or "{CHANNELS_LAST}", got {channels!r}'
+            )
+        self.channels = channels
 
     @property
     def ready(self) -> bool:

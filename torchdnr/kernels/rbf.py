@@ -281,9 +281,7 @@ class _RBFScores(torch.autograd.Function):
         needed = ctx.needs_input_grad[:4]
         with full_precision(grad.device):
             if torch.is_grad_enabled():
-                inputs, vectors, coefficients, gamma = ctx.saved_tensors[:4]
-                tensors = (inputs, vectors, coefficients, gamma)
-                gradients = _differentiable_gradients(grad, *tensors, needed)
+                gradients = _differentiable_gradients(grad, ctx.saved_tensors[:4], needed)
             else:
                 options = {"needed": needed, "block_elements": ctx.block_elements}
                 gradients = kernel_gradients(grad, *ctx.saved_tensors, **options)
@@ -291,12 +289,7 @@ class _RBFScores(torch.autograd.Function):
 
 
 def _differentiable_gradients(
-    grad: Tensor,
-    inputs: Tensor,
-    vectors: Tensor,
-    coefficients: Tensor,
-    gamma: Tensor,
-    needed: Sequence[bool],
+    grad: Tensor, tensors: Sequence[Tensor], needed: Sequence[bool]
 ) -> list[Tensor | None]:
     """Compute the gradients by autograd, which can then differentiate them.
 
@@ -304,9 +297,9 @@ def _differentiable_gradients(
     part of the second derivative.
     """
     # Views keep the arguments apart where one tensor was given twice.
-    tensors = [t.view_as(t) for t in (inputs, vectors, coefficients, gamma)]
-    scores = (-tensors[3] * _unclamped_distances(*tensors[:2])).exp() @ tensors[2]
-    chosen = [t for t, need in zip(tensors, needed, strict=True) if need]
+    inputs, vectors, coefficients, gamma = views = [tensor.view_as(tensor) for tensor in tensors]
+    scores = (-gamma * _unclamped_distances(inputs, vectors)).exp() @ coefficients
+    chosen = [view for view, need in zip(views, needed, strict=True) if need]
     gradients = iter(torch.autograd.grad(scores, chosen, grad, create_graph=True) if chosen else ())
     return [next(gradients) if need else None for need in needed]
 

@@ -13,7 +13,6 @@ The SVMs of a stack are compressed one after the other; then the prototypes of a
 on the scores of the last one.
 """
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
@@ -105,6 +104,12 @@ def greedy_choice(target: KernelSum, count: int) -> Tensor:
     return chosen
 
 
+def _spread(values: Tensor) -> Tensor:
+    """Sum the variances of columns, 1 where there is none: losses and stops are relative to it."""
+    spread = values.double().var(dim=0, correction=0).sum()
+    return torch.where(spread > 0.0, spread, 1.0)
+
+
 class ReducedSet:
     """The least-squares problem of the prototypes: ``values`` ``(n, P)`` at ``features``."""
 
@@ -113,8 +118,7 @@ class ReducedSet:
     ) -> None:
         self.target, self.smoothness = target, smoothness
         self.features, self.values = features.detach(), values.detach()
-        spread = self.values.double().var(dim=0, correction=0).sum()
-        self.scale = torch.where(spread > 0.0, spread, 1.0)  # so that stops are relative to it
+        self.scale = _spread(self.values)
 
     def _blocks(self) -> list[tuple[Tensor, Tensor]]:
         rows = self.target.block_rows
@@ -345,8 +349,7 @@ class JointProblem:
         self.tensors = [t for start in starts for t in (start.vectors, start.coefficients)]
         self.smoothness = smoothness
         self.final = list(svms)[-1]
-        spreads = {n: w.double().var(dim=0, correction=0).sum() for n, w in wanted.items()}
-        self.scale = {n: torch.where(spread > 0.0, spread, 1.0) for n, spread in spreads.items()}
+        self.scale = {name: _spread(values) for name, values in wanted.items()}
 
     def pairs(self, tensors: Sequence[Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
         """Return prototypes and coefficients of the SVMs that move, by name."""
@@ -450,22 +453,6 @@ def stack_losses(
             "score_bound": score_bound(svms[name], compressed[name]).max().item(),
         }
     return losses
-
-
-def warn_of_losses(losses: Mapping[str, Mapping[str, Any]]) -> None:
-    """Warn if the final scores lost more than a little.
-
-    Args:
-        losses: From ``stack_losses``.
-    """
-    name, final = list(losses.items())[-1]
-    if min(final["r2"], final["label_agreement"]) < WARN_BELOW:
-        warnings.warn(
-            f"the compressed scores of {name!r} keep {final['label_agreement']:.1%} of the labels "
-            f"and R^2 {final['r2']:.3f}: use more prototypes, or attack it before you trust it",
-            CompressionWarning,
-            stacklevel=4,
-        )
 
 
 class _Compressed(Protocol):

@@ -1,5 +1,6 @@
 """`SVMStack`: an SVM on the features of each layer, and one more that combines their scores."""
 
+import warnings
 from collections.abc import Collection, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from torchdnr.costs import stage
 from torchdnr.distributed.sharing import ShardedFeatures
-from torchdnr.svm.compression import compress_stack, stack_losses, warn_of_losses
+from torchdnr.svm.compression import WARN_BELOW, CompressionWarning, stack_losses
 from torchdnr.svm.model_selection import grid_search, out_of_fold_scores
 from torchdnr.svm.rbf_svm import RBFSVM
 
@@ -166,37 +167,19 @@ class SVMStack(nn.Module):
         chosen = svms if names is None else names
         return self._with({n: s.smoothed(factor) if n in chosen else s for n, s in svms.items()})
 
-    def compress(
-        self,
-        features: Mapping[str, Tensor],
-        sizes: Mapping[str, int],
-        *,
-        steps: int,
-        joint_steps: int,
-        smoothness: float,
-    ) -> "SVMStack":
-        """Return a stack of the same scores, nearly, on fewer support vectors.
-
-        Args:
-            features: Where scores are compared, by layer, ``(n, d)``.
-            sizes: Prototypes by SVM; an SVM without stays as it is.
-            steps: Iterations of L-BFGS for each SVM.
-            joint_steps: Iterations of L-BFGS for all of them together.
-            smoothness: Weight of the difference in the space of the kernel.
-
-        Returns:
-            The new stack, whose ``selection`` says what was lost.
-
-        Warns:
-            CompressionWarning: If the final scores lost more than a little.
-        """
-        svms = self.named()
-        compressed = compress_stack(
-            svms, features, sizes, steps=steps, joint_steps=joint_steps, smoothness=smoothness
-        )
-        losses = stack_losses(svms, compressed, features)
-        warn_of_losses(losses)
-        stack = self._with(compressed)
+    def compressed(self, svms: Mapping[str, RBFSVM], features: Mapping[str, Tensor]) -> "SVMStack":
+        """Return a stack of SVMs from ``compress_stack``; its ``selection`` says what was lost."""
+        losses = stack_losses(self.named(), svms, features)
+        name, final = list(losses.items())[-1]
+        if min(final["r2"], final["label_agreement"]) < WARN_BELOW:
+            warnings.warn(
+                f"the compressed scores of {name!r} keep {final['label_agreement']:.1%} of the "
+                f"labels and R^2 {final['r2']:.3f}: use more prototypes, or attack it before you "
+                "trust it",
+                CompressionWarning,
+                stacklevel=3,
+            )
+        stack = self._with(svms)
         stack.selection = {
             name: {**self.selection.get(name, {}), "compression": losses[name]} for name in svms
         }
