@@ -176,7 +176,7 @@ def _unexplained(context: Context, points: Tensor, labels: Tensor) -> Tensor:
         noise = uniform_like(points, generator) - 0.5
         near = project_box(points + noise * SIDE * context.width, context.bounds)
         moved = ((near - points) * slope.direction).flatten(1).sum(dim=1)
-        value, _ = evaluate(target, near, labels)
+        value = evaluate(target, near, labels).values
         total += ((value - slope.values + slope.length * moved).abs() / scale).clamp_max(1)
     return total / draws
 
