@@ -277,11 +277,7 @@ class FeatureStore:
             self._record()
 
     def finish(self, labels: Tensor | None) -> dict[str, Tensor]:
-        """Complete the store, unless it is complete already, and map the features.
-
-        Labels, if there are any, are kept beside them. Fewer batches than the store has are
-        refused.
-        """
+        """Complete the store with the labels, unless it is complete, and map the features."""
         if self._seen < len(self._batches):
             raise CheckpointError(
                 f"{self.folder}: expected {len(self._batches)} batches, got {self._seen}; {_ADVICE}"

@@ -222,11 +222,7 @@ class FoldedFits:
         self.not_converged = 0
 
     def advance(self, C: float) -> Tensor:
-        """Fit with a larger C than before.
-
-        Returns the scores of each sample by the machine fitted without its fold, float64 ``(n,
-        c)``.
-        """
+        """Fit with a larger C than before; return out-of-fold scores, float64 ``(n, c)``."""
         last, targets = self._last, self._targets.repeat(1, self._folds)
         start = None if last is None else self._stretched(last[0], C / last[2])
         whole = solve_dual(self._rows, self._targets, C * self._share, tol=self._tol, initial=start)

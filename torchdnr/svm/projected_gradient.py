@@ -118,11 +118,7 @@ def projected_gradient(
     goal: float,
     max_steps: int,
 ) -> Tensor:
-    """Lower the objectives by spectral projected gradient steps until few samples are free.
-
-    The start and the result are feasible b, ``(P, n)``, the result up to the rounding of the
-    kernel's dtype. All of the kernel gets evaluated.
-    """
+    """Lower the objectives, from a feasible b ``(P, n)`` to another, until few samples are free."""
     dtype = rows.store.dtype
     result, bounds = dual_coef.clone(), (lower, upper)
     gradient = (rows.product(dual_coef, exact=False) - targets).to(dtype)
