@@ -170,7 +170,7 @@ def test_the_option_of_the_scripts(tmp_path):
         job = prepare(train_parser().parse_args(asked + extra), Console(quiet=True))
         weight = job.build_network().conv2.weight
         assert weight.is_contiguous(memory_format=CHANNELS_LAST) == wanted
-        assert "channels_last" not in job.settings
+        assert "channels_last" not in job.settings.to_json()
     assert predict_parser().parse_args(["x.png", "--run", "run", "--channels-last"]).channels_last
 
 
