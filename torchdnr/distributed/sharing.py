@@ -185,11 +185,7 @@ def _check_enough(partition: Partition, what: str) -> None:
 
 
 def checked_batches(data: Tensor | Iterable[Any], batch_size: int) -> Iterator[Batch]:
-    """Yield checked batches of images in [0, 1], with their labels where there are any.
-
-    ``data`` is images ``(n, ...)``, or an iterable such as a ``DataLoader`` that yields images or
-    ``(images, labels)``.
-    """
+    """Yield checked batches of images in [0, 1], with labels or None, from a tensor or a loader."""
     if isinstance(data, Tensor):
         check_images("inputs", data)
         yield from ((batch, None) for batch in data.split(batch_size))

@@ -247,11 +247,7 @@ class FeatureStore:
             self._files.close()
 
     def holds(self, images: Tensor, labels: Tensor | None) -> bool:
-        """Return whether the next batch is in the store already; else ``append`` has to follow.
-
-        Raises ``CheckpointError`` if the store has another batch at this place, or is complete
-        without it.
-        """
+        """Return whether the next batch is in the store already; else ``append`` has to follow."""
         parts = {"images": images} if labels is None else {"images": images, "labels": labels}
         self._next, place = digest(parts)[:16], self._seen
         self._seen += 1

@@ -73,14 +73,9 @@ class KernelRows:
         rows._slot_of = rows._sample_in = torch.arange(rows.n, device=kernel.device)
         return rows
 
-    @property
-    def is_dense(self) -> bool:
-        """Whether the matrix was given whole."""
-        return self._slot_of is self._sample_in
-
     def slots(self, index: Tensor) -> Tensor:
         """Return which rows of ``store`` hold the samples, ``(m,)``; valid until the next call."""
-        if self.is_dense:
+        if self._slot_of is self._sample_in:  # the matrix was given whole
             return index
         self._time += 1
         wanted = index.unique()

@@ -86,10 +86,7 @@ def uniform_start(lower: Tensor, upper: Tensor) -> Tensor:
 
 
 def project(values: Tensor, lower: Tensor, upper: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
-    """Project values ``(P, n)`` onto the box and the sum 0; return also the shifts needed.
-
-    ``shift`` is a first guess of what to subtract before clipping, ``(P,)``.
-    """
+    """Project onto the box and the sum 0, given a first guess of the shifts; return those too."""
     least, most = (values - upper).amin(dim=1), (values - lower).amax(dim=1)
     shift = torch.minimum(torch.maximum(shift, least), most)
     for _ in range(PROJECTION_STEPS):
