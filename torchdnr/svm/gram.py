@@ -1,4 +1,4 @@
-"""Gram matrices of features that one process has, or several share; rows on demand."""
+"""Gram matrices of features that one process has, or more of them share; rows on demand."""
 
 import itertools
 

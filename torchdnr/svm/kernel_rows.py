@@ -4,7 +4,7 @@ An SVM needs the kernel rows of the samples that some working set holds, and no 
 samples become support vectors that is a small part of the Gram matrix; where most do, all of it.
 A row costs the same either way, so rows on demand are never dearer than the whole matrix.
 
-Several processes divide the columns among them: each evaluates and holds its part of every row. All
+Processes that work together divide the columns: each evaluates and holds its part of every row. All
 call the same methods with the same arguments, and get the same results.
 """
 
@@ -30,11 +30,11 @@ class Block(NamedTuple):
 class KernelRows:
     """A Gram matrix that is evaluated row by row on demand.
 
-    ``evaluate`` maps sample indices ``(m,)`` to their kernel rows ``(m, n)``, or of several
-    processes to their kernels with this one's samples; ``samples`` is n, or how they are divided
-    among processes. Rows have the dtype and device of ``like``. All are held unless a plan says how
-    many, at least 3: those used least recently give way. ``batch`` rows are evaluated at once,
-    where each evaluation goes through large features; by default as many as stay in a CPU's cache.
+    ``evaluate`` maps sample indices ``(m,)`` to their kernel rows ``(m, n)``, or, where processes
+    share them, to their kernels with this one's samples; ``samples`` is n, or how they are divided.
+    Rows have the dtype and device of ``like``. All are held unless a plan says how many, at least
+    3: those used least recently give way. ``batch`` rows are evaluated at once, where each
+    evaluation goes through large features; by default as many as stay in a CPU's cache.
 
     ``store`` has the rows held, ``(slots, columns)``; ``evaluated`` counts all, repeats too.
     """
