@@ -167,10 +167,7 @@ def local_device(device: torch.device) -> torch.device:
 
 @contextmanager
 def joined(device: torch.device) -> Iterator[Processes]:
-    """Join the processes that torchrun started; without torchrun there is this one alone.
-
-    ``device`` is where this process works, from ``local_device``.
-    """
+    """Join the processes that torchrun started; without torchrun there is this one alone."""
     if not _is_distributed():
         yield ALONE
         return

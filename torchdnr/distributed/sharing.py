@@ -11,16 +11,12 @@ from torch import Tensor, nn
 from torchdnr.decisions import check_images
 from torchdnr.distributed.processes import ALONE, Processes
 from torchdnr.files import digest
-from torchdnr.kernels.row_blocks import all_finite, column_means, entry_moments, joint_moments
+from torchdnr.kernels.row_blocks import column_means, entry_moments, joint_moments
 
 
 @dataclass(frozen=True)
 class Partition:
-    """Which of n samples belong to which process.
-
-    ``sizes`` are the samples of each process, in the order of the ranks: blocks that follow each
-    other.
-    """
+    """Which of n samples belong to which process: blocks of these sizes, by rank."""
 
     sizes: tuple[int, ...]
     processes: Processes = ALONE
@@ -48,10 +44,7 @@ class Partition:
         return slice(start, start + self.sizes[self.processes.rank])
 
     def locate(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the positions of samples among those of this process, and whether they are here.
-
-        The position of a sample that is not here means nothing.
-        """
+        """Return positions of samples among this process's, and which are here at all."""
         local = self.local
         is_local = (index >= local.start) & (index < local.stop)
         return (index - local.start).clamp(0, local.stop - local.start - 1), is_local
@@ -108,10 +101,6 @@ class ShardedFeatures:
         return ShardedFeatures(
             self.local[positions[is_local]], replace(self.partition, sizes=sizes)
         )
-
-    def are_finite(self) -> bool:
-        """Return whether there is neither NaN nor infinity among them, in any process."""
-        return self.partition.processes.all(all_finite(self.local))
 
     def means(self) -> Tensor:
         """Compute the mean of all rows, ``(d,)``."""
@@ -196,11 +185,7 @@ def _check_enough(partition: Partition, what: str) -> None:
 
 
 def checked_batches(data: Tensor | Iterable[Any], batch_size: int) -> Iterator[Batch]:
-    """Yield checked batches of images in [0, 1], with their labels where there are any.
-
-    ``data`` is images ``(n, ...)``, or an iterable such as a ``DataLoader`` that yields images or
-    ``(images, labels)``.
-    """
+    """Yield checked batches of images in [0, 1], with labels or None, from a tensor or a loader."""
     if isinstance(data, Tensor):
         check_images("inputs", data)
         yield from ((batch, None) for batch in data.split(batch_size))

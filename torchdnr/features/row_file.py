@@ -90,8 +90,7 @@ def map_rows(path: Path, name: str, dtype: torch.dtype, rows: int, width: int) -
     """Map a finished file into memory: ``(rows, width)`` on the CPU.
 
     Pages are read when they are used, and dropped when memory gets short. Writing to the tensor
-    changes it for this process only, never the file, which may be unlinked (not on Windows). It is
-    a ``DamagedFileError`` if the file is missing, or not the finished file of this tensor.
+    changes it for this process only, never the file, which may be unlinked (not on Windows).
     """
     header = _header(name, dtype, rows, width)
     expected = len(header) + rows * width * dtype.itemsize

@@ -247,11 +247,7 @@ class FeatureStore:
             self._files.close()
 
     def holds(self, images: Tensor, labels: Tensor | None) -> bool:
-        """Return whether the next batch is in the store already; else ``append`` has to follow.
-
-        Raises ``CheckpointError`` if the store has another batch at this place, or is complete
-        without it.
-        """
+        """Return whether the next batch is in the store already; else ``append`` has to follow."""
         parts = {"images": images} if labels is None else {"images": images, "labels": labels}
         self._next, place = digest(parts)[:16], self._seen
         self._seen += 1
@@ -277,11 +273,7 @@ class FeatureStore:
             self._record()
 
     def finish(self, labels: Tensor | None) -> dict[str, Tensor]:
-        """Complete the store, unless it is complete already, and map the features.
-
-        Labels, if there are any, are kept beside them. Fewer batches than the store has are
-        refused.
-        """
+        """Complete the store with the labels, unless it is complete, and map the features."""
         if self._seen < len(self._batches):
             raise CheckpointError(
                 f"{self.folder}: expected {len(self._batches)} batches, got {self._seen}; {_ADVICE}"

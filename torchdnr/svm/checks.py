@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from torchdnr.distributed.sharing import ShardedFeatures
+from torchdnr.kernels.row_blocks import all_finite
 
 SYMMETRY = 1e-4
 """Largest difference across the diagonal of a Gram matrix, relative to its largest entry."""
@@ -18,7 +19,7 @@ def check_features(features: Tensor | ShardedFeatures) -> None:
         raise ValueError(
             f"features must be float32 or float64, got {local.dtype}: call .float() first"
         )
-    if not ShardedFeatures.of(features).are_finite():
+    if not ShardedFeatures.of(features).partition.processes.all(all_finite(local)):
         raise ValueError("features must be finite, got NaN or infinity: check network and inputs")
 
 

@@ -132,10 +132,7 @@ def certify(
     tol: float,
     steps: Tensor,
 ) -> DualSolution:
-    """Measure a candidate b afresh: nothing that the solver kept is trusted.
-
-    Targets, bounds and b are ``(n, P)``, all but the targets float64; the steps are only passed on.
-    """
+    """Measure a candidate b, ``(n, P)``, afresh: nothing that the solver kept is trusted."""
     targets = targets.double()
     product = kernel.product(dual_coef.T.contiguous()).T
     points = Points((product - targets).T, dual_coef.T, lower.T, upper.T)

@@ -1,4 +1,4 @@
-"""Gram matrices of features that one process has, or several share; rows on demand."""
+"""Gram matrices of features that one process has, or more of them share; rows on demand."""
 
 import itertools
 
@@ -20,11 +20,7 @@ def planned_rows(
     memory_limit: int | None,
     distances: Tensor | None,
 ) -> KernelRows:
-    """Build the Gram matrix of the RBF kernel in bounded memory, for problems solved on it at once.
-
-    Squared distances ``(n, k)`` to this process's samples are used if they are at hand. Raises
-    ``ValueError`` if the memory limit is too small, or squared distances overflow.
-    """
+    """Build the Gram matrix of the RBF kernel in bounded memory, from distances if given."""
     partition, itemsize = features.partition, features.local.element_size()
     n, width = partition.n, partition.largest
     if distances is not None:

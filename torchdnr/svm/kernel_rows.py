@@ -4,7 +4,7 @@ An SVM needs the kernel rows of the samples that some working set holds, and no 
 samples become support vectors that is a small part of the Gram matrix; where most do, all of it.
 A row costs the same either way, so rows on demand are never dearer than the whole matrix.
 
-Several processes divide the columns among them: each evaluates and holds its part of every row. All
+Processes that work together divide the columns: each evaluates and holds its part of every row. All
 call the same methods with the same arguments, and get the same results.
 """
 
@@ -30,22 +30,13 @@ class Block(NamedTuple):
 class KernelRows:
     """A Gram matrix that is evaluated row by row on demand.
 
-    Args:
-        evaluate: Maps sample indices ``(m,)`` to their kernel rows ``(m, n)``; of several processes
-            to their kernels with this one's samples.
-        samples: Their number n, or how they are divided among processes.
-        like: Tensor whose dtype and device the rows have.
-        plan: How many rows are held at the most, at least 3; those used least recently give way.
-            Default: all.
-        batch: Rows evaluated at once, where each evaluation goes through large features. Default:
-            as many as stay in a CPU's cache.
+    ``evaluate`` maps sample indices ``(m,)`` to their kernel rows ``(m, n)``, or, where processes
+    share them, to their kernels with this one's samples; ``samples`` is n, or how they are divided.
+    Rows have the dtype and device of ``like``. All are held unless a plan says how many, at least
+    3: those used least recently give way. ``batch`` rows are evaluated at once, where each
+    evaluation goes through large features; by default as many as stay in a CPU's cache.
 
-    Attributes:
-        largest_set: Samples in a working set at the most.
-        together: Problems solved together; None for all.
-        evaluated: Rows evaluated so far, repeats counted.
-        exact_elements: Kernel values turned to float64 at a time.
-        store: The rows held, ``(slots, columns)``; see ``slots``.
+    ``store`` has the rows held, ``(slots, columns)``; ``evaluated`` counts all, repeats too.
     """
 
     def __init__(
@@ -82,17 +73,9 @@ class KernelRows:
         rows._slot_of = rows._sample_in = torch.arange(rows.n, device=kernel.device)
         return rows
 
-    @property
-    def is_dense(self) -> bool:
-        """Whether the matrix was given whole."""
-        return self._slot_of is self._sample_in
-
     def slots(self, index: Tensor) -> Tensor:
-        """Return the rows of ``store`` that hold the samples ``(m,)``; missing ones are evaluated.
-
-        At most ``capacity`` samples may differ. The result is valid until the next call.
-        """
-        if self.is_dense:
+        """Return which rows of ``store`` hold the samples, ``(m,)``; valid until the next call."""
+        if self._slot_of is self._sample_in:  # the matrix was given whole
             return index
         self._time += 1
         wanted = index.unique()
@@ -148,10 +131,7 @@ class KernelRows:
     def collect(
         self, blocks: Sequence[Block], results: Sequence[Tensor], extra: int
     ) -> Sequence[Tensor]:
-        """Return the results of all blocks, given those of the ``assigned`` ones.
-
-        A result has a row per problem, float64 ``(p, k + extra)``.
-        """
+        """Return the results, ``(p, k + extra)``, of all blocks, given those ``assigned`` here."""
         local, collected = iter(results), []
         for number, (problems, samples, _) in enumerate(blocks):
             if self._processes.mine(number):

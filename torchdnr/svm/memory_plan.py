@@ -82,8 +82,7 @@ def plan_memory(
     A quarter of what is beyond the least goes to solving more problems together; of what their
     state leaves, a fifth goes to working sets, the rest to kernel rows. Where not all rows fit,
     only as many problems are solved together as have all of theirs held. ``reserved`` bytes are for
-    copies of the features, ``width`` is how much of each row is held where rows are sharded. Raises
-    ``ValueError`` if the limit is less than a small working set needs.
+    copies of the features; ``width`` is how much of each row is held where rows are sharded.
     """
     limit = MEMORY_LIMIT if memory_limit is None else int(memory_limit)
     width = n if width is None else width

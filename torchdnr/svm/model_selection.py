@@ -203,10 +203,7 @@ def out_of_fold_scores(
 
 
 class FoldedFits:
-    """One-vs-rest problems on all samples, and without each fold: held-out samples have C = 0.
-
-    ``not_converged`` counts the problems that missed the tolerance so far.
-    """
+    """One-vs-rest problems on all samples, and without each fold: held-out samples have C = 0."""
 
     def __init__(
         self, rows: KernelRows, labels: Tensor, num_classes: int, fold: Tensor, tol: float
@@ -222,11 +219,7 @@ class FoldedFits:
         self.not_converged = 0
 
     def advance(self, C: float) -> Tensor:
-        """Fit with a larger C than before.
-
-        Returns the scores of each sample by the machine fitted without its fold, float64 ``(n,
-        c)``.
-        """
+        """Fit with a larger C than before; return out-of-fold scores, float64 ``(n, c)``."""
         last, targets = self._last, self._targets.repeat(1, self._folds)
         start = None if last is None else self._stretched(last[0], C / last[2])
         whole = solve_dual(self._rows, self._targets, C * self._share, tol=self._tol, initial=start)
@@ -276,10 +269,7 @@ def _best_multiple(linear: Tensor, quadratic: Tensor) -> Tensor:
 
 
 class _Kernels:
-    """Gram matrices of more than one width: from common distances, where these fit.
-
-    ``limit`` counts the bytes that are left beside the distances computed here.
-    """
+    """Gram matrices of more than one width: from common distances, where these fit."""
 
     def __init__(
         self,
@@ -301,7 +291,7 @@ class _Kernels:
         # Half of what remains has to do for the rows of one width.
         if 3 * size <= rest and least_memory(n, problems, itemsize, width=width) <= rest:
             self.distances = all_distances(self.features, self._center, rest)
-            self.limit = rest
+            self.limit = rest  # what is left beside them
 
     def rows(self, gamma: float) -> KernelRows:
         """Prepare the Gram matrix of one width."""

@@ -43,9 +43,8 @@ def one_vs_one(labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
 
 def binary_targets(labels: Tensor, num_classes: int, strategy: str) -> Tensor:
     """Turn labels into targets, float64 ``(n, P)``; of any sign where a sample takes no part."""
-    if strategy == ONE_VS_REST:
-        return one_vs_rest(labels, num_classes)
-    return one_vs_one(labels, num_classes)[0]
+    is_rest = strategy == ONE_VS_REST
+    return one_vs_rest(labels, num_classes) if is_rest else one_vs_one(labels, num_classes)[0]
 
 
 def votes_and_confidence(values: Tensor) -> Tensor:

@@ -86,10 +86,7 @@ def uniform_start(lower: Tensor, upper: Tensor) -> Tensor:
 
 
 def project(values: Tensor, lower: Tensor, upper: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
-    """Project values ``(P, n)`` onto the box and the sum 0; return also the shifts needed.
-
-    ``shift`` is a first guess of what to subtract before clipping, ``(P,)``.
-    """
+    """Project onto the box and the sum 0, given a first guess of the shifts; return those too."""
     least, most = (values - upper).amin(dim=1), (values - lower).amax(dim=1)
     shift = torch.minimum(torch.maximum(shift, least), most)
     for _ in range(PROJECTION_STEPS):
@@ -118,11 +115,7 @@ def projected_gradient(
     goal: float,
     max_steps: int,
 ) -> Tensor:
-    """Lower the objectives by spectral projected gradient steps until few samples are free.
-
-    The start and the result are feasible b, ``(P, n)``, the result up to the rounding of the
-    kernel's dtype. All of the kernel gets evaluated.
-    """
+    """Lower the objectives, from a feasible b ``(P, n)`` to another, until few samples are free."""
     dtype = rows.store.dtype
     result, bounds = dual_coef.clone(), (lower, upper)
     gradient = (rows.product(dual_coef, exact=False) - targets).to(dtype)

@@ -159,22 +159,18 @@ class SolverState:
         goal: float,
         max_steps: int,
     ) -> "SolverState":
-        """Begin at given b, ``(n, P)``, or wherever a better start than b = 0 is worth it.
-
-        Given values are clipped to the bounds and balanced.
-        """
+        """Begin at given b, made feasible, or wherever a better start than b = 0 is worth it."""
         targets, lower, upper = (t.T.contiguous() for t in (targets.double(), lower, upper))
         steps, failures = torch.zeros(2, len(targets), dtype=torch.int64, device=targets.device)
         damping, dual_coef = torch.full_like(targets[:, 0], FIRST_DAMPING), torch.zeros_like(lower)
         problem = (rows, goal, max_steps, -targets, dual_coef, lower, upper)
         state = cls(*problem, steps, damping, failures)
-        start = (
-            initial.T if initial is not None else bounded_start(rows, targets, lower, upper, goal)
-        )
+        start = None if initial is None else initial.T
+        if start is None:
+            start = bounded_start(rows, targets, lower, upper, goal)
         if start is not None:
-            start = make_feasible(
-                start.double(), -targets, lower, upper, torch.zeros_like(targets[:, 0])
-            )
+            total = torch.zeros_like(targets[:, 0])
+            start = make_feasible(start.double(), -targets, lower, upper, total)
             state.dual_coef = rows.replicate(start)
             state.gradient += rows.product(state.dual_coef)
         return state
@@ -241,9 +237,8 @@ def _newton_update(state: SolverState, running: Tensor, violation: Tensor, fresh
         results.append(torch.cat([change, *columns], dim=1))
     changes = torch.zeros_like(points.gradient)
     failed = torch.zeros(len(running), dtype=torch.bool, device=running.device)
-    for (batch, samples, valid), result in zip(
-        blocks, rows.collect(blocks, results, 4), strict=True
-    ):
+    collected = rows.collect(blocks, results, 4)
+    for (batch, samples, valid), result in zip(blocks, collected, strict=True):
         problems, (new_steps, damping, failures, improved) = running[batch], result[:, -4:].T
         state.steps[problems], state.damping[problems] = new_steps.long(), damping
         state.failures[problems] = failures.long()

@@ -129,11 +129,7 @@ def _fill(slack: Tensor, cost: Tensor, amount: Tensor) -> Tensor:
 def solve_blocks(
     kernels: Tensor, points: Points, tol: Tensor, max_steps: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Solve P small dual problems by two-variable updates, second-order selection.
-
-    Kernels are ``(P, q, q)``, the violations to stop at and the most updates ``(P,)``. Returns new
-    b, ``(P, q)``, and updates spent.
-    """
+    """Solve P small problems, ``(P, q)``, by two-variable updates: new b, and updates spent."""
     gradient, dual_coef, lower, upper = points
     count, size = gradient.shape
     problem = torch.arange(count, device=gradient.device)

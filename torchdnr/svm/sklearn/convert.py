@@ -23,14 +23,11 @@ if TYPE_CHECKING:
 
 
 class LibsvmLayout(NamedTuple):
-    """LIBSVM's order of the support vectors, ``(m,)``, how many each class has, and coefficients.
+    """Support vectors by class, and their coefficients against the other classes."""
 
-    ``dual_coef`` is alpha * y, y = +1 for the first class of a pair, ``(c - 1, m)``.
-    """
-
-    order: Tensor
-    n_support: Tensor
-    dual_coef: Tensor
+    order: Tensor  # rows of the support vectors in LIBSVM's order, int64 (m,)
+    n_support: Tensor  # support vectors of each class, int64 (c,)
+    dual_coef: Tensor  # alpha * y, y = +1 for the first class of a pair, (c - 1, m)
 
 
 def to_libsvm(dual_coef: Tensor) -> LibsvmLayout:
