@@ -89,8 +89,9 @@ def fmn(
 
 def _descend_fmn(run: NearRun, *, steps: int, step_size: float) -> Nearest:
     center, labels = run.center[run.owner], run.labels[run.owner]
-    kept, points = Kept.nothing(run.first), run.first
-    radius = torch.full_like(kept.norms, torch.inf)
+    points = run.first
+    radius = torch.full_like(lengths(points, center, run.norm), torch.inf)
+    kept = Kept(points, radius)
     dual = {1: math.inf, 2: 2, math.inf: 1}[run.norm]
     for step in range(steps):
         slope = slope_at(run.target, points, labels)
@@ -173,8 +174,8 @@ def ddn(
 
 def _descend_ddn(run: NearRun, *, steps: int, step_size: float) -> Nearest:
     center, labels = run.center[run.owner], run.labels[run.owner]
-    kept, points = Kept.nothing(run.first), run.first
-    length = lengths(points, center, 2)
+    points, length = run.first, lengths(run.first, center, 2)
+    kept = Kept(points, torch.full_like(length, torch.inf))
     radius = torch.where(length > 0, length, 1.0)
     for step in range(steps):
         slope = slope_at(run.target, points, labels)

@@ -246,12 +246,9 @@ def _improve(
     options: Mapping[str, Any],
     **instead: Tensor,
 ) -> Tensor:
-    """Run an attack on the rows that do not evade; write better points into the best of all rows.
+    """Run an attack on rows that do not evade; write better points into ``best``, and say where.
 
     ``instead`` holds targets, or a start, that take the place of those of the problem.
-
-    Returns:
-        Which rows are better, bool ``(n,)``.
     """
     improved = torch.zeros_like(best.evading)
     rows = unsolved(best)  # waits for the device, once per attack

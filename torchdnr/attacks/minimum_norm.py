@@ -130,11 +130,6 @@ class Kept(NamedTuple):
     points: Tensor
     norms: Tensor
 
-    @classmethod
-    def nothing(cls, first: Tensor) -> "Kept":
-        """Begin without any evading point, beside points ``(r, ...)``."""
-        return cls(first, torch.full_like(first.flatten(1)[:, 0], torch.inf))
-
     def update(self, points: Tensor, norms: Tensor, evading: Tensor) -> "Kept":
         """Keep the points that evade and are nearer."""
         nearer = evading & (norms < self.norms)

@@ -51,10 +51,7 @@ def nearest_other_class(
 
     Half of them are the nearest samples of the nearest classes, one per class, and the rest the
     nearest of all others: the nearest sample need not be of the class that is easiest to reach.
-
-    Returns:
-        Indices into the pool ``(n, k)``, k at most ``neighbours``, and which of them are such
-        samples, bool ``(n, k)``.
+    Returns indices into the pool ``(n, k)``, k <= ``neighbours``, and which are usable, ``(n, k)``.
     """
     points, samples = inputs.flatten(1), pool.flatten(1)
     present = classes[classes != REJECT].unique()
@@ -113,11 +110,8 @@ def evading_starts(
 ) -> tuple[Tensor, Tensor]:
     """Find evading points near each input: the nearest of each class, then the nearest of all.
 
-    Tries ``neighbours`` pool samples per input, whose norm and box are those of ``region``.
-
-    Returns:
-        The input that each point belongs to ``(r,)``, and the points ``(r, ...)``, at most
-        ``starts`` per input.
+    Tries ``neighbours`` pool samples per input, whose norm and box are those of ``region``. Returns
+    the input that each point belongs to ``(r,)``, and the points, at most ``starts`` per input.
     """
     center, _, norm, bounds = region
     nearest, usable = nearest_other_class(center, labels, *pool, neighbours, target.targeted)
