@@ -14,7 +14,6 @@ from torchdnr.attacks.minimum_norm import (
     Kept,
     Nearest,
     NearRun,
-    dual_norm,
     nearest_evading,
     safe_decision_objective,
 )
@@ -90,14 +89,17 @@ def fmn(
 
 def _descend_fmn(run: NearRun, *, steps: int, step_size: float) -> Nearest:
     center, labels = run.center[run.owner], run.labels[run.owner]
-    kept, points = Kept.nothing(run.first), run.first
-    radius = torch.full_like(kept.norms, torch.inf)
+    points = run.first
+    radius = torch.full_like(lengths(points, center, run.norm), torch.inf)
+    kept = Kept(points, radius)
+    dual = {1: math.inf, 2: 2, math.inf: 1}[run.norm]
     for step in range(steps):
         slope = slope_at(run.target, points, labels)
         evading, length = slope.values < 0, lengths(points, center, run.norm)
         kept = kept.update(points, length, evading)
         rate = cosine(step, steps, *_FMN_RATES)
-        steepness = slope.length * dual_norm(slope.direction, run.norm)
+        downhill = slope.direction.flatten(1)
+        steepness = slope.length * torch.linalg.vector_norm(downhill, dual, dim=1)
         # A vanishing gradient puts the boundary at infinity: no constraint, and still a step.
         boundary = length + slope.values.abs() / steepness.clamp_min(torch.finfo(length.dtype).tiny)
         # A little beyond the boundary: on it, rounding decides.
@@ -172,8 +174,8 @@ def ddn(
 
 def _descend_ddn(run: NearRun, *, steps: int, step_size: float) -> Nearest:
     center, labels = run.center[run.owner], run.labels[run.owner]
-    kept, points = Kept.nothing(run.first), run.first
-    length = lengths(points, center, 2)
+    points, length = run.first, lengths(run.first, center, 2)
+    kept = Kept(points, torch.full_like(length, torch.inf))
     radius = torch.where(length > 0, length, 1.0)
     for step in range(steps):
         slope = slope_at(run.target, points, labels)

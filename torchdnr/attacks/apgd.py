@@ -87,9 +87,8 @@ class _State(NamedTuple):
 
 def _descend(run: Run, *, steps: int) -> Points:
     """Descend with momentum, and halve the step of a row at a checkpoint where it stalled."""
-    eps = torch.where(
-        run.region.eps.isfinite(), run.region.eps, run.region.bounds[1] - run.region.bounds[0]
-    )
+    region = run.region
+    eps = torch.where(region.eps.isfinite(), region.eps, region.bounds[1] - region.bounds[0])
     state, size = _begin(run, run.first), 2 * eps
     improved = torch.zeros_like(size)  # steps of this window that went down
     reduced = torch.ones_like(size, dtype=torch.bool)  # whether the last checkpoint halved
@@ -97,7 +96,7 @@ def _descend(run: Run, *, steps: int) -> Points:
     checks = set(_checkpoints(steps))
     window_begin = 0
     for step in range(steps):
-        state, went_down = _advance(run, run.region, state, size, first=step == 0)
+        state, went_down = _advance(run, region, state, size, first=step == 0)
         improved = improved + went_down
         if step + 1 in checks:
             length, window_begin = step + 1 - window_begin, step + 1

@@ -21,7 +21,7 @@ from torchdnr.attacks.options import EvasionOptions, resolve
 from torchdnr.attacks.problem import problem
 from torchdnr.attacks.projections import per_row, project
 from torchdnr.attacks.starts import bisect, keep_nearest, lengths
-from torchdnr.attacks.target import evaluate, slope_at
+from torchdnr.attacks.target import slope_at
 
 # The schedule is a function of the step alone, never of their number: more steps only add to it.
 _FIRST_CYCLE = 100  # steps of the first cosine cycle; each later one is twice as long
@@ -128,8 +128,10 @@ def _walk(run: NearRun, *, steps: int) -> Nearest:
         if first:
             state = state._replace(point=state.best, radius=state.best_norm)
         state = _step(run, state, size, shrinkage)
-        if last:
-            state = _approach(run, state)
+        if last:  # move the best points straight towards the inputs while they evade
+            center, labels = run.center[state.owner], run.labels[state.owner]
+            best = bisect(run.target, labels, center, state.best, _HALVINGS)
+            state = state._replace(best=best, best_norm=lengths(best, center, run.norm))
         run.bar.update()
     nearest = state.rows(keep_nearest(state.owner, state.best_norm, 1))
     return Nearest(nearest.owner, nearest.best, nearest.best_norm)
@@ -160,15 +162,3 @@ def _step(run: NearRun, state: _Walks, size: float, shrinkage: float) -> _Walks:
     point = point + per_row(size * best_norm, point) * unit_step(slope.direction, run.norm)
     point = project(point, center, radius, run.norm, run.bounds)
     return _Walks(owner, point, radius, streak, best, best_norm)
-
-
-def _approach(run: NearRun, state: _Walks) -> _Walks:
-    """Move the best points straight towards the inputs while they evade."""
-    center, labels = run.center[state.owner], run.labels[state.owner]
-    best = bisect(
-        lambda points: evaluate(run.target, points, labels).values < 0,
-        center,
-        state.best,
-        _HALVINGS,
-    )
-    return state._replace(best=best, best_norm=lengths(best, center, run.norm))

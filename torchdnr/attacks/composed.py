@@ -17,9 +17,6 @@ from torchdnr.attacks.problem import Problem, problem
 from torchdnr.attacks.target import Points, Target, better, keep_better, put, unsolved
 from torchdnr.decisions import split_scores
 
-NO_MEMBER = -1
-"""Winner of a row whose input, or start, no member improved."""
-
 
 @dataclass(frozen=True, eq=False)
 class EnsembleResult:
@@ -111,12 +108,10 @@ class EnsembleAttack:
         shared = only_shared({**options, "start": start})
         with problem(model, inputs, labels, eps, shared) as attacked:
             best = attacked.best_given()
-            winner = torch.full_like(labels, NO_MEMBER)
+            winner = torch.full_like(labels, -1)  # no member
             for number, member in enumerate(self.members.values()):
-                begin = best.inputs if self.chain else start
-                improved = _improve(
-                    attacked, best, member, labels, options, targets=shared.targets, start=begin
-                )
+                instead = {"start": best.inputs} if self.chain else {}
+                improved = _improve(attacked, best, member, labels, options, **instead)
                 winner = torch.where(improved, number, winner)
         return EnsembleResult(best.inputs, best.evading, best.values, winner, tuple(self.members))
 
@@ -164,8 +159,7 @@ def multi_target(
         best = attacked.best_given()
         order = _other_classes(attacked.target, inputs, labels)
         for wanted in order[:, :classes].unbind(dim=1):
-            start = attacked.options.start
-            _improve(attacked, best, attack, labels, options, targets=wanted, start=start)
+            _improve(attacked, best, attack, labels, options, targets=wanted)
     return best.inputs
 
 
@@ -174,10 +168,8 @@ def _other_classes(target: Target, inputs: Tensor, labels: Tensor) -> Tensor:
     chunks = inputs.split(target.batch_size)
     scores = torch.cat([split_scores(target.model(chunk), target.reject)[0] for chunk in chunks])
     least = torch.finfo(scores.dtype).min  # NaN would come first; the true class comes last
-    scores = scores.nan_to_num(nan=least, neginf=least)
-    return scores.scatter(1, labels[:, None], -torch.inf).argsort(
-        dim=1, descending=True, stable=True
-    )[:, :-1]
+    scores = scores.nan_to_num(nan=least, neginf=least).scatter(1, labels[:, None], -torch.inf)
+    return scores.argsort(dim=1, descending=True, stable=True)[:, :-1]
 
 
 def transfer(
@@ -230,8 +222,7 @@ def transfer(
     shared = only_shared(options)
     with problem(model, inputs, labels, eps, shared) as attacked:
         best = attacked.best_given()
-        same = options | _passed_on(shared) | {"start": shared.start, "targets": shared.targets}
-        same["reject"] = surrogate_reject
+        same = options | _passed_on(shared) | {"reject": surrogate_reject}
         for objective in objectives:
             same["objective"] = objective
             crafted = _call_attack(attack, surrogate, inputs, labels, attacked.region.eps, **same)
@@ -243,7 +234,8 @@ def transfer(
 
 def _passed_on(options: Options) -> dict[str, Any]:
     """Return the shared options that every member of a composed attack is given alike."""
-    return {"norm": options.norm, "bounds": options.bounds, "batch_size": options.batch_size}
+    names = ("norm", "bounds", "batch_size", "targets", "start")
+    return {name: getattr(options, name) for name in names}
 
 
 def _improve(
@@ -252,14 +244,11 @@ def _improve(
     attack: Callable[..., Tensor],
     labels: Tensor,
     options: Mapping[str, Any],
-    *,
-    targets: Tensor | None,
-    start: Tensor | None,
+    **instead: Tensor,
 ) -> Tensor:
-    """Run an attack on the rows that do not evade; write better points into the best of all rows.
+    """Run an attack on rows that do not evade; write better points into ``best``, and say where.
 
-    Returns:
-        Which rows are better, bool ``(n,)``.
+    ``instead`` holds targets, or a start, that take the place of those of the problem.
     """
     improved = torch.zeros_like(best.evading)
     rows = unsolved(best)  # waits for the device, once per attack
@@ -267,8 +256,7 @@ def _improve(
         part = problem.rows(rows)
         target, region, _, shared = part
         same = {**options, **_passed_on(shared), "reject": target.reject}
-        same["targets"] = None if targets is None else targets[rows]
-        same["start"] = None if start is None else start[rows]
+        same |= {name: tensor[rows] for name, tensor in instead.items()}
         given = target.model, region.center, labels[rows], region.eps
         new = part.points(_call_attack(attack, *given, **same))
         improved[rows] = better(new, best.rows(rows))

@@ -67,7 +67,7 @@ def best_within(
         for some, first in starts:
             _, region, classes, _ = batch.rows(some)
             part = target, region, classes, first, clean.values[some]
-            with tqdm(total=steps, disable=not options.progress, desc=name, leave=False) as bar:
+            with options.bar(steps, name) as bar:
                 reached = descend(Run(*part, generator, bar))
             put(best, some, reached, better(reached, best.rows(some)))
         results.append(best.inputs)

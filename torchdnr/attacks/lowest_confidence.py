@@ -10,7 +10,6 @@ from typing import Unpack
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from torchdnr.attacks.checks import check_steps
 from torchdnr.attacks.directions import cosine, unit
@@ -86,12 +85,7 @@ def lowest_confidence(
     generator = torch.Generator().manual_seed(options.seed)
     with (
         problem(model, inputs, labels, eps, options, confidence_objective) as attacked,
-        tqdm(
-            total=(1 + restarts) * steps,
-            disable=not options.progress,
-            desc="lowest confidence",
-            leave=False,
-        ) as bar,
+        options.bar((1 + restarts) * steps, "lowest confidence") as bar,
     ):
         target, region, _, _ = attacked
         first = _FIRST * region.eps if step_size is None else torch.full_like(region.eps, step_size)

@@ -4,7 +4,6 @@ A descent goes on from first points, the inputs themselves or evading points nea
 classes, and returns the nearest evading point of each input that it reaches.
 """
 
-import math
 import warnings
 from collections.abc import Callable
 from typing import NamedTuple
@@ -17,14 +16,7 @@ from torchdnr.attacks.checks import check_count
 from torchdnr.attacks.objectives import decision_objective
 from torchdnr.attacks.problem import Problem
 from torchdnr.attacks.projections import Region, per_row, project, random_points
-from torchdnr.attacks.starts import (
-    Pool,
-    bisect,
-    evading_starts,
-    keep_nearest,
-    lengths,
-    make_pool,
-)
+from torchdnr.attacks.starts import Pool, bisect, evading_starts, keep_nearest, lengths, make_pool
 from torchdnr.attacks.target import Target, evaluate, unsolved
 
 _SLACK = 512  # roundings of the spread of the scores by which an evading point must evade
@@ -108,7 +100,7 @@ def nearest_evading(
                 elsewhere = random_points(reach, generator) if restart else center
                 every = torch.arange(len(center), device=center.device)
                 owner, first = torch.cat([every, owner]), torch.cat([elsewhere, first])
-            with tqdm(total=steps, disable=not options.progress, desc=name, leave=False) as bar:
+            with options.bar(steps, name) as bar:
                 shared = (starts, options.norm, options.bounds, bar)
                 reached = descend(NearRun(target, center, classes, owner, first, *shared))
             nearer = reached.norms < norms[reached.owner]
@@ -138,11 +130,6 @@ class Kept(NamedTuple):
     points: Tensor
     norms: Tensor
 
-    @classmethod
-    def nothing(cls, first: Tensor) -> "Kept":
-        """Begin without any evading point, beside points ``(r, ...)``."""
-        return cls(first, torch.full_like(first.flatten(1)[:, 0], torch.inf))
-
     def update(self, points: Tensor, norms: Tensor, evading: Tensor) -> "Kept":
         """Keep the points that evade and are nearer."""
         nearer = evading & (norms < self.norms)
@@ -154,21 +141,12 @@ class Kept(NamedTuple):
     def finish(self, run: NearRun, last: Tensor) -> Nearest:
         """Evaluate the last points too, then move the best straight towards the inputs."""
         center, labels = run.center[run.owner], run.labels[run.owner]
-
-        def evading(points: Tensor) -> Tensor:
-            return evaluate(run.target, points, labels).values < 0
-
-        kept = self.update(last, lengths(last, center, run.norm), evading(last))
+        evading = evaluate(run.target, last, labels).values < 0
+        kept = self.update(last, lengths(last, center, run.norm), evading)
         # Where nothing evades there is nothing to move: the far end is where it stays.
         exists = kept.norms.isfinite()
         far = torch.where(per_row(exists, center), kept.points, center)
-        nearer = bisect(evading, center, far, _HALVINGS)
+        nearer = bisect(run.target, labels, center, far, _HALVINGS)
         norms = torch.where(exists, lengths(nearer, center, run.norm), torch.inf)
         first = keep_nearest(run.owner, norms, 1)
         return Nearest(run.owner[first], nearer[first], norms[first])
-
-
-def dual_norm(vectors: Tensor, norm: float) -> Tensor:
-    """Compute the norm dual to that of the attack, ``(n,)``."""
-    dual = {1: math.inf, 2: 2, math.inf: 1}[norm]
-    return torch.linalg.vector_norm(vectors.flatten(1), dual, dim=1)

@@ -11,6 +11,7 @@ from inspect import Parameter, signature
 from typing import Any, TypedDict, get_args
 
 from torch import Tensor
+from tqdm import tqdm
 
 
 class SharedOptions(TypedDict, total=False):
@@ -82,6 +83,10 @@ class Options:
     init_labels: Tensor | None = None
     start: Tensor | None = None
     init_inputs: Tensor | None = None
+
+    def bar(self, steps: int, name: str) -> tqdm:
+        """Begin the progress bar of a run."""
+        return tqdm(total=steps, disable=not self.progress, desc=name, leave=False)
 
 
 DEFAULTS: dict[str, Any] = {field.name: field.default for field in fields(Options)}

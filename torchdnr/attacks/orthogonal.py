@@ -1,7 +1,6 @@
 """Selective and orthogonal PGD: two gradients, one to be misclassified and one to be accepted."""
 
 from collections.abc import Callable
-from functools import partial
 from typing import NamedTuple, Unpack
 
 import torch
@@ -85,45 +84,28 @@ def orthogonal_pgd(
         raise ValueError(f"projected must be one of {PROJECTED}, got {projected!r}")
     if not 0 <= margin < 1:
         raise ValueError(f"margin must be in [0, 1), got {margin}")
-    descend = partial(
-        _descend,
-        steps=steps,
-        step_size=step_size,
-        projected=projected,
-        selective=selective,
-        margin=margin,
-    )
+
+    def descend(run: Run) -> Points:
+        center, eps, norm, bounds = run.region
+        sizes = per_row(step_sizes(step_size, steps, eps, bounds), center)
+        best, points = run.first, run.first.inputs
+        for _ in range(steps):
+            slopes = _slopes_at(run.target, points, run.labels, margin)
+            best = keep_better(best, Points(points, slopes.values, slopes.evading))
+            by_class, by_rejection = _orthogonalised(slopes, projected)
+            if selective:
+                direction = torch.where(per_row(slopes.crossed, points), by_rejection, by_class)
+            else:
+                direction = unit(by_class + by_rejection)[0]
+            direction = steepest(direction, points, norm, bounds)
+            points = project(points + sizes * direction, center, eps, norm, bounds)
+            run.bar.update()
+        return keep_better(best, evaluate(run.target, points, run.labels))
+
     with problem(model, inputs, labels, eps, options) as attacked:
         return best_within(
             attacked, descend, steps=steps, name="orthogonal PGD", random_start=random_start
         )
-
-
-def _descend(
-    run: Run,
-    *,
-    steps: int,
-    step_size: float | None,
-    projected: str,
-    selective: bool,
-    margin: float,
-) -> Points:
-    """Follow both margins, or one of them, and return the best points evaluated."""
-    center, eps, norm, bounds = run.region
-    sizes = per_row(step_sizes(step_size, steps, eps, bounds), center)
-    best, points = run.first, run.first.inputs
-    for _ in range(steps):
-        slopes = _slopes_at(run.target, points, run.labels, margin)
-        best = keep_better(best, Points(points, slopes.values, slopes.evading))
-        by_class, by_rejection = _orthogonalised(slopes, projected)
-        if selective:
-            direction = torch.where(per_row(slopes.crossed, points), by_rejection, by_class)
-        else:
-            direction = unit(by_class + by_rejection)[0]
-        direction = steepest(direction, points, norm, bounds)
-        points = project(points + sizes * direction, center, eps, norm, bounds)
-        run.bar.update()
-    return keep_better(best, evaluate(run.target, points, run.labels))
 
 
 class _Slopes(NamedTuple):

@@ -19,13 +19,7 @@ from torchdnr.attacks.checks import (
 from torchdnr.attacks.objectives import ObjectiveFunction, decision_objective
 from torchdnr.attacks.options import Options
 from torchdnr.attacks.projections import Region, project
-from torchdnr.attacks.target import (
-    Points,
-    Target,
-    check_classes,
-    evaluate,
-    keep_better,
-)
+from torchdnr.attacks.target import Points, Target, check_classes, evaluate, keep_better
 from torchdnr.decisions import evaluation_mode, has_reject_column
 
 
@@ -38,9 +32,10 @@ class Problem(NamedTuple):
     options: Options
 
     def rows(self, rows: Tensor) -> "Problem":
-        """Return some rows, with their start."""
-        start = self.options.start
-        options = replace(self.options, start=None if start is None else start[rows])
+        """Return some rows, with their targets and their start."""
+        given = self.options.targets, self.options.start
+        targets, start = (tensor if tensor is None else tensor[rows] for tensor in given)
+        options = replace(self.options, targets=targets, start=start)
         return Problem(self.target, self.region.rows(rows), self.labels[rows], options)
 
     def points(self, points: Tensor) -> Points:

@@ -277,8 +277,7 @@ def _tiles(images: Tensor, generator: torch.Generator) -> Tensor:
         coordinates.append(place % side)
         sides.append(side)
     n, c = images.shape[:2]
-    signs = _signs((n, c, _TILES, _TILES), images, generator)
-    signs = signs[:, :, tile[0][:, None], tile[1]]
+    signs = _signs((n, c, _TILES, _TILES), images, generator)[:, :, tile[0][:, None], tile[1]]
     variant = torch.randint(2, (n, 1, 1), generator=generator, device=images.device)
     patterns = _patterns(*sides, like=images)[variant, coordinates[0][:, None], coordinates[1]]
     return torch.where(inside[0][:, None] & inside[1], signs * patterns[:, None], 0)

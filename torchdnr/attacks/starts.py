@@ -4,7 +4,6 @@ Far from the training data an RBF score is flat, so that a descent from the atta
 stalls; a sample that the model accepts as another class is on the far side already.
 """
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -36,10 +35,8 @@ def make_pool(target: Target, samples: Tensor | None, classes: Tensor | None) ->
 @torch.no_grad()
 def assigned_classes(target: Target, pool: Tensor) -> Tensor:
     """Return the class that the model assigns to each sample, or ``REJECT``, ``(m,)``."""
-    classes = []
-    for chunk in pool.split(target.batch_size):
-        classes.append(predict_labels(target.model(chunk), target.reject))
-    return torch.cat(classes)
+    outputs = (target.model(chunk) for chunk in pool.split(target.batch_size))
+    return torch.cat([predict_labels(output, target.reject) for output in outputs])
 
 
 def nearest_other_class(
@@ -54,10 +51,7 @@ def nearest_other_class(
 
     Half of them are the nearest samples of the nearest classes, one per class, and the rest the
     nearest of all others: the nearest sample need not be of the class that is easiest to reach.
-
-    Returns:
-        Indices into the pool ``(n, k)``, k at most ``neighbours``, and which of them are such
-        samples, bool ``(n, k)``.
+    Returns indices into the pool ``(n, k)``, k <= ``neighbours``, and which are usable, ``(n, k)``.
     """
     points, samples = inputs.flatten(1), pool.flatten(1)
     present = classes[classes != REJECT].unique()
@@ -84,13 +78,14 @@ def nearest_other_class(
     return torch.cat(indices), torch.cat(usable)
 
 
-def bisect(evading: Callable[[Tensor], Tensor], near: Tensor, far: Tensor, halvings: int) -> Tensor:
+def bisect(target: Target, labels: Tensor, near: Tensor, far: Tensor, halvings: int) -> Tensor:
     """Move each far point, which evades, towards its near point for as long as it evades."""
     low = far.new_zeros(len(far))
     high = far.new_ones(len(far))
     for _ in range(halvings):
         middle = (low + high) / 2
-        good = evading(near + per_row(middle, far) * (far - near))
+        points = near + per_row(middle, far) * (far - near)
+        good = evaluate(target, points, labels).values < 0
         low, high = torch.where(good, low, middle), torch.where(good, middle, high)
     reached = near + per_row(high, far) * (far - near)
     return torch.where(per_row(high == 1, far), far, reached)
@@ -115,23 +110,16 @@ def evading_starts(
 ) -> tuple[Tensor, Tensor]:
     """Find evading points near each input: the nearest of each class, then the nearest of all.
 
-    Tries ``neighbours`` pool samples per input, whose norm and box are those of ``region``.
-
-    Returns:
-        The input that each point belongs to ``(r,)``, and the points ``(r, ...)``, at most
-        ``starts`` per input.
+    Tries ``neighbours`` pool samples per input, whose norm and box are those of ``region``. Returns
+    the input that each point belongs to ``(r,)``, and the points, at most ``starts`` per input.
     """
     center, _, norm, bounds = region
     nearest, usable = nearest_other_class(center, labels, *pool, neighbours, target.targeted)
     owner, column = usable.nonzero(as_tuple=True)
     sample = nearest[owner, column]
-
-    def evading(points: Tensor) -> Tensor:
-        return evaluate(target, points, labels[owner]).values < 0
-
-    good = evading(pool.samples[sample])
+    good = evaluate(target, pool.samples[sample], labels[owner]).values < 0
     owner, sample = owner[good], sample[good]
-    points = bisect(evading, center[owner], pool.samples[sample], LINE_HALVINGS)
+    points = bisect(target, labels[owner], center[owner], pool.samples[sample], LINE_HALVINGS)
     distance = lengths(points, center[owner], norm)
     leaders = keep_nearest(owner * (pool.classes.max() + 1) + pool.classes[sample], distance, 1)
     diameter = (bounds[1] - bounds[0]) * max(1.0, center[0].numel() ** (1 / norm))

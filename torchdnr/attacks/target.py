@@ -96,8 +96,7 @@ def best_trials(
     """Project and evaluate k trials of each row, in batches; return the lowest and the best.
 
     ``make`` maps the rows of a batch to their trials, ``(k n, ...)``, those of a row together;
-    ``usable`` says which count, bool ``(n, k)``, at least one per row. A row has the same result
-    in every batch.
+    ``usable`` says which count, bool ``(n, k)``, at least one per row.
     """
     count, parts = usable.shape[1], []
     every = torch.arange(len(labels), device=labels.device)

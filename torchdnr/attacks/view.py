@@ -12,16 +12,11 @@ Change = Callable[[Tensor, Tensor], Tensor]
 
 
 class ModelView(nn.Module):
-    """A model whose outputs pass through a function.
+    """A model whose outputs pass through a function, ``change(inputs, output) -> output``.
 
     Whatever else the model has can be reached through the view. Smoothed views of the model, if it
-    has any (``model.smoothed(factor)``), pass through the same function.
-
-    Args:
-        model: Module or callable; left as it is.
-        change: ``change(inputs, output) -> output``.
-        reject: Whether the last column of what the view returns is the threshold; None: if it is
-            for the model.
+    has any (``model.smoothed(factor)``), pass through the same function. ``reject`` says whether
+    the last column of what the view returns is the threshold; None: if it is for the model.
     """
 
     def __init__(
