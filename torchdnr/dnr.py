@@ -20,7 +20,7 @@ from torchdnr.features.reductions import ReductionLike, reduction_metadata, redu
 from torchdnr.files import CheckpointError, digest, load_tensors, save_tensors
 from torchdnr.kernels.rbf import full_precision
 from torchdnr.rejection import Threshold, predict_in_batches, rejection_threshold
-from torchdnr.svm.compression import SMOOTHNESS, STEPS, stack_losses
+from torchdnr.svm.compression import SMOOTHNESS, STEPS, compress_stack, stack_losses
 from torchdnr.svm.model_selection import C_GRID, GAMMA_GRID
 from torchdnr.svm.rbf_svm import RBFSVM
 from torchdnr.svm.stack import SVMOptions, SVMStack, chosen_sizes
@@ -233,8 +233,9 @@ class DNR(nn.Module):
     def calibrate(self, inputs: Tensor | Iterable[Any], rejection_rate: float = 0.10) -> Self:
         """Set the threshold so that a given share of clean images is rejected.
 
-        Several processes share the work where ``torch.distributed`` is set up: all call this with
-        the same images, each scores some batches, and all get the same threshold.
+        Several processes share the work where ``torch.distributed`` is set up, unless this is
+        called ``with torchdnr.distributed.alone():``. All call it with the same images, each scores
+        some batches, and all get the same threshold.
 
         Args:
             inputs: Images ``(n, ...)`` in [0, 1], or a loader of batches (labels are ignored),
@@ -410,9 +411,9 @@ class DNR(nn.Module):
         )
         model.features = self.features  # with the reductions as they were drawn
         with stage("compression"):
-            model.svms = self.svms.compress(
-                features, sizes, steps=steps, joint_steps=joint_steps, smoothness=smoothness
-            )
+            options: Any = {"steps": steps, "joint_steps": joint_steps, "smoothness": smoothness}
+            svms = compress_stack(self.svms.named(), features, sizes, **options)
+            model.svms = self.svms.compressed(svms, features)
         model.rejection.to(self.threshold)
         model.training = self.training
         return model
@@ -498,8 +499,7 @@ class DNR(nn.Module):
                 f"{path}: expected the contents of a {cls.__name__} of this version, got others "
                 f"({error}); fit it again, or use the torchdnr version that wrote it"
             ) from error
-        device = next((p.device for p in net.parameters()), torch.device("cpu"))
-        return model.to(device)
+        return model.to(model.device)
 
     @classmethod
     def _build(
@@ -557,15 +557,6 @@ class NR(DNR):
 def compression_losses(
     original: DNR, compressed: DNR, inputs: Tensor | Iterable[Any]
 ) -> dict[str, dict[str, Any]]:
-    """Measure what a compressed classifier has lost, on any images.
-
-    Args:
-        original: The classifier that was compressed.
-        compressed: What ``compress`` returned.
-        inputs: Images ``(n, ...)`` in [0, 1], or a loader (labels are ignored).
-
-    Returns:
-        As ``stack_losses``.
-    """
+    """Measure what a compressed classifier has lost, on any images; see ``stack_losses``."""
     features = original._extract(inputs)
     return stack_losses(original.svms.named(), compressed.svms.named(), features)

@@ -25,21 +25,14 @@ ONNX_FILE_LIMIT = 2**31 - 2**24
 
 
 class Decision(nn.Module):
-    """What a program gives for images: the scores, and the decision that follows from them.
-
-    Args:
-        model: Classifier that returns ``(n, c + 1)`` with the threshold in the last column.
-    """
+    """What a program gives for images: the scores, and the decision that follows from them."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """Score images and decide.
-
-        Args:
-            images: ``(n, ...)`` in [0, 1].
+        """Score images ``(n, ...)`` in [0, 1] and decide.
 
         Returns:
             ``scores (n, c)``, ``labels (n,)`` int64 with ``REJECT`` = -1, ``rejected (n,)`` bool.
@@ -125,7 +118,13 @@ def export_onnx(model: nn.Module, path: str | Path, images: Tensor, *, opset: in
     """
     if opset < 18:
         raise ValueError(f"opset must be >= 18, got {opset}; PyTorch exports no older one")
-    _require_onnx()
+    try:
+        for name in ("onnx", "onnxscript"):
+            import_module(name)
+    except ImportError as error:
+        raise ImportError(
+            f"export_onnx needs onnx and onnxscript ({error}): pip install 'torchdnr[onnx]'"
+        ) from error
     program = export_program(model, images)
     exported = torch.onnx.export(  # a program, since dynamo=True
         program,
@@ -170,13 +169,3 @@ def _save_onnx(model: "Model", path: Path) -> None:
         save(model, Path(folder) / path.name, external_data=data.name)
         data.replace(path.with_name(data.name))
         (Path(folder) / path.name).replace(temporary)
-
-
-def _require_onnx() -> None:
-    try:
-        for name in ("onnx", "onnxscript"):
-            import_module(name)
-    except ImportError as error:
-        raise ImportError(
-            f"export_onnx needs onnx and onnxscript ({error}): pip install 'torchdnr[onnx]'"
-        ) from error

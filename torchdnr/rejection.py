@@ -12,21 +12,11 @@ from torchdnr.decisions import NotFittedError, check_images, evaluation_mode, pr
 
 
 def rejection_threshold(scores: Tensor, rejection_rate: float) -> Tensor:
-    """Compute the threshold that rejects a given share of the scored inputs.
+    """Compute the threshold that rejects a share of inputs with ``scores`` ``(n, c)``; a scalar.
 
     With distinct best scores exactly ``floor(rejection_rate * n)`` inputs are rejected. The
     threshold lies halfway between the last rejected and the first accepted best score, so that
     rounding in another batch size does not change the decision about either of them.
-
-    Args:
-        scores: Class scores of calibration inputs that nothing was fitted on, ``(n, c)``.
-        rejection_rate: Share to reject, in [0, 1).
-
-    Returns:
-        Threshold, a scalar tensor like ``scores``.
-
-    Raises:
-        ValueError: If there are no scores, a score is not finite, or the rate is outside [0, 1).
     """
     if scores.ndim != 2 or scores.shape[0] == 0:
         raise ValueError(f"scores must be (n, c) with n >= 1, got {tuple(scores.shape)}")
@@ -44,11 +34,7 @@ def rejection_threshold(scores: Tensor, rejection_rate: float) -> Tensor:
 
 
 class Threshold(nn.Module):
-    """The rejection threshold theta of a classifier.
-
-    Attributes:
-        theta: A scalar buffer; NaN until it is set.
-    """
+    """The rejection threshold of a classifier: ``theta``, a scalar buffer, NaN until it is set."""
 
     theta: Tensor
 
@@ -58,14 +44,7 @@ class Threshold(nn.Module):
         self._is_set = False
 
     def set(self, theta: float | Tensor) -> None:
-        """Set theta.
-
-        Args:
-            theta: A finite number; a tensor of floating point keeps its dtype and device.
-
-        Raises:
-            ValueError: If it is not finite.
-        """
+        """Set theta to a finite number; a tensor of floating point keeps its dtype and device."""
         theta = torch.as_tensor(theta).reshape(())
         if not torch.isfinite(theta):
             raise ValueError(f"threshold must be finite, got {theta.item()}")
@@ -77,12 +56,8 @@ class Threshold(nn.Module):
         self.theta = torch.full_like(self.theta, math.nan)
         self._is_set = False
 
-    def require(self) -> None:
-        """Raise an error if theta is not set.
-
-        Raises:
-            NotFittedError: If it is not.
-        """
+    def append(self, scores: Tensor) -> Tensor:
+        """Append theta to scores ``(n, c)`` as the last column; a fresh tensor ``(n, c + 1)``."""
         # Looked at once: reading it stalls a GPU, and breaks the graph of torch.compile.
         if not self._is_set:
             if torch.isnan(self.theta):
@@ -91,20 +66,6 @@ class Threshold(nn.Module):
                     "were not used in fit, or set_threshold(value); scores(x) works without it"
                 )
             self._is_set = True
-
-    def append(self, scores: Tensor) -> Tensor:
-        """Append theta as the last column.
-
-        Args:
-            scores: Class scores, ``(n, c)``.
-
-        Returns:
-            ``(n, c + 1)``, a fresh tensor.
-
-        Raises:
-            NotFittedError: If theta is not set.
-        """
-        self.require()
         return torch.cat([scores, self.theta.to(scores).expand(scores.shape[0], 1)], dim=1)
 
     def _load_from_state_dict(
@@ -121,20 +82,7 @@ class Threshold(nn.Module):
 def predict_in_batches(
     model: nn.Module, inputs: Tensor, batch_size: int, device: torch.device | None = None
 ) -> Tensor:
-    """Check images and predict labels or reject, batch by batch.
-
-    Args:
-        model: Returns ``(n, c + 1)``, the rejection threshold in the last column.
-        inputs: Images in [0, 1], ``(n, ...)``.
-        batch_size: Images per forward pass.
-        device: Where the batches go; default: they stay.
-
-    Returns:
-        0..c-1, or ``REJECT`` = -1, int64 ``(n,)``.
-
-    Raises:
-        ValueError: If the images are empty, not floating point, outside [0, 1] or NaN.
-    """
+    """Check images, and predict labels or ``REJECT`` batch by batch, ``(n,)``."""
     check_images("inputs", inputs)
     with torch.no_grad():
         # Called as a user calls it: after compile() it runs the compiled program.

@@ -14,13 +14,14 @@ from torchdnr.evaluation.checks.result import ORDER, broken_off
 from torchdnr.evaluation.curve import SecurityCurve, most_telling_eps
 from torchdnr.evaluation.detection import Measures
 from torchdnr.evaluation.environment import describe_environment
-from torchdnr.evaluation.figures import plot_curves, plot_examples
-from torchdnr.evaluation.report.html import save_html
-from torchdnr.evaluation.report.rejection_figures import (
+from torchdnr.evaluation.figures import (
+    plot_curves,
+    plot_examples,
     plot_roc,
     plot_stratified,
     plot_threshold_sweep,
 )
+from torchdnr.evaluation.report.html import save_html
 from torchdnr.evaluation.report.table import (
     attack_costs,
     attack_rates,

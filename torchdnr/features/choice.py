@@ -121,20 +121,12 @@ def layer_table(
 def observe(
     net: nn.Module, image: Tensor, keep: Callable[[Tensor], Any]
 ) -> tuple[dict[str, Any], dict[str, str], Any]:
-    """Run a network on one image and look at the output of every layer.
-
-    Args:
-        net: Any network; it runs in evaluation mode, and is not changed.
-        image: What it takes, ``(1, ...)``.
-        keep: Takes what is wanted of an output, when the layer returns.
+    """Run a network on one image ``(1, ...)`` and look at the output of every layer.
 
     Returns:
-        Layer name -> what was kept, for layers that return one row per sample, in the order in
-        which they end (that of the last run, of a layer that runs more than once); name -> reason
-        for the others; and the output of the network.
-
-    Raises:
-        ValueError: If the network fails on the image.
+        Layer name -> what ``keep`` took of its output, for layers that return one row per sample,
+        in the order in which they end (that of the last run, of a layer that runs more than once);
+        name -> reason for the others; and the output of the network.
     """
     kept: dict[str, Any] = {}
     unusable = {name: "did not run" for name, _ in net.named_modules() if name}
@@ -157,7 +149,7 @@ def observe(
         stack.enter_context(evaluation_mode(net))
         for name, module in net.named_modules():
             if name:
-                stack.callback(module.register_forward_hook(hook_of(name)).remove)
+                stack.enter_context(module.register_forward_hook(hook_of(name)))
         try:
             scores = net(image)
         except Exception as error:
@@ -169,15 +161,9 @@ def observe(
 
 
 def reduced_size(reduction: ReductionLike, shape: tuple[int, ...], square: bool) -> int | None:
-    """Compute the number of features that a reduction makes of an output, without computing them.
+    """Compute how many features a reduction makes of an output; None where it does not fit.
 
-    Args:
-        reduction: A built-in one, as for ``build_reduction``; not a projection.
-        shape: Of the output, ``(1, ...)``.
-        square: Whether the images are square.
-
-    Returns:
-        Number of features; None where the reduction does not fit.
+    Nothing is computed of values: the reduction is a built-in one, but not a projection.
     """
     module = cast(Reduction, build_reduction(reduction))
     output = torch.empty(shape, device="meta")
@@ -262,11 +248,7 @@ def _bottlenecks(net: nn.Module, image: Tensor) -> list[_Bottleneck]:
     entry = image.detach().clone().requires_grad_() * 1  # not a leaf: it has a node in the graph
     modules = dict(net.named_modules())
     depth = 0
-
-    def keep(output: Tensor) -> tuple[Any, Tensor]:
-        return output.grad_fn, output
-
-    kept, _, scores = observe(net, entry, keep)
+    kept, _, scores = observe(net, entry, lambda output: (output.grad_fn, output))
     scores = scores[0] if isinstance(scores, tuple | list) and scores else scores
     if not isinstance(scores, Tensor) or scores.grad_fn is None:
         raise ValueError(

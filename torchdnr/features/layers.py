@@ -24,29 +24,24 @@ NAMES_SHOWN = 20
 class LayerFeatures(nn.Module):
     """Compute features of named layers of a network: their outputs, reduced to ``(n, d)``.
 
-    The network runs in evaluation mode whatever mode it is in, and is not changed: training
-    flags, ``requires_grad``, hooks. Gradients flow to the inputs and to the parameters. Each output
-    is copied when the layer returns, so that a later in-place operation (``ReLU(inplace=True)``,
-    ``out += identity``) does not change it. Of a layer that runs more than once in a forward
-    pass the last run counts. Of a layer that returns a tuple or a list the first element counts
-    (attention modules return outputs, weights).
+    The network runs in evaluation mode whatever mode it is in, and is not changed: training flags,
+    ``requires_grad``, hooks. Gradients flow to the inputs and to the parameters. Each output is
+    copied when the layer returns, so that a later in-place operation (``ReLU(inplace=True)``, ``out
+    += identity``) does not change it. Of a layer that runs more than once in a forward pass the
+    last run counts. Of a layer that returns a tuple or a list the first element counts (attention
+    modules return outputs, weights).
 
     Args:
         net: Any network whose layers keep the samples in their first dimension.
-        layers: Names as in ``net.named_modules()``, such as ``["layer3", "layer4", "avgpool"]``,
-            or a mapping from name to reduction, such as ``{"layer3": ("project", 512),
-            "layer4": "avg", "avgpool": "flatten"}``: see ``build_reduction``. None: no layers yet.
+        layers: Names as in ``net.named_modules()``, or a mapping from name to reduction, see
+            ``build_reduction``. None: no layers yet.
         seed: Of random projections.
 
     Attributes:
-        reductions: One module per layer, in the order of ``layers``. A built-in one that depends
-            on the layer's output is made ready by ``prepare_features``, or else by the first call.
+        reductions: One module per layer. A built-in one that depends on the layer's output is made
+            ready by ``prepare_features``, or else by the first call.
         sizes: Layer name -> ``output``, the shape of one sample's output, and ``features``, how
             many the reduction makes of it; from ``prepare_features``.
-
-    Raises:
-        ValueError: If ``layers`` is empty, one string, or names a layer twice or one that
-            ``net`` does not have, or if a reduction is none.
     """
 
     def __init__(
@@ -75,36 +70,15 @@ class LayerFeatures(nn.Module):
         return "\n".join(lines) or "no layers yet: fit chooses them"
 
     def forward(self, inputs: Tensor) -> dict[str, Tensor]:
-        """Run the network once.
+        """Run the network once and return the features ``(n, d)`` of its layers, by name.
 
-        Args:
-            inputs: What ``net`` takes, ``(n, ...)``.
-
-        Returns:
-            Layer name -> features ``(n, d)``, in the order of ``layers``; dtype and device are
-            those of the layer's output (a projection makes float32 of half precision).
-
-        Raises:
-            RuntimeError: If a layer did not run in this forward pass, or none is chosen yet.
-            TypeError: If a layer returned no tensor.
-            ValueError: If a layer's output does not have one row per sample, or does not fit its
-                reduction.
+        Their dtype and device are those of the layer's output (a projection makes float32 of half
+        precision).
         """
         return self.reduce(self.outputs(inputs), inputs)
 
     def reduce(self, outputs: dict[str, Tensor], inputs: Tensor) -> dict[str, Tensor]:
-        """Make features of the outputs of the layers.
-
-        Args:
-            outputs: From ``self.outputs(inputs)``.
-            inputs: What the network took, ``(n, ...)``.
-
-        Returns:
-            As ``forward`` does.
-
-        Raises:
-            ValueError: If an output does not fit its reduction.
-        """
+        """Make features of what ``self.outputs(inputs)`` returned."""
         features = {}
         with evaluation_mode(self.reductions):
             for (name, output), reduction in zip(outputs.items(), self.reductions, strict=True):
@@ -114,21 +88,12 @@ class LayerFeatures(nn.Module):
         return features
 
     def outputs(self, inputs: Tensor) -> dict[str, Tensor]:
-        """Run the network once, without reductions.
-
-        Args:
-            inputs: What ``net`` takes, ``(n, ...)``.
-
-        Returns:
-            Layer name -> output ``(n, ...)``.
-
-        Raises:
-            RuntimeError: As ``forward`` does.
-        """
+        """Run the network once and return the outputs ``(n, ...)`` of its layers, by name."""
         if not self.layers:
             raise RuntimeError("no layers are chosen yet; name some, or call fit, which does")
         captured: dict[str, Tensor] = {}
-        hook = _swapped_hook if torch.compiler.is_compiling() else _registered_hook
+        compiling = torch.compiler.is_compiling()
+        hook: Any = _swapped_hook if compiling else nn.Module.register_forward_hook
         with ExitStack() as stack:
             stack.enter_context(evaluation_mode(self.net))
             for name, reduction in zip(self.layers, self.reductions, strict=True):
@@ -183,17 +148,8 @@ def _suggest(name: object, names: list[str]) -> str:
 
 
 @contextmanager
-def _registered_hook(layer: nn.Module, hook: Callable[..., None]) -> Iterator[None]:
-    handle = layer.register_forward_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-@contextmanager
 def _swapped_hook(layer: nn.Module, hook: Callable[..., None]) -> Iterator[None]:
-    """Do the same while a program is traced: `torch.compile` cannot trace a registration."""
+    """Hook a layer while a program is traced: `torch.compile` cannot trace a registration."""
     hooks = layer._forward_hooks
     key: Any = f"torchdnr {len(hooks)}"  # torch's own keys are numbers
     layer._forward_hooks = {**hooks, key: hook}

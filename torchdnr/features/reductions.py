@@ -30,16 +30,6 @@ def find_channels(shape: Sequence[int], square: bool) -> str:
     height and width, so that ``(c, h, w)`` differs from ``(h, w, c)`` of a Swin transformer: for
     square images, and for maps of one position. Any other map is refused, not guessed. Outputs of
     five dimensions and more have them first.
-
-    Args:
-        shape: Sides of the output.
-        square: Whether the images are square.
-
-    Returns:
-        ``"channels_first"`` or ``"channels_last"``.
-
-    Raises:
-        ValueError: If the shape does not say.
     """
     if len(shape) != 3:
         return CHANNELS_LAST if len(shape) == 2 else CHANNELS_FIRST
@@ -57,47 +47,15 @@ def find_channels(shape: Sequence[int], square: bool) -> str:
 
 
 def channels_first(output: Tensor, channels: str) -> Tensor:
-    """Move the channels of an output ``(n, ...)`` behind the samples, if they are elsewhere.
-
-    Args:
-        output: Of a layer, with positions.
-        channels: Where its channels are.
-
-    Returns:
-        ``(n, c, ...)``, a view.
-    """
+    """View an output ``(n, ...)`` with its channels behind the samples, ``(n, c, ...)``."""
     return output if channels == CHANNELS_FIRST else output.movedim(-1, 1)
 
 
-def check_channels(channels: str | None) -> str | None:
-    """Return ``channels`` if it is one of the two words or None.
-
-    Args:
-        channels: What a user gave.
-
-    Returns:
-        The same.
-
-    Raises:
-        ValueError: If it is anything else.
-    """
-    if channels not in (None, CHANNELS_FIRST, CHANNELS_LAST):
-        raise ValueError(
-            f'channels must be "{CHANNELS_FIRST}" or "{CHANNELS_LAST}", got {channels!r}'
-        )
-    return channels
-
-
 def random_rows(inputs: int, size: int, seed: int) -> Tensor:
-    """Draw a sparse Johnson-Lindenstrauss projection.
+    """Draw a sparse Johnson-Lindenstrauss projection of ``inputs`` values to ``size`` rows.
 
     The ``size`` rows are split into ``BLOCKS`` blocks of one length (2 or 1 where ``size`` is not a
     multiple of 4). In each block every value goes to one random row with a random sign.
-
-    Args:
-        inputs: Number of values p that are projected, >= 1.
-        size: Number of rows d, >= 1.
-        seed: Same seed, same projection.
 
     Returns:
         Row of each value in each block, ``(blocks, p)`` int64 on the CPU: 0..d-1 to be added,
@@ -114,20 +72,13 @@ def random_rows(inputs: int, size: int, seed: int) -> Tensor:
 
 
 def sparse_projection(inputs: Tensor, rows: Tensor, size: int) -> Tensor:
-    """Apply a projection from ``random_rows``.
+    """Apply a projection from ``random_rows`` to inputs ``(n, p)``: ``(n, size)``.
 
     The expectation of squared distances, over the draw, is the squared distance of the inputs;
     their relative standard deviation is at most ``sqrt(2 / size)``. Cost: one addition per value
-    and block, and ``8 * blocks`` bytes per value. On a GPU the order of the additions may vary from
-    call to call, unless ``torch.use_deterministic_algorithms`` is on.
-
-    Args:
-        inputs: ``(n, p)``; half precision is summed in float32.
-        rows: ``(blocks, p)`` int64.
-        size: Number of rows d.
-
-    Returns:
-        ``(n, d)``; differentiable in the inputs.
+    and block, and ``8 * blocks`` bytes per value. Half precision is summed in float32. On a GPU the
+    order of the additions may vary from call to call, unless ``torch.use_deterministic_algorithms``
+    is on.
     """
     inputs = inputs.to(torch.promote_types(inputs.dtype, torch.float32))
     # Signs as two sets of sums: the large inputs are then read as they are, without a product.
@@ -138,11 +89,7 @@ def sparse_projection(inputs: Tensor, rows: Tensor, size: int) -> Tensor:
 
 
 def projection_distortion(inputs: Tensor, projected: Tensor) -> dict[str, float] | None:
-    """Compare the distances between all pairs before and after a projection.
-
-    Args:
-        inputs: ``(n, p)``.
-        projected: ``(n, d)``, in the same order.
+    """Compare the distances between all pairs of ``(n, p)`` before and after a projection.
 
     Returns:
         ``pairs``, the number of pairs at a distance above 0, and of their relative errors
@@ -150,8 +97,7 @@ def projection_distortion(inputs: Tensor, projected: Tensor) -> dict[str, float]
         value ``max``; None where there is no such pair.
     """
     wide = torch.promote_types(inputs.dtype, torch.float32)
-    before = torch.nn.functional.pdist(inputs.to(wide))
-    after = torch.nn.functional.pdist(projected.to(wide))
+    before, after = F.pdist(inputs.to(wide)), F.pdist(projected.to(wide))
     apart = before > 0
     errors = after[apart] / before[apart] - 1
     if not errors.numel():
@@ -201,15 +147,15 @@ class Flatten(Reduction):
 
 
 class Average(Reduction):
-    """The mean over all positions: ``(n, c, h, w)`` and tokens ``(n, t, c)`` to ``(n, c)``.
-
-    Args:
-        channels: Where the channels are; None: as ``find_channels`` says.
-    """
+    """The mean over all positions: ``(n, c, h, w)`` and tokens ``(n, t, c)`` to ``(n, c)``."""
 
     def __init__(self, channels: str | None = None) -> None:
         super().__init__()
-        self.channels = check_channels(channels)
+        if channels not in (None, CHANNELS_FIRST, CHANNELS_LAST):
+            raise ValueError(
+                f'channels must be "{CHANNELS_FIRST}" or "{CHANNELS_LAST}", got {channels!r}'
+            )
+        self.channels = channels
 
     @property
     def ready(self) -> bool:
@@ -236,10 +182,6 @@ class Grid(Average):
 
     Tokens ``(n, t, c)`` have no second side: they are averaged over k * k runs of consecutive
     tokens, in their order, to ``(n, c * k * k)``.
-
-    Args:
-        k: Parts along each side, >= 1.
-        channels: Where the channels are; None: as ``find_channels`` says.
     """
 
     def __init__(self, k: int, channels: str | None = None) -> None:
@@ -270,17 +212,9 @@ class Grid(Average):
 class Project(Reduction):
     """A random projection of all values to d features that keeps distances in expectation.
 
-    It is drawn for the size of the output that it meets first. See ``sparse_projection``.
-
-    Args:
-        size: d, >= 1; fewer than the output has.
-        seed: Of the draw: same seed, same projection.
-
-    Attributes:
-        rows: Where each value goes, ``(blocks, values of an output)`` int64; empty before it is
-            drawn.
-        distortion: From ``projection_distortion``, on the output that it was drawn for; None
-            where that held one sample, and after loading.
+    It is drawn for the size of the output that it meets first, see ``sparse_projection``: ``rows``,
+    ``(blocks, values of an output)`` int64, is empty before. ``distortion`` is that of the output
+    it was drawn for; None where that held one sample, and after loading.
     """
 
     memory_format = torch.contiguous_format
@@ -366,17 +300,7 @@ def build_reduction(given: ReductionLike, seed: int = 0) -> nn.Module:
 
 
 def prepare_reduction(reduction: Reduction, name: str, output: Tensor, inputs: Tensor) -> None:
-    """Make a built-in reduction ready for the output of a layer.
-
-    Args:
-        reduction: To be changed.
-        name: Of the layer, for messages.
-        output: Of the layer, ``(n, ...)``.
-        inputs: What the network took, ``(n, ...)``; images are ``(n, channels, height, width)``.
-
-    Raises:
-        ValueError: If the reduction does not fit the output.
-    """
+    """Make a built-in reduction ready for the output of the layer of this name."""
     square = inputs.dim() == 4 and inputs.shape[2] == inputs.shape[3]
     try:
         reduction.prepare(output, square)
@@ -406,20 +330,9 @@ def reduction_metadata(reduction: nn.Module) -> Any:  # noqa: ANN401 - any JSON 
 def reductions_of_file(
     path: str | Path, metadata: Mapping[str, Any], given: Mapping[str, nn.Module]
 ) -> dict[str, ReductionLike]:
-    """Collect the reductions of the layers that a file names.
+    """Collect the reductions of the layers that a file names, by layer; ``given`` by the user.
 
-    Args:
-        path: Of the file, for messages.
-        metadata: Its ``layers`` and ``reductions``; files of version 0.1 have no reductions, and
-            all their layers are flat.
-        given: The user's modules, by layer.
-
-    Returns:
-        Layer name -> reduction.
-
-    Raises:
-        CheckpointError: If a module is missing, not wanted, or prints in another way than the one
-            that was saved.
+    Files of version 0.1 have no reductions: all their layers are flat.
     """
     saved = {name: "flatten" for name in metadata["layers"]} | metadata.get("reductions", {})
     modules = {name: r["module"] for name, r in saved.items() if isinstance(r, Mapping)}

@@ -1,4 +1,4 @@
-"""Kernel matrices and kernel scores: a fused path for the RBF, gpytorch itself for the rest."""
+"""Any kernel of gpytorch: its matrix and its scores, on the fused path where it is a plain RBF."""
 
 import math
 
@@ -6,25 +6,8 @@ import torch
 from gpytorch.kernels import Kernel, RBFKernel
 from torch import Tensor
 
-from torchdnr.kernels.rbf import (
-    BLOCK_ELEMENTS,
-    full_precision,
-    rbf_scores,
-    squared_distances,
-)
+from torchdnr.kernels.rbf import BLOCK_ELEMENTS, full_precision, rbf_scores, squared_distances
 from torchdnr.kernels.row_blocks import entry_moments
-
-__all__ = [
-    "BLOCK_ELEMENTS",
-    "full_precision",
-    "kernel_matrix",
-    "kernel_scores",
-    "make_rbf_kernel",
-    "rbf_gamma",
-    "rbf_scores",
-    "scale_gamma",
-    "squared_distances",
-]
 
 
 def scale_gamma(features: Tensor) -> float:

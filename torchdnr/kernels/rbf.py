@@ -140,15 +140,6 @@ def traced_rbf_scores(
 
     An exported program has to run without this package. The kernel is made whole, ``(n, m)``: a
     number of rows that is only known when the program runs cannot be cut into tiles.
-
-    Args:
-        inputs: Features less the center, ``(n, d)``.
-        vectors: Support vectors less the center, ``(m, d)``.
-        coefficients: ``(m, c)``.
-        gamma: Scalar tensor.
-
-    Returns:
-        Sums without intercept, ``(n, c)``.
     """
     norms = inputs.square().sum(dim=1, keepdim=True) + vectors.square().sum(dim=1)
     distances = (norms - 2.0 * inputs @ vectors.T).clamp_min(0.0)
@@ -160,16 +151,8 @@ def compiled_rbf_scores(
 ) -> Tensor:
     """Compute what ``rbf_scores`` computes, as one operator of a program that is being compiled.
 
-    Args:
-        inputs: Features less the center, ``(n, d)``.
-        vectors: Support vectors less the center, ``(m, d)``.
-        coefficients: ``(m, c)``.
-        gamma: Scalar tensor.
-        norms: Squared norms of the vectors, ``(m,)``.
-
-    Returns:
-        Sums without intercept, ``(n, c)``, with derivatives of first order. Where they are wanted
-        the kernel is kept for them, whatever its size.
+    Its derivatives are of first order. Where they are wanted the kernel is kept for them, whatever
+    its size.
     """
     keep = _gradient_is_wanted(inputs, vectors, coefficients, gamma)
     return scores_and_kernel(inputs, vectors, coefficients, gamma, norms, keep)[0]
@@ -180,16 +163,7 @@ def _gradient_is_wanted(*tensors: Tensor) -> bool:
 
 
 def tiles(inputs: Tensor, vectors: Tensor, block_elements: int) -> Iterator[tuple[slice, slice]]:
-    """Cut the kernel matrix of inputs ``(n, d)`` and vectors ``(m, d)``.
-
-    Args:
-        inputs: Features.
-        vectors: Support vectors.
-        block_elements: Largest number of kernel values in a tile.
-
-    Yields:
-        Rows and columns of each tile, left to right, then top to bottom.
-    """
+    """Yield rows and columns of each tile of the kernel, left to right, then top to bottom."""
     n, m = len(inputs), len(vectors)
     most_rows, most_columns = _CPU_TILE if inputs.device.type == "cpu" else (n, m)
     most_columns = max(most_columns, _CPU_TILE_ELEMENTS // max(1, n))
@@ -230,21 +204,10 @@ def sum_kernels(
     kernel: Tensor,
     block_elements: int,
 ) -> Tensor:
-    """Sum kernel values times coefficients.
+    """Sum kernel values times coefficients: ``(n, c)``, of inputs and vectors less the center.
 
-    Args:
-        ctx: Where ``_RBFScores`` saves what its backward pass needs; None elsewhere.
-        inputs: Features less the center, ``(n, d)``.
-        vectors: Support vectors less the center, ``(m, d)``.
-        coefficients: ``(m, c)``.
-        gamma: Scalar tensor.
-        norms: Squared norms of the vectors, ``(m,)``.
-        kernel: Memory for all kernel values, tile after tile, ``(n * m,)``; ``(0,)`` if they are
-            not to be kept.
-        block_elements: Largest number of kernel values in a tile.
-
-    Returns:
-        Sums, ``(n, c)``.
+    ``kernel`` is memory for all kernel values, tile after tile, ``(n * m,)``; ``(0,)`` if they are
+    not to be kept. ``_RBFScores`` saves in ``ctx`` what its backward pass needs; None elsewhere.
     """
     n, c = len(inputs), coefficients.shape[1]
     scores = coefficients.new_zeros(n, c)
@@ -273,25 +236,11 @@ def kernel_gradients(
     needed: Sequence[bool],
     block_elements: int,
 ) -> list[Tensor | None]:
-    """Compute the gradients of the sums tile by tile.
+    """Compute the gradients of the sums tile by tile, None where not ``needed``.
 
-    Args:
-        grad: Of the sums, ``(n, c)``.
-        inputs: As the next four, those of ``sum_kernels``.
-        vectors: See there.
-        coefficients: See there.
-        gamma: See there.
-        norms: See there.
-        scores: The sums.
-        kernel: Their kernel values, or ``(0,)`` where they were not kept.
-        needed: Which of inputs, vectors, coefficients and gamma have gradients.
-        block_elements: As in ``sum_kernels``.
-
-    Returns:
-        These gradients, None where not needed.
-
-    With W = K * (G A'), the derivative by an input z is 2 gamma (sum_j W_j s_j - sum_j W_j z), and
-    sum_j W_j is the product of its rows of G and of the scores K A.
+    ``grad`` is that of the sums, ``scores`` the sums; the rest is as in ``sum_kernels``. With W = K
+    * (G A'), the derivative by an input z is 2 gamma (sum_j W_j s_j - sum_j W_j z), and sum_j W_j
+    is the product of its rows of G and of the scores K A.
     """
     by_inputs, by_vectors, by_coefficients, by_gamma = gradients = [
         torch.zeros_like(tensor) if need else None
@@ -332,9 +281,7 @@ class _RBFScores(torch.autograd.Function):
         needed = ctx.needs_input_grad[:4]
         with full_precision(grad.device):
             if torch.is_grad_enabled():
-                inputs, vectors, coefficients, gamma = ctx.saved_tensors[:4]
-                tensors = (inputs, vectors, coefficients, gamma)
-                gradients = _differentiable_gradients(grad, *tensors, needed)
+                gradients = _differentiable_gradients(grad, ctx.saved_tensors[:4], needed)
             else:
                 options = {"needed": needed, "block_elements": ctx.block_elements}
                 gradients = kernel_gradients(grad, *ctx.saved_tensors, **options)
@@ -342,12 +289,7 @@ class _RBFScores(torch.autograd.Function):
 
 
 def _differentiable_gradients(
-    grad: Tensor,
-    inputs: Tensor,
-    vectors: Tensor,
-    coefficients: Tensor,
-    gamma: Tensor,
-    needed: Sequence[bool],
+    grad: Tensor, tensors: Sequence[Tensor], needed: Sequence[bool]
 ) -> list[Tensor | None]:
     """Compute the gradients by autograd, which can then differentiate them.
 
@@ -355,9 +297,9 @@ def _differentiable_gradients(
     part of the second derivative.
     """
     # Views keep the arguments apart where one tensor was given twice.
-    tensors = [t.view_as(t) for t in (inputs, vectors, coefficients, gamma)]
-    scores = (-tensors[3] * _unclamped_distances(*tensors[:2])).exp() @ tensors[2]
-    chosen = [t for t, need in zip(tensors, needed, strict=True) if need]
+    inputs, vectors, coefficients, gamma = views = [tensor.view_as(tensor) for tensor in tensors]
+    scores = (-gamma * _unclamped_distances(inputs, vectors)).exp() @ coefficients
+    chosen = [view for view, need in zip(views, needed, strict=True) if need]
     gradients = iter(torch.autograd.grad(scores, chosen, grad, create_graph=True) if chosen else ())
     return [next(gradients) if need else None for need in needed]
 
@@ -371,12 +313,7 @@ def scores_and_kernel(
     norms: Tensor,
     keep_kernel: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Sum kernels times coefficients; the arguments are those of ``compiled_rbf_scores``.
-
-    Returns:
-        Sums, ``(n, c)``, and all kernel values, tile after tile, ``(n * m,)``; ``(0,)`` if they
-        are not to be kept.
-    """
+    """Sum kernels times coefficients, ``(n, c)``; return all kernel values too, or ``(0,)``."""
     kernel = inputs.new_empty(len(inputs) * len(vectors) if keep_kernel else 0)
     tensors = (inputs, vectors, coefficients, gamma, norms, kernel)
     with full_precision(inputs.device):

@@ -42,15 +42,7 @@ def entry_moments(features: Tensor, *, block_bytes: int = COPIED_BYTES) -> Tenso
 
 
 def joint_moments(parts: Tensor, sizes: Sequence[int]) -> Tensor:
-    """Compute the variance and the mean of a whole from those of its parts.
-
-    Args:
-        parts: Variance and mean of each part, ``(p, 2)``.
-        sizes: How much of the whole each part is, in any unit.
-
-    Returns:
-        Variance and mean, ``(2,)``.
-    """
+    """Compute the variance and the mean ``(2,)`` of a whole from those of its parts, ``(p, 2)``."""
     share = torch.tensor([size / sum(sizes) for size in sizes], dtype=torch.float64)
     share = share.to(parts.device)
     variances, means = parts.unbind(dim=1)

@@ -13,7 +13,6 @@ The SVMs of a stack are compressed one after the other; then the prototypes of a
 on the scores of the last one.
 """
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
@@ -83,12 +82,7 @@ class KernelSum:
 def greedy_choice(target: KernelSum, count: int) -> Tensor:
     """Choose support vectors one by one, each the best to add in the space of the kernel.
 
-    Args:
-        target: The sum over all of them.
-        count: How many to choose.
-
-    Returns:
-        Their indices, int64 ``(count,)``, in the order of the choice.
+    Returns their indices, int64 ``(count,)``, in the order of the choice.
     """
     vectors = target.vectors
     diagonal = torch.cat([target.kernel(v, v, diag=True) for v in vectors.split(1024)])
@@ -110,23 +104,21 @@ def greedy_choice(target: KernelSum, count: int) -> Tensor:
     return chosen
 
 
-class ReducedSet:
-    """The least-squares problem of the prototypes.
+def _spread(values: Tensor) -> Tensor:
+    """Sum the variances of columns, 1 where there is none: losses and stops are relative to it."""
+    spread = values.double().var(dim=0, correction=0).sum()
+    return torch.where(spread > 0.0, spread, 1.0)
 
-    Args:
-        target: The sum to replace.
-        features: Where it is compared, ``(n, d)``.
-        values: What is wanted there, ``(n, P)``, without intercept.
-        smoothness: Weight of the difference in the space of the kernel.
-    """
+
+class ReducedSet:
+    """The least-squares problem of the prototypes: ``values`` ``(n, P)`` at ``features``."""
 
     def __init__(
         self, target: KernelSum, features: Tensor, values: Tensor, smoothness: float
     ) -> None:
         self.target, self.smoothness = target, smoothness
         self.features, self.values = features.detach(), values.detach()
-        spread = self.values.double().var(dim=0, correction=0).sum()
-        self.scale = torch.where(spread > 0.0, spread, 1.0)  # so that stops are relative to it
+        self.scale = _spread(self.values)
 
     def _blocks(self) -> list[tuple[Tensor, Tensor]]:
         rows = self.target.block_rows
@@ -169,16 +161,7 @@ def minimise(
 ) -> list[Tensor]:
     """Minimise by L-BFGS and return the best point that was seen, the start included.
 
-    Args:
-        start: Tensors to begin with.
-        loss: Evaluates the objective, and adds its gradient to ``.grad`` of the tensors.
-        steps: Iterations; 0 returns the start.
-
-    Returns:
-        As ``start``, without gradient.
-
-    Raises:
-        ValueError: If the objective or its gradient is not finite at the start.
+    ``loss`` evaluates the objective and adds its gradient to ``.grad`` of the tensors.
     """
     best = [t.detach().clone(memory_format=torch.contiguous_format) for t in start]
     tensors, lowest = [tensor.clone().requires_grad_() for tensor in best], torch.inf
@@ -298,16 +281,7 @@ def _check(
 
 
 def with_prototypes(svm: RBFSVM, prototypes: Tensor, coefficients: Tensor) -> RBFSVM:
-    """Build an SVM that has prototypes in the place of its support vectors.
-
-    Args:
-        svm: The fitted SVM, of which intercept, center, kernel and settings are copied.
-        prototypes: ``(p, d)``; brought to the dtype of the SVM.
-        coefficients: ``(p, P)``.
-
-    Returns:
-        The new SVM, without a certificate.
-    """
+    """Copy an SVM with prototypes ``(p, d)`` in the place of its support vectors, uncertified."""
     kernel = deepcopy(svm.kernel)
     new = RBFSVM(**{**svm.settings(), "kernel": kernel if svm.has_own_kernel else None})
     new.kernel = kernel
@@ -320,21 +294,11 @@ def with_prototypes(svm: RBFSVM, prototypes: Tensor, coefficients: Tensor) -> RB
 
 @torch.no_grad()
 def score_bound(svm: RBFSVM, compressed: RBFSVM) -> Tensor:
-    """Bound the difference of two SVMs of one kernel, whatever the features.
+    """Bound how much the decision values of two SVMs of one kernel differ anywhere, ``(P,)``.
 
     By Cauchy and Schwarz it is at most the norm of the difference in the space of the kernel, times
-    sqrt(k(z, z)), and that is the same for all z where the kernel is stationary.
-
-    Args:
-        svm: A fitted SVM.
-        compressed: Another of the same kernel, as ``compress_svm`` returns it.
-
-    Returns:
-        Largest difference of each decision value, ``(P,)``; infinite where the kernel is not
-        stationary.
-
-    Raises:
-        ValueError: If the two have not the same kernel.
+    sqrt(k(z, z)), and that is the same for all z where the kernel is stationary; elsewhere the
+    bound is infinite.
     """
     one, two = KernelSum.of(svm), KernelSum.of(compressed)
     probe = one.vectors[:8]
@@ -353,15 +317,7 @@ def score_bound(svm: RBFSVM, compressed: RBFSVM) -> Tensor:
 def stack_scores(
     svms: Mapping[str, Callable[[Tensor], Tensor]], features: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Score features by every SVM of a stack.
-
-    Args:
-        svms: By layer, and under another name the combiner, if there is one.
-        features: By layer, ``(n, d)``.
-
-    Returns:
-        Scores by SVM, ``(n, c)``, the final ones last.
-    """
+    """Score features by every SVM of a stack, ``(n, c)``, the final ones last."""
     scores = {name: svms[name](values) for name, values in features.items()}
     for name in svms:
         if name not in features:
@@ -372,16 +328,8 @@ def stack_scores(
 class JointProblem:
     """Least squares on the final scores, each SVM anchored at what it was to return by itself.
 
-    Attributes:
-        tensors: Prototypes and coefficients of the SVMs that move, to begin with.
-
-    Args:
-        svms: The stack to replace.
-        compressed: The stack to begin with.
-        features: By layer, ``(n, d)``.
-        wanted: Scores of ``svms`` by name.
-        names: The SVMs whose prototypes move.
-        smoothness: Weight of the difference in the space of the kernel.
+    It starts at the ``compressed`` stack, whose SVMs in ``names`` move; ``wanted`` are the scores
+    of ``svms``. ``tensors`` are prototypes and coefficients of the SVMs that move, to begin with.
     """
 
     def __init__(
@@ -401,8 +349,7 @@ class JointProblem:
         self.tensors = [t for start in starts for t in (start.vectors, start.coefficients)]
         self.smoothness = smoothness
         self.final = list(svms)[-1]
-        spreads = {n: w.double().var(dim=0, correction=0).sum() for n, w in wanted.items()}
-        self.scale = {n: torch.where(spread > 0.0, spread, 1.0) for n, spread in spreads.items()}
+        self.scale = {name: _spread(values) for name, values in wanted.items()}
 
     def pairs(self, tensors: Sequence[Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
         """Return prototypes and coefficients of the SVMs that move, by name."""
@@ -452,18 +399,8 @@ def compress_stack(
 ) -> dict[str, RBFSVM]:
     """Compress the SVMs of a stack one after the other, then fine-tune them on the final scores.
 
-    The combiner learns to give the original scores on what the compressed SVMs return.
-
-    Args:
-        svms: By layer, and the combiner if there is one.
-        features: By layer, ``(n, d)``.
-        sizes: Prototypes by SVM; an SVM without stays as it is.
-        steps: Iterations of L-BFGS for each SVM.
-        joint_steps: Iterations of L-BFGS for all of them together.
-        smoothness: Weight of the difference in the space of the kernel.
-
-    Returns:
-        SVMs by the same names.
+    The combiner learns to give the original scores on what the compressed SVMs return. An SVM
+    without an entry in ``sizes`` stays as it is.
     """
     wanted = stack_scores(svms, features)
     compressed: dict[str, RBFSVM] = {}
@@ -496,11 +433,6 @@ def stack_losses(
     Each SVM is measured in its stack: the combiner on what the SVMs before it return, so that the
     last entry is about the final scores.
 
-    Args:
-        svms: The original ones.
-        compressed: Those in their place.
-        features: By layer, ``(n, d)``.
-
     Returns:
         By SVM, as JSON values: ``support_vectors`` and ``prototypes`` in their place; ``r2`` of the
         scores and their ``largest_difference``; ``label_agreement``, the share of inputs whose
@@ -521,22 +453,6 @@ def stack_losses(
             "score_bound": score_bound(svms[name], compressed[name]).max().item(),
         }
     return losses
-
-
-def warn_of_losses(losses: Mapping[str, Mapping[str, Any]]) -> None:
-    """Warn if the final scores lost more than a little.
-
-    Args:
-        losses: From ``stack_losses``.
-    """
-    name, final = list(losses.items())[-1]
-    if min(final["r2"], final["label_agreement"]) < WARN_BELOW:
-        warnings.warn(
-            f"the compressed scores of {name!r} keep {final['label_agreement']:.1%} of the labels "
-            f"and R^2 {final['r2']:.3f}: use more prototypes, or attack it before you trust it",
-            CompressionWarning,
-            stacklevel=4,
-        )
 
 
 class _Compressed(Protocol):

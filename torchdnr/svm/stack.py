@@ -1,5 +1,6 @@
 """`SVMStack`: an SVM on the features of each layer, and one more that combines their scores."""
 
+import warnings
 from collections.abc import Collection, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from torchdnr.costs import stage
 from torchdnr.distributed.sharing import ShardedFeatures
-from torchdnr.svm.compression import compress_stack, stack_losses, warn_of_losses
+from torchdnr.svm.compression import WARN_BELOW, CompressionWarning, stack_losses
 from torchdnr.svm.model_selection import grid_search, out_of_fold_scores
 from torchdnr.svm.rbf_svm import RBFSVM
 
@@ -41,17 +42,7 @@ class SVMOptions:
             )
 
     def checked(self, names: Collection[str]) -> Self:
-        """Check hyper-parameters by name.
-
-        Args:
-            names: The names of the SVMs.
-
-        Returns:
-            These options, with hyper-parameters as floats.
-
-        Raises:
-            ValueError: If a name is unknown, or a value is not two numbers > 0.
-        """
+        """Return these options with hyper-parameters as floats, for SVMs of these names."""
         given = self.hyperparameters
         if unknown := sorted(set(given) - set(names)):
             raise ValueError(
@@ -81,19 +72,8 @@ class SVMOptions:
 class SVMStack(nn.Module):
     """RBF-SVMs on the features of layers, and perhaps a combiner on their concatenated scores.
 
-    Args:
-        options: Those that all SVMs share.
-        layers: Names of the layers; none if they are not chosen yet.
-        combine: Whether there is a combiner; a stack of one layer needs none.
-
-    Attributes:
-        base_svms: One ``RBFSVM`` per layer, in the order of ``layers``.
-        combiner: ``RBFSVM`` on the scores ``(n, c * len(layers))``, or None.
-        selection: How each SVM got its hyper-parameters, by layer and ``"combiner"``; JSON values.
-
-    Raises:
-        ValueError: If there are several layers and no combiner, or hyper-parameters are not as
-            described in ``DNR``.
+    There are no layers while they are not chosen yet; one layer needs no combiner. ``selection``
+    says how each SVM got its hyper-parameters, by layer and ``"combiner"``, as JSON values.
     """
 
     base_svms: nn.ModuleList
@@ -131,19 +111,7 @@ class SVMStack(nn.Module):
     ) -> Self:
         """Fit the base SVMs, then the combiner on their out-of-fold scores.
 
-        Args:
-            features: By layer, ``(n, d)``; emptied on the way, so that memory is free again.
-            labels: int64 ``(n,)``, 0..c-1.
-            progress: Whether to show progress bars of the searches.
-
-        Returns:
-            The stack itself.
-
-        Raises:
-            ValueError: If a class has fewer samples than folds.
-
-        Warns:
-            ConvergenceWarning: If a dual problem missed its tolerance.
+        ``features`` by layer, ``(n, d)``, is emptied on the way, so that memory is free again.
         """
         options, partition = self.options, next(iter(features.values())).partition
         common: dict[str, Any] = {"tol": options.tol, "memory_limit": options.memory_limit}
@@ -192,55 +160,26 @@ class SVMStack(nn.Module):
         return self
 
     def smoothed(self, factor: float, names: Collection[str] | None = None) -> "SVMStack":
-        """Return a view whose kernels have ``factor`` times the gamma; everything else is shared.
-
-        Args:
-            factor: > 0; below 1 for smoother scores.
-            names: Which SVMs; None: all.
-
-        Returns:
-            The view.
-
-        Raises:
-            ValueError: If ``factor`` is not > 0, or there is no SVM of a name.
-        """
+        """Return a view whose kernels have ``factor`` times the gamma; see ``DNR.smoothed``."""
         svms = self.named()
         if unknown := sorted(set(names or ()) - set(svms)):
             raise ValueError(f"svms must be named after {list(svms)}, got {unknown}")
         chosen = svms if names is None else names
         return self._with({n: s.smoothed(factor) if n in chosen else s for n, s in svms.items()})
 
-    def compress(
-        self,
-        features: Mapping[str, Tensor],
-        sizes: Mapping[str, int],
-        *,
-        steps: int,
-        joint_steps: int,
-        smoothness: float,
-    ) -> "SVMStack":
-        """Return a stack of the same scores, nearly, on fewer support vectors.
-
-        Args:
-            features: Where scores are compared, by layer, ``(n, d)``.
-            sizes: Prototypes by SVM; an SVM without stays as it is.
-            steps: Iterations of L-BFGS for each SVM.
-            joint_steps: Iterations of L-BFGS for all of them together.
-            smoothness: Weight of the difference in the space of the kernel.
-
-        Returns:
-            The new stack, whose ``selection`` says what was lost.
-
-        Warns:
-            CompressionWarning: If the final scores lost more than a little.
-        """
-        svms = self.named()
-        compressed = compress_stack(
-            svms, features, sizes, steps=steps, joint_steps=joint_steps, smoothness=smoothness
-        )
-        losses = stack_losses(svms, compressed, features)
-        warn_of_losses(losses)
-        stack = self._with(compressed)
+    def compressed(self, svms: Mapping[str, RBFSVM], features: Mapping[str, Tensor]) -> "SVMStack":
+        """Return a stack of SVMs from ``compress_stack``; its ``selection`` says what was lost."""
+        losses = stack_losses(self.named(), svms, features)
+        name, final = list(losses.items())[-1]
+        if min(final["r2"], final["label_agreement"]) < WARN_BELOW:
+            warnings.warn(
+                f"the compressed scores of {name!r} keep {final['label_agreement']:.1%} of the "
+                f"labels and R^2 {final['r2']:.3f}: use more prototypes, or attack it before you "
+                "trust it",
+                CompressionWarning,
+                stacklevel=3,
+            )
+        stack = self._with(svms)
         stack.selection = {
             name: {**self.selection.get(name, {}), "compression": losses[name]} for name in svms
         }
@@ -261,19 +200,7 @@ def chosen_sizes(
     prototypes: int | Mapping[str, int] | None,
     factor: float | None,
 ) -> dict[str, int]:
-    """Decide how many prototypes each SVM gets.
-
-    Args:
-        svms: The fitted SVMs by name.
-        prototypes: A number for each SVM, or numbers by name; SVMs without one stay as they are.
-        factor: How many times fewer vectors each SVM gets, >= 1, in the place of ``prototypes``.
-
-    Returns:
-        Prototypes by name.
-
-    Raises:
-        ValueError: If not exactly one of the two is given, or it is not as said above.
-    """
+    """Decide how many prototypes each fitted SVM gets; see ``DNR.compress`` for the arguments."""
     if (prototypes is None) == (factor is None):
         raise ValueError(
             "compress takes either prototypes, a number or numbers by SVM, or factor, how many "
