@@ -105,8 +105,8 @@ def test_table_tells_what_the_classifier_says(finished, photographs, tmp_path, k
 def test_channels_last_changes_the_network_and_nothing_else(
     finished, photographs, tmp_path, monkeypatch
 ):
-    used, outputs = [], predict._outputs
-    monkeypatch.setattr(predict, "_outputs", lambda m, x: used.append(m) or outputs(m, x))
+    used, rows = [], predict._rows
+    monkeypatch.setattr(predict, "_rows", lambda m, *more: used.append(m) or rows(m, *more))
     asked = ["--run", str(finished), str(photographs[0]), "--device", "cpu", "--quiet"]
     for name, extra in (("plain", []), ("last", ["--channels-last"])):
         assert predict.main([*asked, "--csv", str(tmp_path / name), *extra]) == 0
@@ -202,7 +202,7 @@ def test_a_stopped_call_says_that_it_starts_again(run, photographs, monkeypatch,
     def stop(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(predict, "_outputs", stop)
+    monkeypatch.setattr(predict, "_rows", stop)
     path = run / "labels.csv"
     assert predict.main([str(photographs[0]), "--run", str(run), "--csv", str(path)]) == 130
     assert capsys.readouterr().err.endswith("stopped; the same command starts again\n")
