@@ -274,7 +274,7 @@ def test_rows_sent_through_the_model_are_counted():
     model(x.detach())
     with torch.no_grad():
         model(x[:2])
-    assert (model.count.forwards, model.count.backwards) == (12, 5)
+    assert (model.forwards, model.backwards) == (12, 5)
 
 
 @pytest.mark.parametrize(

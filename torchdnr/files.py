@@ -78,7 +78,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         BaseException: Whatever the block raises, after the clean-up.
     """
     path = Path(path)
-    # A name of its own per writer: two processes that write the same file never share a temporary.
+    # Another name for each writer: two processes that write the same file never share a temporary.
     temporary = path.parent / f".{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

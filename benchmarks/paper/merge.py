@@ -12,9 +12,8 @@ from benchmarks.paper.claims import gather, judge_claims
 from benchmarks.paper.report import ALONE, WORST, as_text, example_figure
 from benchmarks.paper.run import EXAMPLES_FILE, Study, code_versions, run_folder
 from torchdnr.evaluation import LINE_SEARCH_PGD, SecurityCurve
-from torchdnr.evaluation.figures import plot_curves, plot_examples
+from torchdnr.evaluation.figures import plot_curves, plot_examples, plot_threshold_sweep
 from torchdnr.evaluation.metrics import Estimate
-from torchdnr.evaluation.report.rejection_figures import plot_threshold_sweep
 from torchdnr.evaluation.report.table import load_results
 from torchdnr.evaluation.threshold_sweep import ThresholdSweep
 from torchdnr.files import load_tensors, plain_json, read_json, write_json

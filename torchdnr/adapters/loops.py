@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torchdnr.adapters.views import for_label, for_target
 from torchdnr.attacks.checks import check_inputs
 from torchdnr.attacks.objectives import decision_objective
-from torchdnr.attacks.target import Target, check_classes, evaluate
+from torchdnr.attacks.target import Target, check_classes, evaluate, put
 from torchdnr.decisions import evaluation_mode, has_reject_column
 
 ForeignAttack = Callable[[nn.Module, Tensor, Tensor], Tensor]
@@ -42,7 +42,7 @@ def attack_per_label(
     Raises:
         ValueError: If an argument is not as described, or the attack returns other shapes.
     """
-    reject = _checked(model, inputs, labels, bounds, reject, 1).reject
+    reject = _checked(model, inputs, labels, bounds, reject, 1)[0].reject
     points = inputs.clone()
     with evaluation_mode(model):
         for label in labels.unique().tolist():
@@ -84,28 +84,27 @@ def attack_all_targets(
     Raises:
         ValueError: If an argument is not as described, or the attack returns other shapes.
     """
-    target = _checked(model, inputs, labels, bounds, reject, batch_size)
+    target, classes = _checked(model, inputs, labels, bounds, reject, batch_size)
     with evaluation_mode(model):
-        values, evading = evaluate(target, inputs, labels)
-        done, best = evading.clone(), inputs.clone()
+        best = evaluate(target, inputs, labels).clone()
+        done = best.evading.clone()
         sizes = torch.zeros(len(inputs), dtype=torch.float64, device=inputs.device)
-        for wanted in range(_count_classes(target, inputs)):
+        for wanted in range(classes):
             rows = ((labels != wanted) & ~done).nonzero()[:, 0]
             if len(rows) == 0:
                 continue
             view = for_target(model, wanted, reject=target.reject)
             returned = attack(view, inputs[rows], torch.full_like(labels[rows], wanted))
-            points = _points(returned, inputs[rows])
-            new_values, new_evading = evaluate(target, points, labels[rows])
-            shift = (points.double() - inputs[rows].double()).flatten(1)
+            new = evaluate(target, _points(returned, inputs[rows]), labels[rows])
+            old = best.rows(rows)
+            shift = (new.inputs.double() - inputs[rows].double()).flatten(1)
             new_sizes = torch.linalg.vector_norm(shift, norm, dim=1)
-            nearer = ~evading[rows] | (new_sizes < sizes[rows])
-            lower = ~evading[rows] & (new_values < values[rows])
-            better = torch.where(new_evading, nearer, lower)
-            chosen = rows[better]
-            best[chosen], sizes[chosen] = points[better], new_sizes[better]
-            values[chosen], evading[chosen] = new_values[better], new_evading[better]
-    return best
+            nearer = ~old.evading | (new_sizes < sizes[rows])
+            lower = ~old.evading & (new.values < old.values)
+            chosen = torch.where(new.evading, nearer, lower)
+            put(best, rows, new, chosen)
+            sizes[rows] = torch.where(chosen, new_sizes, sizes[rows])
+    return best.inputs
 
 
 def _checked(
@@ -115,18 +114,12 @@ def _checked(
     bounds: tuple[float, float],
     reject: bool | None,
     batch_size: int,
-) -> Target:
-    """Check the arguments, and return the model with the objective by which points are compared."""
+) -> tuple[Target, int]:
+    """Check the arguments; return the model with the objective to compare by, and its classes."""
     check_inputs(inputs, labels, 2, bounds)
     target = Target(model, decision_objective, has_reject_column(model, reject), batch_size)
     with evaluation_mode(model):
-        check_classes(target, inputs, labels)
-    return target
-
-
-@torch.no_grad()
-def _count_classes(target: Target, inputs: Tensor) -> int:
-    return target.model(inputs[:1]).shape[1] - target.reject
+        return target, check_classes(target, inputs, labels)
 
 
 def _points(returned: object, inputs: Tensor) -> Tensor:

@@ -27,16 +27,7 @@ def suspicion(model: nn.Module, inputs: Tensor) -> Tensor:
 
 @torch.no_grad()
 def suspicion_of_array(model: nn.Module, x: "np.ndarray | Tensor", batch_size: int) -> Tensor:
-    """Compute ``suspicion`` of an array, batch by batch, in evaluation mode.
-
-    Args:
-        model: Returns ``(n, c + 1)`` with the threshold in the last column.
-        x: ``(n, ...)``; converted to the dtype and device of the model.
-        batch_size: Rows in one forward.
-
-    Returns:
-        ``(n,)``, on the CPU.
-    """
+    """Compute ``suspicion`` of an array in batches, in evaluation mode; returned on the CPU."""
     like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
     with evaluation_mode(model):
         parts = [suspicion(model, part.to(like)) for part in torch.as_tensor(x).split(batch_size)]

@@ -21,18 +21,7 @@ from torchdnr.rejection import spacing
 
 
 def require(module: str, package: str) -> ModuleType:
-    """Import a module of an optional package.
-
-    Args:
-        module: Its dotted name.
-        package: Name under which it is installed.
-
-    Returns:
-        The module.
-
-    Raises:
-        ImportError: If it is not installed; the message says how to install it.
-    """
+    """Import a module of an optional package; the ImportError says how to install it."""
     try:
         return import_module(module)
     except ImportError as error:

@@ -7,15 +7,14 @@ from typing import NamedTuple, Unpack
 import torch
 from torch import Tensor
 
-from torchdnr.attacks.checks import check_count
+from torchdnr.attacks.checks import check_steps
 from torchdnr.attacks.directions import steepest
 from torchdnr.attacks.fixed_eps import Run, best_within
 from torchdnr.attacks.objectives import find_objective
 from torchdnr.attacks.options import FixedEpsOptions, resolve
-from torchdnr.attacks.points import Points, choose, evaluated, keep_better
 from torchdnr.attacks.problem import problem
 from torchdnr.attacks.projections import Region, per_row, project
-from torchdnr.attacks.target import slope_at
+from torchdnr.attacks.target import Points, Slope, choose, evaluate, keep_better, slope_at
 
 _MOMENTUM = 0.75  # share of the new step; the rest is the last move
 _WINDOWS = (0.22, 0.03, 0.06)  # first window, decrease of each, and the least, as shares of steps
@@ -71,21 +70,18 @@ def apgd(
     diverse parameter-free attacks", ICML 2020; l1: "Mind the box", ICML 2021.
     """
     options = resolve(apgd, shared)
-    check_count("steps", steps, 1)
+    check_steps(steps)
     descend = partial(_descend_l1 if options.norm == 1 else _descend, steps=steps)
     with problem(model, inputs, labels, eps, options, find_objective(objective)) as attacked:
         return best_within(attacked, descend, steps=steps, name="APGD", random_start=random_start)
 
 
 class _State(NamedTuple):
-    """Where each row is, where it was, and the lowest point with its direction."""
+    """Where each row is, where it was, its lowest point, and its best."""
 
-    points: Tensor
+    now: Slope
     before: Tensor
-    direction: Tensor
-    values: Tensor
-    lowest: Points
-    lowest_direction: Tensor
+    lowest: Slope
     best: Points
 
 
@@ -124,7 +120,7 @@ def _descend_l1(run: Run, *, steps: int) -> Points:
         left -= count
         if count == 0:
             continue
-        first = evaluated(run.target, project(first.inputs, *region), run.labels)
+        first = evaluate(run.target, project(first.inputs, *region), run.labels)
         first, reached = _sparse_descent(run, region, first, count)
         if factor == 1:
             best = keep_better(best, reached)
@@ -132,11 +128,7 @@ def _descend_l1(run: Run, *, steps: int) -> Points:
 
 
 def _sparse_descent(run: Run, region: Region, first: Points, steps: int) -> tuple[Points, Points]:
-    """Move few coordinates a step, and fewer as the lowest point gets sparse.
-
-    Returns:
-        The lowest points, and the best in the order of ``better``.
-    """
+    """Move few coordinates a step, fewer as points get sparse; return the lowest and the best."""
     eps = torch.where(region.eps.isfinite(), region.eps, region.center[0].numel())
     state, size = _begin(run, first), eps
     d = region.center[0].numel()
@@ -154,7 +146,7 @@ def _sparse_descent(run: Run, region: Region, first: Points, steps: int) -> tupl
             state = _back_to_lowest(state, sparser)
             nonzero = now
         run.bar.update()
-    return state.lowest, state.best
+    return state.lowest.points, state.best
 
 
 def _checkpoints(steps: int) -> Iterator[int]:
@@ -169,9 +161,8 @@ def _checkpoints(steps: int) -> Iterator[int]:
 
 def _begin(run: Run, first: Points) -> _State:
     slope = slope_at(run.target, first.inputs, run.labels)
-    return _State(
-        first.inputs, first.inputs, slope.direction, slope.values, first, slope.direction, first
-    )
+    lowest = slope._replace(values=first.values, evading=first.evading)
+    return _State(slope, first.inputs, lowest, first)
 
 
 def _advance(
@@ -184,36 +175,20 @@ def _advance(
     share: Tensor | float = 1.0,
 ) -> tuple[_State, Tensor]:
     """Move every row; return the new state, and 1 where the objective fell, ``(n,)``."""
-    points = state.points
-    direction = steepest(state.direction, points, region.norm, region.bounds, share)
+    points = state.now.inputs
+    direction = steepest(state.now.direction, points, region.norm, region.bounds, share)
     ahead = project(points + per_row(size, points) * direction, *region)
     if not first and region.norm != 1:
         mixed = points + _MOMENTUM * (ahead - points) + (1 - _MOMENTUM) * (points - state.before)
         ahead = project(mixed, *region)
-    slope = slope_at(run.target, ahead, run.labels)
-    new = Points(ahead, slope.values, slope.evading)
-    lower = slope.values < state.lowest.values
-    moved = _State(
-        points=ahead,
-        before=points,
-        direction=slope.direction,
-        values=slope.values,
-        lowest=choose(lower, new, state.lowest),
-        lowest_direction=torch.where(
-            per_row(lower, points), slope.direction, state.lowest_direction
-        ),
-        best=keep_better(state.best, new),
-    )
-    return moved, (slope.values < state.values).to(size.dtype)
+    now = slope_at(run.target, ahead, run.labels)
+    lowest = choose(now.values < state.lowest.values, now, state.lowest)
+    moved = _State(now, points, lowest, keep_better(state.best, now.points))
+    return moved, (now.values < state.now.values).to(size.dtype)
 
 
 def _back_to_lowest(state: _State, rows: Tensor) -> _State:
     """Put some rows, bool ``(n,)``, back to their lowest points."""
-    wide = per_row(rows, state.points)
-    points = torch.where(wide, state.lowest.inputs, state.points)
-    return state._replace(
-        points=points,
-        before=torch.where(wide, points, state.before),
-        direction=torch.where(wide, state.lowest_direction, state.direction),
-        values=torch.where(rows, state.lowest.values, state.values),
-    )
+    now = choose(rows, state.lowest, state.now)
+    before = torch.where(per_row(rows, now.inputs), now.inputs, state.before)
+    return _State(now, before, state.lowest, state.best)

@@ -8,9 +8,10 @@ from typing import NamedTuple, Unpack
 import torch
 from torch import Tensor
 
-from torchdnr.attacks.checks import check_count
-from torchdnr.attacks.directions import unit_step
+from torchdnr.attacks.checks import check_steps
+from torchdnr.attacks.directions import cosine, unit_step
 from torchdnr.attacks.minimum_norm import (
+    Kept,
     Nearest,
     NearRun,
     nearest_evading,
@@ -90,17 +91,12 @@ def boundary_walk(
     reliable and fast robustness evaluation", NeurIPS 2019.
     """
     options = resolve(boundary_walk, shared, init_inputs=init_inputs)
-    check_count("steps", steps, 0)
+    check_steps(steps, smallest=0)
+    walk = partial(_walk, steps=steps)
     radius = math.inf if eps is None else eps
     with problem(model, inputs, labels, radius, options, safe_decision_objective) as attacked:
         return nearest_evading(
-            attacked,
-            partial(_walk, steps=steps),
-            neighbours=neighbours,
-            starts=starts,
-            steps=steps,
-            name="boundary walk",
-            from_inputs=False,
+            attacked, walk, neighbours, starts, steps=steps, name="boundary walk", from_inputs=False
         )
 
 
@@ -144,8 +140,7 @@ def _schedule(step: int) -> tuple[float, float, bool, bool]:
     begin, length = 0, _FIRST_CYCLE
     while step >= begin + length:
         begin, length = begin + length, 2 * length
-    fade = (1 + math.cos(math.pi * (step - begin) / (length - 1))) / 2
-    size, shrinkage = (low + (high - low) * fade for high, low in (_STEP_SIZE, _SHRINKAGE))
+    size, shrinkage = (cosine(step - begin, length, *ends) for ends in (_STEP_SIZE, _SHRINKAGE))
     return size, shrinkage, step == begin, step == begin + length - 1
 
 
@@ -156,9 +151,7 @@ def _step(run: NearRun, state: _Walks, size: float, shrinkage: float) -> _Walks:
     slope = slope_at(run.target, point, run.labels[owner])
     evading = slope.values < 0
     length = lengths(point, center, run.norm)
-    nearer = evading & (length < best_norm)
-    best = torch.where(per_row(nearer, point), point, best)
-    best_norm = torch.where(nearer, length, best_norm)
+    best, best_norm = Kept(best, best_norm).update(point, length, evading)
     # The rate doubles while success or failure repeats: far starts come near in a few steps.
     sign = torch.where(evading, 1.0, -1.0).to(length.dtype)
     streak = torch.where(streak * sign > 0, streak + sign, sign)
@@ -173,6 +166,9 @@ def _approach(run: NearRun, state: _Walks) -> _Walks:
     """Move the best points straight towards the inputs while they evade."""
     center, labels = run.center[state.owner], run.labels[state.owner]
     best = bisect(
-        lambda points: evaluate(run.target, points, labels)[0] < 0, center, state.best, _HALVINGS
+        lambda points: evaluate(run.target, points, labels).values < 0,
+        center,
+        state.best,
+        _HALVINGS,
     )
     return state._replace(best=best, best_norm=lengths(best, center, run.norm))

@@ -56,23 +56,22 @@ def check_pool(
     """Refuse a pool of starting points, or its classes, unlike the inputs: ValueError."""
     check_images("init_inputs", pool, bounds)
     check_like("init_inputs", pool, inputs)
-    if classes is not None and (
-        classes.shape != pool.shape[:1]
-        or classes.dtype != torch.int64
-        or classes.device != pool.device
-    ):
+    if classes is not None:
+        _check_classes("init_labels", classes, pool, "m")
+
+
+def _check_classes(name: str, classes: Tensor, rows: Tensor, count: str) -> None:
+    """Refuse classes that are not int64, one for each of the rows, on their device: ValueError."""
+    given = classes.shape, classes.dtype, classes.device
+    if given != (rows.shape[:1], torch.int64, rows.device):
         raise ValueError(
-            f"init_labels must be int64 (m,) with m = {len(pool)} rows of init_inputs on "
-            f"{pool.device}, got {classes.dtype} {tuple(classes.shape)} on {classes.device}"
+            f"{name} must be int64 ({count},) with {count} = {len(rows)} on {rows.device}, "
+            f"got {classes.dtype} {tuple(classes.shape)} on {classes.device}"
         )
 
 
 def check_eps(eps: float | Tensor, inputs: Tensor) -> Tensor:
-    """Turn ``eps`` into one radius per input, like ``inputs`` in dtype and device, ``(n,)``.
-
-    Raises:
-        ValueError: If it is neither a number nor ``(n,)``, or negative or NaN.
-    """
+    """Turn ``eps`` into one radius >= 0 per input, like ``inputs``, ``(n,)``; else ValueError."""
     radius = torch.as_tensor(eps, dtype=inputs.dtype, device=inputs.device)
     if radius.shape not in ((), inputs.shape[:1]):
         raise ValueError(
@@ -93,15 +92,7 @@ def check_targets(targets: Tensor | None, labels: Tensor) -> None:
     """Refuse targets unlike the labels in kind, or equal to a true class: ValueError."""
     if targets is None:
         return
-    if (targets.shape, targets.dtype, targets.device) != (
-        labels.shape,
-        torch.int64,
-        labels.device,
-    ):
-        raise ValueError(
-            f"targets must be int64 (n,) with n = {len(labels)} on {labels.device}, "
-            f"got {targets.dtype} {tuple(targets.shape)} on {targets.device}"
-        )
+    _check_classes("targets", targets, labels, "n")
     if targets.min() < 0 or (targets == labels).any():
         raise ValueError(
             "targets must be classes >= 0 other than the true ones: to be accepted as the true "
@@ -109,7 +100,8 @@ def check_targets(targets: Tensor | None, labels: Tensor) -> None:
         )
 
 
-def check_step_size(step_size: float | None) -> None:
-    """Refuse a step size that is neither positive and finite nor None: ValueError."""
+def check_steps(steps: int, step_size: float | None = None, *, smallest: int = 1) -> None:
+    """Refuse too few steps, and a step size that is not positive and finite: ValueError."""
+    check_count("steps", steps, smallest)
     if step_size is not None and not 0 < step_size < torch.inf:
         raise ValueError(f"step_size must be > 0 and finite, got {step_size}")

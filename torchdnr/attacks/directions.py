@@ -12,11 +12,7 @@ L1_SHARE = 0.05
 
 
 def unit(vectors: Tensor) -> tuple[Tensor, Tensor]:
-    """Scale each row to unit l2 norm; zero, NaN and infinite entries do no harm.
-
-    Returns:
-        Unit rows ``(n, ...)``, and the norms they had ``(n,)``.
-    """
+    """Scale each row to unit l2 norm; return the norms ``(n,)`` too. NaN and infinity are safe."""
     flat = vectors.flatten(1)
     if not reading_is_free(flat):
         scaled, length = _unit_of_any(flat)
@@ -50,17 +46,9 @@ def steepest(
 ) -> Tensor:
     """Turn a direction of unit l2 norm into one of unit length in the norm of the attack.
 
-    Args:
-        direction: Of steepest descent in the l2 norm, ``(n, ...)``.
-        points: Where it starts, ``(n, ...)``: for the l1 norm coordinates that would leave the box
-            at once do not count.
-        norm: 1, 2 or infinity.
-        bounds: Smallest and largest value of an input.
-        share: Share of the coordinates that move in the l1 norm, a number or ``(n,)``.
-
-    Returns:
-        The direction itself for l2; its signs for l-infinity; for l1 the signs of its largest
-        coordinates, divided by their number.
+    It is the direction itself for l2 and its signs for l-infinity. For l1 it is the signs of its
+    largest coordinates, a share of all (a number or ``(n,)``), divided by their number; coordinates
+    that would leave the box at once do not count.
 
     Source: l1: Tramer and Boneh, "Adversarial training and robustness for multiple perturbations",
     NeurIPS 2019; the box: Croce and Hein, "Mind the box", ICML 2021.
@@ -96,10 +84,7 @@ def unit_step(direction: Tensor, norm: float) -> Tensor:
 def step_sizes(
     step_size: float | None, steps: int, eps: Tensor, bounds: tuple[float, float]
 ) -> Tensor:
-    """Return the constant step of each row, ``(n,)``; by default 2.5 eps / steps.
-
-    An infinite eps counts as the width of the box.
-    """
+    """Return the step of each row, ``(n,)``: 2.5 eps / steps; infinite eps: the box's width."""
     if step_size is not None:
         return torch.full_like(eps, step_size)
     return 2.5 / steps * torch.where(eps.isfinite(), eps, bounds[1] - bounds[0])

@@ -3,23 +3,21 @@
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple, Unpack
+from typing import Unpack
 
 import torch
 from torch import Tensor
 
-from torchdnr.attacks.checks import check_count, check_step_size
+from torchdnr.attacks.checks import check_count, check_steps
 from torchdnr.attacks.directions import steepest
 from torchdnr.attacks.fixed_eps import Run, best_within
 from torchdnr.attacks.objectives import find_objective
 from torchdnr.attacks.options import FixedEpsOptions, resolve
-from torchdnr.attacks.points import Points, best_column, better, evaluated, put
 from torchdnr.attacks.problem import problem
-from torchdnr.attacks.projections import Region, per_row, project
-from torchdnr.attacks.target import Target, slope_at
+from torchdnr.attacks.projections import Region, per_row
+from torchdnr.attacks.target import Points, Target, best_trials, better, put, slope_at
 
 _PATIENCE = 3  # consecutive small changes that end a descent
-
 
 STEP_SIZES = {1: 1.0, 2: 0.1, math.inf: 0.005}
 """Smallest step tried at first, by norm, for images in [0, 1]."""
@@ -78,9 +76,9 @@ def line_search_pgd(
     sizes and second start as in the authors' library ``secml``.
     """
     options = resolve(line_search_pgd, shared)
-    for name, value in (("steps", steps), ("doublings", doublings), ("halvings", halvings)):
-        check_count(name, value, 0)
-    check_step_size(step_size)
+    check_steps(steps, step_size, smallest=0)
+    check_count("doublings", doublings, 0)
+    check_count("halvings", halvings, 0)
     if not tol >= 0:
         raise ValueError(f"tol must be >= 0, got {tol}")
     with problem(model, inputs, labels, eps, options, find_objective(objective)) as attacked:
@@ -95,15 +93,7 @@ def line_search_pgd(
 def _descend(run: Run, *, first: Tensor, shorter: Tensor, steps: int, tol: float) -> Points:
     """Descend from the first points and return the best point evaluated, row by row.
 
-    Args:
-        run: What is attacked, and from where.
-        first: Step sizes that are tried together.
-        shorter: Step sizes that are tried where none of those improves.
-        steps: Largest number of steps.
-        tol: Change that counts as small, relative to the descent below the reference.
-
-    Returns:
-        Best points, in the order of ``better``.
+    The steps ``first`` are tried together, the ``shorter`` ones where none of those improves.
     """
     target, labels = run.target, run.labels
     current, best = run.first.clone(), run.first.clone()
@@ -115,11 +105,12 @@ def _descend(run: Run, *, first: Tensor, shorter: Tensor, steps: int, tol: float
         here, row_labels, region = current.rows(running), labels[running], run.region.rows(running)
         direction = slope_at(target, here.inputs, row_labels).direction
         direction = steepest(direction, here.inputs, region.norm, region.bounds)
-        line = _Line(target, region, row_labels, here.inputs, direction)
-        lowest, reached = line.try_steps(first)
+        where = row_labels, direction, here.inputs
+        lowest, reached = _try_steps(target, region, *where, first)
         stuck = (~(lowest.values < here.values)).nonzero()[:, 0]  # waits for the device
         if len(stuck) and len(shorter):
-            low, good = line.rows(stuck).try_steps(shorter)
+            where = row_labels[stuck], direction[stuck], here.inputs[stuck]
+            low, good = _try_steps(target, region.rows(stuck), *where, shorter)
             put(lowest, stuck, low, low.values < lowest.values[stuck])
             put(reached, stuck, good, better(good, reached.rows(stuck)))
         put(best, running, reached, better(reached, best.rows(running)))
@@ -136,45 +127,15 @@ def _descend(run: Run, *, first: Tensor, shorter: Tensor, steps: int, tol: float
     return best
 
 
-class _Line(NamedTuple):
-    """Where each row stands, and the direction along which steps are tried."""
+def _try_steps(
+    target: Target, region: Region, labels: Tensor, direction: Tensor, here: Tensor, sizes: Tensor
+) -> tuple[Points, Points]:
+    """Try steps of all sizes from each row; return the lowest and the best point of each."""
 
-    target: Target
-    region: Region
-    labels: Tensor
-    inputs: Tensor
-    direction: Tensor
+    def trials(rows: Tensor) -> Tensor:
+        steps = per_row(sizes.repeat(len(rows)), here)
+        rows = rows.repeat_interleave(len(sizes))
+        return here[rows] + steps * direction[rows]
 
-    def rows(self, rows: Tensor) -> "_Line":
-        """Return some rows."""
-        region, labels = self.region.rows(rows), self.labels[rows]
-        return _Line(self.target, region, labels, self.inputs[rows], self.direction[rows])
-
-    def try_steps(self, sizes: Tensor) -> tuple[Points, Points]:
-        """Evaluate all steps of all rows, in batches.
-
-        Returns:
-            Per row the point of the lowest objective, and the best in the order of ``better``.
-        """
-        at_once = max(1, self.target.batch_size // len(sizes))
-        if len(self.inputs) <= at_once:
-            return self._try_batch(sizes)
-        parts = torch.arange(len(self.inputs), device=self.inputs.device).split(at_once)
-        lowest, best = zip(*(self.rows(part)._try_batch(sizes) for part in parts), strict=True)
-        return (
-            Points(*map(torch.cat, zip(*lowest, strict=True))),
-            Points(*map(torch.cat, zip(*best, strict=True))),
-        )
-
-    def _try_batch(self, sizes: Tensor) -> tuple[Points, Points]:
-        n, count = len(self.inputs), len(sizes)
-        rows = torch.arange(n, device=self.inputs.device).repeat_interleave(count)
-        steps = per_row(sizes.repeat(n), self.inputs) * self.direction[rows]
-        trials = project(self.inputs[rows] + steps, *self.region.rows(rows))
-        tried = evaluated(self.target, trials, self.labels[rows])
-        values, evading = tried.values.view(-1, count), tried.evading.view(-1, count)
-        offset = torch.arange(n, device=self.inputs.device) * count
-        return (
-            tried.rows(offset + values.argmin(dim=1)),
-            tried.rows(offset + best_column(values, evading)),
-        )
+    every = torch.ones((len(here), len(sizes)), dtype=torch.bool, device=here.device)
+    return best_trials(target, region, labels, trials, every)

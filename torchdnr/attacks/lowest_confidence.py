@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from torchdnr.attacks.checks import check_count, check_step_size
+from torchdnr.attacks.checks import check_steps
 from torchdnr.attacks.directions import cosine, unit
 from torchdnr.attacks.options import SharedOptions, resolve
 from torchdnr.attacks.problem import problem
 from torchdnr.attacks.projections import Region, per_row, project, random_points
-from torchdnr.attacks.target import evaluate, slope_at
+from torchdnr.attacks.target import choose, evaluate, slope_at
 
 _FIRST = 0.5  # first step relative to eps, by default
 _STEP_FADE = 0.01  # last step relative to the first
@@ -77,8 +77,7 @@ def lowest_confidence(
     ICML 2023, there on the softmax; here on the scores that decide about rejection.
     """
     options = resolve(lowest_confidence, shared, restarts=restarts, start=start)
-    check_count("steps", steps, 0)
-    check_step_size(step_size)
+    check_steps(steps, step_size, smallest=0)
     if not 0 <= momentum < 1:
         raise ValueError(f"momentum must be in [0, 1), got {momentum}")
     if torch.as_tensor(eps).isinf().any():
@@ -96,25 +95,25 @@ def lowest_confidence(
     ):
         target, region, _, _ = attacked
         first = _FIRST * region.eps if step_size is None else torch.full_like(region.eps, step_size)
-        best, lowest = inputs.clone(), evaluate(target, inputs, labels)[0]
+        best = evaluate(target, inputs, labels).clone()
         for restart in range(1 + restarts):
             points = inputs if start is None else start
             if restart:
-                points = inputs + per_row(region.eps, inputs) * _draw(
-                    inputs, region.norm, generator
-                )
+                draw = _draw(inputs, region.norm, generator)
+                points = inputs + per_row(region.eps, inputs) * draw
             points = project(points, *region)
             velocity = torch.zeros_like(points)
             for step in range(steps):
                 slope = slope_at(target, points, labels)
-                best, lowest = _keep(best, lowest, points, slope.values)
+                best = choose(slope.values < best.values, slope.points, best)
                 velocity = momentum * velocity + slope.direction
                 direction = velocity.sign() if region.norm == math.inf else unit(velocity)[0]
                 size = cosine(step, steps, 1.0, _STEP_FADE) * first
                 points = project(points + per_row(size, points) * direction, *region)
                 bar.update()
-            best, lowest = _keep(best, lowest, points, evaluate(target, points, labels)[0])
-    return best
+            last = evaluate(target, points, labels)
+            best = choose(last.values < best.values, last, best)
+    return best.inputs
 
 
 def _draw(inputs: Tensor, norm: float, generator: torch.Generator) -> Tensor:
@@ -122,9 +121,3 @@ def _draw(inputs: Tensor, norm: float, generator: torch.Generator) -> Tensor:
     center = torch.zeros((1, *inputs.shape[1:]), dtype=torch.float64)
     ball = Region(center, torch.ones(1, dtype=torch.float64), norm, (-1.0, 1.0))
     return random_points(ball, generator).to(inputs)
-
-
-def _keep(best: Tensor, lowest: Tensor, points: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    """Keep per row the point of lower value."""
-    lower = values < lowest
-    return torch.where(per_row(lower, best), points, best), torch.where(lower, values, lowest)

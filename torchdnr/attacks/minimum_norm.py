@@ -25,7 +25,7 @@ from torchdnr.attacks.starts import (
     lengths,
     make_pool,
 )
-from torchdnr.attacks.target import Target, evaluate
+from torchdnr.attacks.target import Target, evaluate, unsolved
 
 _SLACK = 512  # roundings of the spread of the scores by which an evading point must evade
 _FLOOR = 4  # roundings of the largest score, the least difference that counts
@@ -49,29 +49,17 @@ def safe_decision_objective(
 
 
 class NearRun(NamedTuple):
-    """What a descent is given: the inputs of a batch, and points to start from.
+    """What a descent is given: the inputs of a batch, and points to start from."""
 
-    Attributes:
-        target: Model, with an objective that is negative iff a point evades.
-        center: Attacked inputs, ``(n, ...)``.
-        labels: True classes, or targets, ``(n,)``.
-        owner: Input that each start belongs to, ``(r,)``.
-        first: Where to start, ``(r, ...)``.
-        starts: Largest number of starts of one input.
-        norm: Norm of the perturbation.
-        bounds: Smallest and largest value of an input.
-        bar: Progress; ``update`` it once per step.
-    """
-
-    target: Target
-    center: Tensor
-    labels: Tensor
-    owner: Tensor
-    first: Tensor
-    starts: int
+    target: Target  # with an objective that is negative iff a point evades
+    center: Tensor  # attacked inputs, (n, ...)
+    labels: Tensor  # true classes, or targets, (n,)
+    owner: Tensor  # the input that each start belongs to, (r,)
+    first: Tensor  # where to start, (r, ...)
+    starts: int  # of one input, at the most
     norm: float
     bounds: tuple[float, float]
-    bar: tqdm
+    bar: tqdm  # to be updated once per step
 
 
 class Nearest(NamedTuple):
@@ -85,31 +73,18 @@ class Nearest(NamedTuple):
 def nearest_evading(
     problem: Problem,
     descend: Callable[[NearRun], Nearest],
-    *,
     neighbours: int,
     starts: int,
+    *,
     steps: int,
     name: str,
-    from_inputs: bool,
+    from_inputs: bool = True,
 ) -> Tensor:
     """Run a descent from every start, batch by batch, and return the nearest evading points.
 
-    Args:
-        problem: What is attacked, with ``safe_decision_objective``; points farther than its eps are
-            projected on it in the end.
-        descend: The attack.
-        neighbours: Pool samples tried per input.
-        starts: Starts per input near them, at the most.
-        steps: Steps of the attack, for the progress bar.
-        name: Its name, for the progress bar.
-        from_inputs: Whether it can start at the inputs too, which do not evade.
-
-    Returns:
-        Points, like the inputs. An input that evades, or for which there is no evading point, is
-        returned as it is; a warning counts the latter.
-
-    Raises:
-        ValueError: If ``neighbours`` or ``starts`` is below 1.
+    ``from_inputs`` says whether the attack can start at the inputs too, which do not evade. Points
+    farther than the eps of the problem are projected on it in the end. An input that evades, or for
+    which there is no evading point, is returned as it is; a warning counts the latter.
     """
     check_count("neighbours", neighbours, 1)
     check_count("starts", starts, 1)
@@ -118,8 +93,8 @@ def nearest_evading(
     generator = torch.Generator(device=inputs.device).manual_seed(options.seed)
     pool = make_pool(target, options.init_inputs, options.init_labels)
     nearest, without = inputs.clone(), torch.zeros_like(labels[0])
-    unsolved = (~evaluate(target, inputs, labels)[1]).nonzero()[:, 0]
-    for rows in unsolved.split(options.batch_size) if len(unsolved) else ():
+    left = unsolved(evaluate(target, inputs, labels))
+    for rows in left.split(options.batch_size) if len(left) else ():
         center, classes = inputs[rows], labels[rows]
         norms = torch.full_like(center.flatten(1)[:, 0], torch.inf)
         best = center.clone()
@@ -181,7 +156,7 @@ class Kept(NamedTuple):
         center, labels = run.center[run.owner], run.labels[run.owner]
 
         def evading(points: Tensor) -> Tensor:
-            return evaluate(run.target, points, labels)[0] < 0
+            return evaluate(run.target, points, labels).values < 0
 
         kept = self.update(last, lengths(last, center, run.norm), evading(last))
         # Where nothing evades there is nothing to move: the far end is where it stays.

@@ -11,9 +11,9 @@ from torchdnr.attacks.checks import check_count
 from torchdnr.attacks.fixed_eps import Run, best_within
 from torchdnr.attacks.objectives import find_objective
 from torchdnr.attacks.options import FixedEpsOptions, resolve
-from torchdnr.attacks.points import Points, evaluated, keep_better
 from torchdnr.attacks.problem import problem
-from torchdnr.attacks.projections import Region, per_row, project, random_points
+from torchdnr.attacks.projections import Region, per_row, project, random_options, random_points
+from torchdnr.attacks.target import Points, evaluate, keep_better
 
 
 def noise(
@@ -56,7 +56,7 @@ def noise(
         best = run.first
         for draw in range(draws):
             points = _DRAWS[draw % len(_DRAWS)](run.region, run.generator)
-            best = keep_better(best, evaluated(run.target, points, run.labels))
+            best = keep_better(best, evaluate(run.target, points, run.labels))
             run.bar.update()
         return best
 
@@ -82,7 +82,7 @@ def _at_surface(region: Region, generator: torch.Generator) -> Tensor:
 def _at_any_distance(region: Region, generator: torch.Generator) -> Tensor:
     """Draw a point at the surface and scale its distance from the centre by a uniform factor."""
     points, center = _at_surface(region, generator), region.center
-    factor = torch.rand(len(center), generator=generator, dtype=center.dtype, device=center.device)
+    factor = torch.rand(len(center), **random_options(generator, center))
     return project(center + per_row(factor, center) * (points - center), *region)
 
 

@@ -127,11 +127,7 @@ NEGATIVE_IF_SUCCESSFUL = frozenset([decision_objective])
 
 
 def find_objective(name: str) -> ObjectiveFunction:
-    """Look up an objective by name.
-
-    Raises:
-        ValueError: If there is no objective of that name.
-    """
+    """Look up an objective by name; ValueError if there is none of that name."""
     if name not in OBJECTIVES:
         raise ValueError(f"no objective {name!r}; choose from: {', '.join(OBJECTIVES)}")
     return OBJECTIVES[name]

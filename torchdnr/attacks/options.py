@@ -105,18 +105,10 @@ def resolve(
     given: Mapping[str, Any],
     **named: Any,  # noqa: ANN401 - shared options that the attack names in its signature
 ) -> Options:
-    """Add the defaults to the shared options that an attack was given.
+    """Add the defaults to the shared options that an attack was given, and refuse unknown names.
 
-    Args:
-        attack: The attack, for its name and its options.
-        given: What its caller passed as ``**shared``.
-        **named: Shared options that have a place of their own in the signature of the attack.
-
-    Returns:
-        All shared options.
-
-    Raises:
-        TypeError: If the attack has no option of such a name; the message lists close ones.
+    ``named`` are shared options that have a place of their own in the signature of the attack. A
+    wrong name is a TypeError that lists close ones.
     """
     known = options_of(attack)
     for name in given:

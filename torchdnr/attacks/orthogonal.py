@@ -7,15 +7,14 @@ from typing import NamedTuple, Unpack
 import torch
 from torch import Tensor
 
-from torchdnr.attacks.checks import check_count, check_step_size
+from torchdnr.attacks.checks import check_steps
 from torchdnr.attacks.directions import steepest, step_sizes, unit
 from torchdnr.attacks.fixed_eps import Run, best_within
 from torchdnr.attacks.objectives import decision_objective, paper_objective
 from torchdnr.attacks.options import FixedEpsOptions, resolve
-from torchdnr.attacks.points import Points, evaluated, keep_better
 from torchdnr.attacks.problem import problem
 from torchdnr.attacks.projections import per_row, project
-from torchdnr.attacks.target import Target, input_gradient
+from torchdnr.attacks.target import Points, Target, evaluate, input_gradient, keep_better
 from torchdnr.decisions import split_scores, succeeds, true_and_best_other
 
 PROJECTED = ("none", "class", "rejection", "both")
@@ -81,8 +80,7 @@ def orthogonal_pgd(
     projected gradient descent", ICLR 2022.
     """
     options = resolve(orthogonal_pgd, shared)
-    check_count("steps", steps, 1)
-    check_step_size(step_size)
+    check_steps(steps, step_size)
     if projected not in PROJECTED:
         raise ValueError(f"projected must be one of {PROJECTED}, got {projected!r}")
     if not 0 <= margin < 1:
@@ -125,7 +123,7 @@ def _descend(
         direction = steepest(direction, points, norm, bounds)
         points = project(points + sizes * direction, center, eps, norm, bounds)
         run.bar.update()
-    return keep_better(best, evaluated(run.target, points, run.labels))
+    return keep_better(best, evaluate(run.target, points, run.labels))
 
 
 class _Slopes(NamedTuple):
@@ -138,6 +136,7 @@ class _Slopes(NamedTuple):
     crossed: Tensor  # whether the class margin is overcome by enough
 
 
+@torch.no_grad()
 def _slopes_at(target: Target, points: Tensor, labels: Tensor, margin: float) -> _Slopes:
     """Evaluate both margins and their gradients from one forward, in chunks."""
     parts: list[tuple[Tensor, ...]] = []
@@ -154,8 +153,7 @@ def _slopes_at(target: Target, points: Tensor, labels: Tensor, margin: float) ->
                 true, other = true_and_best_other(scores, classes)
                 by_rejection = threshold - (true if target.targeted else other)
                 down_rejection = unit(-input_gradient(by_rejection, chunk))[0]
-        output, scores, by_class = output.detach(), scores.detach(), by_class.detach()
-        values = decision_objective(*split_scores(output, target.reject), classes, target.targeted)
+        values = decision_objective(scores, threshold, classes, target.targeted)
         values = torch.where(values.isnan(), torch.inf, values)
         evading = succeeds(output, classes, target.reject, target.targeted)
         spread = scores.amax(dim=1) - scores.amin(dim=1)

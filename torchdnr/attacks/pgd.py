@@ -7,15 +7,14 @@ from typing import Unpack
 import torch
 from torch import Tensor
 
-from torchdnr.attacks.checks import check_count, check_step_size
+from torchdnr.attacks.checks import check_steps
 from torchdnr.attacks.directions import steepest, step_sizes
 from torchdnr.attacks.fixed_eps import Run, best_within
 from torchdnr.attacks.objectives import find_objective
 from torchdnr.attacks.options import FixedEpsOptions, resolve
-from torchdnr.attacks.points import Points, evaluated, keep_better, put, unsolved
 from torchdnr.attacks.problem import problem
 from torchdnr.attacks.projections import per_row, project
-from torchdnr.attacks.target import slope_at
+from torchdnr.attacks.target import Points, evaluate, keep_better, put, slope_at, unsolved
 
 CHECK_EVERY = 5
 """Steps between which ``until_evasion`` keeps the rows that evade: dropping them waits."""
@@ -65,8 +64,7 @@ def pgd(
     2018.
     """
     options = resolve(pgd, shared)
-    check_count("steps", steps, 1)
-    check_step_size(step_size)
+    check_steps(steps, step_size)
     descend = partial(
         descend_steadily, steps=steps, step_size=step_size, until_evasion=until_evasion
     )
@@ -77,17 +75,7 @@ def pgd(
 def descend_steadily(
     run: Run, *, steps: int, step_size: float | None, until_evasion: bool = False
 ) -> Points:
-    """Take steps of constant length and return the best point evaluated, row by row.
-
-    Args:
-        run: What is attacked, and from where.
-        steps: Number of steps.
-        step_size: Length of a step; None: as ``directions.step_sizes`` chooses it.
-        until_evasion: Whether rows that evade leave the batch.
-
-    Returns:
-        Best points, in the order of ``better``.
-    """
+    """Take steps of constant length and return the best point evaluated, row by row."""
     target, region, labels = run.target, run.region, run.labels
     best, points = run.first, run.first.inputs
     sizes = per_row(step_sizes(step_size, steps, region.eps, region.bounds), points)
@@ -95,7 +83,7 @@ def descend_steadily(
     rows = torch.arange(len(labels), device=labels.device)
     for step in range(steps):
         slope = slope_at(target, points, labels)
-        best = keep_better(best, Points(points, slope.values, slope.evading))
+        best = keep_better(best, slope.points)
         direction = steepest(slope.direction, points, region.norm, region.bounds)
         points = project(torch.addcmul(points, sizes, direction), *region)
         run.bar.update()
@@ -106,7 +94,7 @@ def descend_steadily(
                 return done
             rows, labels, points, sizes = rows[left], labels[left], points[left], sizes[left]
             best, region = best.rows(left), region.rows(left)
-    best = keep_better(best, evaluated(target, points, labels))
+    best = keep_better(best, evaluate(target, points, labels))
     if not until_evasion:
         return best
     put(done, rows, best, torch.ones_like(best.evading))

@@ -224,23 +224,16 @@ def _radii(eps: float | Tensor, points: Tensor) -> Tensor:
 _PROJECTIONS = {1: project_l1, 2: project_l2, math.inf: project_linf}
 
 
+def random_options(generator: torch.Generator, like: Tensor) -> dict[str, Any]:
+    """Return the options with which torch draws numbers of the dtype and device of a tensor."""
+    return {"generator": generator, "dtype": like.dtype, "device": like.device}
+
+
 def random_points(region: Region, generator: torch.Generator) -> Tensor:
-    """Draw a point of each ball, uniformly, and project it on the box.
-
-    Args:
-        region: Ball and box of each row; a radius of infinity draws from the box.
-        generator: On the device of the region.
-
-    Returns:
-        Points, ``(n, ...)``.
-    """
+    """Draw a point of each ball, or of the box if it is infinite, and project it on the box."""
     center, eps, norm, bounds = region
     flat = center.flatten(1)
-    options: dict[str, Any] = {
-        "generator": generator,
-        "dtype": flat.dtype,
-        "device": flat.device,
-    }
+    options = random_options(generator, flat)
     boxed = bounds[0] + (bounds[1] - bounds[0]) * torch.rand(flat.shape, **options)
     if norm == math.inf:
         move = 2 * torch.rand(flat.shape, **options) - 1

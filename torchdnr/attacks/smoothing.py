@@ -11,13 +11,13 @@ from typing import Unpack
 import torch
 from torch import Tensor
 
-from torchdnr.attacks.checks import check_count, check_step_size
+from torchdnr.attacks.checks import check_count, check_steps
 from torchdnr.attacks.fixed_eps import Run, best_within
 from torchdnr.attacks.objectives import find_objective, paper_objective
 from torchdnr.attacks.options import FixedEpsOptions, resolve
 from torchdnr.attacks.pgd import descend_steadily
-from torchdnr.attacks.points import Points, evaluated, keep_better
 from torchdnr.attacks.problem import problem
+from torchdnr.attacks.target import Points, evaluate, keep_better
 from torchdnr.decisions import evaluation_mode
 
 FACTORS = tuple(4.0**-k for k in (6, 5, 4, 3, 2, 1, 0))
@@ -75,8 +75,7 @@ def smoothed_pgd(
     Source: graduated optimisation: Blake and Zisserman, "Visual reconstruction", MIT Press 1987.
     """
     options = resolve(smoothed_pgd, shared)
-    check_count("steps", steps, 1)
-    check_step_size(step_size)
+    check_steps(steps, step_size)
     check_count("factors", len(factors), 1)
     if not all(0 < factor < torch.inf for factor in factors):
         raise ValueError(f"factors must be > 0 and finite, got {tuple(factors)}")
@@ -113,8 +112,8 @@ def _descend_on(run: Run, *, views: Sequence[View], steps: int, step_size: float
             target = run.target
             if view is not target.model:
                 target = target._replace(model=view, objective=paper_objective)
-            first = evaluated(target, points.inputs, run.labels)
+            first = evaluate(target, points.inputs, run.labels)
             stage = run._replace(target=target, first=first)
             points = descend_steadily(stage, steps=steps, step_size=step_size)
-        best = keep_better(best, evaluated(run.target, points.inputs, run.labels))
+        best = keep_better(best, evaluate(run.target, points.inputs, run.labels))
     return best

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Unpack
+from typing import Unpack
 
 import torch
 from torch import Tensor
@@ -12,9 +12,9 @@ from torchdnr.attacks.checks import check_count
 from torchdnr.attacks.fixed_eps import Run, best_within
 from torchdnr.attacks.objectives import find_objective
 from torchdnr.attacks.options import FixedEpsOptions, resolve
-from torchdnr.attacks.points import Points, better, evaluated, keep_better, put, unsolved
 from torchdnr.attacks.problem import problem
-from torchdnr.attacks.projections import Region, per_row, project
+from torchdnr.attacks.projections import Region, per_row, project, random_options
+from torchdnr.attacks.target import Points, better, evaluate, keep_better, put, unsolved
 
 # Queries, of 10,000, after which the windows cover half as much.
 _HALVED_AFTER = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
@@ -113,7 +113,7 @@ def _search(run: Run, *, queries: int, coverage: float, pull: float) -> Points:
                     points, local = _some_local(
                         points, current.inputs, length, region, run.generator
                     )
-            trial = evaluated(run.target, project(points, *region), labels)
+            trial = evaluate(run.target, project(points, *region), labels)
             if local is not None:
                 length = _next_length(length, local, better(trial, current), region.eps)
             current = keep_better(current, trial)
@@ -127,11 +127,7 @@ def _some_local(
     trial: Tensor, points: Tensor, length: Tensor, region: Region, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
     """Replace a share of the trials, ``(n, d)``, by steps from the points; mark those, ``(n,)``."""
-    options: dict[str, Any] = {
-        "generator": generator,
-        "dtype": points.dtype,
-        "device": points.device,
-    }
+    options = random_options(generator, points)
     local = torch.rand(len(points), **options) < _LOCAL
     if region.norm == 1:
         step = _towards_corner(points, region, generator)
@@ -150,12 +146,11 @@ def _next_length(length: Tensor, local: Tensor, success: Tensor, eps: Tensor) ->
 
 def _towards_corner(points: Tensor, region: Region, generator: torch.Generator) -> Tensor:
     """Step some way towards a random corner of each l1 ball: there its best points are."""
-    options: dict[str, Any] = {"generator": generator, "device": points.device}
     n, d = points.shape
-    corner = torch.randint(2 * d, (n, 1), **options)
+    corner = torch.randint(2 * d, (n, 1), generator=generator, device=points.device)
     size = region.eps[:, None] * (1 - 2 * (corner % 2))
     corner = region.center.scatter_add(1, corner // 2, size.to(points.dtype))
-    share = torch.rand((n, 1), dtype=points.dtype, **options) ** 3  # mostly short
+    share = torch.rand((n, 1), **random_options(generator, points)) ** 3  # mostly short
     return share * (corner - points)
 
 
@@ -170,11 +165,7 @@ def _pulled(points: Tensor, region: Region, share: float, generator: torch.Gener
     """Move a share of the points towards the centre, each by a random factor."""
     if share == 0:
         return points
-    options: dict[str, Any] = {
-        "generator": generator,
-        "dtype": points.dtype,
-        "device": points.device,
-    }
+    options = random_options(generator, points)
     chosen, factor = torch.rand((2, len(points)), **options)
     factor = per_row(torch.where(chosen < share, factor, 1), points)
     return region.center + factor * (points - region.center)
@@ -183,36 +174,23 @@ def _pulled(points: Tensor, region: Region, share: float, generator: torch.Gener
 def first_pattern(region: Region, generator: torch.Generator) -> Tensor:
     """Draw a point at the surface of each ball: vertical stripes, or for l2 and l1 a grid of tiles.
 
-    Args:
-        region: Ball and box of each row, with finite radii.
-        generator: On the device of the region.
-
-    Returns:
-        Points, ``(n, ...)``, not projected on the box.
+    The radii are finite; the points are not projected on the box.
     """
     images, _ = _as_images(region.center, region)
     n, c, _, width = images.shape
     if region.norm == math.inf:
         move = _signs((n, c, 1, width), images, generator).expand_as(images)
     else:
-        move = _tiles(images, region.norm, generator)
-        move = move / _length(move, region.norm, (1, 2, 3))
+        move = _scaled(_tiles(images, generator), region.norm, (1, 2, 3))
     return region.center + per_row(region.eps, region.center) * move.reshape(region.center.shape)
 
 
 def changed_window(
     points: Tensor, region: Region, share: float, generator: torch.Generator
 ) -> Tensor:
-    """Change each point in a random window.
+    """Change each point in a random window that covers a share of each channel.
 
-    Args:
-        points: Within the balls, ``(n, ...)``.
-        region: Ball and box of each row, with finite radii.
-        share: Share of a channel that the window covers, in (0, 1].
-        generator: On the device of the region.
-
-    Returns:
-        Points, ``(n, ...)``, within the balls; not projected on the box.
+    The radii are finite; the points stay within the balls and are not projected on the box.
     """
     images, center = _as_images(points, region)
     n, c, height, width = images.shape
@@ -277,12 +255,9 @@ def _moved_mass(
     emptied = _window(move, sides, generator)[0] | window
     variant = torch.randint(2, (n, 1, 1), generator=generator, device=move.device)
     pattern = _patterns(*sides, like=move)[variant, i[:, :, None], j[:, None, :]][:, None]
-    pattern = torch.where(window, pattern, 0)
-    pattern = pattern / _length(pattern, norm, (2, 3))
-    there = torch.where(window, move, 0)
-    there = there / _length(there, norm, (2, 3))
-    fresh = _signs((n, c, 1, 1), move, generator) * pattern + there
-    fresh = fresh / _length(fresh, norm, (2, 3))
+    pattern = _scaled(torch.where(window, pattern, 0), norm, (2, 3))
+    there = _scaled(torch.where(window, move, 0), norm, (2, 3))
+    fresh = _scaled(_signs((n, c, 1, 1), move, generator) * pattern + there, norm, (2, 3))
     powers = move.abs() ** norm
     unused = (eps**norm - powers.sum(dim=(1, 2, 3), keepdim=True)).clamp_min(0)
     removed = torch.where(emptied, powers, 0).sum(dim=(2, 3), keepdim=True)
@@ -290,7 +265,7 @@ def _moved_mass(
     return torch.where(emptied, 0, move) + available * fresh
 
 
-def _tiles(images: Tensor, norm: float, generator: torch.Generator) -> Tensor:
+def _tiles(images: Tensor, generator: torch.Generator) -> Tensor:
     """Cover images with a grid of patterns, each with its random sign in each channel."""
     inside, tile, coordinates, sides = [], [], [], []
     for length in images.shape[-2:]:
@@ -331,7 +306,7 @@ def _signs(shape: tuple[int, ...], like: Tensor, generator: torch.Generator) -> 
     return (2 * signs - 1).to(like.dtype)
 
 
-def _length(values: Tensor, norm: float, dims: tuple[int, ...]) -> Tensor:
-    """Return norms over some dimensions, 1 where they are 0."""
+def _scaled(values: Tensor, norm: float, dims: tuple[int, ...]) -> Tensor:
+    """Scale values to norm 1 over some dimensions; zeros stay zeros."""
     length = torch.linalg.vector_norm(values, norm, dim=dims, keepdim=True)
-    return torch.where(length > 0, length, 1)
+    return values / torch.where(length > 0, length, 1)

@@ -55,16 +55,9 @@ def nearest_other_class(
     Half of them are the nearest samples of the nearest classes, one per class, and the rest the
     nearest of all others: the nearest sample need not be of the class that is easiest to reach.
 
-    Args:
-        inputs: Attacked inputs, ``(n, ...)``.
-        labels: Their true classes, or targets, ``(n,)``.
-        pool: Samples, ``(m, ...)``.
-        classes: Class assigned to each of them, -1 for none, ``(m,)``.
-        neighbours: Samples wanted per input, k; at most m are returned.
-        targeted: Whether ``labels`` are targets.
-
     Returns:
-        Indices into the pool ``(n, k)``, and whether there is such a sample, bool ``(n, k)``.
+        Indices into the pool ``(n, k)``, k at most ``neighbours``, and which of them are such
+        samples, bool ``(n, k)``.
     """
     points, samples = inputs.flatten(1), pool.flatten(1)
     present = classes[classes != REJECT].unique()
@@ -92,17 +85,7 @@ def nearest_other_class(
 
 
 def bisect(evading: Callable[[Tensor], Tensor], near: Tensor, far: Tensor, halvings: int) -> Tensor:
-    """Move each far point towards its near point while it evades.
-
-    Args:
-        evading: Maps n points to whether each evades, bool ``(n,)``.
-        near: Ends that do not evade, ``(n, ...)``.
-        far: Ends that evade, ``(n, ...)``.
-        halvings: Evaluations of each row.
-
-    Returns:
-        Evading points on the segments, ``(n, ...)``.
-    """
+    """Move each far point, which evades, towards its near point for as long as it evades."""
     low = far.new_zeros(len(far))
     high = far.new_ones(len(far))
     for _ in range(halvings):
@@ -132,16 +115,11 @@ def evading_starts(
 ) -> tuple[Tensor, Tensor]:
     """Find evading points near each input: the nearest of each class, then the nearest of all.
 
-    Args:
-        target: Model, with an objective that is negative iff a point evades.
-        region: Attacked inputs, the norm in which points are near, and the box.
-        labels: True classes, or targets, ``(n,)``.
-        pool: Samples and their classes.
-        neighbours: Pool samples tried per input.
-        starts: Points wanted per input, at the most.
+    Tries ``neighbours`` pool samples per input, whose norm and box are those of ``region``.
 
     Returns:
-        The input that each of them belongs to ``(r,)``, and the points ``(r, ...)``.
+        The input that each point belongs to ``(r,)``, and the points ``(r, ...)``, at most
+        ``starts`` per input.
     """
     center, _, norm, bounds = region
     nearest, usable = nearest_other_class(center, labels, *pool, neighbours, target.targeted)
@@ -149,7 +127,7 @@ def evading_starts(
     sample = nearest[owner, column]
 
     def evading(points: Tensor) -> Tensor:
-        return evaluate(target, points, labels[owner])[0] < 0
+        return evaluate(target, points, labels[owner]).values < 0
 
     good = evading(pool.samples[sample])
     owner, sample = owner[good], sample[good]

@@ -1,73 +1,135 @@
-"""The model under attack with its objective: values and directions of descent at points."""
+"""The model under attack: objective, success and slope at points, and which points are better."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from torchdnr.attacks.directions import unit
 from torchdnr.attacks.objectives import NEGATIVE_IF_SUCCESSFUL, ObjectiveFunction
+from torchdnr.attacks.projections import Region, per_row, project
 from torchdnr.decisions import split_scores, succeeds
+
+Fields = TypeVar("Fields", "Points", "Slope")
 
 
 class Target(NamedTuple):
-    """A model with the objective to minimise on it.
+    """A model with the objective to minimise on it."""
 
-    Attributes:
-        model: Maps inputs ``(n, ...)`` to ``(n, c)``, or ``(n, c + 1)`` with theta last.
-        objective: Maps scores, threshold and labels to ``(n,)``.
-        reject: Whether the model returns theta.
-        batch_size: Rows in one forward.
-        targeted: Whether the classes given with the points are targets, not the true ones.
-    """
-
-    model: Callable[[Tensor], Tensor]
+    model: Callable[[Tensor], Tensor]  # from (n, ...) to (n, c), or (n, c + 1) with theta last
     objective: ObjectiveFunction
-    reject: bool
+    reject: bool  # whether the model returns theta
     batch_size: int
-    targeted: bool = False
+    targeted: bool = False  # whether the classes given with points are targets, not the true ones
+
+
+class Points(NamedTuple):
+    """Points with their objective and success, one per row."""
+
+    inputs: Tensor
+    values: Tensor  # infinite where the objective is NaN
+    evading: Tensor  # accepted and wrong, or accepted as the target
+
+    def rows(self, rows: Tensor) -> "Points":
+        """Return some rows."""
+        return Points(*(field[rows] for field in self))
+
+    def clone(self) -> "Points":
+        """Return a copy that ``put`` can write into."""
+        return Points(*(field.clone() for field in self))
 
 
 @torch.no_grad()
-def evaluate(target: Target, points: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Evaluate the objective, without gradient and in chunks.
-
-    Args:
-        target: Model and objective.
-        points: ``(n, ...)``.
-        labels: True classes, or targets, ``(n,)``.
-
-    Returns:
-        Objective ``(n,)``, infinite where it is NaN, and which points succeed, bool ``(n,)``.
-
-    Raises:
-        ValueError: If the output is not ``(n, c)``, or ``(n, c + 1)`` for a rejecting model.
-    """
+def evaluate(target: Target, points: Tensor, labels: Tensor) -> Points:
+    """Evaluate the objective without gradient, in chunks; it is infinite where it is NaN."""
     values, evading = [], []
     size = target.batch_size
     for chunk, chunk_labels in zip(points.split(size), labels.split(size), strict=True):
         output = target.model(chunk)
         values.append(_objective(target, output, chunk_labels))
         evading.append(succeeds(output, chunk_labels, target.reject, target.targeted))
-    return _worst_if_nan(torch.cat(values)), torch.cat(evading)
+    return Points(points, _worst_if_nan(torch.cat(values)), torch.cat(evading))
+
+
+def better(new: Points, old: Points) -> Tensor:
+    """Compare points: evading comes first, then the lower objective; True where ``new`` wins."""
+    lower = (new.evading == old.evading) & (new.values < old.values)
+    return (new.evading > old.evading) | lower
+
+
+def best_column(values: Tensor, evading: Tensor) -> Tensor:
+    """Find the best of k points per row, in the order of ``better``, ``(n,)`` from ``(n, k)``."""
+    ranked = torch.where(evading == evading.any(dim=1, keepdim=True), values, torch.inf)
+    return ranked.argmin(dim=1)
+
+
+def choose(where: Tensor, new: Fields, old: Fields) -> Fields:
+    """Combine points, or slopes: ``new`` where a mask ``(n,)`` is true, else ``old``."""
+    pairs = zip(new, old, strict=True)
+    return type(new)(*(torch.where(per_row(where, one), one, other) for one, other in pairs))
+
+
+def keep_better(best: Points, new: Points) -> Points:
+    """Keep the better of two points in each row, without waiting for the device."""
+    return choose(better(new, best), new, best)
+
+
+def put(points: Points, rows: Tensor, new: Points, where: Tensor) -> None:
+    """Overwrite ``points[rows]`` by ``new`` where a mask is true, in place."""
+    for field, values in zip(points, new, strict=True):  # no row twice: nothing waits
+        field[rows] = torch.where(per_row(where, field), values, field[rows])
+
+
+def unsolved(best: Points) -> Tensor:
+    """Return the rows that do not evade; waits for the device."""
+    return (~best.evading).nonzero()[:, 0]
+
+
+def best_trials(
+    target: Target,
+    region: Region,
+    labels: Tensor,
+    make: Callable[[Tensor], Tensor],
+    usable: Tensor,
+) -> tuple[Points, Points]:
+    """Project and evaluate k trials of each row, in batches; return the lowest and the best.
+
+    ``make`` maps the rows of a batch to their trials, ``(k n, ...)``, those of a row together;
+    ``usable`` says which count, bool ``(n, k)``, at least one per row. A row has the same result
+    in every batch.
+    """
+    count, parts = usable.shape[1], []
+    every = torch.arange(len(labels), device=labels.device)
+    for rows in every.split(max(1, target.batch_size // count)):
+        repeated = rows.repeat_interleave(count)
+        points = project(make(rows), *region.rows(repeated))
+        tried = evaluate(target, points, labels[repeated])
+        values = torch.where(usable[rows], tried.values.view(-1, count), torch.inf)
+        evading = tried.evading.view(-1, count) & usable[rows]
+        first = torch.arange(len(rows), device=labels.device) * count
+        columns = values.argmin(dim=1), best_column(values, evading)
+        parts.append([tried.rows(first + column) for column in columns])
+    lowest, best = zip(*parts, strict=True)
+    return (
+        Points(*map(torch.cat, zip(*lowest, strict=True))),
+        Points(*map(torch.cat, zip(*best, strict=True))),
+    )
 
 
 class Slope(NamedTuple):
-    """Objective and direction of descent at each point, from one forward and backward.
+    """Points with objective, success and direction of descent, from one forward and backward."""
 
-    Attributes:
-        direction: Of steepest descent, of unit l2 norm, ``(n, ...)``; zero where the gradient is
-            zero or NaN.
-        values: Objective, infinite where it is NaN, ``(n,)``.
-        evading: Whether the point succeeds, bool ``(n,)``.
-        length: l2 norm of the gradient, ``(n,)``.
-    """
-
-    direction: Tensor
+    inputs: Tensor
     values: Tensor
     evading: Tensor
-    length: Tensor
+    direction: Tensor  # of unit l2 norm, (n, ...); zero where the gradient is zero or NaN
+    length: Tensor  # l2 norm of the gradient, (n,)
+
+    @property
+    def points(self) -> Points:
+        """The points alone."""
+        return Points(self.inputs, self.values, self.evading)
 
 
 def slope_at(target: Target, points: Tensor, labels: Tensor) -> Slope:
@@ -75,19 +137,8 @@ def slope_at(target: Target, points: Tensor, labels: Tensor) -> Slope:
 
     The gradient of an RBF score vanishes far from the support vectors, so its direction counts and
     its length does not; very short or long ones are scaled by their largest entry before squaring.
-
-    Args:
-        target: Model and objective.
-        points: ``(n, ...)``.
-        labels: True classes, or targets, ``(n,)``.
-
-    Returns:
-        ``Slope``.
-
-    Raises:
-        ValueError: If no gradient leads from the output to the input.
     """
-    parts: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+    parts: list[tuple[Tensor, ...]] = []
     size = target.batch_size
     for chunk, chunk_labels in zip(points.split(size), labels.split(size), strict=True):
         with torch.enable_grad():
@@ -100,24 +151,18 @@ def slope_at(target: Target, points: Tensor, labels: Tensor) -> Slope:
             evading = value < 0
         else:
             evading = succeeds(output.detach(), chunk_labels, target.reject, target.targeted)
-        direction, length = unit(descent)
-        parts.append((direction, _worst_if_nan(value), evading, length))
+        parts.append((_worst_if_nan(value), evading, *unit(descent)))
     if len(parts) == 1:
-        return Slope(*parts[0])
-    return Slope(*map(torch.cat, zip(*parts, strict=True)))
+        return Slope(points, *parts[0])
+    return Slope(points, *map(torch.cat, zip(*parts, strict=True)))
 
 
 def input_gradient(value: Tensor, points: Tensor, *, retain: bool = False) -> Tensor:
-    """Differentiate a value per row by the points.
-
-    Raises:
-        ValueError: If no gradient leads from the value to the points.
-    """
+    """Differentiate a value per row by the points; ValueError if no gradient leads there."""
     gradient = None
     if value.requires_grad:
-        gradient = torch.autograd.grad(value.sum(), points, allow_unused=True, retain_graph=retain)[
-            0
-        ]
+        total = value.sum()
+        gradient = torch.autograd.grad(total, points, retain_graph=retain, allow_unused=True)[0]
     if gradient is None:
         raise ValueError(
             "model must be differentiable, got an output without gradient; remove "
@@ -126,12 +171,10 @@ def input_gradient(value: Tensor, points: Tensor, *, retain: bool = False) -> Te
     return gradient
 
 
-def check_classes(target: Target, inputs: Tensor, labels: Tensor) -> None:
-    """Refuse a model output, or labels, that do not fit; evaluates the first input.
+def check_classes(target: Target, inputs: Tensor, labels: Tensor) -> int:
+    """Refuse a model output, or labels, that do not fit: ValueError; return the number of classes.
 
-    Raises:
-        ValueError: If the output is not ``(n, c)``, or ``(n, c + 1)`` for a rejecting model, with
-            c >= 2, or a label is not below c.
+    It evaluates the first input.
     """
     with torch.no_grad():
         output = target.model(inputs[:1])
@@ -147,6 +190,7 @@ def check_classes(target: Target, inputs: Tensor, labels: Tensor) -> None:
             f"labels must be below the {classes} classes of the model, got {labels.max()}; "
             "if the last column of its output is the threshold pass reject=True, else reject=False"
         )
+    return classes
 
 
 def _objective(target: Target, output: Tensor, labels: Tensor) -> Tensor:

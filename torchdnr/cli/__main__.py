@@ -15,14 +15,7 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the subcommand that is named first.
-
-    Args:
-        argv: Arguments; None: those of the process.
-
-    Returns:
-        Exit code of the subcommand.
-    """
+    """Run the subcommand that is named first; return its exit code."""
     width = max(map(len, COMMANDS))
     parser = argparse.ArgumentParser(
         prog="torchdnr",

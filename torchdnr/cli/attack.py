@@ -45,15 +45,7 @@ def attack(options: argparse.Namespace, console: Console) -> None:
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "attack.py") -> int:
-    """Run the command line.
-
-    Args:
-        argv: Arguments; None: those of the process.
-        prog: Name of the command in the help.
-
-    Returns:
-        Exit code: 0 done, 2 error, 130 stopped by Ctrl-C.
-    """
+    """Run the command line; return 0 if done, 2 after an error, 130 if stopped by Ctrl-C."""
     options = attack_parser(prog).parse_args(argv)
     with command(options.quiet) as console:
         attack(options, console)

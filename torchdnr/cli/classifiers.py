@@ -1,9 +1,10 @@
 """From a run folder to three classifiers: the network (DNN), NR and DNR, made where missing."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import nn
 
@@ -21,17 +22,13 @@ from torchdnr.models.training import train_network
 
 BATCH_SIZE = 256
 
-Loaded = TypeVar("Loaded", bound=nn.Module)
-
 
 @dataclass(frozen=True)
 class Summary:
-    """How the classifiers do on clean images.
+    """How the classifiers do on clean images, in words and as JSON values by classifier.
 
-    Attributes:
-        text: For a reader.
-        classifiers: By name: test accuracy, and of those that reject theta, the rates that it
-            reaches and what the search chose; each rate with its 95 % interval; JSON values.
+    These are its test accuracy, and if it rejects theta, the rates that theta reaches and what the
+    search chose; each rate with its 95 % interval.
     """
 
     text: str
@@ -41,21 +38,10 @@ class Summary:
 def make_classifiers(
     job: Job, console: Console, processes: Processes = ALONE
 ) -> dict[str, nn.Module]:
-    """Load the classifiers of a run folder, and make those that it lacks.
+    """Load DNN (the network), NR and DNR of a run folder, and make those that it lacks.
 
-    Args:
-        job: The run folder and its settings.
-        console: For messages and progress bars.
-        processes: Those that fit DNR and NR together; all call this. The first one trains the
-            network and writes the files, which all can read.
-
-    Returns:
-        ``{"DNN": network, "NR": ..., "DNR": ...}``, ready for images on the job's device.
-
-    Raises:
-        CheckpointError: If a file of the folder is damaged or does not belong to the others.
-        OSError: If a file cannot be written.
-        PeerError: If another of the processes has ended.
+    All processes call this. They fit DNR and NR together; the first one trains the network and
+    writes the files, which all can read.
     """
     with processes.first_alone():  # it trains the network, which the others then load
         net = _network(job, console)
@@ -79,8 +65,8 @@ def _network(job: Job, console: Console) -> nn.Module:
     net = job.build_network()
     name, count = job.preset.name, len(job.splits.network)
     if path.exists():
-        with console.stage("network", f"from {path}"):
-            net = _load(path, lambda: load_network(net, path))
+        with _loading(console, "network", path):
+            load_network(net, path)
         return net.to(job.device).eval()
     settings = job.settings
     parts = [name]
@@ -116,8 +102,8 @@ def _rejecting(
     name = kind.__name__
     path = job.folder / f"{name.lower()}.safetensors"
     if processes.broadcast_text(str(path.exists())) == "True":  # all load it, or none does
-        with console.stage(name, f"from {path}"):
-            return _load(path, lambda: kind.load(path, net))
+        with _loading(console, name, path):
+            return kind.load(path, net)
     model = build().to(job.device)
     layers = ", ".join(model.layers)
     sizes = f"{len(job.splits.svm):,} images, theta on {len(job.splits.threshold):,} others"
@@ -129,26 +115,20 @@ def _rejecting(
     return model
 
 
-def _load(path: Path, load: Callable[[], Loaded]) -> Loaded:
-    try:
-        return load()
-    except CheckpointError as error:
-        raise CheckpointError(
-            f"cannot use {path}; delete it, and the same command makes it again. Cause: {error}"
-        ) from error
+@contextmanager
+def _loading(console: Console, name: str, path: Path) -> Iterator[None]:
+    """Announce that a classifier is loaded, and say what to do if its file is of no use."""
+    with console.stage(name, f"from {path}"):
+        try:
+            yield
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"cannot use {path}; delete it, and the same command makes it again. Cause: {error}"
+            ) from error
 
 
 def summarise(job: Job, classifiers: dict[str, nn.Module]) -> Summary:
-    """Evaluate the classifiers on clean images.
-
-    Args:
-        job: The run folder and its settings.
-        classifiers: From ``make_classifiers``.
-
-    Returns:
-        Accuracy on the whole test split, where a reject is an error, and the rejection rates that
-        theta reaches on the calibration and the test split.
-    """
+    """Evaluate the classifiers on the whole test split, where a reject is an error."""
     test, labels = job.images("test")
     calibration = job.images("threshold")[0]
     entries: dict[str, dict[str, Any]] = {}

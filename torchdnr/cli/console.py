@@ -15,29 +15,18 @@ STOPPED = 130  # the shell's code for a command stopped by Ctrl-C
 
 
 class Console:
-    """Messages about the stages of a job, on stderr, and how long each took.
-
-    Args:
-        quiet: Whether to print no messages and no progress bars.
-
-    Attributes:
-        progress: Whether messages and progress bars are shown.
-        status: Exit code of the command so far.
-        stages: Number of stages of the command.
-        seconds: Stage name to its duration.
-        process: Which of several processes this is; empty if it is the only one.
-    """
+    """Messages about the stages of a command, on stderr, and how long each took."""
 
     def __init__(self, quiet: bool = False) -> None:
-        self.progress = not quiet
-        self.status = 0
-        self.stages = 0
-        self.process = ""
-        self.seconds: dict[str, float] = {}
+        self.progress = not quiet  # whether messages and progress bars are shown
+        self.status = 0  # exit code so far
+        self.stages = 0  # how many there will be
+        self.process = ""  # which of many this is; empty if it is the only one
+        self.seconds: dict[str, float] = {}  # by stage
         self._began = time.perf_counter()
 
     def join(self, rank: int, count: int) -> None:
-        """Note the number of this process among several, of which only the first prints."""
+        """Note the number of this process among ``count``, of which only the first prints."""
         if count > 1:
             self.process = f"process {rank + 1} of {count}: "
             self.progress = self.progress and rank == 0
@@ -69,15 +58,8 @@ def command(
 ) -> Iterator[Console]:
     """Run the block as a command; print its time and memory, or its error in one line.
 
-    An error that is not meant for the user is raised: its traceback is wanted.
-
-    Args:
-        quiet: Whether to print nothing but results and errors.
-        packages: Beginnings of the names of the modules whose errors are written for users.
-        resumes: Whether a stopped command goes on where it was.
-
-    Yields:
-        The console, whose ``status`` is the exit code afterwards.
+    An error that is not meant for the user is raised: its traceback is wanted. ``packages`` are
+    those whose errors are. The console's ``status`` is the exit code afterwards.
     """
     console = Console(quiet)
     try:

@@ -33,21 +33,12 @@ SWEEP_RATES = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4)
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    """What to attack, and how.
-
-    Attributes:
-        job: The run folder and its settings.
-        settings: Of the attacks.
-        classifiers: From ``make_classifiers``.
-        clean: How they do on clean images, from ``summarise``.
-        processes: Those that share the work.
-        console: For messages and progress bars.
-    """
+    """What to attack, and how."""
 
     job: Job
     settings: AttackSettings
     classifiers: dict[str, nn.Module]
-    clean: dict[str, dict[str, Any]]
+    clean: dict[str, dict[str, Any]]  # how they do on clean images, from ``summarise``
     processes: Processes
     console: Console
 
@@ -103,9 +94,8 @@ class Evaluation:
     def examine(self, curves: Mapping[str, SecurityCurve]) -> dict[str, dict[str, Any]]:
         """Check the attacks, and measure what was asked for beside the security curves.
 
-        Returns:
-            "checks", and on request "stratified" and "sweeps": classifier name to the ``to_dict()``
-            of its ``CheckReport``, ``StratifiedCurve`` or ``ThresholdSweep``.
+        "checks", and on request "stratified" and "sweeps", lead to the ``to_dict()`` of a
+        ``CheckReport``, ``StratifiedCurve`` or ``ThresholdSweep`` by classifier.
         """
         results: dict[str, dict[str, Any]] = {"checks": {}}
         if self.settings.checks:
@@ -140,8 +130,7 @@ class Evaluation:
     def examples(self) -> tuple[Tensor, Tensor, dict[str, Tensor]] | None:
         """Attack a few images that all classifiers get right when they are clean, if any.
 
-        Returns:
-            Images, labels, and adversarial images by classifier.
+        The last of what is returned are the adversarial images by classifier.
         """
         images, labels = self.images()
         right = torch.ones_like(labels, dtype=torch.bool)
@@ -186,13 +175,7 @@ class Evaluation:
     ) -> dict[str, dict[str, Any]]:
         """Make a result of each curve, each in one process, unless a file of the folder holds it.
 
-        Args:
-            kind: What it is; beginning of the files' names.
-            curves: Classifier name to its curve.
-            make: From the name and the curve to a result, as a dictionary.
-
-        Returns:
-            The results by classifier, as JSON values.
+        ``kind`` is the beginning of the files' names.
         """
         results: dict[str, dict[str, Any]] = {}
         for number, (name, curve) in enumerate(curves.items()):

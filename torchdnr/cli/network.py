@@ -24,18 +24,11 @@ REDUCTION = re.compile(
 
 @dataclass(frozen=True)
 class Preset:
-    """A network that fits a data set, with the layers that DNR reads and how it is trained.
+    """A network that fits a data set, with the layers that DNR reads and how it is trained."""
 
-    Attributes:
-        name: Of its architecture.
-        build: Makes it, with random weights.
-        layers: Texts as for ``parse_layers``; None: to be chosen when the network is there.
-        training: How it is trained.
-    """
-
-    name: str
+    name: str  # its architecture
     build: Callable[[], nn.Module]
-    layers: tuple[str, ...] | None
+    layers: tuple[str, ...] | None  # for ``parse_layers``; None: chosen when the network is built
     training: TrainingSettings
 
 
@@ -54,22 +47,10 @@ def choose_network(
     outputs: list[int] | None = None,
     weights: str | None = None,
 ) -> Preset:
-    """Choose the network for a data set.
+    """Choose the network for a data set: by the shape of its images, or the named backbone.
 
-    Args:
-        source: Its name, for messages.
-        shape: Of its images, (channels, height, width): decides which of the paper's networks.
-        classes: How many it has.
-        backbone: Name of a torchvision classifier instead.
-        outputs: Outputs of the backbone that are the data set's classes; None: it is built with
-            one output per class.
-        weights: Weights of the backbone; here only refused where there is no backbone.
-
-    Returns:
-        How to build and train it.
-
-    Raises:
-        ValueError: If no network fits the images, or there is no such backbone.
+    ``outputs`` are those of the backbone that are the data set's classes; None: it is built with
+    one output per class. ``weights`` are here only refused where there is no backbone.
     """
     if backbone is not None:
         if shape[0] != 3:
@@ -105,17 +86,9 @@ def layers_for(net: nn.Module, dataset: Dataset) -> list[str]:
 
 
 def parse_layers(texts: Sequence[str], net: nn.Module) -> dict[str, ReductionLike]:
-    """Read layers as the command line has them: NAME, or NAME:REDUCTION.
+    """Read layers as the command line has them, such as ``layer3:grid2``: name to reduction.
 
-    Args:
-        texts: Such as ``features.12:avg``, ``layer3:grid2``, ``layer2:project512``.
-        net: The network; names inside a backbone need not say so.
-
-    Returns:
-        Name in ``net`` -> reduction, what ``DNR`` takes.
-
-    Raises:
-        ValueError: If a text has another form, or a layer is named twice.
+    The names of a backbone's layers need no ``network.`` before them.
     """
     modules = {name for name, _ in net.named_modules()}
     layers: dict[str, ReductionLike] = {}
@@ -141,15 +114,9 @@ def _text(reduction: Any) -> str:  # noqa: ANN401 - what default_layers chooses
 
 
 def split_sizes(source: str, dataset: Dataset, *, trained: bool) -> dict[str, int]:
-    """Choose how many images the network, the SVMs and theta get.
+    """Choose how many images the network, the SVMs and theta get; by names of ``RunSettings``.
 
-    Args:
-        source: Name of the data set.
-        dataset: The data set.
-        trained: Whether the network comes with weights, and so needs no images.
-
-    Returns:
-        Sizes by the names that they have in ``RunSettings``.
+    A network that is trained already needs none.
     """
     n, pool = len(dataset.labels_train), dataset.labels_test is None
     if trained:

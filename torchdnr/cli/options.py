@@ -1,8 +1,7 @@
 """The parsers of the command lines, made from the settings, and the way back to a command."""
 
 import argparse
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
 
 from torchdnr.cli.settings import (
     AttackSettings,
@@ -36,7 +35,7 @@ def train_parser(prog: str = "train.py") -> argparse.ArgumentParser:
     """Build the parser of ``train.py``. Options of the run folder are None where not given."""
     parser = argparse.ArgumentParser(prog=prog, description=_TRAIN)
     _add_common_options(parser)
-    _add_run_options(parser, ["--batch-size"])
+    _add_settings(parser, RunSettings, batch_size=["--batch-size"])
     return parser
 
 
@@ -51,22 +50,23 @@ def attack_parser(prog: str = "attack.py") -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,  # keeps the lines of the epilog
     )
     _add_common_options(parser)
-    _add_run_options(parser, [])
-    option = parser.add_argument_group("attack").add_argument
-    for entry in option_fields(AttackSettings):
-        default = entry.metadata["default"]
-        option(flag_of(entry), dest=dest_of(entry), default=default, **entry.metadata["parsing"])
+    _add_settings(parser, RunSettings)
+    _add_settings(parser, AttackSettings)
+    fields = option_fields(AttackSettings)
+    parser.set_defaults(**{dest_of(entry): entry.metadata["default"] for entry in fields})
     return parser
 
 
-def _add_run_options(parser: argparse.ArgumentParser, batch_size: list[str]) -> None:
-    """Add the options of a run folder; ``batch_size`` names that of the training as well."""
-    groups: dict[str, Any] = {}
-    for entry in option_fields(RunSettings):
-        title = entry.metadata["group"]
-        group = groups.get(title) or groups.setdefault(title, parser.add_argument_group(title))
-        flags = [*batch_size, flag_of(entry)] if entry.name == "batch_size" else [flag_of(entry)]
-        group.add_argument(*flags, dest=entry.name, **entry.metadata["parsing"])
+def _add_settings(
+    parser: argparse.ArgumentParser, kind: type, batch_size: Sequence[str] = ()
+) -> None:
+    """Add the options of a class of settings; ``batch_size`` are further names of that option."""
+    group: argparse._ActionsContainer = parser
+    for entry in option_fields(kind):
+        if heading := entry.metadata["heading"]:
+            group = parser.add_argument_group(heading)
+        flags = [*(batch_size if entry.name == "batch_size" else ()), flag_of(entry)]
+        group.add_argument(*flags, **{"dest": entry.name, **entry.metadata["parsing"]})
 
 
 def _add_common_options(parser: argparse.ArgumentParser) -> None:

@@ -16,7 +16,7 @@ from torchdnr.cli.console import Console, command
 from torchdnr.cli.network import choose_network
 from torchdnr.cli.options import add_device_options
 from torchdnr.cli.run_folder import find_device, read_settings
-from torchdnr.cli.settings import whole_number
+from torchdnr.cli.settings import number
 from torchdnr.data.readers import find_images, read_batches
 from torchdnr.decisions import REJECT, predict_labels
 from torchdnr.dnr import DNR, NR
@@ -53,7 +53,7 @@ def predict_parser(prog: str = PROG) -> argparse.ArgumentParser:
     add_device_options(option)
     option(
         "--batch-size",
-        type=whole_number(1),
+        type=number(1),
         default=256,
         metavar="N",
         help="images per forward pass; lower it if memory runs out (default: %(default)s)",
@@ -63,21 +63,7 @@ def predict_parser(prog: str = PROG) -> argparse.ArgumentParser:
 
 
 def load_classifier(folder: Path, name: str, device: torch.device) -> nn.Module:
-    """Load a classifier of a run folder, without the data that it was made with.
-
-    Args:
-        folder: The run folder.
-        name: DNR, NR or DNN.
-        device: Where it goes.
-
-    Returns:
-        The classifier, in evaluation mode.
-
-    Raises:
-        FileNotFoundError: If it is no run folder, or holds no such classifier.
-        ValueError: If the folder is of an older version.
-        CheckpointError: If a file is damaged or does not belong to the others.
-    """
+    """Load DNR, NR or DNN of a run folder, without the data that it was made with."""
     settings = read_settings(folder)
     network = {part: getattr(settings, part) for part in ("backbone", "weights", "outputs")}
     shape, classes = tuple(settings.image_shape), len(settings.classes)
@@ -90,11 +76,7 @@ def load_classifier(folder: Path, name: str, device: torch.device) -> nn.Module:
 
 
 def predict(options: argparse.Namespace, console: Console) -> int:
-    """Label the images, and write the table.
-
-    Returns:
-        Number of files that could not be read.
-    """
+    """Label the images, and write the table; return how many files could not be read."""
     files = find_images(options.images)
     settings, device = read_settings(options.run), find_device(options.device)
     model = load_classifier(options.run, options.classifier, device)
@@ -114,7 +96,7 @@ def predict(options: argparse.Namespace, console: Console) -> int:
         writer.writerow([*COLUMNS, *scores])
         shape, size = settings.image_shape, options.batch_size
         for readable, images in read_batches(files, shape, size, count_unreadable):
-            for row in _rows(readable, _outputs(model, images.to(device)), classes):
+            for row in _rows(model, readable, images.to(device), classes):
                 images_read += 1
                 rejected += row[COLUMNS.index("rejected")]
                 writer.writerow(row if scores else row[: len(COLUMNS)])
@@ -127,26 +109,18 @@ def predict(options: argparse.Namespace, console: Console) -> int:
     return unreadable
 
 
-@torch.no_grad()
-def _outputs(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Compute labels, scores ``(n, c)`` and the threshold, if there is one."""
-    output, reject = model(images).cpu(), isinstance(model, DNR | NR)
-    labels = predict_labels(output, reject)
-    return labels, output[:, :-1] if reject else output, output[0, -1] if reject else None
-
-
 def _rows(
-    files: list[Path], outputs: tuple[Tensor, Tensor, Tensor | None], classes: Sequence[str]
+    model: nn.Module, files: list[Path], images: Tensor, classes: Sequence[str]
 ) -> Iterator[list[Any]]:
-    labels, scores, threshold = outputs
-    best, places = scores.max(dim=1)
-    theta = "" if threshold is None else threshold.item()
-    for index, file in enumerate(files):
-        label, place = int(labels[index]), int(places[index])
+    """Label a batch; a row of the table for each image, with the scores of all classes."""
+    with torch.no_grad():
+        output, reject = model(images).cpu(), isinstance(model, DNR | NR)
+    scores, theta = (output[:, :-1], output[0, -1].item()) if reject else (output, "")
+    columns = files, predict_labels(output, reject).tolist(), scores.argmax(dim=1).tolist()
+    for file, label, best, row in zip(*columns, scores.tolist(), strict=True):
         rejected = label == REJECT
         name = "" if rejected else classes[label]
-        row = [file, name, label, int(rejected), classes[place], best[index].item(), theta]
-        yield row + scores[index].tolist()
+        yield [file, name, label, int(rejected), classes[best], row[best], theta, *row]
 
 
 @contextmanager
@@ -164,16 +138,7 @@ def _open_table(path: str | None) -> Iterator[TextIO]:
 
 
 def main(argv: Sequence[str] | None = None, prog: str = PROG) -> int:
-    """Run the command line.
-
-    Args:
-        argv: Arguments; None: those of the process.
-        prog: Name of the command in the help.
-
-    Returns:
-        Exit code: 0 done, 1 done but for files that could not be read, 2 error, 130 stopped by
-        Ctrl-C.
-    """
+    """Run the command line; return 0 if done, 1 if but for unreadable files, else as train.py."""
     options = predict_parser(prog).parse_args(argv)
     with command(options.quiet, resumes=False) as console:
         console.status = SOME_UNREADABLE if predict(options, console) else 0

@@ -14,13 +14,14 @@ from torchdnr.evaluation.checks.result import ORDER, broken_off
 from torchdnr.evaluation.curve import SecurityCurve, most_telling_eps
 from torchdnr.evaluation.detection import Measures
 from torchdnr.evaluation.environment import describe_environment
-from torchdnr.evaluation.figures import plot_curves, plot_examples
-from torchdnr.evaluation.report.html import save_html
-from torchdnr.evaluation.report.rejection_figures import (
+from torchdnr.evaluation.figures import (
+    plot_curves,
+    plot_examples,
     plot_roc,
     plot_stratified,
     plot_threshold_sweep,
 )
+from torchdnr.evaluation.report.html import save_html
 from torchdnr.evaluation.report.table import (
     attack_costs,
     attack_rates,
@@ -34,16 +35,18 @@ from torchdnr.evaluation.threshold_sweep import ThresholdSweep
 from torchdnr.files import read_json
 
 RESULTS = "results.json"  # written last: where it is there, all is done
-FIGURES = "curve.png", "examples.png", "roc.png", "stratified.png", "sweep.png"
-FILES = "report.html", RESULTS, "results.csv", *FIGURES
+CAPTIONS = {
+    "curve.png": "Accuracy under attack and rejection rate",
+    "examples.png": "Adversarial examples",
+    "roc.png": "Detection of adversarial images at every threshold",
+    "stratified.png": "Robustness where early rejection is an error",
+    "sweep.png": "Accuracy under attack over the false rejection rate",
+}
+FILES = "report.html", RESULTS, "results.csv", *CAPTIONS
 
 
 def load_report(evaluation: Evaluation) -> str | None:
-    """Format the results that the run folder holds, if they are those of this evaluation.
-
-    Returns:
-        Table and checks as text; None if there are none, or others.
-    """
+    """Format the results that the run folder holds; None unless they are of this evaluation."""
     folder, known = evaluation.job.folder, evaluation.identity(evaluation.settings)
     try:
         curves, settings = load_results(folder / RESULTS)
@@ -62,20 +65,12 @@ def write_report(
     curves: Mapping[str, SecurityCurve],
     results: Mapping[str, Mapping[str, Any]],
 ) -> str:
-    """Draw the figures and write every file of the report.
+    """Draw the figures and write every file of the report; return table and checks as text.
 
-    Args:
-        evaluation: What was attacked, and how.
-        curves: Classifier name to its curve.
-        results: From ``Evaluation.examine``.
-
-    Returns:
-        Table and checks as text.
-
-    Raises:
-        OSError: If a file cannot be written; an earlier one then stays as it was.
+    The results are those of ``Evaluation.examine``.
     """
     folder, console = evaluation.job.folder, evaluation.console
+    options = option_words(evaluation.job.settings) + option_words(evaluation.settings)
     identity = evaluation.identity(evaluation.settings)
     measures = evaluation.measure(curves)
     figures = _draw(evaluation, curves, measures, results)
@@ -84,7 +79,8 @@ def write_report(
         **identity,
         "environment": describe_environment(evaluation.job.device),
         "processes": evaluation.processes.count,
-        "command": command_of(evaluation),
+        # Makes the same numbers: with every option that they depend on.
+        "command": shlex.join(["python", "attack.py", *options]),
         "files": ["report.html", "results.csv", *(path.name for path in figures.values())],
     }
     measured = {name: measure.to_dict() for name, measure in measures.items()}
@@ -114,12 +110,6 @@ def write_report(
     return _as_text(curves, results["checks"])
 
 
-def command_of(evaluation: Evaluation) -> str:
-    """Write the command that makes the same numbers, with every option that they depend on."""
-    run, attack = option_words(evaluation.job.settings), option_words(evaluation.settings)
-    return shlex.join(["python", "attack.py", *run, *attack])
-
-
 def _as_text(curves: Mapping[str, SecurityCurve], checks: Mapping[str, Mapping[str, Any]]) -> str:
     """Format what the checks say of each classifier, failures in full, then the table."""
     if not checks:
@@ -147,39 +137,25 @@ def _draw(
     measures: Mapping[str, Measures],
     results: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, Path]:
-    """Draw what there is to draw; a figure that would show other results is removed.
-
-    Returns:
-        Caption to file.
-    """
+    """Draw what there is to draw, caption to file; a figure of other results is removed."""
     folder = evaluation.job.folder
+    drawn = ["curve.png"]
     plot_curves(curves, folder / "curve.png")
-    figures = {"Accuracy under attack and rejection rate": folder / "curve.png"}
-
-    def add(name: str, caption: str, drawn: bool) -> None:
-        if drawn:
-            figures[caption] = folder / name
-        else:
-            (folder / name).unlink(missing_ok=True)
-
-    examples = _draw_examples(evaluation, folder / "examples.png")
-    add("examples.png", "Adversarial examples", examples)
-    roc = _draw_roc(curves, measures, folder / "roc.png")
-    add("roc.png", "Detection of adversarial images at every threshold", roc)
-    stratified = {
-        name: StratifiedCurve.from_dict(curve)
-        for name, curve in results.get("stratified", {}).items()
-    }
-    if stratified:
-        plot_stratified(stratified, folder / "stratified.png")
-    add("stratified.png", "Robustness where early rejection is an error", bool(stratified))
-    sweeps = {
-        name: ThresholdSweep.from_dict(sweep) for name, sweep in results.get("sweeps", {}).items()
-    }
-    if sweeps:
-        plot_threshold_sweep(sweeps, folder / "sweep.png")
-    add("sweep.png", "Accuracy under attack over the false rejection rate", bool(sweeps))
-    return figures
+    if _draw_examples(evaluation, folder / "examples.png"):
+        drawn.append("examples.png")
+    if _draw_roc(curves, measures, folder / "roc.png"):
+        drawn.append("roc.png")
+    if stratified := results.get("stratified"):
+        lines = {name: StratifiedCurve.from_dict(curve) for name, curve in stratified.items()}
+        plot_stratified(lines, folder / "stratified.png")
+        drawn.append("stratified.png")
+    if sweeps := results.get("sweeps"):
+        panels = {name: ThresholdSweep.from_dict(sweep) for name, sweep in sweeps.items()}
+        plot_threshold_sweep(panels, folder / "sweep.png")
+        drawn.append("sweep.png")
+    for name in CAPTIONS.keys() - drawn:
+        (folder / name).unlink(missing_ok=True)
+    return {CAPTIONS[name]: folder / name for name in drawn}
 
 
 def _draw_examples(evaluation: Evaluation, path: Path) -> bool:

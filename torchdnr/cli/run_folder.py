@@ -2,7 +2,7 @@
 
 import argparse
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -30,17 +30,7 @@ from torchdnr.files import digest, read_json, write_json
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """A run folder and all that decides what is in it.
-
-    Attributes:
-        folder: The run folder.
-        settings: What ``settings.json`` holds.
-        dataset: Its data set.
-        splits: Which images serve for what.
-        preset: The network that fits the images.
-        device: Where everything runs.
-        channels_last: Whether the network keeps its weights and maps in that memory format.
-    """
+    """A run folder and all that decides what is in it."""
 
     folder: Path
     settings: RunSettings
@@ -69,20 +59,9 @@ class Job:
 
 
 def prepare(options: argparse.Namespace, console: Console, processes: Processes = ALONE) -> Job:
-    """Settle the settings and check them against the data, before any costly work.
+    """Settle the settings, check them against the data before any costly work, and write them.
 
-    Args:
-        options: Parsed options, None where not given.
-        console: For messages.
-        processes: All that prepare the job; the first one writes.
-
-    Returns:
-        The job. Its folder exists, with ``settings.json`` in it.
-
-    Raises:
-        ValueError: If an option disagrees with the folder, or does not fit the data.
-        OSError: If the folder cannot be written, or data are missing.
-        ImportError: If the package that holds the data is missing.
+    Options of the run folder are None where not given. The first of the processes writes.
     """
     device = find_device(options.device)
     choices = {entry.name: entry.metadata["default"] for entry in option_fields(RunSettings)}
@@ -104,8 +83,8 @@ def prepare(options: argparse.Namespace, console: Console, processes: Processes 
         raise ValueError(
             f"{folder} was made with other contents of {settings.dataset}; choose another --run"
         )
-    sizes, seed = settings.fitting_sizes, settings.seed
-    splits = split(dataset, **sizes, test=settings.test_samples, seed=seed)
+    sizes = {part.name: getattr(settings, f"{part.name}_samples") for part in fields(Splits)}
+    splits = split(dataset, **sizes, seed=settings.seed)
     job = Job(folder, settings, dataset, splits, preset, device, options.channels_last)
     model = _check_network(job)
     _check_samples(job, model.svm_options.folds)
@@ -118,18 +97,7 @@ def prepare(options: argparse.Namespace, console: Console, processes: Processes 
 
 
 def read_settings(folder: Path) -> RunSettings:
-    """Read what a finished run folder was made with.
-
-    Args:
-        folder: The run folder.
-
-    Returns:
-        Its settings.
-
-    Raises:
-        FileNotFoundError: If it is no run folder.
-        ValueError: If its settings are damaged, or lack what later versions added.
-    """
+    """Read what a finished run folder was made with, for use without its data set."""
     settings = remembered_settings(folder)
     if settings is None:
         raise FileNotFoundError(
@@ -163,36 +131,21 @@ def remembered_settings(folder: Path) -> RunSettings | None:
 
 
 def check_agreement(folder: Path, earlier: RunSettings, given: Mapping[str, Any]) -> None:
-    """Refuse options that disagree with what a run folder was made with.
-
-    Args:
-        folder: The run folder.
-        earlier: Its settings.
-        given: Options that were given.
-
-    Raises:
-        ValueError: If any differ: all of them are named, with both values.
-    """
-    flags = {entry.name: flag_of(entry) for entry in option_fields(RunSettings)}
-    both = {name: (getattr(earlier, name), value) for name, value in given.items()}
-    differ = {flags[name]: pair for name, pair in both.items() if pair[0] != pair[1]}
+    """Refuse options that disagree with what a run folder was made with: all, with both values."""
+    differ: dict[str, str] = {}
+    for entry in option_fields(RunSettings):
+        made, flag = getattr(earlier, entry.name), flag_of(entry)
+        if given.get(entry.name, made) != made:
+            differ[flag] = f"{flag} {in_words(made)} (given: {in_words(given[entry.name])})"
     if differ:
-        pairs = ", ".join(
-            f"{flag} {in_words(made)} (given: {in_words(new)})"
-            for flag, (made, new) in differ.items()
-        )
         raise ValueError(
-            f"{folder} was made with {pairs}; choose another --run, delete the folder, or "
-            f"drop {' and '.join(differ)}"
+            f"{folder} was made with {', '.join(differ.values())}; choose another --run, delete "
+            f"the folder, or drop {' and '.join(differ)}"
         )
 
 
 def find_device(name: str | None) -> torch.device:
-    """Find the device of this name; without one a GPU if there is any, else the CPU.
-
-    Raises:
-        ValueError: If there is no such device, or not one for each process.
-    """
+    """Find the device of this name; without a name a GPU if there is any, else the CPU."""
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:

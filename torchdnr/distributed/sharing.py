@@ -18,9 +18,8 @@ from torchdnr.kernels.row_blocks import all_finite, column_means, entry_moments,
 class Partition:
     """Which of n samples belong to which process.
 
-    Attributes:
-        sizes: Samples of each process, in the order of the ranks: blocks that follow each other.
-        processes: The processes.
+    ``sizes`` are the samples of each process, in the order of the ranks: blocks that follow each
+    other.
     """
 
     sizes: tuple[int, ...]
@@ -64,12 +63,7 @@ class Partition:
 
 @dataclass(frozen=True)
 class ShardedFeatures:
-    """Features ``(n, d)``, of which this process holds the rows of its own samples.
-
-    Attributes:
-        local: Those rows, ``(k, d)``.
-        partition: Which samples they are.
-    """
+    """Features ``(n, d)``, of which this process holds the rows of its samples, ``local``."""
 
     local: Tensor
     partition: Partition
@@ -96,14 +90,7 @@ class ShardedFeatures:
         return self.partition.n, self.local.shape[1]
 
     def rows(self, index: Tensor | slice) -> Tensor:
-        """Give every process the rows of some samples.
-
-        Args:
-            index: Samples, int64 ``(m,)`` or a slice, the same in every process.
-
-        Returns:
-            Their rows, ``(m, d)``; a copy.
-        """
+        """Give every process a copy of the rows of some samples, the same in every process."""
         if isinstance(index, slice):
             index = torch.arange(index.start, index.stop, device=self.local.device)
         if self.partition.processes.count == 1:
@@ -147,11 +134,7 @@ Batch = tuple[Tensor, Tensor | None]
 
 
 def local_images(images: Tensor, processes: Processes) -> Tensor:
-    """Return this process's contiguous part of the images ``(n, ...)``, a view.
-
-    Raises:
-        ValueError: If there are fewer images than processes.
-    """
+    """Return this process's contiguous part of the images ``(n, ...)``, a view."""
     partition = Partition.even(len(images), processes)
     _check_enough(partition, "images")
     return images[partition.local]
@@ -162,18 +145,8 @@ def local_batches(
 ) -> Iterator[Batch]:
     """Go through all batches of a loader, and yield this process's contiguous part of them.
 
-    Args:
-        data: The loader: its length is asked for where there is more than one process.
-        batches: What it yields, images and labels or None.
-        labels: Gets the labels of all batches, in their order.
-        processes: Those that share them.
-
-    Yields:
-        Images, and labels or None.
-
-    Raises:
-        ValueError: If the loader does not tell its length, or has fewer batches than there are
-            processes.
+    The length of ``data``, the loader, is asked for where there is more than one process.
+    ``labels`` gets the labels of all batches, in their order.
     """
     local = range(0)
     if processes.count > 1:
@@ -196,17 +169,7 @@ def local_batches(
 def check_same(
     processes: Processes, net: nn.Module, labels: Iterable[Tensor | None], images: Tensor
 ) -> None:
-    """Refuse a network or images that are not the same, in the same order, in all processes.
-
-    Args:
-        processes: Those that share the work.
-        net: What the images are given to.
-        labels: Of all images, None where there are none.
-        images: The first ones.
-
-    Raises:
-        ValueError: In every process, if the weights, the labels or the first images differ.
-    """
+    """Refuse a network, labels or first images that are not the same in all processes."""
     if processes.count == 1:
         return
     tensors = {str(i): t for i, t in enumerate([*labels, images]) if t is not None}
@@ -233,18 +196,10 @@ def _check_enough(partition: Partition, what: str) -> None:
 
 
 def checked_batches(data: Tensor | Iterable[Any], batch_size: int) -> Iterator[Batch]:
-    """Yield checked batches of images, with their labels where there are any.
+    """Yield checked batches of images in [0, 1], with their labels where there are any.
 
-    Args:
-        data: Images ``(n, ...)``, or an iterable such as a ``DataLoader`` that yields images or
-            ``(images, labels)``.
-        batch_size: Images per batch where ``data`` is a tensor.
-
-    Yields:
-        Images in [0, 1], and labels or None.
-
-    Raises:
-        ValueError: If a batch is not as said above, or there is none.
+    ``data`` is images ``(n, ...)``, or an iterable such as a ``DataLoader`` that yields images or
+    ``(images, labels)``.
     """
     if isinstance(data, Tensor):
         check_images("inputs", data)

@@ -13,7 +13,13 @@ from torchdnr.evaluation.detection import (
     robust_errors,
     threshold_at_tpr,
 )
-from torchdnr.evaluation.figures import plot_curves, plot_examples
+from torchdnr.evaluation.figures import (
+    plot_curves,
+    plot_examples,
+    plot_roc,
+    plot_stratified,
+    plot_threshold_sweep,
+)
 from torchdnr.evaluation.line_up import (
     ATTACKS,
     BOUNDARY_WALK,
@@ -34,11 +40,6 @@ from torchdnr.evaluation.metrics import (
     wilson_interval,
 )
 from torchdnr.evaluation.report.html import save_html
-from torchdnr.evaluation.report.rejection_figures import (
-    plot_roc,
-    plot_stratified,
-    plot_threshold_sweep,
-)
 from torchdnr.evaluation.report.table import (
     attack_costs,
     attack_rates,

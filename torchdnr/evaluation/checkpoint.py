@@ -18,23 +18,15 @@ from torchdnr.files import CheckpointError, digest, load_tensors, save_tensors
 
 KIND = "torchdnr security evaluation"
 CLEAN_OUTPUT = "clean output"  # no step has this name
-COSTS = "seconds", "forwards", "backwards"
 
 
 class Checkpoint:
     """Points and costs of the finished steps of an attack, in memory and, given a path, in a file.
 
-    Opening it reads the steps of an earlier run with the same settings and the same model, which is
-    recognised by its output, up to rounding. Any other file there is moved aside with a warning,
-    and the attack starts again.
-
-    Args:
-        path: File of the checkpoint, or None to keep the steps in memory only.
-        fingerprint: Everything besides the model that the points depend on; JSON values.
-        output: Output of the model by which it is recognised, ``(m, c)`` or ``(m, c + 1)``.
-
-    Raises:
-        OSError: If the file cannot be written: at once, not after the first step.
+    Opening it reads the steps of an earlier run with the same settings (``fingerprint``, JSON
+    values) and the same model, which is recognised by its output, up to rounding. Any other file
+    there is moved aside with a warning, and the attack starts again. A file that cannot be written
+    is an OSError at once, not after the first step.
     """
 
     def __init__(
@@ -64,25 +56,16 @@ class Checkpoint:
         self._write()
 
     def share(self, processes: Processes, owner: int, steps: Iterable[str], like: Tensor) -> None:
-        """Give all processes the steps that one of them has finished.
+        """Give all processes, which call this together, the steps that their owner has finished.
 
-        Args:
-            processes: All of them; they must call this together.
-            owner: Rank of the one that has the steps.
-            steps: Their names.
-            like: Tensor with the shape, dtype and device of the points, such as the inputs.
+        The points have the shape, dtype and device of ``like``.
         """
         here = processes.rank == owner
         for step in steps:
             points = self.points[step].to(like.device) if here else torch.empty_like(like)
-            spent = [self.costs[step][key] if here else 0.0 for key in COSTS]
-            points = processes.broadcast(points, owner)
-            # float64 holds counts exactly up to 2^53
-            cost = torch.tensor(spent, dtype=torch.float64, device=like.device)
-            seconds, *counts = processes.broadcast(cost, owner).tolist()
-            if not here:
-                self.points[step] = points.cpu()
-                self.costs[step] = dict(zip(COSTS, [seconds, *map(int, counts)], strict=True))
+            self.points[step] = processes.broadcast(points, owner).cpu()
+            cost = processes.broadcast_text(json.dumps(self.costs.get(step)), owner)
+            self.costs[step] = json.loads(cost)
 
     def _write(self) -> None:
         if self.path is None:
@@ -117,9 +100,6 @@ def attack_paths(path: str | Path | None, attacks: Iterable[str]) -> dict[str, P
 
     A file each: attacks can be added to the line-up, and run in different processes, without any of
     them touching what another has finished.
-
-    Raises:
-        ValueError: If two attacks have names that differ only by punctuation.
     """
     names = list(attacks)
     if path is None:

@@ -136,33 +136,9 @@ class SecurityCurve(Predictions):
 
     def to_dict(self) -> dict[str, Any]:
         """Convert to numbers, lists and dictionaries: everything but ``adversarial``."""
-        return {
-            "format": FORMAT,
-            "name": self.name,
-            "norm": self.norm,
-            "rejects": self.rejects,
-            "eps": self.eps,
-            **self.rates(),
-            "mean_norm": self.mean_norm,
-            "median_evasion_norm": self.median_evasion_norm,
-            "seconds": self.seconds,
-            "settings": self.settings,
-            "environment": self.environment,
-            "attacks": {
-                name: {
-                    **attack.rates(),
-                    "mean_norm": attack.mean_norm,
-                    "minimum_norm": attack.minimum_norm,
-                    **{key: getattr(attack, key) for key in PER_EPS},
-                    "settings": attack.settings,
-                    "predictions": attack.predictions.tolist(),
-                }
-                for name, attack in self.attacks.items()
-            },
-            "labels": self.labels.tolist(),
-            "predictions": self.predictions.tolist(),
-            "evasion_norm": self.evasion_norm.tolist(),
-        }
+        attacks = {name: _plain(curve, "eps", "labels") for name, curve in self.attacks.items()}
+        content = _plain(self, "adversarial") | {"attacks": attacks}
+        return {"format": FORMAT, **content, "median_evasion_norm": self.median_evasion_norm}
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> SecurityCurve:
@@ -212,6 +188,14 @@ class SecurityCurve(Predictions):
     def plot(self, path: str | Path) -> None:
         """Draw the curve to an image file; see ``figures.plot_curves``."""
         plot_curves({self.name or "classifier": self}, path)
+
+
+def _plain(curve: Predictions, *left_out: str) -> dict[str, Any]:
+    """Collect every rate, and the fields except some, the longest last."""
+    kept = [(key, value) for key, value in vars(curve).items() if key not in left_out]
+    short = {key: value for key, value in kept if not isinstance(value, Tensor)}
+    long = {key: value.tolist() for key, value in kept if isinstance(value, Tensor)}
+    return {**curve.rates(), **short, **long}
 
 
 def median_evasion_norm(curve: SecurityCurve, *, confidence: float = 0.95) -> Estimate:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +12,7 @@ from torch import Tensor
 from torchdnr.decisions import evaluation_mode, split_scores
 from torchdnr.evaluation.curve import SecurityCurve, median_evasion_norm
 from torchdnr.evaluation.judging import check_labels, decide, outputs, stacked
-from torchdnr.evaluation.metrics import Estimate, share, to_plain
+from torchdnr.evaluation.metrics import Estimate, Plain, share
 from torchdnr.evaluation.roc import ROC, auroc, fpr_at_tpr, needed_rank, roc_curve
 
 CLEAN_TPR = 0.99, 0.98, 0.95
@@ -22,7 +21,7 @@ CLEANS = "correct", "all"
 
 
 @dataclass(frozen=True, eq=False)
-class Detection:
+class Detection(Plain):
     """How well one classifier rejects adversarial inputs and accepts clean ones.
 
     Attributes:
@@ -46,10 +45,6 @@ class Detection:
     detected: Estimate | None
     false_rejection: Estimate | None
     roc: ROC
-
-    def to_dict(self) -> dict[str, Any]:
-        """Convert to numbers, lists and dictionaries."""
-        return to_plain(self)
 
 
 def rejection_scores(output: Tensor, reject: bool) -> Tensor:
@@ -287,7 +282,7 @@ def robust_errors(
 
 
 @dataclass(frozen=True, eq=False)
-class Measures:
+class Measures(Plain):
     """Measures of one classifier in the worst case over its attacks, with 95 % intervals.
 
     Attributes:
@@ -303,10 +298,6 @@ class Measures:
     detection: dict[float, Detection | None]
     robust_error: dict[float, dict[str, Estimate]]
     error_if_accepted: dict[float, Estimate]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Convert to numbers, lists and dictionaries."""
-        return to_plain(self)
 
 
 def measure(

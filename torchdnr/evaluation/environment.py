@@ -1,27 +1,20 @@
 """Where a number was measured, and with which versions."""
 
 import platform
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
 
 def describe_environment(device: torch.device | str) -> dict[str, object]:
-    """Describe versions and hardware, to be stored beside the results.
-
-    Args:
-        device: Device on which the model runs.
-
-    Returns:
-        Versions of torchdnr, torch, torchvision and python, platform, device name, CPU threads.
-    """
+    """Describe versions, and the hardware around a device, to be stored beside the results."""
     device = torch.device(device)
     on_cuda = device.type == "cuda"
     return {
         "torchdnr": version("torchdnr"),
         "torch": torch.__version__,
-        "torchvision": _version("torchvision"),
+        "torchvision": version("torchvision"),
         "cuda": torch.version.cuda if on_cuda else None,
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
@@ -38,10 +31,3 @@ def _processor() -> str:
         lines = []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None

@@ -1,9 +1,10 @@
 """What a model makes of points: outputs, decisions, and the worst case of each sample."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -18,11 +19,7 @@ TOLERANCE = 1e-5  # of float32 arithmetic, relative to the larger of eps and 1
 
 
 def outputs(model: Callable[[Tensor], Tensor], points: Tensor, batch_size: int) -> Tensor:
-    """Run the model without gradients, in batches of a fixed size, as rounding depends on it.
-
-    Raises:
-        ValueError: If an output is NaN: no decision can be read from it.
-    """
+    """Run the model without gradients, in batches of a fixed size, as rounding depends on it."""
     with torch.no_grad():
         output = torch.cat([model(part) for part in points.split(batch_size)])
     broken = output.flatten(1).isnan().any(dim=1)
@@ -35,38 +32,17 @@ def outputs(model: Callable[[Tensor], Tensor], points: Tensor, batch_size: int) 
 
 
 class Decisions(NamedTuple):
-    """Decisions of a classifier on points; the last dimension runs over the samples.
+    """Decisions of a classifier on points; the last dimension runs over the samples."""
 
-    Attributes:
-        confidence: Best score, ``(..., n)``.
-        classes: Class of the best score, whether accepted or not, int64 ``(..., n)``.
-        accepted: Whether the best score is above theta, bool ``(..., n)``.
-    """
-
-    confidence: Tensor
-    classes: Tensor
-    accepted: Tensor
-
-    @property
-    def predictions(self) -> Tensor:
-        """Labels, or ``REJECT`` where not accepted, int64 ``(..., n)``."""
-        return torch.where(self.accepted, self.classes, REJECT)
+    confidence: Tensor  # best score, (..., n)
+    classes: Tensor  # class of the best score, whether accepted or not, int64 (..., n)
+    accepted: Tensor  # whether the best score is above theta, bool (..., n)
 
 
 def decide(output: Tensor, reject: bool, threshold: float | Tensor | None = None) -> Decisions:
-    """Read the decisions from an output, at its threshold or at another.
+    """Read the decisions from an output, ``(..., n, c)`` or ``(..., n, c + 1)`` with theta last.
 
-    Args:
-        output: Scores ``(..., n, c)``, or with ``reject`` ``(..., n, c + 1)`` with theta last.
-        reject: Whether the last column is theta.
-        threshold: theta instead of that of the output; None: that of the output, and if it has
-            none everything is accepted.
-
-    Returns:
-        ``Decisions``.
-
-    Raises:
-        ValueError: If there are fewer than two classes, or a score is NaN.
+    They are made at ``threshold``, by default that of the output; without any all is accepted.
     """
     scores, theta = split_scores(output, reject)
     if output.ndim < 2 or scores.shape[-1] < 2:
@@ -83,50 +59,29 @@ def decide(output: Tensor, reject: bool, threshold: float | Tensor | None = None
 def worst_predictions(
     output: Tensor, labels: Tensor, reject: bool, threshold: float | Tensor | None = None
 ) -> Tensor:
-    """Predict labels in the worst case, per sample, over all points of each sample.
-
-    Args:
-        output: One output per attack, ``(k, n, c)``, or with ``reject`` ``(k, n, c + 1)``.
-        labels: True labels, ``(n,)``.
-        reject: Whether the last column is theta.
-        threshold: theta instead of that of the output.
-
-    Returns:
-        Labels 0..c-1, or ``REJECT``, int64 ``(n,)``; see ``worst_of`` for the order.
-    """
+    """Predict labels ``(n,)`` in the worst case, by ``worst_of``, over outputs ``(k, n, ...)``."""
     decisions = decide(output, reject, threshold)
     scores, theta = split_scores(output.flatten(0, 1), reject)
     if threshold is not None:
         theta = torch.as_tensor(threshold).to(scores).expand(len(scores))
     margin = decision_objective(scores, theta, labels.repeat(len(output)))
-    predictions = decisions.predictions
+    predictions = torch.where(decisions.accepted, decisions.classes, REJECT)
     worst = worst_of(predictions, margin.view_as(decisions.confidence), labels)
     return predictions.gather(0, worst[None])[0]
 
 
 def worst_of(predictions: Tensor, margins: Tensor, labels: Tensor) -> Tensor:
-    """Choose per sample the point that is worst for the classifier, among equals the first.
+    """Choose per sample which of k points is worst for the classifier, int64 ``(n,)``.
 
-    A point that evades is the worst, then that of the lowest margin.
-
-    Args:
-        predictions: Labels or ``REJECT``, ``(k, n)``.
-        margins: max(s_y, theta) - max_{j != y} s_j, ``(k, n)``.
-        labels: True labels, ``(n,)``.
-
-    Returns:
-        Which of the k points, int64 ``(n,)``.
+    A point that evades is the worst, then that of the lowest margin, among equals the first. Both
+    predictions and margins, max(s_y, theta) - max_{j != y} s_j, are ``(k, n)``.
     """
     evading = is_evasion(predictions, labels)
     return torch.where(evading == evading.any(dim=0), margins, torch.inf).argmin(dim=0)
 
 
 def stacked(adversarial: Tensor, clean: Tensor) -> Tensor:
-    """View what belongs to one attack, ``(n, ...)``, as the first of k attacks, ``(k, n, ...)``.
-
-    Raises:
-        ValueError: If they are not like the clean ones.
-    """
+    """View what belongs to one attack, ``(n, ...)``, as the first of k attacks, ``(k, n, ...)``."""
     attacks = adversarial if adversarial.ndim == clean.ndim + 1 else adversarial[None]
     if attacks.shape[1:] != clean.shape or len(attacks) == 0:
         raise ValueError(
@@ -137,11 +92,7 @@ def stacked(adversarial: Tensor, clean: Tensor) -> Tensor:
 
 
 def check_labels(labels: Tensor, output: Tensor) -> None:
-    """Refuse labels that are not one class per row of a clean output ``(n, ...)``.
-
-    Raises:
-        ValueError: If they are not.
-    """
+    """Refuse labels that are not one class per row of a clean output ``(n, ...)``."""
     if labels.shape != output.shape[:1] or labels.dtype != torch.int64 or len(labels) == 0:
         raise ValueError(
             f"labels must be int64 (n,) with n = {len(output)} >= 1 rows of clean, "
@@ -149,43 +100,37 @@ def check_labels(labels: Tensor, output: Tensor) -> None:
         )
 
 
+def increasing(
+    name: str, values: Sequence[float], where: str, allowed: Callable[[float], bool]
+) -> list[float]:
+    """Return numbers that increase and are allowed, as floats, and refuse others."""
+    values = [float(value) for value in values]
+    rising = all(one < two for one, two in pairwise(values))
+    if not values or not rising or not all(map(allowed, values)):
+        raise ValueError(f"{name} must be {where} and increasing, got {values}: sort them")
+    return values
+
+
 @dataclass(frozen=True, eq=False)
 class Task:
-    """What is attacked, and within which bounds.
+    """What is attacked, and within which bounds."""
 
-    Attributes:
-        model: Maps ``(n, ...)`` to scores ``(n, c)``, or with ``reject`` ``(n, c + 1)``.
-        inputs: Clean inputs, ``(n, ...)``.
-        labels: True labels, ``(n,)``.
-        norm: Norm of the perturbation; 1, 2 or infinity.
-        bounds: Smallest and largest value of an input.
-        batch_size: Inputs per batch when points are judged.
-        reject: Whether the last column of the output is theta.
-    """
-
-    model: Callable[[Tensor], Tensor]
-    inputs: Tensor
-    labels: Tensor
-    norm: float
-    bounds: tuple[float, float]
-    batch_size: int
-    reject: bool
+    model: Callable[[Tensor], Tensor]  # to scores (n, c), or with reject (n, c + 1)
+    inputs: Tensor  # clean, (n, ...)
+    labels: Tensor  # true, (n,)
+    norm: float  # of the perturbation; 1, 2 or infinity
+    bounds: tuple[float, float]  # smallest and largest value of an input
+    batch_size: int  # inputs per batch when points are judged
+    reject: bool  # whether the last column of the output is theta
 
 
 class Judged(NamedTuple):
-    """Points and the decisions of the model on them, one entry per sample.
+    """Points and the decisions of the model on them, one entry per sample."""
 
-    Attributes:
-        points: Perturbed inputs, on the CPU, ``(n, ...)``.
-        predictions: Labels or ``REJECT``, ``(n,)``.
-        margin: max(s_y, theta) - max_{j != y} s_j, ``(n,)``; negative only if evaded.
-        size: Norm of the perturbation in float64, ``(n,)``.
-    """
-
-    points: Tensor
-    predictions: Tensor
-    margin: Tensor
-    size: Tensor
+    points: Tensor  # perturbed inputs, on the CPU, (n, ...)
+    predictions: Tensor  # labels or REJECT, (n,)
+    margin: Tensor  # max(s_y, theta) - max_{j != y} s_j, (n,); negative only if evaded
+    size: Tensor  # norm of the perturbation in float64, (n,)
 
 
 def judge(task: Task, points: Tensor) -> Judged:
@@ -223,11 +168,7 @@ def worse(task: Task, first: Judged, second: Judged) -> Judged:
 
 
 def checked_points(points: Tensor, inputs: Tensor, name: str) -> Tensor:
-    """Detach the points that an attack returned, in the dtype of its inputs.
-
-    Raises:
-        ValueError: If they are not finite, or not shaped like the inputs.
-    """
+    """Detach the finite points that an attack returned, in the dtype of its inputs."""
     if points.shape != inputs.shape or not points.isfinite().all():
         raise ValueError(
             f"{name} must return finite points like inputs, {tuple(inputs.shape)}, "
@@ -248,16 +189,9 @@ def in_box(task: Task, points: Tensor) -> Tensor:
 
 
 def keep_inside(task: Task, points: Tensor, eps: float, name: str) -> tuple[Tensor, int]:
-    """Verify that an attack kept to the ball and the box, and project back what left them.
+    """Project back, with a warning, what left the ball or the box, and count it.
 
-    Args:
-        task: What is attacked.
-        points: Points returned by the attack, ``(n, ...)``.
-        eps: Radius of the ball.
-        name: Name of the attack, for the warning.
-
-    Returns:
-        Points inside, and how many were outside. If any was, there is a warning.
+    The warning calls the attack ``name``.
     """
     outside = ~(in_ball(task, points, eps) & in_box(task, points))
     count = int(outside.sum())
@@ -272,20 +206,14 @@ def keep_inside(task: Task, points: Tensor, eps: float, name: str) -> tuple[Tens
     return points, count
 
 
-@dataclass
-class Count:
-    """Input rows sent through a model; ``ModelView(model, count)`` counts them.
+class CountedModel(ModelView):
+    """A model that counts the input rows sent ``forwards`` and ``backwards`` through it."""
 
-    Attributes:
-        forwards: Rows sent forwards.
-        backwards: Rows sent back.
-    """
+    def __init__(self, model: Callable[[Tensor], Tensor]) -> None:
+        super().__init__(model, self._count)
+        self.forwards = self.backwards = 0
 
-    forwards: int = 0
-    backwards: int = 0
-
-    def __call__(self, inputs: Tensor, output: Tensor) -> Tensor:
-        """Count one forward, and the backward if there is one; return the output."""
+    def _count(self, inputs: Tensor, output: Tensor) -> Tensor:
         self.forwards += len(inputs)
         if output.requires_grad:
             output.register_hook(partial(self._count_backwards, len(inputs)))
@@ -293,25 +221,3 @@ class Count:
 
     def _count_backwards(self, rows: int, _: Tensor) -> None:
         self.backwards += rows
-
-
-class CountedModel(ModelView):
-    """A model that counts the input rows sent forwards and backwards through it.
-
-    Args:
-        model: Module or callable; a module is left as it is.
-    """
-
-    def __init__(self, model: Callable[[Tensor], Tensor]) -> None:
-        self.count = Count()
-        super().__init__(model, self.count)
-
-    @property
-    def forwards(self) -> int:
-        """Input rows sent forwards so far."""
-        return self.count.forwards
-
-    @property
-    def backwards(self) -> int:
-        """Input rows sent back so far."""
-        return self.count.backwards

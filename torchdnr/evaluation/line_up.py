@@ -8,19 +8,17 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from torchdnr.attacks.adaptive_radius import ddn, fmn
 from torchdnr.attacks.apgd import apgd
 from torchdnr.attacks.boundary_walk import boundary_walk
-from torchdnr.attacks.ddn import ddn
-from torchdnr.attacks.fmn import fmn
+from torchdnr.attacks.composed import multi_target, transfer
 from torchdnr.attacks.line_search import line_search_pgd
-from torchdnr.attacks.multi_target import multi_target
 from torchdnr.attacks.noise import noise
 from torchdnr.attacks.options import options_of
 from torchdnr.attacks.orthogonal import orthogonal_pgd
 from torchdnr.attacks.pgd import pgd
 from torchdnr.attacks.smoothing import smoothed_pgd
 from torchdnr.attacks.square import square
-from torchdnr.attacks.transfer import transfer
 from torchdnr.files import digest
 
 LINE_SEARCH_PGD = "line-search PGD"
@@ -63,27 +61,16 @@ class Attack:
 
 
 class Entry(NamedTuple):
-    """An attack that can be chosen by name.
+    """An attack that can be chosen by name."""
 
-    Attributes:
-        label: Its name in results, tables and figures.
-        attack: The function of ``torchdnr.attacks``.
-        help: What it is, in a few words.
-        minimum_norm: Whether it finds the nearest evading points.
-        options: Its options where they are not the defaults.
-        inner: Attack that it runs within itself, whose options it has as well.
-        without: Options, of the inner attack or shared, that it cannot be given.
-        needs: See ``Attack``.
-    """
-
-    label: str
+    label: str  # its name in results, tables and figures
     attack: Callable[..., Tensor]
     help: str
-    minimum_norm: bool = False
-    options: Mapping[str, Any] = MappingProxyType({})
-    inner: Callable[..., Tensor] | None = None
-    without: frozenset[str] = frozenset()
-    needs: str | None = None
+    minimum_norm: bool = False  # whether it finds the nearest evading points
+    options: Mapping[str, Any] = MappingProxyType({})  # where they are not the defaults
+    inner: Callable[..., Tensor] | None = None  # run within it, whose options it has as well
+    without: frozenset[str] = frozenset()  # options, inner or shared, that it cannot be given
+    needs: str | None = None  # see ``Attack``
 
     @property
     def defaults(self) -> dict[str, Any]:
@@ -161,16 +148,7 @@ DEFAULT_ATTACKS = "line-search-pgd", "boundary-walk", "apgd"
 def choose_attacks(names: Iterable[str], norm: float = 2, surrogate: bool = True) -> list[str]:
     """Resolve names, "default" and "full" to attacks, each once, in the order in which they run.
 
-    Args:
-        names: Keys of ``ATTACKS``, "default" or "full".
-        norm: Norm of the perturbation: "full" are those attacks that can use it.
-        surrogate: Whether there is a surrogate, for those that need one.
-
-    Returns:
-        Keys of ``ATTACKS``.
-
-    Raises:
-        ValueError: If a name is unknown, or an attack named cannot do what is asked for.
+    "full" are those attacks that can use the norm, and that have a surrogate if they need one.
     """
     usable = [name for name in ATTACKS if _problem(name, norm, surrogate) is None]
     groups = {DEFAULT: DEFAULT_ATTACKS, FULL: usable}
@@ -278,14 +256,9 @@ def _runner(entry: Entry, options: Mapping[str, Any]) -> Callable[..., Tensor]:
     names = () if entry.minimum_norm else ("eps", "start") if "start" in entry.accepts else ("eps",)
 
     def run(
-        model: Callable[[Tensor], Tensor],
-        inputs: Tensor,
-        labels: Tensor,
-        eps: float,
-        start: Tensor,
+        model: Callable[[Tensor], Tensor], inputs: Tensor, labels: Tensor, eps: float, start: Tensor
     ) -> Tensor:
-        given = {"eps": eps, "start": start}
-        points = {"model": model, "inputs": inputs, "labels": labels}
-        return entry.attack(**points, **{key: given[key] for key in names}, **options)
+        given = {key: {"eps": eps, "start": start}[key] for key in names}
+        return entry.attack(model=model, inputs=inputs, labels=labels, **given, **options)
 
     return run

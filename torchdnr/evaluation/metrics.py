@@ -12,8 +12,16 @@ from torch import Tensor
 from torchdnr.decisions import REJECT, is_evasion
 
 
+class Plain:
+    """Results that can be written as JSON."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Convert to numbers, lists and dictionaries."""
+        return to_plain(self)
+
+
 @dataclass(frozen=True)
-class Estimate:
+class Estimate(Plain):
     """A value measured on samples, with its confidence interval.
 
     Attributes:
@@ -27,10 +35,6 @@ class Estimate:
     low: float
     high: float
     n: int
-
-    def to_dict(self) -> dict[str, float | int]:
-        """Convert to a dictionary of numbers."""
-        return to_plain(self)
 
 
 def to_plain(value: Any) -> Any:  # noqa: ANN401 - results of any kind, as JSON would hold them
@@ -221,16 +225,8 @@ def median_of(values: Tensor, *, confidence: float = 0.95, smallest: float = 0.0
 def quantile_ranks(n: int, q: float, confidence: float = 0.95) -> tuple[int, int]:
     """Find which two of n ordered samples enclose the q-quantile of their distribution.
 
-    Args:
-        n: Number of samples, >= 1.
-        q: Which quantile, in (0, 1).
-        confidence: Least coverage, in (0, 1).
-
-    Returns:
-        Ranks from 1 to n; 0 or n + 1 where n is too small for a lower or an upper end.
-
-    Raises:
-        ValueError: If an argument is out of range.
+    Ranks run from 1 to n; 0 or n + 1 where n is too small for a lower or an upper end. The
+    coverage is at least ``confidence``.
 
     Source: David and Nagaraja, "Order statistics", 3rd ed., Sec. 7.1: the number of samples below
     the quantile is binomial.
@@ -253,13 +249,7 @@ def square_and_add(
 ) -> tuple[float, float]:
     """Combine the intervals of one value from two independent sources of error.
 
-    Args:
-        value: The value.
-        first: Interval that has the first error only.
-        second: Interval that has the second error only.
-
-    Returns:
-        Interval with both: the distances of its ends from the value add in squares.
+    The distances of the ends from the value add in squares.
 
     Source: Zou and Donner, "Construction of confidence limits about effect measures", Statistics
     in Medicine 27 (2008).

@@ -5,7 +5,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,21 +12,21 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from torchdnr.attacks.checks import check_inputs, check_like
+from torchdnr.attacks.checks import check_count, check_inputs, check_pool
 from torchdnr.attacks.objectives import decision_objective
 from torchdnr.attacks.projections import project
 from torchdnr.attacks.target import Target, check_classes
-from torchdnr.decisions import check_images, evaluation_mode, has_reject_column, is_evasion
+from torchdnr.decisions import evaluation_mode, has_reject_column, is_evasion
 from torchdnr.distributed.processes import ALONE, Processes
 from torchdnr.evaluation.checkpoint import Checkpoint, attack_paths, behaviour, fingerprint
 from torchdnr.evaluation.curve import PER_EPS, AttackCurve, SecurityCurve
 from torchdnr.evaluation.environment import describe_environment
 from torchdnr.evaluation.judging import (
-    Count,
     CountedModel,
     Judged,
     Task,
     checked_points,
+    increasing,
     judge,
     keep_inside,
     worse,
@@ -41,17 +40,9 @@ def security_evaluation(
     labels: Tensor,
     eps: Sequence[float],
     *,
-    norm: float = 2,
-    attacks: Mapping[str, Attack] | None = None,
-    init_inputs: Tensor | None = None,
-    bounds: tuple[float, float] = (0.0, 1.0),
-    batch_size: int = 256,
-    reject: bool | None = None,
     name: str | None = None,
-    settings: Mapping[str, Any] | None = None,
     checkpoint: str | Path | None = None,
-    processes: Processes = ALONE,
-    progress: bool = True,
+    **options: Any,  # noqa: ANN401 - typed in security_evaluations
 ) -> SecurityCurve:
     """Attack one classifier: ``security_evaluations`` for one model, with the same arguments.
 
@@ -59,22 +50,9 @@ def security_evaluation(
         ``SecurityCurve``: worst case and each attack alone.
     """
     key = name or "classifier"
-    curve = security_evaluations(
-        {key: model},
-        inputs,
-        labels,
-        eps,
-        norm=norm,
-        attacks=attacks,
-        init_inputs=init_inputs,
-        bounds=bounds,
-        batch_size=batch_size,
-        reject=reject,
-        settings=settings,
-        checkpoints=None if checkpoint is None else {key: checkpoint},
-        processes=processes,
-        progress=progress,
-    )[key]
+    checkpoints = None if checkpoint is None else {key: checkpoint}
+    data = inputs, labels, eps
+    curve = security_evaluations({key: model}, *data, checkpoints=checkpoints, **options)[key]
     curve.name = name
     return curve
 
@@ -132,19 +110,17 @@ def security_evaluations(
         ``SecurityCurve`` by name: worst case and each attack alone.
 
     Raises:
-        ValueError: If an argument is not as settings_of, or a model or an attack returns NaN.
+        ValueError: If an argument is not as described, or a model or an attack returns NaN.
         OSError: If a checkpoint cannot be written.
         PeerError: If another of the processes has ended.
 
     Source: Sotgiu et al., Sec. IV-A, "Security Evaluation".
     """
-    eps = _checked_eps(eps)
+    eps = increasing("eps", eps, "finite, >= 0", lambda value: 0 <= value < math.inf)
     check_inputs(inputs, labels, norm, bounds)
     if init_inputs is not None:
-        check_images("init_inputs", init_inputs, bounds)
-        check_like("init_inputs", init_inputs, inputs)
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be >= 1, got {batch_size}")
+        check_pool(init_inputs, None, inputs, bounds)
+    check_count("batch_size", batch_size, 1)
     jobs: list[_Job] = []
     settings_of: dict[str, dict[str, Any]] = {}
     with ExitStack() as stack:
@@ -153,9 +129,9 @@ def security_evaluations(
             rejects = has_reject_column(model, reject)
             counted = CountedModel(model)
             task = Task(counted, inputs, labels, norm, bounds, batch_size, rejects)
-            line_up = attacks
-            if line_up is None:
-                line_up = default_line_up(
+            candidates = attacks
+            if candidates is None:
+                candidates = default_line_up(
                     inputs if init_inputs is None else init_inputs,
                     norm=norm,
                     bounds=bounds,
@@ -163,8 +139,7 @@ def security_evaluations(
                     reject=rejects,
                     progress=progress,
                 )
-            left_out = [key for key, attack in line_up.items() if not attack.fits(model)]
-            line_up = {key: attack for key, attack in line_up.items() if attack.fits(model)}
+            line_up = {key: attack for key, attack in candidates.items() if attack.fits(model)}
             if not line_up:
                 raise ValueError(f"attacks is empty for {name}: give one, or None for the default")
             settings_of[name] = {
@@ -174,7 +149,7 @@ def security_evaluations(
                 "reject": rejects,
                 "samples": len(inputs),
                 "init_inputs": None if init_inputs is None else len(init_inputs),
-                "left_out": left_out,
+                "left_out": [key for key in candidates if key not in line_up],
                 **(settings or {}),
             }
             target = Target(counted, decision_objective, rejects, batch_size)
@@ -187,7 +162,7 @@ def security_evaluations(
                 depends = {**known, "attack": attack.settings, **attack.fingerprint}
                 depends |= {} if attack.minimum_norm else {"eps": eps}  # each goes on from the last
                 steps = Checkpoint(path, depends, output)
-                jobs.append(_Job(name, key, attack, task, counted.count, clean, steps))
+                jobs.append(_Job(name, key, attack, task, counted, clean, steps))
         results: dict[int, _Result] = {}
         mine = [number for number in range(len(jobs)) if processes.mine(number)]
         with tqdm(total=len(eps) * len(mine), unit="step", disable=not progress) as bar:
@@ -210,25 +185,15 @@ def security_evaluations(
 
 @dataclass(frozen=True, eq=False)
 class _Job:
-    """One attack on one classifier.
+    """One attack on one classifier."""
 
-    Attributes:
-        classifier: Name of the classifier.
-        name: Name of the attack.
-        attack: The attack.
-        task: What is attacked.
-        count: Input rows that its model has seen.
-        clean: The inputs themselves, judged.
-        steps: Points and costs of the steps that are done.
-    """
-
-    classifier: str
-    name: str
+    classifier: str  # its name
+    name: str  # of the attack
     attack: Attack
     task: Task
-    count: Count
-    clean: Judged
-    steps: Checkpoint
+    model: CountedModel  # that of the task
+    clean: Judged  # the inputs themselves
+    steps: Checkpoint  # points and costs of the steps that are done
 
 
 class _Result(NamedTuple):
@@ -237,14 +202,6 @@ class _Result(NamedTuple):
     curve: AttackCurve
     judged: list[Judged]
     evasion_norm: Tensor
-
-
-def _checked_eps(eps: Sequence[float]) -> list[float]:
-    eps = [float(value) for value in eps]
-    increasing = all(one < two for one, two in pairwise(eps))
-    if not eps or not increasing or not all(0 <= value < math.inf for value in eps):
-        raise ValueError(f"eps must be finite, >= 0 and increasing, got {eps}: sort it")
-    return eps
 
 
 def _attack_at_every_eps(job: _Job, eps: list[float], bar: tqdm) -> _Result:
@@ -303,17 +260,15 @@ def _attack_at_every_eps(job: _Job, eps: list[float], bar: tqdm) -> _Result:
 
 def _steps(attack: Attack, eps: list[float]) -> list[str]:
     """Name the steps that an attack takes over all eps, as its checkpoint does."""
-    positive = [value for value in eps if value > 0]
-    return [
-        f"eps {value}" for value in ([math.inf] if attack.minimum_norm and positive else positive)
-    ]
+    sizes = [value for value in eps if value > 0]
+    return [f"eps {size}" for size in ([math.inf] if attack.minimum_norm and sizes else sizes)]
 
 
 def _spent(job: _Job) -> dict[str, float]:
     """Return the time, and the input rows that the model has seen so far."""
     if job.task.inputs.device.type == "cuda":
         torch.cuda.synchronize(job.task.inputs.device)  # kernels run on after their call
-    rows = {"forwards": job.count.forwards, "backwards": job.count.backwards}
+    rows = {"forwards": job.model.forwards, "backwards": job.model.backwards}
     return {"seconds": time.perf_counter(), **rows}
 
 

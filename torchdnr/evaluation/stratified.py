@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from tqdm import tqdm
 from torchdnr.attacks.checks import check_inputs
 from torchdnr.attacks.lowest_confidence import lowest_confidence
 from torchdnr.decisions import REJECT, evaluation_mode, has_reject_column, is_evasion
-from torchdnr.evaluation.judging import Task, judge, keep_inside, stacked
+from torchdnr.evaluation.judging import Task, increasing, judge, keep_inside, stacked
 from torchdnr.evaluation.metrics import Estimate, share, to_plain
 
 ALPHAS = 0.0, 0.01, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.5, 1.0
@@ -123,7 +122,7 @@ def stratified_curve(
     Source: Chen et al., "Stratified adversarial robustness with rejection", ICML 2023.
     """
     check_inputs(inputs, labels, norm, bounds)
-    alphas = _checked_alphas(alphas)
+    alphas = increasing("alphas", alphas, "in [0, 1]", lambda value: 0 <= value <= 1)
     if not 0 < eps < float("inf"):
         raise ValueError(f"eps must be > 0 and finite, got {eps}")
     if reject_attack is not None and reject_options:
@@ -168,11 +167,3 @@ def stratified_curve(
             **(settings or {}),
         },
     )
-
-
-def _checked_alphas(alphas: Sequence[float]) -> list[float]:
-    alphas = [float(alpha) for alpha in alphas]
-    increasing = all(one < two for one, two in pairwise(alphas))
-    if not alphas or not increasing or not all(0 <= alpha <= 1 for alpha in alphas):
-        raise ValueError(f"alphas must be in [0, 1] and increasing, got {alphas}: sort them")
-    return alphas

@@ -21,7 +21,7 @@ from torchdnr.evaluation.judging import (
     stacked,
     worst_predictions,
 )
-from torchdnr.evaluation.metrics import DecisionRates, Estimate, decision_rates, to_plain
+from torchdnr.evaluation.metrics import DecisionRates, Estimate, Plain, decision_rates
 from torchdnr.rejection import rejection_threshold
 
 
@@ -52,7 +52,7 @@ AttackAtEps = Callable[[nn.Module, Tensor, Tensor, float], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
-class ThresholdSweep:
+class ThresholdSweep(Plain):
     """Rates of one classifier over the threshold, for attacks of one or more sizes.
 
     Attributes:
@@ -81,10 +81,6 @@ class ThresholdSweep:
     reattacked_accuracy: Rates | None = None
     reattacked_rejection_rate: Rates | None = None
     settings: dict[str, Any] = field(default_factory=dict)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Convert to numbers, lists and dictionaries."""
-        return to_plain(self)
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> ThresholdSweep:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from torchdnr.decisions import evaluation_mode
@@ -60,37 +60,34 @@ def extract(
     are mapped from them: their pages are read when they are used and dropped when memory gets
     short. The number of images need not be known: each layer has a safetensors file that grows.
 
-    In a folder of your own they are kept. A call that was stopped goes on behind the last whole
-    batch when it is repeated, and a repeated call finds all of them. It still goes through the
-    images, to see that they are the same in the same order: a loader that shuffles or augments is
-    refused as soon as a batch differs, so pass one that does neither.
+    In a given folder they are kept. A call that was stopped goes on behind the last whole batch
+    when it is repeated, and a repeated call computes none again. It still goes through the images,
+    to see that they are the same in the same order: a loader that shuffles or augments is refused
+    as soon as a batch differs, so pass one that does neither.
 
     Args:
         features: The layers to read.
         data: Images ``(n, ...)``, or an iterable such as a ``DataLoader`` that yields batches of
-            images or ``(images, labels)``.
+            images or ``(images, labels)``; not empty, and labels with every batch or with none.
         batch_size: Images per forward pass where ``data`` is a tensor, >= 1.
         device: Where the network runs and the results stay; default: the device of the network.
         progress: Whether to show a progress bar over the batches.
         memory_limit: Bytes that the features of all layers together may take in memory; beyond
-            that, they go to a temporary folder. Default: no limit.
-        folder: Where features go in any case, and are kept.
+            that, they go to a temporary folder, with a warning. Default: no limit.
+        folder: Where features go in any case, and are kept; a ``CheckpointError`` if it holds those
+            of other images or another network.
         widen: Whether features of half precision come back as float32, which SVMs need.
 
     Returns:
         Layer name -> features ``(n, d)``, and the labels ``(n,)`` where ``data`` yields them,
         else None.
-
-    Raises:
-        ValueError: If ``data`` is empty, ``batch_size`` < 1, or only some batches have labels.
-        CheckpointError: If the folder holds the features of other images or another network.
-        OSError: If the disk is full, or the folder cannot be written to.
-
-    Warns (``UserWarning``) if features go to a temporary folder, or were damaged on disk.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be >= 1, got {batch_size}")
-    device = _device_of(features.net) if device is None else torch.device(device)
+    if device is None:
+        tensors = chain(features.net.parameters(), features.net.buffers())
+        device = next((tensor.device for tensor in tensors), "cpu")
+    device = torch.device(device)
     n = len(data) if isinstance(data, Tensor) else None
     labels: list[Tensor] = []
     count = images_seen = 0
@@ -123,9 +120,7 @@ def extract(
                 "data holds no image; expected at least one; pass a non-empty tensor or loader"
             )
         joined = _joined(labels, count)
-        if isinstance(rows, FeatureStore):
-            return rows.finish(joined), joined
-        return rows.finish(), joined
+        return rows.finish(joined) if isinstance(rows, FeatureStore) else rows.finish(), joined
 
 
 def _joined(labels: Sequence[Tensor | None], count: int) -> Tensor | None:
@@ -154,18 +149,11 @@ def _describe(
     }
 
 
-def _device_of(net: nn.Module) -> torch.device:
-    for tensor in (*net.parameters(), *net.buffers()):
-        return tensor.device
-    return torch.device("cpu")
-
-
 def first_images(batches: Iterator[Batch]) -> tuple[list[Tensor], Iterator[Batch]]:
-    """Read the first images ahead.
+    """Read the first images ahead; return them, and all the batches.
 
-    Returns:
-        Up to 64 images of one shape, spread over as many of the first batches as it takes to have
-        so many, in batches that are no larger than the first one; and all the batches.
+    They are up to 64 images of one shape, spread over as many of the first batches as it takes to
+    have so many, in batches that are no larger than the first one.
     """
     read: list[Batch] = []
     for batch in batches:
@@ -182,23 +170,20 @@ def first_images(batches: Iterator[Batch]) -> tuple[list[Tensor], Iterator[Batch
 def prepare_features(features: LayerFeatures, batches: Sequence[Tensor]) -> LayerFeatures:
     """Make the reductions of layers anew, for the outputs that images of this size give.
 
-    Args:
-        features: The layers and the reductions wanted; left as they are.
-        batches: A few images of those to come, ``(n, ...)`` each, on the device of the network.
-            Distances are compared for all pairs of the first 64.
-
-    Returns:
-        Another module on the same network, ready to use, with ``sizes``.
-
-    Raises:
-        Exception: Whatever the network raises, with a note of the size of the images.
-        ValueError: If a reduction does not fit the output of its layer.
-
-    Warns:
-        ProjectionWarning: If a projection changes distances by much.
+    Distances are compared for all pairs of the first 64 of a few images, ``(n, ...)`` each. Returns
+    another module on the same network, ready to use, with ``sizes``. Warns (``ProjectionWarning``)
+    if a projection changes distances by much.
     """
     fresh = LayerFeatures(features.net, features.given, seed=features.seed)
-    parts = [_outputs(fresh, images) for images in batches]
+    parts = []
+    for images in batches:
+        try:
+            parts.append(fresh.outputs(images))
+        except Exception as error:
+            error.add_note(
+                f"the network was given images {tuple(images.shape)}: does it take these?"
+            )
+            raise
     outputs = {name: torch.cat([part[name] for part in parts]) for name in fresh.layers}
     for name, values in fresh.reduce(outputs, torch.cat(list(batches))).items():
         shape = list(outputs[name].shape[1:])
@@ -222,14 +207,6 @@ def distortions(features: LayerFeatures) -> dict[str, dict[str, float]]:
     return {name: r.distortion for name, r in pairs if isinstance(r, Project) and r.distortion}
 
 
-def _outputs(features: LayerFeatures, images: Tensor) -> dict[str, Tensor]:
-    try:
-        return features.outputs(images)
-    except Exception as error:
-        error.add_note(f"the network was given images {tuple(images.shape)}: does it take these?")
-        raise
-
-
 def training_features(
     data: Tensor | Iterable[Any],
     labels: Tensor | None,
@@ -244,25 +221,12 @@ def training_features(
     """Extract the features of checked images, and the labels that go with them.
 
     Each of the current processes extracts and keeps a contiguous part: of the images in a tensor,
-    or of the batches of a loader, all of which it goes through for the labels.
+    or of the batches of a loader, all of which it goes through for the labels. ``prepare`` makes
+    the layers ready, given a few batches of images on the device. Without a memory limit it is 4
+    GiB on a CPU; a GPU has none. With a folder each of more than one process has a folder in it.
 
-    Args:
-        data: Images ``(n, ...)``, or a loader that yields ``(images, labels)``.
-        labels: ``(n,)`` where ``data`` is a tensor.
-        prepare: Makes the layers ready, given a few batches of the images on the device.
-        device: Where the network runs.
-        batch_size: Images per forward pass.
-        memory_limit: Bytes that the features may take in memory; None: 4 GiB on a CPU, and no
-            limit on a GPU.
-        folder: Where features go in any case; of several processes each has a folder in it.
-        progress: Whether to show a progress bar.
-
-    Returns:
-        The layers that were read; layer name -> features ``(n, d)``, float32 at least; labels
-        ``(n,)`` of all images, int64.
-
-    Raises:
-        ValueError: If images or labels are not as said above.
+    Returns the layers that were read; layer name -> features ``(n, d)``, float32 at least; and the
+    labels of all images, int64.
     """
     processes = current()
     if memory_limit is None and device.type == "cpu":

@@ -37,23 +37,15 @@ class GrowingFile:
     no reader takes for a safetensors file: a part is never mistaken for the whole. Rows are written
     and not mapped: on a full disk a write fails with an error, a map kills the process.
 
-    Args:
-        path: The file. It is made, or emptied, unless ``rows`` says what to keep.
-        name: Name of the tensor in the file.
-        dtype: Of the rows, one of ``DTYPES``.
-        width: Columns.
-        rows: Rows of an unfinished file that are kept; what follows them is cut off.
-
-    Raises:
-        DamagedFileError: If the file holds fewer rows than are to be kept.
-        OSError: If the file cannot be opened or written.
+    The file is made, or emptied, unless ``rows`` says how many of an unfinished file are kept; what
+    follows them is cut off. It is a ``DamagedFileError`` if there are fewer.
     """
 
     def __init__(
         self, path: Path, name: str, dtype: torch.dtype, width: int, *, rows: int = 0
     ) -> None:
         self.path, self.name, self.dtype, self.width, self.rows = path, name, dtype, width, rows
-        keep = self._size()
+        keep = _data_start(name) + rows * width * dtype.itemsize
         if rows and (not path.is_file() or path.stat().st_size < keep):
             raise DamagedFileError(f"{path}: expected at least {keep} bytes of features, got less")
         self._file = path.open("r+b" if rows else "w+b", buffering=0)
@@ -61,14 +53,7 @@ class GrowingFile:
         self._file.seek(keep)
 
     def append(self, rows: Tensor) -> None:
-        """Write rows behind the others.
-
-        Args:
-            rows: ``(n, width)`` of the file's dtype, on any device.
-
-        Raises:
-            OSError: If the disk is full or cannot be written.
-        """
+        """Write rows of the file's width and dtype, on any device, behind the others."""
         # Their bytes: numpy, which has the buffer, does not know bfloat16.
         rows = rows.detach().cpu().contiguous()
         rest = rows.view(-1).view(torch.uint8).numpy().data
@@ -100,29 +85,13 @@ class GrowingFile:
         """Close the file; what was written stays."""
         self._file.close()
 
-    def _size(self) -> int:
-        return _data_start(self.name) + self.rows * self.width * self.dtype.itemsize
-
 
 def map_rows(path: Path, name: str, dtype: torch.dtype, rows: int, width: int) -> Tensor:
-    """Map a finished file into memory.
+    """Map a finished file into memory: ``(rows, width)`` on the CPU.
 
     Pages are read when they are used, and dropped when memory gets short. Writing to the tensor
-    changes it for this process only, never the file.
-
-    Args:
-        path: What ``GrowingFile.finish`` has written.
-        name: Name of the tensor in it.
-        dtype: Its dtype.
-        rows: Its rows, >= 1.
-        width: Its columns.
-
-    Returns:
-        The tensor, ``(rows, width)``, on the CPU. The file may be unlinked (not on Windows).
-
-    Raises:
-        DamagedFileError: If the file is missing, or not the finished file of this tensor.
-        OSError: If it cannot be mapped.
+    changes it for this process only, never the file, which may be unlinked (not on Windows). It is
+    a ``DamagedFileError`` if the file is missing, or not the finished file of this tensor.
     """
     header = _header(name, dtype, rows, width)
     expected = len(header) + rows * width * dtype.itemsize
@@ -143,19 +112,14 @@ def _map(descriptor: int, path: Path) -> mmap.mmap:
         if not hasattr(mmap, "MAP_PRIVATE"):  # Windows
             return mmap.mmap(descriptor, 0, access=mmap.ACCESS_COPY)
         # No memory is set aside for changes: else no file could be larger than the memory.
-        flags = mmap.MAP_PRIVATE | _no_reserve()
-        return mmap.mmap(descriptor, 0, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+        is_linux = platform.system() == "Linux" and platform.machine() in ("x86_64", "aarch64")
+        no_reserve = getattr(mmap, "MAP_NORESERVE", 0x4000 if is_linux else 0)  # from Python 3.13
+        protection = mmap.PROT_READ | mmap.PROT_WRITE
+        return mmap.mmap(descriptor, 0, flags=mmap.MAP_PRIVATE | no_reserve, prot=protection)
     except OSError as error:
         raise OSError(
             error.errno, f"{error.strerror}: cannot map this file of features", str(path)
         ) from error
-
-
-def _no_reserve() -> int:
-    if hasattr(mmap, "MAP_NORESERVE"):  # from Python 3.13
-        return mmap.MAP_NORESERVE
-    is_linux = platform.system() == "Linux" and platform.machine() in ("x86_64", "aarch64")
-    return 0x4000 if is_linux else 0
 
 
 def _header(name: str, dtype: torch.dtype, rows: int, width: int) -> bytes:

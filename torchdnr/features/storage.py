@@ -12,10 +12,10 @@ import shutil
 import tempfile
 import time
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import torch
@@ -44,17 +44,13 @@ Layout = dict[str, tuple[torch.dtype, int]]
 
 
 class RowsInMemory:
-    """Features that are gathered in memory, in their final place where their number is known.
-
-    Args:
-        n: Rows of all batches together, if known.
-    """
+    """Features that are gathered in memory, in their final place where their number n is known."""
 
     def __init__(self, n: int | None) -> None:
         self._n, self._rows = n, 0
         self._whole: dict[str, Tensor] = {}
         self._parts: list[dict[str, Tensor]] = []
-        self._bytes: dict[str, int] = {}  # held so far, by layer
+        self._bytes = Counter[str]()  # held so far, by layer
 
     def bytes_with(self, values: Mapping[str, Tensor]) -> int:
         """Return the largest number of bytes that these features take once this batch is added.
@@ -64,7 +60,7 @@ class RowsInMemory:
         """
         if self._n is not None:
             return row_bytes(values) * self._n
-        sizes = [self._bytes.get(name, 0) + rows.nbytes for name, rows in values.items()]
+        sizes = [self._bytes[name] + rows.nbytes for name, rows in values.items()]
         return sum(sizes) + max(sizes)
 
     def append(self, values: Mapping[str, Tensor]) -> None:
@@ -74,12 +70,11 @@ class RowsInMemory:
             if self._n is not None:
                 self._whole = {k: v.new_empty(self._n, v.shape[1]) for k, v in values.items()}
         check_layout(values, self._layout)
-        for name, rows in values.items():
-            self._bytes[name] = self._bytes.get(name, 0) + rows.nbytes
-            if self._n is not None:
-                self._whole[name][self._rows : self._rows + len(rows)] = rows
+        self._bytes.update({name: rows.nbytes for name, rows in values.items()})
         if self._n is None:
             self._parts.append(dict(values))
+        for name, whole in self._whole.items():
+            whole[self._rows : self._rows + len(values[name])] = values[name]
         self._rows += len(next(iter(values.values())))
 
     def finish(self) -> dict[str, Tensor]:
@@ -97,17 +92,11 @@ class RowsInMemory:
 
 
 class LayerFiles:
-    """The features of several layers in a folder that nothing else uses, one file per layer.
+    """The features of all layers in a folder that nothing else uses, one file per layer.
 
-    Args:
-        folder: An existing folder.
-        n: Rows of all batches together, if known: a disk that is too full for them is then
-            noticed at the first batch.
-        layout: The files that an earlier call began, if they are to go on.
-        rows: Rows that it wrote.
-
-    Raises:
-        DamagedFileError: If the files hold less than that.
+    Where the number n of rows is known, a disk that is too full for them is noticed at the first
+    batch. ``layout`` and ``rows`` say what an earlier call wrote, if its files are to go on; it is
+    a ``DamagedFileError`` if they hold less.
     """
 
     def __init__(
@@ -120,15 +109,16 @@ class LayerFiles:
             self._open(layout)
 
     def append(self, values: Mapping[str, Tensor]) -> None:
-        """Add the rows of one batch.
-
-        Raises:
-            OSError: If the disk is too full for them, or cannot be written.
-            ValueError: If a layer changed its number of features or its dtype, or has a dtype that
-                cannot be stored.
-        """
+        """Add the rows of one batch, if all layers are as before and their dtypes can be stored."""
         if not self._files:
-            self._check_space(row_bytes(values) * (self._n or 0))
+            needed, free = row_bytes(values) * (self._n or 0), shutil.disk_usage(self.folder).free
+            if needed > free:
+                raise OSError(
+                    errno.ENOSPC,
+                    f"{os.strerror(errno.ENOSPC)}: the features take {needed / 2**30:.2f} GiB and "
+                    f"{free / 2**30:.2f} GiB are left; free space or choose another folder",
+                    str(self.folder),
+                )
             self._open(layout_of(values))
         check_layout(values, self.layout)
         for name, rows in values.items():
@@ -163,23 +153,9 @@ class LayerFiles:
         for name, (dtype, width) in layout.items():
             self._files[name] = GrowingFile(paths[name], name, dtype, width, rows=self.rows)
 
-    def _check_space(self, needed: int) -> None:
-        free = shutil.disk_usage(self.folder).free
-        if needed > free:
-            raise OSError(
-                errno.ENOSPC,
-                f"{os.strerror(errno.ENOSPC)}: the features take {needed / 2**30:.2f} GiB and "
-                f"{free / 2**30:.2f} GiB are left; free space or choose another folder",
-                str(self.folder),
-            )
-
 
 def map_files(folder: Path, layout: Layout, rows: int) -> dict[str, Tensor]:
-    """Map the files that ``LayerFiles.finish`` has completed: layer name -> ``(rows, d)``.
-
-    Raises:
-        DamagedFileError: If a file is missing or not as it was completed.
-    """
+    """Map the files that ``LayerFiles.finish`` has completed: layer name -> ``(rows, d)``."""
     paths = _paths(folder, layout)
     return {
         name: map_rows(paths[name], name, dtype, rows, width)
@@ -189,18 +165,10 @@ def map_files(folder: Path, layout: Layout, rows: int) -> dict[str, Tensor]:
 
 @contextmanager
 def temporary_files(n: int | None, needed: int, memory_limit: int) -> Iterator[LayerFiles]:
-    """Make files for features that do not fit into memory.
+    """Make files in a temporary folder for features that do not fit into memory, and warn of it.
 
-    Args:
-        n: Rows of all batches together, if known.
-        needed: Bytes that the features take.
-        memory_limit: Bytes that they may take in memory.
-
-    Yields:
-        Files in a temporary folder. It is removed at the end of the block; what is mapped by then
-        takes space on the disk until the tensors are gone (on Windows the folder stays).
-
-    Warns (``UserWarning``) of the size and the folder.
+    The folder is removed at the end of the block; what is mapped by then takes space on the disk
+    until the tensors are gone (on Windows the folder stays).
     """
     with tempfile.TemporaryDirectory(
         prefix="torchdnr-features-", ignore_cleanup_errors=True
@@ -211,11 +179,8 @@ def temporary_files(n: int | None, needed: int, memory_limit: int) -> Iterator[L
             "them, and to go on after a stop, say in which folder",
             stacklevel=6,
         )
-        files = LayerFiles(Path(folder), n)
-        try:
+        with closing(LayerFiles(Path(folder), n)) as files:
             yield files
-        finally:
-            files.close()
 
 
 def layout_of(values: Mapping[str, Tensor]) -> Layout:
@@ -250,17 +215,9 @@ class FeatureStore:
 
     Every call brings all batches again from the first on. Those that are in the store are
     recognised by their images and not computed again. Rows are on disk before the record says so.
-
-    Args:
-        folder: Where; made if it is missing.
-        run: All that decides the features beside the images, as JSON values.
-        n: Rows of all batches together, if known.
-
-    Raises:
-        CheckpointError: If the folder holds the features of another run, or files of others.
-        OSError: If the folder cannot be made or written to.
-
-    Warns (``UserWarning``) if the files are damaged; the extraction then starts again.
+    If the files are damaged, the extraction starts again with a warning; a folder that holds the
+    features of another run, or files of others, is refused (``CheckpointError``). ``run`` is all
+    that decides the features beside the images, as JSON values.
     """
 
     def __init__(self, folder: str | Path, run: Mapping[str, Any], n: int | None) -> None:
@@ -279,33 +236,21 @@ class FeatureStore:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, *details: object) -> None:
         """Record what is done, whatever stopped the work, and close the files."""
         try:
             if self._features is None:
                 # On a full disk the record before this one stands.
-                with suppress(*([] if error is None else [OSError])):
+                with suppress(*([] if kind is None else [OSError])):
                     self._record()
         finally:
             self._files.close()
 
     def holds(self, images: Tensor, labels: Tensor | None) -> bool:
-        """Return whether the next batch is in the store already.
+        """Return whether the next batch is in the store already; else ``append`` has to follow.
 
-        Args:
-            images: The batch that follows those asked about before.
-            labels: Its labels, if there are any.
-
-        Returns:
-            Whether there is nothing to compute; otherwise ``append`` has to follow.
-
-        Raises:
-            CheckpointError: If the store has another batch at this place, or none and is complete.
+        Raises ``CheckpointError`` if the store has another batch at this place, or is complete
+        without it.
         """
         parts = {"images": images} if labels is None else {"images": images, "labels": labels}
         self._next, place = digest(parts)[:16], self._seen
@@ -334,14 +279,8 @@ class FeatureStore:
     def finish(self, labels: Tensor | None) -> dict[str, Tensor]:
         """Complete the store, unless it is complete already, and map the features.
 
-        Args:
-            labels: Of all rows, if there are any; they are kept beside the features.
-
-        Returns:
-            Layer name -> features ``(n, d)``, mapped from the files.
-
-        Raises:
-            CheckpointError: If there were fewer batches than the store has.
+        Labels, if there are any, are kept beside them. Fewer batches than the store has are
+        refused.
         """
         if self._seen < len(self._batches):
             raise CheckpointError(

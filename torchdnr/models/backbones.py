@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torchvision import models
 
-from torchdnr.models.paper import Normalise
+from torchdnr.models.paper import Normalise, compare_states
 
 NETWORK = "network"
 """Name of the torchvision model inside a backbone: its layers are called ``network.NAME``."""
@@ -22,11 +22,7 @@ IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 
 
 class SelectOutputs(nn.Module):
-    """Keep some of a network's outputs, as the classes 0..c-1.
-
-    Args:
-        outputs: Their numbers, in the order of the classes.
-    """
+    """Keep some of a network's outputs, in the order of the classes."""
 
     outputs: Tensor
 
@@ -91,20 +87,12 @@ def load_weights(backbone: nn.Module, name: str, weights: str | Path) -> None:
     published = models.get_model_weights(name).__members__
     known = str(weights) in published
     loaded = _download(published[str(weights)]) if known else _read_state(Path(weights))
-    expected = network.state_dict()
-    differ = [
-        key
-        for key in {**expected, **loaded}
-        if getattr(expected.get(key), "shape", None) != getattr(loaded.get(key), "shape", None)
-        # Counters of batch norms, which older files lack, decide nothing.
-        and not key.endswith("num_batches_tracked")
-    ]
-    if differ:
-        both = [_shape_of(state.get(differ[0])) for state in (expected, loaded)]
+    # Counters of batch norms, which older files lack, decide nothing.
+    counters = {k: v for k, v in network.state_dict().items() if k.endswith("num_batches_tracked")}
+    if difference := compare_states(network.state_dict(), {**counters, **loaded}):
         raise ValueError(
-            f"{weights} does not fit this {type(network).__name__}: {len(differ)} tensors differ, "
-            f"first {differ[0]!r}: expected {both[0]}, got {both[1]}; give the weights of this "
-            "network, and the outputs to keep if they are for more classes"
+            f"{weights} does not fit this {type(network).__name__}: {difference}; give the weights "
+            "of this network, and the outputs to keep if they are for more classes"
         )
     network.load_state_dict(loaded, strict=False)
 
@@ -164,7 +152,3 @@ def _read_state(path: Path) -> Mapping[str, Tensor]:
             "net.state_dict()"
         )
     return state
-
-
-def _shape_of(tensor: Tensor | None) -> str:
-    return "none" if tensor is None else str(tuple(tensor.shape))

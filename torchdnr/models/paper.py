@@ -1,6 +1,7 @@
 """The paper's networks, the layers that DNR reads from them, and their files."""
 
 from collections import OrderedDict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TypeVar
 
@@ -14,7 +15,7 @@ MNIST_LAYERS = ("relu_fc1", "relu_fc2", "logits")
 # before the logits (512).
 CIFAR10_LAYERS = ("pool3", "relu7", "fc")
 
-# What the authors' later code reads from its own MNIST network: 1,600, 576 and 32 features.
+# What the authors' later code reads from that of the zoo, below: 1,600, 576 and 32 features.
 ZOO_MNIST_LAYERS = ("relu2", "relu3", "relu4")
 
 Network = TypeVar("Network", bound=nn.Module)
@@ -183,19 +184,25 @@ def load_network(net: Network, path: str | Path) -> Network:
             then unchanged.
     """
     tensors, metadata = load_tensors(path, kind="network")
-    expected = {name: tuple(tensor.shape) for name, tensor in net.state_dict().items()}
-    got = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    differ = [name for name in expected | got if expected.get(name) != got.get(name)]
-    if differ:
-        name = differ[0]
+    if difference := compare_states(net.state_dict(), tensors):
         raise CheckpointError(
             f"{path} ({metadata['architecture']}) does not fit this {type(net).__name__}: "
-            f"{len(differ)} tensors differ, first {name!r}: expected "
-            f"{expected.get(name, 'none')}, got {got.get(name, 'none')}; "
-            "build the network that was saved (architecture, classes, channels)"
+            f"{difference}; build the network that was saved (architecture, classes, channels)"
         )
     net.load_state_dict(tensors)
     return net
+
+
+def compare_states(expected: Mapping[str, Tensor], got: Mapping[str, Tensor]) -> str:
+    """Say how state dicts differ in names and shapes; an empty text if they do not."""
+    shapes, others = (
+        {name: tuple(tensor.shape) for name, tensor in state.items()} for state in (expected, got)
+    )
+    differ = [name for name in shapes | others if shapes.get(name) != others.get(name)]
+    if not differ:
+        return ""
+    first, first_other = (state.get(differ[0], "none") for state in (shapes, others))
+    return f"{len(differ)} tensors differ, first {differ[0]!r}: expected {first}, got {first_other}"
 
 
 def _he_initialise_(net: nn.Module) -> None:

@@ -89,7 +89,7 @@ def train_network(
 
     With ``checkpoint`` the state is saved after every epoch. A run that was stopped at any moment,
     started again with the same arguments and the same starting weights (seed before building
-    ``net``), goes on after the last full epoch. Each epoch has random numbers of its own, so the
+    ``net``), goes on after the last full epoch. Each epoch seeds its random numbers anew, so the
     final weights are those of a run that was never stopped: bit for bit on a CPU with the same
     number of threads, on a GPU as far as its convolutions are deterministic. A damaged checkpoint
     is moved aside with a warning and training starts again; one of another run is never touched.
@@ -183,17 +183,7 @@ def _train_epoch(
 
 
 def relative_learning_rate(schedule: str, step: int, *, warmup: int, total: int) -> float:
-    """Compute the learning rate of a step, relative to the largest.
-
-    Args:
-        schedule: "constant": linear from 0 over ``warmup`` steps, then 1. "one-cycle": linear over
-            the first 30 % of the steps, then a cosine down to 0.
-        step: 1 for the first.
-        warmup: Steps of the warm-up, >= 0.
-        total: Steps of the whole training, >= 1.
-
-    Returns:
-        A factor in [0, 1].
+    """Compute the learning rate of a step >= 1, relative to the largest; see ``TrainingSettings``.
 
     Source: Smith, Topin, "Super-convergence: very fast training of neural networks using large
     learning rates", 2018, for the cycle; its fall is a cosine here.
@@ -207,15 +197,9 @@ def relative_learning_rate(schedule: str, step: int, *, warmup: int, total: int)
 
 
 def shift_and_mirror(images: Tensor) -> Tensor:
-    """Shift each image by up to 4 pixels in both directions; mirror it with probability 1/2.
+    """Shift images ``(n, channels, height, width)`` by up to 4 pixels, and mirror at random.
 
     Zeros come in at the borders. The random numbers are those of the CPU's global generator.
-
-    Args:
-        images: ``(n, channels, height, width)``.
-
-    Returns:
-        Changed images, like ``images``.
 
     Source: the usual augmentation of CIFAR-10, as in He et al., "Deep residual learning for image
     recognition", 2016, Sec. 4.2.

@@ -52,14 +52,7 @@ class DualSolution:
 
 
 class Points(NamedTuple):
-    """Where P problems stand, on all samples or on some; a row each.
-
-    Attributes:
-        gradient: F = K b - y, ``(P, n)``.
-        dual_coef: b, ``(P, n)``.
-        lower: Lower bounds of b, ``(P, n)``.
-        upper: Upper bounds of b, ``(P, n)``.
-    """
+    """Where P problems stand: F = K b - y, b and the bounds of b, ``(P, n)`` or ``(P, k)`` each."""
 
     gradient: Tensor
     dual_coef: Tensor
@@ -84,18 +77,10 @@ def dual_bounds(targets: Tensor, C: float | Tensor) -> tuple[Tensor, Tensor]:
 def snap_to_bounds(
     values: Tensor, lower: Tensor, upper: Tensor, share: float, scale: Tensor | None = None
 ) -> Tensor:
-    """Put values that are all but at a bound exactly on it: else they would count as free.
+    """Put values ``(P, k)`` that are all but at a bound exactly on it, lest they count as free.
 
-    Args:
-        values: b or entries of it, ``(P, k)``.
-        lower: Their lower bounds.
-        upper: Their upper bounds.
-        share: How near counts as at the bound: a share of the distance between the bounds, or of
-            the largest value of the problem where C is far beyond all of them.
-        scale: Largest value of each problem, ``(P, 1)``; default: that of ``values``.
-
-    Returns:
-        Values within the bounds.
+    ``share`` says how near that is: a share of the distance between the bounds, or of ``scale``,
+    the largest value of each problem, where C is far beyond all of them.
     """
     scale = values.abs().amax(dim=1, keepdim=True) if scale is None else scale
     slack = share * torch.minimum(upper - lower, scale)
@@ -147,19 +132,9 @@ def certify(
     tol: float,
     steps: Tensor,
 ) -> DualSolution:
-    """Measure a candidate solution afresh: nothing that the solver kept is trusted.
+    """Measure a candidate b afresh: nothing that the solver kept is trusted.
 
-    Args:
-        kernel: Gram matrix.
-        targets: Labels in {-1, +1}, ``(n, P)``.
-        lower: Lower bounds of b, float64 ``(n, P)``.
-        upper: Upper bounds of b, float64 ``(n, P)``.
-        dual_coef: b, float64 ``(n, P)``.
-        tol: Largest KKT violation that counts as converged.
-        steps: Updates that the solver spent, ``(P,)``; only passed on.
-
-    Returns:
-        The solution with intercepts and certificate.
+    Targets, bounds and b are ``(n, P)``, all but the targets float64; the steps are only passed on.
     """
     targets = targets.double()
     product = kernel.product(dual_coef.T.contiguous()).T
@@ -196,7 +171,7 @@ def join_solutions(parts: Sequence[DualSolution]) -> DualSolution:
     return DualSolution(**values, kernel_rows=parts[-1].kernel_rows)
 
 
-def warn_if_not_converged(solution: DualSolution, tol: float, stacklevel: int = 3) -> None:
+def warn_if_not_converged(solution: DualSolution, tol: float) -> None:
     """Warn once about all problems that did not meet the tolerance."""
     failed = (~solution.converged).nonzero().squeeze(1).tolist()
     if not failed:
@@ -207,5 +182,5 @@ def warn_if_not_converged(solution: DualSolution, tol: float, stacklevel: int = 
         f"{len(failed)} of {len(solution.converged)} dual problems did not reach a KKT violation "
         f"of {tol:g}: {named}{more}. Raise max_steps, lower C, or scale the features.",
         ConvergenceWarning,
-        stacklevel=stacklevel,
+        stacklevel=3,
     )

@@ -1,7 +1,6 @@
 """Gram matrices of features that one process has, or several share; rows on demand."""
 
 import itertools
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -11,20 +10,6 @@ from torchdnr.kernels.rbf import full_precision, squared_distances
 from torchdnr.kernels.row_blocks import row_blocks
 from torchdnr.svm.kernel_rows import KernelRows
 from torchdnr.svm.memory_plan import FeaturePlan, MemoryPlan, plan_features, plan_memory
-from torchdnr.svm.sharded_rows import ShardedRows
-
-
-def rows_on_demand(
-    evaluate: Callable[[Tensor], Tensor],
-    partition: Partition,
-    like: Tensor,
-    plan: MemoryPlan | None = None,
-    batch: int | None = None,
-) -> KernelRows:
-    """Build a Gram matrix, sharded if there is more than one process; as ``ShardedRows``."""
-    if partition.processes.count > 1:
-        return ShardedRows(evaluate, partition, like, plan, batch)
-    return KernelRows(evaluate, partition.n, like, plan, batch)
 
 
 def planned_rows(
@@ -35,21 +20,10 @@ def planned_rows(
     memory_limit: int | None,
     distances: Tensor | None,
 ) -> KernelRows:
-    """Build the Gram matrix of the RBF kernel in bounded memory.
+    """Build the Gram matrix of the RBF kernel in bounded memory, for problems solved on it at once.
 
-    Args:
-        features: ``(n, d)``.
-        gamma: Kernel width.
-        center: Mean of the features, ``(d,)``.
-        problems: Problems that will be solved on it at once.
-        memory_limit: Bytes beyond the features; None for the default.
-        distances: Squared distances to this process's samples, ``(n, k)``, if they are at hand.
-
-    Returns:
-        Rows, evaluated on demand.
-
-    Raises:
-        ValueError: If the memory limit is too small, or squared distances overflow.
+    Squared distances ``(n, k)`` to this process's samples are used if they are at hand. Raises
+    ``ValueError`` if the memory limit is too small, or squared distances overflow.
     """
     partition, itemsize = features.partition, features.local.element_size()
     n, width = partition.n, partition.largest
@@ -68,20 +42,10 @@ def rbf_rows(
     plan: MemoryPlan | None = None,
     copies: FeaturePlan | None = None,
 ) -> KernelRows:
-    """Build the Gram matrix of the RBF kernel from features.
+    """Build the Gram matrix of the RBF kernel from features ``(n, d)`` and their mean.
 
-    Args:
-        features: ``(n, d)``.
-        gamma: Kernel width.
-        center: Mean of the features, ``(d,)``; it serves the rounding.
-        plan: How many rows are held at the most. Default: all.
-        copies: How much of the features is copied at a time. Default: all.
-
-    Returns:
-        Rows ``exp(-gamma |x_i - x_j|^2)``.
-
-    Raises:
-        ValueError: If squared distances overflow.
+    The center serves the rounding. Without plans all rows may be held, and all features copied.
+    Raises ``ValueError`` if squared distances overflow.
     """
     features = ShardedFeatures.of(features)
     local, partition = features.local, features.partition
@@ -119,7 +83,7 @@ def rbf_rows(
         return kernels.scatter_(1, positions, diagonal)
 
     batch = None if copies is None else copies.rows
-    return rows_on_demand(evaluate, partition, local, plan, batch)
+    return KernelRows(evaluate, partition, local, plan, batch)
 
 
 def distance_rows(
@@ -128,34 +92,16 @@ def distance_rows(
     plan: MemoryPlan | None = None,
     partition: Partition | None = None,
 ) -> KernelRows:
-    """Build the Gram matrix of the RBF kernel from squared distances.
-
-    Args:
-        distances: Squared distances between all samples, ``(n, n)``, or to those of this process.
-        gamma: Kernel width.
-        plan: How many rows are held at the most. Default: all.
-        partition: Which samples belong to which process. Default: all to this one.
-
-    Returns:
-        Rows ``exp(-gamma D_i)``.
-    """
-    partition = Partition((len(distances),)) if partition is None else partition
-    return rows_on_demand(
-        lambda index: distances[index].mul_(-gamma).exp_(), partition, distances, plan
-    )
+    """Build the Gram matrix of the RBF kernel from squared distances, to local samples."""
+    samples = len(distances) if partition is None else partition
+    return KernelRows(lambda index: distances[index].mul_(-gamma).exp_(), samples, distances, plan)
 
 
 def all_distances(features: Tensor | ShardedFeatures, center: Tensor, memory_limit: int) -> Tensor:
-    """Compute the squared distances between all rows, in bounded memory beside them.
+    """Compute the squared distances between all rows, ``(n, n)``, in bounded memory beside them.
 
-    Args:
-        features: ``(n, d)``.
-        center: Mean of the features, ``(d,)``.
-        memory_limit: Bytes beside features and distances; a little more only if two rows are more.
-
-    Returns:
-        Squared distances, ``(n, n)``, at least 0, and 0 on the diagonal; where the features are
-        sharded, ``(n, k)``: to those of this process.
+    They are at least 0, and 0 on the diagonal. Where the features are sharded, they are those to
+    the rows of this process, ``(n, k)``. The limit is exceeded only if two rows are more.
     """
     features = ShardedFeatures.of(features)
     local = features.local

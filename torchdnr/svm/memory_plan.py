@@ -31,17 +31,11 @@ USABLE = 0.95
 
 @dataclass(frozen=True)
 class FeaturePlan:
-    """How much of the features is copied at a time.
+    """How much of the features is copied at a time, and how many kernel rows are evaluated."""
 
-    Attributes:
-        block_bytes: Bytes of centred rows; the features are kept centred if all fit in there.
-        total_bytes: Bytes of all copies together.
-        rows: Kernel rows evaluated at once; None for as many as a CPU's cache holds.
-    """
-
-    block_bytes: int
-    total_bytes: int
-    rows: int | None
+    block_bytes: int  # of centred rows; the features are kept centred if all fit in there
+    total_bytes: int  # of all copies together
+    rows: int | None  # None for as many as a CPU's cache holds
 
 
 def plan_features(
@@ -49,14 +43,8 @@ def plan_features(
 ) -> FeaturePlan:
     """Divide memory between copies of the features and all else that a fit needs.
 
-    Args:
-        features: ``(n, d)``.
-        problems: Problems solved at once.
-        memory_limit: Bytes beyond the features; None for ``MEMORY_LIMIT``.
-
-    Returns:
-        A plan that takes at most half of what the least memory of a fit leaves; more only if a
-        single row is more.
+    The copies get at most half of what the least memory of a fit leaves; more only if a single row
+    is more.
     """
     features = ShardedFeatures.of(features)
     (n, d), itemsize = features.shape, features.local.element_size()
@@ -74,17 +62,11 @@ def plan_features(
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """How a memory limit is spent.
-
-    Attributes:
-        capacity: Kernel rows held at the most.
-        largest_set: Samples in a working set at the most.
-        together: Problems solved together; None for all.
-    """
+    """How many kernel rows are held, and samples in a working set, at the most."""
 
     capacity: int
     largest_set: int
-    together: int | None = None
+    together: int | None = None  # problems solved together; None for all
 
 
 def plan_memory(
@@ -97,21 +79,11 @@ def plan_memory(
 ) -> MemoryPlan:
     """Divide memory between the state of the problems, working sets and kernel rows.
 
-    Args:
-        n: Samples.
-        problems: Problems on one kernel.
-        itemsize: Bytes of a kernel value.
-        memory_limit: Bytes beyond the features; None for ``MEMORY_LIMIT``.
-        reserved: Bytes of it for copies of the features.
-        width: Kernel values that are held of each row, where rows are sharded; default: n.
-
-    Returns:
-        The plan: a quarter of what is beyond the least goes to solving more problems together; of
-        what their state leaves, a fifth goes to working sets, the rest to kernel rows. Where not
-        all rows fit, only as many problems are solved together as have all of theirs held.
-
-    Raises:
-        ValueError: If the limit is less than a small working set needs.
+    A quarter of what is beyond the least goes to solving more problems together; of what their
+    state leaves, a fifth goes to working sets, the rest to kernel rows. Where not all rows fit,
+    only as many problems are solved together as have all of theirs held. ``reserved`` bytes are for
+    copies of the features, ``width`` is how much of each row is held where rows are sharded. Raises
+    ``ValueError`` if the limit is less than a small working set needs.
     """
     limit = MEMORY_LIMIT if memory_limit is None else int(memory_limit)
     width = n if width is None else width

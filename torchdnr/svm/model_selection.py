@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,26 +55,16 @@ class GridSearch:
 
 
 def stratified_folds(labels: Tensor, folds: int, seed: int = 0) -> Tensor:
-    """Assign the samples of every class evenly to the folds, in a seeded random order.
+    """Assign the samples of every class evenly to the folds 0..folds-1, in a seeded random order.
 
-    Args:
-        labels: ``(n,)`` in 0..c-1.
-        folds: Number of folds, >= 2.
-        seed: Of the random order.
-
-    Returns:
-        Fold of each sample, ``(n,)`` in 0..folds-1. Sizes differ by at most one within a class
-        and, as the remainders are passed on, over all samples.
-
-    Raises:
-        ValueError: If a class has fewer samples than there are folds.
+    Sizes differ by at most one within a class and, as the remainders are passed on, over all
+    samples.
     """
     if folds < 2:
         raise ValueError(f"folds must be >= 2, got {folds}")
     counts = torch.bincount(labels)
-    present = counts[counts > 0]
-    if len(present) == 0 or int(present.min()) < folds:
-        smallest = int(present.min()) if len(present) else 0
+    smallest = min(counts[counts > 0].tolist(), default=0)
+    if smallest < folds:
         raise ValueError(
             f"every class needs at least as many samples as folds = {folds}, got a class with "
             f"{smallest}: add samples or use fewer folds"
@@ -212,27 +202,10 @@ def out_of_fold_scores(
     return scores.to(kernels.features.local)
 
 
-class _Fits(NamedTuple):
-    """Fits on all samples, and without each fold."""
-
-    whole: DualSolution
-    parts: DualSolution
-    whole_C: float
-    C: float
-
-
 class FoldedFits:
     """One-vs-rest problems on all samples, and without each fold: held-out samples have C = 0.
 
-    Args:
-        rows: The Gram matrix of all samples.
-        labels: ``(n,)`` in 0..c-1.
-        num_classes: c.
-        fold: Fold of each sample, ``(n,)`` from 0.
-        tol: Largest KKT violation accepted.
-
-    Attributes:
-        not_converged: Problems that missed the tolerance so far.
+    ``not_converged`` counts the problems that missed the tolerance so far.
     """
 
     def __init__(
@@ -243,31 +216,27 @@ class FoldedFits:
         self._targets = one_vs_rest(labels, num_classes)
         kept = fold.unsqueeze(1) != torch.arange(self._folds, device=fold.device)
         self._kept = kept.double().repeat_interleave(num_classes, dim=1)  # fold * c + class
-        self._last: _Fits | None = None
+        # Samples at a bound pull less without a fold, by its share: as with a C so much smaller.
+        self._share = 1.0 - 1.0 / self._folds
+        self._last: tuple[DualSolution, DualSolution, float] | None = None  # whole, parts and C
         self.not_converged = 0
 
     def advance(self, C: float) -> Tensor:
         """Fit with a larger C than before.
 
-        Args:
-            C: Upper bound of the dual variables.
-
-        Returns:
-            Scores of each sample by the machine fitted without its fold, float64 ``(n, c)``.
+        Returns the scores of each sample by the machine fitted without its fold, float64 ``(n,
+        c)``.
         """
         last, targets = self._last, self._targets.repeat(1, self._folds)
-        # Samples at a bound pull less without a fold, by its share: as with a C so much smaller.
-        smaller = C * (1.0 - 1.0 / self._folds)
-        start = None if last is None else self._stretched(last, smaller)
-        whole = solve_dual(self._rows, self._targets, smaller, tol=self._tol, initial=start)
+        start = None if last is None else self._stretched(last[0], C / last[2])
+        whole = solve_dual(self._rows, self._targets, C * self._share, tol=self._tol, initial=start)
         limits = C * self._kept
         start = self._without_folds(whole, targets, limits)
         if last is not None:  # where nothing was at a bound, a larger C changes nothing
-            start = torch.where(
-                _at_bound(last.parts, last.C).any(dim=0), start, last.parts.dual_coef
-            )
+            _, parts, last_C = last
+            start = torch.where(_at_bound(parts, last_C).any(dim=0), start, parts.dual_coef)
         parts = solve_dual(self._rows, targets, limits, tol=self._tol, initial=start)
-        self._last = _Fits(whole, parts, smaller, C)
+        self._last = whole, parts, C
         self.not_converged += int((~parts.converged).sum() + (~whole.converged).sum())
         scores = parts.scores.view(len(targets), self._folds, self._classes)
         return scores[torch.arange(len(targets), device=targets.device), self._fold]
@@ -276,15 +245,15 @@ class FoldedFits:
         """Return a start for a fit on all samples with the last C, float64 ``(n, c)``."""
         if self._last is None:
             return None
-        whole, _, whole_C, C = self._last
-        stretched = whole.dual_coef * (C / whole_C)
-        return torch.where(_at_bound(whole, whole_C), stretched, whole.dual_coef)
+        whole, _, C = self._last
+        at_bound = _at_bound(whole, C * self._share)
+        return torch.where(at_bound, whole.dual_coef / self._share, whole.dual_coef)
 
-    def _stretched(self, last: _Fits, C: float) -> Tensor:
-        """Multiply the last b by the best factor within the new bounds."""
-        linear = (self._targets * last.whole.dual_coef).sum(dim=0)
-        best = _best_multiple(linear, 2.0 * (last.whole.objective + linear))
-        return last.whole.dual_coef * best.clamp(1.0, max(1.0, C / last.whole_C))
+    def _stretched(self, whole: DualSolution, growth: float) -> Tensor:
+        """Multiply the last b by the best factor within the bounds, which grew by ``growth``."""
+        linear = (self._targets * whole.dual_coef).sum(dim=0)
+        best = _best_multiple(linear, 2.0 * (whole.objective + linear))
+        return whole.dual_coef * best.clamp(1.0, max(1.0, growth))
 
     def _without_folds(self, whole: DualSolution, targets: Tensor, limits: Tensor) -> Tensor:
         """Set the held-out samples of the fit on all to 0, and stretch and balance the rest."""
@@ -309,10 +278,7 @@ def _best_multiple(linear: Tensor, quadratic: Tensor) -> Tensor:
 class _Kernels:
     """Gram matrices of more than one width: from common distances, where these fit.
 
-    Attributes:
-        features: ``(n, d)``.
-        distances: Squared distances to this process's rows, or None.
-        limit: Bytes that are left beside the distances computed here.
+    ``limit`` counts the bytes that are left beside the distances computed here.
     """
 
     def __init__(

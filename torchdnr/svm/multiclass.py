@@ -31,11 +31,10 @@ def one_vs_rest(labels: Tensor, num_classes: int) -> Tensor:
 
 
 def one_vs_one(labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
-    """Turn labels ``(n,)`` into one column of -1 and +1 per pair of classes.
+    """Turn labels into one column per pair of classes: +1 for its first class, else -1.
 
-    Returns:
-        Targets, float64 ``(n, c (c - 1) / 2)``, +1 for the first class of the pair; and whether the
-        sample takes part, bool of the same shape: the target of one that does not means nothing.
+    Returns targets, float64 ``(n, c (c - 1) / 2)``, and whether the sample takes part: the target
+    of one that does not means nothing.
     """
     first, second = class_pairs(num_classes, labels.device).unbind(dim=1)
     is_first = labels.unsqueeze(1) == first
@@ -50,18 +49,11 @@ def binary_targets(labels: Tensor, num_classes: int, strategy: str) -> Tensor:
 
 
 def votes_and_confidence(values: Tensor) -> Tensor:
-    """Turn values of pairs into class scores by scikit-learn's formula.
+    """Turn values of pairs, ``(n, c (c - 1) / 2)``, into class scores by scikit-learn's formula.
 
-    A class gets one vote for each pair it wins, plus the sum s of its values squeezed to
-    s / (3 (|s| + 1)): that breaks ties and never overturns a vote. The votes are piecewise
-    constant: their gradient is 0, so that only the squeezed sums can be followed by a gradient.
-
-    Args:
-        values: Decision values of the pairs, ``(n, c (c - 1) / 2)``, > 0 for the first class.
-
-    Returns:
-        Scores, ``(n, c)``. Two classes have one pair, whose value v is the score without voting:
-        (v, -v).
+    A class gets one vote for each pair it wins, plus the sum s of its values squeezed to s / (3
+    (|s| + 1)): that breaks ties and never overturns a vote. The votes are piecewise constant, so
+    that only the squeezed sums have a gradient. The one pair of two classes does not vote: (v, -v).
 
     Source: scikit-learn, ``sklearn.utils.multiclass._ovr_decision_function``.
     """
@@ -78,11 +70,7 @@ def votes_and_confidence(values: Tensor) -> Tensor:
 
 
 def checked_C(C: PerClass) -> float | tuple[float, ...]:
-    """Return C as a Python number, or as one per class.
-
-    Raises:
-        ValueError: If a value is not a number > 0.
-    """
+    """Return C > 0 as a Python number, or as one per class."""
     values = _numbers(C, "C")
     if not all(value > 0.0 for value in values):
         raise ValueError(f"C must be > 0, got {C}")
@@ -91,11 +79,7 @@ def checked_C(C: PerClass) -> float | tuple[float, ...]:
 
 
 def checked_class_weight(class_weight: ClassWeight | None) -> CheckedWeight:
-    """Return class weights as Python values.
-
-    Raises:
-        ValueError: If they are none of ``CheckedWeight``, or a factor is not a finite number > 0.
-    """
+    """Return class weights as Python values; refuse factors that are not finite and > 0."""
     if class_weight is None or (isinstance(class_weight, str) and class_weight == "balanced"):
         return class_weight
     if isinstance(class_weight, str):
@@ -103,17 +87,15 @@ def checked_class_weight(class_weight: ClassWeight | None) -> CheckedWeight:
             'class_weight must be None, "balanced", one factor per class or a dict, '
             f"got {class_weight!r}"
         )
-    if isinstance(class_weight, Mapping):
-        values = _numbers(list(class_weight.values()), "class_weight")
-    else:
-        values = _numbers(class_weight, "class_weight")
+    factors = [*class_weight.values()] if isinstance(class_weight, Mapping) else class_weight
+    values = _numbers(factors, "class_weight")
     if not all(0.0 < value < float("inf") for value in values):
         raise ValueError(
             f"class_weight must hold finite factors > 0, got {class_weight}: to leave samples out, "
             "remove them or give them sample_weight 0"
         )
     if isinstance(class_weight, Mapping):
-        return {int(k): value for k, value in zip(class_weight, values, strict=True)}
+        return dict(zip(map(int, class_weight), values, strict=True))
     return values
 
 
@@ -125,89 +107,48 @@ def upper_bounds(
     class_weight: CheckedWeight,
     sample_weight: Tensor | None,
 ) -> float | Tensor:
-    """Compute the bound of each sample's alpha in each binary problem.
+    """Compute the bound of each sample's alpha in each binary problem, 0 where it takes no part.
 
-    The factors are multiplied: C, the weight of the sample's class, and that of the sample. Class
-    weights go by the sample's class under both strategies, except that ``"balanced"`` balances each
-    problem of one-vs-rest by itself, its class against all others.
-
-    Args:
-        labels: ``(n,)`` in 0..c-1.
-        num_classes: c.
-        strategy: ``"one-vs-rest"`` or ``"one-vs-one"``.
-        C: As ``checked_C`` returns it: by problem in one-vs-rest, by class in one-vs-one.
-        class_weight: As ``checked_class_weight`` returns it.
-        sample_weight: > 0, float64 ``(n,)``, or None.
-
-    Returns:
-        A number, or float64 that broadcasts to ``(n, P)``; 0 where a sample takes no part.
-
-    Raises:
-        ValueError: If C or the class weights do not have one value per class.
+    It is a number, or float64 that broadcasts to ``(n, P)``: the product of C, by problem in
+    one-vs-rest and by class in one-vs-one, the weight of the sample's class, and that of the
+    sample. Class weights go by the sample's class under both strategies, except that ``"balanced"``
+    balances each problem of one-vs-rest by itself, its class against all others.
     """
-    by_sample = None if sample_weight is None else sample_weight.unsqueeze(1)
-    factors = _class_factors(labels, num_classes, strategy, class_weight, sample_weight)
+    by_sample = 1.0 if sample_weight is None else sample_weight.unsqueeze(1)
+    factors: float | Tensor = 1.0
+    if isinstance(class_weight, str):
+        weights = balanced_weights(labels, num_classes, sample_weight)
+        factors = weights[labels].unsqueeze(1)
+        if strategy == ONE_VS_REST:
+            share = 1.0 / (num_classes * weights)  # of the class in all the weight
+            is_class = labels.unsqueeze(1) == torch.arange(num_classes, device=labels.device)
+            factors = 0.5 / torch.where(is_class, share, 1.0 - share)
+    elif class_weight is not None:
+        weights = _per_class("class_weight", class_weight, num_classes, labels.device)
+        factors = weights[labels].unsqueeze(1)
     limits = C if isinstance(C, float) else _per_class("C", C, num_classes, labels.device)
     if strategy == ONE_VS_REST:
-        return _product(limits, factors, by_sample)
+        return limits * factors * by_sample
     if isinstance(limits, Tensor):
         limits = limits[labels].unsqueeze(1)
-    members = one_vs_one(labels, num_classes)[1].double()
-    return _product(members, limits, factors, by_sample)
+    return one_vs_one(labels, num_classes)[1].double() * limits * factors * by_sample
 
 
 def balanced_weights(
     labels: Tensor, num_classes: int, sample_weight: Tensor | None = None
 ) -> Tensor:
-    """Compute scikit-learn's ``"balanced"`` class weights: total / (c * count).
-
-    Args:
-        labels: ``(n,)`` in 0..c-1, every class present.
-        num_classes: c.
-        sample_weight: By which samples are counted, ``(n,)``; default 1 each.
-
-    Returns:
-        One weight per class, float64 ``(c,)``.
-    """
+    """Compute scikit-learn's ``"balanced"`` class weights: total / (c * weighted count)."""
     counts = torch.bincount(labels, weights=sample_weight, minlength=num_classes).double()
     return counts.sum() / (num_classes * counts)
 
 
-def _class_factors(
-    labels: Tensor,
-    num_classes: int,
-    strategy: str,
-    class_weight: CheckedWeight,
-    sample_weight: Tensor | None,
-) -> Tensor | None:
-    """Look up class weights: None, ``(n, 1)``, or ``(n, c)`` where they differ by problem."""
-    if class_weight is None:
-        return None
-    if not isinstance(class_weight, str):
-        weights = _explicit(class_weight, num_classes, labels.device)
-    else:
-        weights = balanced_weights(labels, num_classes, sample_weight)
-        if strategy == ONE_VS_REST:
-            share = 1.0 / (num_classes * weights)  # of the class in all the weight
-            is_class = labels.unsqueeze(1) == torch.arange(num_classes, device=labels.device)
-            return 0.5 / torch.where(is_class, share, 1.0 - share)
-    return weights[labels].unsqueeze(1)
-
-
-def _explicit(
-    class_weight: tuple[float, ...] | dict[int, float], num_classes: int, device: torch.device
+def _per_class(
+    name: str, values: tuple[float, ...] | dict[int, float], c: int, device: torch.device
 ) -> Tensor:
-    if not isinstance(class_weight, dict):
-        return _per_class("class_weight", class_weight, num_classes, device)
-    if unknown := sorted(k for k in class_weight if not 0 <= k < num_classes):
-        raise ValueError(
-            f"class_weight must name classes 0..{num_classes - 1}, got {unknown}: remove them"
-        )
-    values = tuple(class_weight.get(k, 1.0) for k in range(num_classes))
-    return _per_class("class_weight", values, num_classes, device)
-
-
-def _per_class(name: str, values: tuple[float, ...], c: int, device: torch.device) -> Tensor:
+    if isinstance(values, dict):
+        if unknown := sorted(k for k in values if not 0 <= k < c):
+            raise ValueError(f"{name} must name classes 0..{c - 1}, got {unknown}: remove them")
+        values = tuple(values.get(k, 1.0) for k in range(c))
     if len(values) != c:
         raise ValueError(f"{name} must have one value per class, {c}, got {len(values)}")
     return torch.tensor(values, dtype=torch.float64, device=device)
@@ -221,11 +162,3 @@ def _numbers(values: PerClass, name: str) -> tuple[float, ...]:
     if numbers.ndim > 1 or numbers.numel() == 0:
         raise ValueError(f"{name} must be one number or one per class, got {values!r}")
     return tuple(numbers.reshape(-1).tolist())
-
-
-def _product(*factors: float | Tensor | None) -> float | Tensor:
-    given = [factor for factor in factors if factor is not None]
-    product = given[0]
-    for factor in given[1:]:
-        product = product * factor
-    return product

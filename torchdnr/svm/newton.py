@@ -34,44 +34,23 @@ def newton_blocks(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Minimise p dual problems on their working sets, plus ``damping / 2 |b - b_0|^2``.
 
-    Args:
-        kernels: Gram matrices of the working sets, ``(p, k, k)``.
-        points: The problems on their working sets; the sums of b are kept. A padded entry has both
-            bounds and b at 0.
-        intercept: First guess of the intercepts, ``(p,)``.
-        damping: Proximal terms, >= 0, ``(p,)``: they make singular kernels harmless.
-        tol: Violation that a block may keep, ``(p,)``.
-        max_steps: Newton steps that a block may take, ``(p,)``; ``MAX_STEPS`` at the most.
+    The sums of b are kept. A padded entry has both bounds and b at 0. The intercepts are a first
+    guess; damping >= 0 makes singular kernels harmless; ``tol`` is the violation that a block may
+    keep, and ``max_steps`` counts its Newton steps; all are ``(p,)``.
 
-    Returns:
-        b, ``(p, k)``, within the bounds up to rounding where solved with no such sample; whether
-        it was solved, ``(p,)``; and Newton steps, ``(p,)``.
+    Returns b, ``(p, k)``, within the bounds up to rounding where solved with no such sample;
+    whether it was solved; and Newton steps.
     """
-    gradient, dual_coef, lower, upper = points
-    best = dual_coef.clone()
+    point, slope, best = points.dual_coef, points.gradient, points.dual_coef.clone()
     solved = torch.zeros(len(best), dtype=torch.bool, device=best.device)
     steps = torch.zeros(len(best), dtype=torch.int64, device=best.device)
     fewest = torch.full((len(best),), torch.iinfo(torch.int64).max, device=best.device)
     waited = torch.zeros_like(steps)
     rows = torch.arange(len(best), device=best.device)
-    point, slope = dual_coef, gradient
-    state: tuple[Tensor, ...] = (
-        kernels,
-        gradient,
-        dual_coef,
-        lower,
-        upper,
-        damping,
-        tol,
-        max_steps,
-    )
     for _ in range(MAX_STEPS):
-        kernels, gradient, dual_coef, lower, upper, damping, tol, max_steps = state
-        up, low = _guess_sets(point, slope, intercept, lower, upper)
-        point, slope, intercept, sound = _newton_step(
-            kernels, gradient, dual_coef, lower, upper, damping, up, low
-        )
-        bad = _count_violations(point, slope, intercept, lower, upper, up, low, tol)
+        up, low = _guess_sets(point, slope, intercept, points)
+        point, slope, intercept, sound = _newton_step(kernels, points, damping, up, low)
+        bad = _count_violations(point, slope, intercept, points, up, low, tol)
         done = bad == 0
         better = sound & (bad < fewest[rows])
         fewest[rows] = torch.where(better, bad, fewest[rows])
@@ -84,7 +63,8 @@ def newton_blocks(
         if len(keep) == 0:
             break
         if len(keep) < len(rows):
-            state = tuple(t[keep] for t in state)
+            points, kernels = points.of(keep), kernels[keep]
+            damping, tol, max_steps = damping[keep], tol[keep], max_steps[keep]
             point, slope, intercept, rows = point[keep], slope[keep], intercept[keep], rows[keep]
     return best, solved, steps
 
@@ -95,9 +75,10 @@ def multiply(kernels: Tensor, vectors: Tensor) -> Tensor:
 
 
 def _guess_sets(
-    point: Tensor, slope: Tensor, intercept: Tensor, lower: Tensor, upper: Tensor
+    point: Tensor, slope: Tensor, intercept: Tensor, points: Points
 ) -> tuple[Tensor, Tensor]:
     """Predict which samples sit at the upper and which at the lower bound; never all of them."""
+    lower, upper = points.lower, points.upper
     target = point - slope / JUMP
     shift = intercept.unsqueeze(1) / JUMP
     up = target - shift >= upper
@@ -123,16 +104,10 @@ def _balancing_shift(target: Tensor, lower: Tensor, upper: Tensor, total: Tensor
 
 
 def _newton_step(
-    kernels: Tensor,
-    gradient: Tensor,
-    dual_coef: Tensor,
-    lower: Tensor,
-    upper: Tensor,
-    damping: Tensor,
-    up: Tensor,
-    low: Tensor,
+    kernels: Tensor, points: Points, damping: Tensor, up: Tensor, low: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Put samples at their bounds and solve for the free ones and the intercept."""
+    gradient, dual_coef, lower, upper = points
     free = ~(up | low)
     change = torch.where(up, upper, torch.where(low, lower, dual_coef)) - dual_coef
     pulled = gradient + multiply(kernels, change)
@@ -170,13 +145,13 @@ def _count_violations(
     point: Tensor,
     slope: Tensor,
     intercept: Tensor,
-    lower: Tensor,
-    upper: Tensor,
+    points: Points,
     up: Tensor,
     low: Tensor,
     tol: Tensor,
 ) -> Tensor:
     """Count samples outside their bounds, and those at a bound that want to leave it."""
+    lower, upper = points.lower, points.upper
     multiplier = slope + intercept.unsqueeze(1)
     tol = tol.unsqueeze(1)
     scale = point.abs().amax(dim=1, keepdim=True)  # C may be far beyond all values

@@ -37,18 +37,10 @@ PROJECTION_STEPS = 30
 def bounded_start(
     rows: KernelRows, targets: Tensor, lower: Tensor, upper: Tensor, goal: float
 ) -> Tensor | None:
-    """Compute a start for those problems whose support vectors will mostly be at their bounds.
+    """Compute a start b, ``(P, n)``, for problems whose support vectors will mostly be at bounds.
 
-    Args:
-        rows: The kernel; all of it gets evaluated if there is such a problem.
-        targets: Labels in {-1, +1}, ``(P, n)``.
-        lower: Lower bounds of b, ``(P, n)``.
-        upper: Upper bounds of b, ``(P, n)``.
-        goal: Violation at which a problem is done.
-
-    Returns:
-        b, ``(P, n)``, 0 for the other problems; None if there is none, or the kernel is not held
-        whole.
+    It is 0 for the other problems, and None if there is no such problem or the kernel is not held
+    whole; all of it gets evaluated otherwise.
     """
     if rows.n < SMALLEST or rows.capacity < rows.n:
         return None
@@ -94,16 +86,9 @@ def uniform_start(lower: Tensor, upper: Tensor) -> Tensor:
 
 
 def project(values: Tensor, lower: Tensor, upper: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
-    """Project onto the box and the sum 0.
+    """Project values ``(P, n)`` onto the box and the sum 0; return also the shifts needed.
 
-    Args:
-        values: Points, ``(P, n)``.
-        lower: Lower bounds, ``(P, n)``.
-        upper: Upper bounds, ``(P, n)``.
-        shift: First guess of what has to be taken off before clipping, ``(P,)``.
-
-    Returns:
-        Projections, and the shifts that were needed.
+    ``shift`` is a first guess of what to subtract before clipping, ``(P,)``.
     """
     least, most = (values - upper).amin(dim=1), (values - lower).amax(dim=1)
     shift = torch.minimum(torch.maximum(shift, least), most)
@@ -135,17 +120,8 @@ def projected_gradient(
 ) -> Tensor:
     """Lower the objectives by spectral projected gradient steps until few samples are free.
 
-    Args:
-        rows: The kernel; all of it gets evaluated.
-        targets: Labels in {-1, +1}, ``(P, n)``.
-        dual_coef: b to start from, ``(P, n)``, feasible.
-        lower: Lower bounds of b, ``(P, n)``.
-        upper: Upper bounds of b, ``(P, n)``.
-        goal: Violation at which a problem is done.
-        max_steps: Steps at the most.
-
-    Returns:
-        b, float64 ``(P, n)``, feasible up to the rounding of the kernel's dtype.
+    The start and the result are feasible b, ``(P, n)``, the result up to the rounding of the
+    kernel's dtype. All of the kernel gets evaluated.
     """
     dtype = rows.store.dtype
     result, bounds = dual_coef.clone(), (lower, upper)

@@ -112,14 +112,12 @@ def solve_dual(
         )
     parts = []
     for columns in column_groups(targets.shape[1], kernel.together):
-        y, (lower, upper) = (
-            targets[:, columns],
-            dual_bounds(targets[:, columns], limits[:, columns]),
-        )
+        y = targets[:, columns]
+        lower, upper = dual_bounds(y, limits[:, columns])
         start = None if initial is None else initial[:, columns]
-        state = SolverState.start(kernel, y, lower, upper, start, GOAL * tol)
+        state = SolverState.start(kernel, y, lower, upper, start, GOAL * tol, max_steps)
         for _ in range(REFRESHES):
-            descend(kernel, state, GOAL * tol, max_steps)
+            descend(state)
             dual_coef = state.dual_coef.T.contiguous()
             solution = certify(kernel, y, lower, upper, dual_coef, tol=tol, steps=state.steps)
             if (solution.converged | (state.steps >= max_steps)).all():
@@ -133,18 +131,15 @@ def solve_dual(
 
 @dataclass
 class SolverState:
-    """State of P problems on n samples; one row each.
+    """State of P problems on n samples; one row each, of float64 ``(P, n)`` or ``(P,)``.
 
-    Attributes:
-        gradient: F = K b - y, float64 ``(P, n)``.
-        dual_coef: b, float64 ``(P, n)``.
-        lower: Lower bounds of b, ``(P, n)``.
-        upper: Upper bounds of b, ``(P, n)``.
-        steps: Newton steps and two-variable updates spent, ``(P,)``.
-        damping: Proximal term of the next Newton steps, ``(P,)``.
-        failures: Newton blocks in a row that were not solved, ``(P,)``.
+    ``goal`` is the violation at which a problem is done, and ``damping`` the proximal term of its
+    next Newton steps; ``failures`` counts its Newton blocks in a row that were not solved.
     """
 
+    rows: KernelRows
+    goal: float
+    max_steps: int
     gradient: Tensor
     dual_coef: Tensor
     lower: Tensor
@@ -162,93 +157,69 @@ class SolverState:
         upper: Tensor,
         initial: Tensor | None,
         goal: float,
+        max_steps: int,
     ) -> "SolverState":
-        """Begin at given b, or where the problem makes a better start than b = 0 worth it.
+        """Begin at given b, ``(n, P)``, or wherever a better start than b = 0 is worth it.
 
-        Args:
-            rows: The kernel.
-            targets: Labels in {-1, +1}, ``(n, P)``.
-            lower: Lower bounds of b, ``(n, P)``.
-            upper: Upper bounds of b, ``(n, P)``.
-            initial: b, ``(n, P)``, clipped to the bounds and balanced; None for the best start.
-            goal: Violation at which a problem is done.
-
-        Returns:
-            The state, with the gradient at its b.
+        Given values are clipped to the bounds and balanced.
         """
         targets, lower, upper = (t.T.contiguous() for t in (targets.double(), lower, upper))
-        counts = torch.zeros(len(targets), dtype=torch.int64, device=targets.device)
-        damping = torch.full_like(targets[:, 0], FIRST_DAMPING)
-        state = cls(
-            -targets, torch.zeros_like(lower), lower, upper, counts, damping, counts.clone()
-        )
+        steps, failures = torch.zeros(2, len(targets), dtype=torch.int64, device=targets.device)
+        damping, dual_coef = torch.full_like(targets[:, 0], FIRST_DAMPING), torch.zeros_like(lower)
+        problem = (rows, goal, max_steps, -targets, dual_coef, lower, upper)
+        state = cls(*problem, steps, damping, failures)
         start = (
             initial.T if initial is not None else bounded_start(rows, targets, lower, upper, goal)
         )
         if start is not None:
-            balance = torch.zeros(len(start), dtype=torch.float64, device=start.device)
-            start = make_feasible(start.double(), -targets, lower, upper, balance)
+            start = make_feasible(
+                start.double(), -targets, lower, upper, torch.zeros_like(targets[:, 0])
+            )
             state.dual_coef = rows.replicate(start)
             state.gradient += rows.product(state.dual_coef)
         return state
 
-    def points(self, problems: Tensor | slice = slice(None)) -> Points:
-        """Return where problems stand, ``(p,)``; default: all."""
-        whole = Points(self.gradient, self.dual_coef, self.lower, self.upper)
-        return Points(*(t[problems] for t in whole))
+    def points(self) -> Points:
+        """Return where all problems stand."""
+        return Points(self.gradient, self.dual_coef, self.lower, self.upper)
 
-    def move(self, rows: KernelRows, problems: Tensor, changes: Tensor) -> None:
+    def move(self, problems: Tensor, changes: Tensor) -> None:
         """Add changes ``(p, n)`` to b, and what they do to the gradient."""
         lower, upper = self.lower[problems], self.upper[problems]
         moved = self.dual_coef[problems] + changes
         self.dual_coef[problems] = snap_to_bounds(moved, lower, upper, 1e-12)
-        self.gradient[problems] += rows.product(changes)
+        self.gradient[problems] += self.rows.product(changes)
 
 
-def descend(rows: KernelRows, state: SolverState, goal: float, max_steps: int) -> None:
-    """Run outer steps until every problem is within the goal by its running gradient.
-
-    Args:
-        rows: The kernel.
-        state: Of all problems; changed in place.
-        goal: Largest violation to reach.
-        max_steps: Steps of one problem at the most.
-    """
+def descend(state: SolverState) -> None:
+    """Run outer steps until every problem is within the goal by its running gradient."""
     fresh = ~state.dual_coef.any(dim=1)
-    polish = rows.n <= SMALL_SET
+    polish = state.rows.n <= SMALL_SET
     while True:
         steepest_up, steepest_down = violation_bounds(state.points())
-        violation = steepest_up - steepest_down
+        violation, may_go_on = steepest_up - steepest_down, state.steps < state.max_steps
         # Finished problems leave the batch; that needs their number: one sync per outer step.
-        running = ((violation > goal) & (state.steps < max_steps)).nonzero().squeeze(1)
+        running = ((violation > state.goal) & may_go_on).nonzero().squeeze(1)
         if len(running) == 0 and polish:  # one step without damping, to the last digits
             polish = False
-            running = ((violation > 0.0) & (state.steps < max_steps)).nonzero().squeeze(1)
+            running = ((violation > 0.0) & may_go_on).nonzero().squeeze(1)
             state.damping.fill_(LEAST_DAMPING)
         if len(running) == 0:
             return
-        failed = _newton_update(rows, state, running, violation[running], fresh, goal, max_steps)
+        failed = _newton_update(state, running, violation[running], fresh)
         fresh = torch.zeros_like(fresh)
         if len(failed):
-            _two_variable_update(rows, state, failed, violation[failed], goal, max_steps)
+            _two_variable_update(state, failed, violation[failed])
 
 
-def _newton_update(
-    rows: KernelRows,
-    state: SolverState,
-    running: Tensor,
-    violation: Tensor,
-    fresh: Tensor,
-    goal: float,
-    max_steps: int,
-) -> Tensor:
+def _newton_update(state: SolverState, running: Tensor, violation: Tensor, fresh: Tensor) -> Tensor:
     """Improve the running problems by Newton's method, and return those that need another."""
-    points = state.points(running)
-    intercept, blocks, double = _choose_blocks(rows, state, running, points, fresh)
+    rows, points = state.rows, state.points().of(running)
+    intercept, blocks, double = _choose_blocks(state, running, points, fresh)
     results = []
     for (batch, samples, valid), kernels in rows.assigned(blocks):
         problems = running[batch]
-        tol = (NEWTON_ACCURACY * violation[batch]).clamp_min(0.2 * goal)
+        tol = (NEWTON_ACCURACY * violation[batch]).clamp_min(0.2 * state.goal)
         local = Points(*(t * valid for t in points.of(batch).at(samples)))
         kernels = kernels.double() if bool(double[batch[0]]) else kernels
         dtype, damping = kernels.dtype, state.damping[problems]
@@ -258,7 +229,7 @@ def _newton_update(
             intercept[batch].to(dtype),
             damping.to(dtype),
             tol.to(dtype),
-            max_steps - state.steps[problems],
+            state.max_steps - state.steps[problems],
         )
         change, damping, improved = _line_search(
             kernels, local, solution, damping, tol, solved, solved & (steps <= EASY_STEPS)
@@ -279,14 +250,15 @@ def _newton_update(
         changes[batch] = changes[batch].scatter_add(1, samples, result[:, :-4] * valid)
         failed[batch] = improved == 0
     failed |= state.failures[running] >= 2
-    state.move(rows, running, changes)
+    state.move(running, changes)
     return running[failed]
 
 
 def _choose_blocks(
-    rows: KernelRows, state: SolverState, running: Tensor, points: Points, fresh: Tensor
+    state: SolverState, running: Tensor, points: Points, fresh: Tensor
 ) -> tuple[Tensor, list[Block], Tensor]:
     """Return intercepts, working sets in batches, and which problems take float64."""
+    rows = state.rows
     largest = min(rows.largest_set, rows.capacity)
     intercept = intercepts(points)
     index, valid = largest_violators(points, intercept, largest)
@@ -338,10 +310,7 @@ def _line_search(
     solved: Tensor,
     easy: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Go to the minimum on the way to Newton's answer.
-
-    Returns the changes of b, ``(p, k)``, the damping from now on, and whether b improved.
-    """
+    """Go to the minimum on the way to Newton's answer: changes of b, damping, and success."""
     gradient, dual_coef, lower, upper = local
     solution = to_double(solution, lower, upper)
     target = make_feasible(solution, gradient, lower, upper, dual_coef.sum(dim=1))
@@ -362,18 +331,11 @@ def _line_search(
     return change, damping, improved
 
 
-def _two_variable_update(
-    rows: KernelRows,
-    state: SolverState,
-    problems: Tensor,
-    violation: Tensor,
-    goal: float,
-    max_steps: int,
-) -> None:
+def _two_variable_update(state: SolverState, problems: Tensor, violation: Tensor) -> None:
     """Improve by two-variable updates, which lower every objective that can be lowered."""
-    points = state.points(problems)
-    index = select_working_sets(points, min(FALLBACK_SET, rows.n, rows.capacity))
-    index = rows.replicate(index)
+    rows, points = state.rows, state.points().of(problems)
+    size = min(FALLBACK_SET, rows.n, rows.capacity)
+    index = rows.replicate(select_working_sets(points, size))
     together = max(1, min(FALLBACK_SET, rows.capacity // index.shape[1]))
     batches = torch.arange(len(problems), device=problems.device).split(together)
     valid = torch.ones_like(index, dtype=torch.bool)
@@ -381,8 +343,8 @@ def _two_variable_update(
     results = []
     for (batch, samples, _), kernels in rows.assigned(blocks):
         local = points.of(batch).at(samples)
-        tol = (UPDATE_ACCURACY * violation[batch]).clamp_min(0.9 * goal)
-        allowed = (max_steps - state.steps[problems[batch]]).clamp_max(FALLBACK_STEPS)
+        tol = (UPDATE_ACCURACY * violation[batch]).clamp_min(0.9 * state.goal)
+        allowed = (state.max_steps - state.steps[problems[batch]]).clamp_max(FALLBACK_STEPS)
         solution, steps = solve_blocks(kernels.double(), local, tol, allowed)
         del kernels
         change = solution - local.dual_coef
@@ -390,7 +352,7 @@ def _two_variable_update(
     for (batch, samples, _), result in zip(blocks, rows.collect(blocks, results, 1), strict=True):
         state.steps[problems[batch]] += result[:, -1].long()
         changes = torch.zeros_like(points.gradient[batch]).scatter(1, samples, result[:, :-1])
-        state.move(rows, problems[batch], changes)
+        state.move(problems[batch], changes)
     state.failures[problems] = 0
 
 

@@ -10,43 +10,26 @@ from torchdnr.distributed.sharing import ShardedFeatures
 from torchdnr.kernels.any_kernel import gamma_for_variance, kernel_matrix, rbf_gamma
 from torchdnr.svm.checks import check_gram, check_sample_weight
 from torchdnr.svm.dual import DualSolution
-from torchdnr.svm.gram import planned_rows, rows_on_demand
+from torchdnr.svm.gram import planned_rows
 from torchdnr.svm.kernel_rows import KernelRows
 from torchdnr.svm.memory_plan import plan_memory
 
 
 @dataclass(frozen=True)
 class TrainingData:
-    """Samples of weight > 0, and their indices among all n.
+    """Samples of weight > 0, k of n."""
 
-    Attributes:
-        features: ``(k, d)``, perhaps sharded; with a precomputed kernel its matrix between the k
-            samples.
-        labels: ``(k,)``.
-        weight: Their weights, float64 ``(k,)``; None if all are 1.
-        kept: Their indices among the n samples, int64 ``(k,)``.
-        count: n.
-        center: Mean of the features, ``(d,)``; zeros ``(n,)`` with a precomputed kernel.
-        distances: Squared distances between the features, ``(k, k)``, if they are at hand; of
-            sharded features those to this process's.
-        is_precomputed: Whether the features are kernel values.
-    """
-
-    features: ShardedFeatures
-    labels: Tensor
-    weight: Tensor | None
-    kept: Tensor
-    count: int
-    center: Tensor
-    distances: Tensor | None
-    is_precomputed: bool
+    features: ShardedFeatures  # (k, d); with a precomputed kernel its matrix between the k samples
+    labels: Tensor  # (k,)
+    weight: Tensor | None  # float64 (k,); None if all are 1
+    kept: Tensor  # indices among the n samples, int64 (k,)
+    count: int  # n
+    center: Tensor  # mean of the features, (d,); zeros (n,) with a precomputed kernel
+    distances: Tensor | None  # squared ones to this process's features, if they are at hand
+    is_precomputed: bool  # whether the features are kernel values
 
     def gamma(self, given: float | str) -> float:
-        """Compute the kernel width from what ``checked_gamma`` returned.
-
-        Raises:
-            ValueError: If the variance of the features is not finite.
-        """
+        """Compute the kernel width from what ``checked_gamma`` returned."""
         if given == "auto":
             return 1.0 / self.features.shape[1]
         if given != "scale":
@@ -63,18 +46,9 @@ class TrainingData:
     def gram(
         self, kernel: Kernel | None, problems: int, memory_limit: int | None
     ) -> Tensor | KernelRows:
-        """Prepare the Gram matrix with the very kernel that will score.
+        """Make the Gram matrix with the very kernel that will score; None if precomputed.
 
-        Args:
-            kernel: The kernel; None for a precomputed one.
-            problems: Problems that will be solved on it at once.
-            memory_limit: Bytes that the fit may take; None for the default.
-
-        Returns:
-            Kernel values, ``(k, k)``: whole if they are at hand, otherwise evaluated on demand.
-
-        Raises:
-            ValueError: If the memory limit is too small, or squared distances overflow.
+        It is whole if it is at hand, otherwise its rows are evaluated on demand.
         """
         features, center, local = self.features, self.center, self.features.local
         if kernel is None:
@@ -84,17 +58,15 @@ class TrainingData:
             return planned_rows(
                 features, gamma.item(), center, problems, memory_limit, self.distances
             )
-        partition, itemsize = features.partition, local.element_size()
-        width = partition.largest
+        width, itemsize = features.partition.largest, local.element_size()
         # gpytorch takes the features whole, centred on both sides.
         copies = 2 * itemsize * width * local.shape[1]
         plan = plan_memory(len(features), problems, itemsize, memory_limit, copies, width)
-        return rows_on_demand(
-            lambda index: kernel_matrix(kernel, features.rows(index), local, center),
-            partition,
-            local,
-            plan,
-        )
+
+        def evaluate(index: Tensor) -> Tensor:
+            return kernel_matrix(kernel, features.rows(index), local, center)
+
+        return KernelRows(evaluate, features.partition, local, plan)
 
     def support_vectors(self, chosen: Tensor) -> Tensor:
         """Copy the chosen rows, bool ``(k,)``: ``(m, d)``; ``(m, 0)`` with a precomputed kernel."""
@@ -103,23 +75,14 @@ class TrainingData:
         return self.features.rows(chosen.nonzero().squeeze(1))
 
     def of_all_samples(self, solution: DualSolution) -> DualSolution:
-        """Put the samples of weight 0 back, with b = 0 and no score.
-
-        Args:
-            solution: Of the k samples.
-
-        Returns:
-            The same with ``dual_coef`` and ``scores`` ``(n, P)``; scores left out are NaN.
-        """
+        """Put the samples of weight 0 back, with b = 0 and the score NaN."""
         if len(self.kept) == self.count:
             return solution
-        spread = {}
-        for name in ("dual_coef", "scores"):
-            values = getattr(solution, name)
-            missing = 0.0 if name == "dual_coef" else torch.nan
-            whole = values.new_full((self.count, values.shape[1]), missing)
-            spread[name] = whole.index_copy(0, self.kept, values)
-        return replace(solution, **spread)
+        whole = [
+            values.new_full((self.count, values.shape[1]), missing).index_copy(0, self.kept, values)
+            for values, missing in ((solution.dual_coef, 0.0), (solution.scores, torch.nan))
+        ]
+        return replace(solution, dual_coef=whole[0], scores=whole[1])
 
 
 def select_training_data(
@@ -130,23 +93,7 @@ def select_training_data(
     distances: Tensor | None,
     is_precomputed: bool,
 ) -> TrainingData:
-    """Check kernel values and weights, and leave out the samples of weight 0.
-
-    Args:
-        features: ``(n, d)``, perhaps sharded, or a precomputed kernel, ``(n, n)``.
-        labels: ``(n,)`` in 0..c-1.
-        num_classes: c.
-        sample_weight: ``(n,)``, or None for 1 each.
-        distances: Squared distances between the features, ``(n, n)``, if they are at hand; of
-            sharded features those to this process's.
-        is_precomputed: Whether the features are kernel values.
-
-    Returns:
-        The samples that count.
-
-    Raises:
-        ValueError: If the kernel is not a Gram matrix, or weights do not fit.
-    """
+    """Check kernel values and weights, and leave out samples of weight 0; see ``RBFSVM.fit``."""
     features = ShardedFeatures.of(features)
     n, weight, local = len(features), None, features.local
     if is_precomputed:
@@ -171,11 +118,7 @@ def select_training_data(
 
 
 def checked_gamma(gamma: float | str) -> float | str:
-    """Return a kernel width, a number as float.
-
-    Raises:
-        ValueError: If it is neither a number > 0 nor ``"scale"`` or ``"auto"``.
-    """
+    """Return a kernel width: a number > 0 as float, ``"scale"`` or ``"auto"``."""
     if isinstance(gamma, str):
         if gamma in ("scale", "auto"):
             return gamma

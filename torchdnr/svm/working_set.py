@@ -10,6 +10,7 @@ Wen et al., "ThunderSVM", JMLR 19 (2018).
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from torchdnr.svm.dual import Points, snap_to_bounds
 
@@ -45,32 +46,23 @@ def select_working_sets(points: Points, size: int) -> Tensor:
 def largest_violators(points: Points, intercept: Tensor, largest: int) -> tuple[Tensor, Tensor]:
     """Choose each problem's working set: its free samples, and the worst of those at a bound.
 
-    Args:
-        points: Of P problems.
-        intercept: Intercepts, ``(P,)``: a multiplier is F + intercept.
-        largest: Samples in a set at the most.
-
-    Returns:
-        Indices, ``(P, k)``, and whether they belong to the set, bool ``(P, k)``. Those that do
-        belong do not repeat. The pair that violates most is among them, unless the free samples are
-        more than fit in the set.
+    Returns indices, ``(P, k)``, and whether they belong to the set. Those that do belong do not
+    repeat. The pair that violates most is among them, unless the free samples are more than fit in
+    the set. A multiplier is F + intercept.
     """
     gradient, dual_coef, lower, upper = points
     multiplier = gradient + intercept.unsqueeze(1)
     free = (dual_coef > lower) & (dual_coef < upper)
     count = free.sum(dim=1)
     nonzero = (dual_coef != 0).sum(dim=1)
-    new = (
-        torch.maximum(NEW_SHARE * count, NEW_NONZERO * nonzero)
-        .long()
-        .clamp(min(NEW_SAMPLES, largest), max(2, largest // 2))
-    )
-    half = int(((new + 1) // 2).max().clamp_max(gradient.shape[1]))
+    new = torch.maximum(NEW_SHARE * count, NEW_NONZERO * nonzero).long()
+    new = new.clamp(min(NEW_SAMPLES, largest), max(2, largest // 2))
+    n = gradient.shape[1]
+    half = int(((new + 1) // 2).max().clamp_max(n))
     rank = torch.arange(half, device=gradient.device)
     growing = (-multiplier).masked_fill((dual_coef >= upper) | free, -torch.inf).topk(half, dim=1)
     shrinking = multiplier.masked_fill((dual_coef <= lower) | free, -torch.inf).topk(half, dim=1)
     within = rank < ((new + 1) // 2).unsqueeze(1)
-    n = gradient.shape[1]
     most_free = n if n <= largest else max(1, largest - 2 * half)
     worst = multiplier.abs().masked_fill(~free, -1.0)
     inner = worst.topk(min(most_free, int(count.max())), dim=1)
@@ -88,47 +80,28 @@ def common_sample(n: int, device: torch.device, size: int = FIRST_SAMPLES) -> Te
 def first_sets(
     lower: Tensor, upper: Tensor, index: Tensor, valid: Tensor, fresh: Tensor, largest: int
 ) -> tuple[Tensor, Tensor]:
-    """Give problems at b = 0 one random working set, whose kernel they share.
+    """Give ``fresh`` problems, at b = 0, one random working set, whose kernel they share.
 
-    There all samples violate alike, so that any choice is as good as the worst violators.
-
-    Args:
-        lower: Lower bounds of b, ``(P, n)``.
-        upper: Upper bounds of b, ``(P, n)``.
-        index: Working sets for the other problems, and for those of which the random set holds one
-            class only, ``(P, k)``.
-        valid: Which of those entries count, ``(P, k)``.
-        fresh: Which problems are at b = 0, ``(P,)``.
-        largest: Samples in a set at the most.
-
-    Returns:
-        Indices and which of them count.
+    There all samples violate alike, so that any choice is as good as the worst violators. The
+    others, and those of which the random set holds one class only, keep their sets.
     """
     common = common_sample(lower.shape[1], index.device)[:largest]
     both = (lower[:, common] < 0).any(dim=1) & (upper[:, common] > 0).any(dim=1)
     width = max(len(common), index.shape[1])
-    padded, flags = index.new_zeros(2, len(index), width), valid.new_zeros(2, len(index), width)
-    padded[0, :, : len(common)], flags[0, :, : len(common)] = common, True
-    padded[1, :, : index.shape[1]], flags[1, :, : index.shape[1]] = index, valid
+    index, valid = (pad(t, (0, width - t.shape[1])) for t in (index, valid))
+    counts = torch.arange(width, device=index.device) < len(common)
+    common = pad(common, (0, width - len(common)))
     choice = (both & fresh).unsqueeze(1)
-    return torch.where(choice, padded[0], padded[1]), torch.where(choice, flags[0], flags[1])
+    return torch.where(choice, common, index), torch.where(choice, counts, valid)
 
 
 def make_feasible(
     values: Tensor, gradient: Tensor, lower: Tensor, upper: Tensor, total: Tensor
 ) -> Tensor:
-    """Bring values within their bounds and to their sum, leaving on a bound what is there.
+    """Bring b ``(P, k)`` within its bounds and to its sums, leaving on a bound what is there.
 
-    Args:
-        values: b or entries of it, ``(P, k)``.
-        gradient: F there or nearby, ``(P, k)``: where samples have to leave their bounds for the
-            sake of the sum, those go first that win most by it.
-        lower: Lower bounds, ``(P, k)``.
-        upper: Upper bounds, ``(P, k)``.
-        total: What each row has to sum to, within the sums of its bounds, ``(P,)``.
-
-    Returns:
-        Feasible values, ``(P, k)``.
+    Where samples have to leave their bounds for the sake of the sum, those go first that win most
+    by it, by the gradient there or nearby.
     """
     tiny = torch.finfo(values.dtype).tiny
     for _ in range(2):  # the second time for what the first put within the slack of a bound
@@ -158,14 +131,8 @@ def solve_blocks(
 ) -> tuple[Tensor, Tensor]:
     """Solve P small dual problems by two-variable updates, second-order selection.
 
-    Args:
-        kernels: Gram matrices of the working sets, ``(P, q, q)``.
-        points: The problems on their working sets.
-        tol: Violation at which each problem stops, ``(P,)``.
-        max_steps: Updates of each problem at the most, ``(P,)``.
-
-    Returns:
-        New b, ``(P, q)``, and updates spent, ``(P,)``.
+    Kernels are ``(P, q, q)``, the violations to stop at and the most updates ``(P,)``. Returns new
+    b, ``(P, q)``, and updates spent.
     """
     gradient, dual_coef, lower, upper = points
     count, size = gradient.shape
@@ -200,11 +167,8 @@ def solve_blocks(
         scale = torch.maximum(old.abs(), signed.abs()).amax(dim=1, keepdim=True)
         moved = snap_to_bounds(old + signed, low, high, 1e-12, scale)
         dual_coef.scatter_(1, pair, moved)
-        blocked_up.scatter_(
-            1, pair, torch.zeros_like(moved).masked_fill_(moved >= high, -torch.inf)
-        )
-        blocked_down.scatter_(
-            1, pair, torch.zeros_like(moved).masked_fill_(moved <= low, torch.inf)
-        )
+        zeros = torch.zeros_like(moved)
+        blocked_up.scatter_(1, pair, zeros.masked_fill(moved >= high, -torch.inf))
+        blocked_down.scatter_(1, pair, zeros.masked_fill(moved <= low, torch.inf))
         steps += running.squeeze(1)
     return dual_coef, steps

@@ -19,41 +19,25 @@ from torchdnr.evaluation.line_up import Attack
 
 Model = Callable[[Tensor], Tensor]
 
-SMALL_DROP = 0.02
-"""Fall of the accuracy, by an attack that ought to be weaker, above which a check fails."""
+SMALL_DROP = 0.02  # fall of the accuracy, by an attack that ought to be weaker, that fails
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Context(Task):
-    """One evaluation under examination.
+    """One evaluation under examination."""
 
-    Attributes:
-        original: The model as it was given; ``model`` counts what passes through it.
-        curve: The evaluation.
-        index: Where in ``curve.eps`` attacks are compared.
-        clean: Predictions for the inputs as they are, ``(n,)``.
-        pool: Inputs of all classes to start from, ``(m, ...)``.
-        pool_labels: Classes that the model assigns to them, -1 where it rejects, ``(m,)``.
-        attacks: Line-up of the evaluation.
-        surrogate: Undefended classifier, ``(n, ...)`` to ``(n, c)``, or None.
-        reference: Robust accuracy of a classifier without rejection, or None.
-        options: Sizes: samples, recorded, draws, noise_draws, steps, queries, passes.
-        seed: Of everything that is drawn.
-        cache: Results that more than one check uses.
-    """
-
-    original: Model
+    original: Model  # as it was given; ``model`` counts what passes through it
     curve: SecurityCurve
-    index: int
-    clean: Tensor
-    pool: Tensor
-    pool_labels: Tensor
-    attacks: Mapping[str, Attack]
-    surrogate: Model | None
-    reference: SecurityCurve | Mapping[float, float] | None
-    options: Mapping[str, int]
-    seed: int
-    cache: dict[str, Any] = field(default_factory=dict)
+    index: int  # where in ``curve.eps`` attacks are compared
+    clean: Tensor  # predictions for the inputs as they are, (n,)
+    pool: Tensor  # inputs of all classes to start from, (m, ...)
+    pool_labels: Tensor  # classes that the model assigns to them, -1 where it rejects, (m,)
+    attacks: Mapping[str, Attack]  # line-up of the evaluation
+    surrogate: Model | None  # undefended classifier, (n, ...) to (n, c)
+    reference: SecurityCurve | Mapping[float, float] | None  # robust accuracy without rejection
+    options: Mapping[str, int]  # samples, recorded, draws, noise_draws, steps, queries, passes
+    seed: int  # of everything that is drawn
+    cache: dict[str, Any] = field(default_factory=dict)  # what more than one check uses
 
     @property
     def eps(self) -> float:
@@ -109,16 +93,9 @@ class Context(Task):
         model: Model | None = None,
         **options: Any,  # noqa: ANN401 - options of any attack
     ) -> Tensor:
-        """Attack given samples at the eps of the comparison.
+        """Attack given samples ``(s,)`` at the eps of the comparison; returns points ``(s, ...)``.
 
-        Args:
-            attack: Function of ``torchdnr.attacks``.
-            rows: Samples, ``(s,)``.
-            model: What to attack, without theta in its output; None: the model.
-            **options: Of the attack.
-
-        Returns:
-            Points, ``(s, ...)``.
+        A ``model`` that is attacked instead has no theta in its output.
         """
         shared: dict[str, Any] = {
             "eps": self.eps,
@@ -132,23 +109,16 @@ class Context(Task):
         return attack(attacked, self.inputs[rows], self.labels[rows], **shared | options)
 
     def unevaded(self) -> Tensor:
-        """Return the samples that the evaluation did not evade.
-
-        Raises:
-            CannotRun: If there is none.
-        """
+        """Return the samples that the evaluation did not evade; there must be some."""
         if len(self.rows) == 0:
             raise CannotRun(f"the evaluation evades every sample at eps = {self.eps:g} already")
         return self.rows
 
 
 def choose_eps(curve: SecurityCurve, eps: float | None) -> int:
-    """Choose the eps at which attacks are compared: where the accuracy is nearest to one half.
+    """Choose where in the curve attacks are compared: where its accuracy is nearest to one half.
 
     There most is at stake; among equals the largest.
-
-    Raises:
-        ValueError: If the curve has no positive eps, or not the one asked for.
     """
     positive = [index for index, value in enumerate(curve.eps) if value > 0]
     if not positive:
@@ -170,16 +140,9 @@ def evades_at(context: Context, points: Tensor, rows: Tensor) -> Tensor:
 def missed_evasions(
     context: Context, attack: str, evaded: Tensor, advice: str, allowed: float = SMALL_DROP
 ) -> Finding:
-    """Grade an attack on samples that the evaluation does not evade.
+    """Grade an attack, which evades some of ``context.rows``, bool ``(s,)``.
 
     One evasion warns. It fails where the accuracy at that eps would fall by more than ``allowed``.
-
-    Args:
-        context: What is checked.
-        attack: The attack, as the subject of a sentence.
-        evaded: Which of ``context.rows`` it evades, bool ``(s,)``.
-        advice: What to do if there is any.
-        allowed: Fall of the accuracy above which the check fails.
     """
     count, total = int(evaded.sum()), len(evaded)
     status, drop = drop_status(context, count, total, allowed)
@@ -199,6 +162,11 @@ def drop_status(context: Context, count: int, samples: int, allowed: float) -> t
 
 
 def share_status(count: int, total: int, *, warn: float = 0.1, fail: float = 0.5) -> Status:
-    """Grade a count by its share of the total."""
+    """Grade a count by its share of the total: above a tenth it warns, above half it fails."""
     share = count / total if total else 0.0
     return "fail" if share > fail else "warn" if share > warn else "pass"
+
+
+def uniform_like(points: Tensor, generator: torch.Generator) -> Tensor:
+    """Draw from [0, 1) in the shape and dtype of points."""
+    return points.new_empty(points.shape).uniform_(generator=generator)

@@ -1,43 +1,44 @@
 """Did the attacks return their best points, were they done, and would longer ones evade more?"""
 
-from typing import Any
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
 
 from torchdnr.attacks.boundary_walk import boundary_walk
+from torchdnr.attacks.objectives import decision_objective
 from torchdnr.attacks.pgd import pgd
+from torchdnr.attacks.view import ModelView
+from torchdnr.decisions import evades, split_scores
 from torchdnr.evaluation.checks.context import (
     Context,
     evades_at,
     missed_evasions,
     share_status,
 )
-from torchdnr.evaluation.checks.recording import Recorded, record
 from torchdnr.evaluation.checks.result import Finding
+from torchdnr.evaluation.line_up import Attack
 
-NOT_CONVERGED = 0.05
-"""Fall of the accuracy, by longer attacks with restarts, above which the check fails."""
-MORE = 2
-"""Times the steps, and number of restarts, of the longer attack."""
-WALK = 300
-"""Steps of the longer boundary walk: the default 100 and the cycle after it."""
+NOT_CONVERGED = 0.05  # fall of the accuracy, by longer attacks, above which the check fails
+MORE = 2  # times the steps, and number of restarts, of the longer attack
+WALK = 300  # steps of the longer boundary walk: the default 100 and the cycle after it
+LAST = 0.1  # share of the forwards that counts as the end of an attack
+STILL_FALLING = 0.05  # share of the whole descent, or of the final norm, allowed at the end
+NEARER = 0.01  # share of its norm by which a success has to be nearer than the one returned
 
 
-def _recordings(context: Context) -> dict[str, list[Recorded]]:
-    """Run each attack of the line-up on a few samples, one by one, and record what it evaluates."""
-    if "recordings" not in context.cache:
-        samples = context.rows if len(context.rows) else context.first
-        rows = samples[: context.options["recorded"]].tolist()
-        context.cache["recordings"] = {
-            name: [record(context, attack, row) for row in rows]
-            for name, attack in context.attacks.items()
-        }
-    return context.cache["recordings"]
+class _Recorded(NamedTuple):
+    """One attack on one sample."""
+
+    succeeded: bool  # what it returned evades within eps; of a minimum-norm attack, at all
+    silent: bool  # it saw a success that it did not return: within eps, or nearer
+    falling: bool  # its best value still fell at the end
+    stuck: bool  # its best value never fell
 
 
 def check_silent_success(context: Context) -> Finding:
-    """Count samples for which an attack saw a success that it did not return.
-
-    All points that an attack shows to the model are recorded, one sample at a time. One such
-    sample fails.
+    """Count runs, one sample each, in which an attack saw a success that it did not return.
 
     Source: Pintor et al., "Indicators of attack failure" (silent success).
     """
@@ -57,21 +58,19 @@ def check_silent_success(context: Context) -> Finding:
 def check_incomplete(context: Context) -> Finding:
     """Count runs whose best value still fell in the last tenth of the forwards.
 
-    By more than 5 % of the whole descent of the margin for an attack at a given eps that failed;
-    by more than 5 % of the norm for a minimum-norm attack. Warns from a tenth of the runs on,
-    fails from half of them on.
+    The value is the margin of an attack at a given eps that failed, or the least norm.
 
     Source: Pintor et al., "Indicators of attack failure" (incomplete optimisation).
     """
-    falling = stuck = total = 0
-    guilty = []
-    for name, runs in _recordings(context).items():
-        counted = [run for run in runs if context.attacks[name].minimum_norm or not run.succeeded]
-        total += len(counted)
-        stuck += sum(run.stuck for run in counted)
-        number = sum(run.falling for run in counted)
-        falling += number
-        guilty += [name] * bool(number)
+    counted = [
+        (name, run)
+        for name, runs in _recordings(context).items()
+        for run in runs
+        if context.attacks[name].minimum_norm or not run.succeeded
+    ]
+    total, stuck = len(counted), sum(run.stuck for _, run in counted)
+    falling = sum(run.falling for _, run in counted)
+    guilty = dict.fromkeys(name for name, run in counted if run.falling)
     message = (
         f"In {falling} of {total} runs without success, or for the least norm, the best value "
         "still fell at the end"
@@ -85,9 +84,7 @@ def check_incomplete(context: Context) -> Finding:
 def check_converged(context: Context) -> Finding:
     """Attack what the evaluation did not evade for longer and from more starts.
 
-    PGD on the "decision" objective with ``MORE`` times the steps and as many restarts, from the
-    stored points and from accepted samples of other classes, and a boundary walk of ``WALK``
-    steps. Any new evasion warns; it fails if the accuracy falls by more than ``NOT_CONVERGED``.
+    PGD goes on from the stored points, and both it and the walk from samples of other classes.
 
     Source: Carlini et al., "On evaluating adversarial robustness", 2019 (verify convergence).
     """
@@ -104,3 +101,84 @@ def check_converged(context: Context) -> Finding:
     advice = "Evaluate again with more steps, restarts and a larger pool of starts."
     attack = "Longer attacks from more starts"
     return missed_evasions(context, attack, evaded, advice, NOT_CONVERGED)
+
+
+def _recordings(context: Context) -> dict[str, list[_Recorded]]:
+    """Run each attack of the line-up on a few samples, one by one, and record what it evaluates."""
+    if "recordings" not in context.cache:
+        samples = context.rows if len(context.rows) else context.first
+        rows = samples[: context.options["recorded"]].tolist()
+        context.cache["recordings"] = {
+            name: [_record(context, attack, row) for row in rows]
+            for name, attack in context.attacks.items()
+        }
+    return context.cache["recordings"]
+
+
+def _record(context: Context, attack: Attack, row: int) -> _Recorded:
+    """Attack one sample alone, from the clean input, and grade all points that were evaluated."""
+    recorder = _Recorder(context, row)
+    model = ModelView(context.model, recorder)
+    if (smoothed := getattr(context.model, "smoothed", None)) is not None:
+        model.__dict__["smoothed"] = smoothed  # not recorded: it is the model that has to be evaded
+    inputs, labels = context.inputs[row : row + 1], context.labels[row : row + 1]
+    eps = math.inf if attack.minimum_norm else context.eps
+    points = attack.run(model, inputs, labels, eps, inputs)
+    margin, norm, success = recorder.seen()
+    with torch.no_grad():
+        model(points)
+    _, (returned,), (succeeded,) = (part[len(margin) :] for part in recorder.seen())
+    if attack.minimum_norm:
+        values = norm.masked_fill(~success, math.inf)
+        succeeded = succeeded & returned.isfinite()
+        silent = values.amin() < (returned * (1 - NEARER) if succeeded else math.inf)
+    else:
+        inside = norm <= context.eps
+        values = margin.masked_fill(~inside, math.inf)
+        succeeded = succeeded & (returned <= context.eps * (1 + 1e-5) + 1e-6)
+        silent = (success & inside).any() & ~succeeded
+    falling, stuck = _end_of(values, relative_to_last=attack.minimum_norm)
+    return _Recorded(bool(succeeded), bool(silent), falling, stuck)
+
+
+def _end_of(values: Tensor, *, relative_to_last: bool) -> tuple[bool, bool]:
+    """Tell whether the best value so far still fell at the end, and whether it never fell."""
+    values = values[values.isfinite()]
+    if len(values) == 0:
+        return False, True
+    best = values.cummin(dim=0).values
+    before = max(0, len(best) - 1 - math.ceil(LAST * len(best)))
+    whole, end = best[0] - best[-1], best[before] - best[-1]
+    scale = best[-1] if relative_to_last else whole
+    return bool(end > STILL_FALLING * scale), bool(whole <= 0)
+
+
+class _Recorder:
+    """What a ``ModelView`` is shown: margin, norm and success of all points, for one sample.
+
+    An attack may be any function, but all that it learns of the model goes through here: a point in
+    the ball that evades was within its reach, whatever it returned.
+    """
+
+    def __init__(self, context: Context, row: int) -> None:
+        self._context = context
+        self._center = context.inputs[row : row + 1]
+        self._label = context.labels[row : row + 1]
+        self._seen: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def __call__(self, inputs: Tensor, output: Tensor) -> Tensor:
+        """Record the points of one forward; return the output."""
+        points, seen, (low, high) = inputs.detach(), output.detach(), self._context.bounds
+        labels, reject = self._label.expand(len(points)), self._context.reject
+        margin = decision_objective(*split_scores(seen, reject), labels).double()
+        moved = (points.double() - self._center.double()).flatten(1)
+        norm = torch.linalg.vector_norm(moved, self._context.norm, dim=1)
+        in_box = ((points >= low) & (points <= high)).flatten(1).all(dim=1)
+        norm = norm.masked_fill(~in_box, math.inf)
+        self._seen.append((margin, norm, evades(seen, labels, reject)))
+        return output
+
+    def seen(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return margin, norm (infinite outside the box) and success, in order, each ``(k,)``."""
+        margin, norm, success = (torch.cat(parts) for parts in zip(*self._seen, strict=True))
+        return margin, norm, success

@@ -1,9 +1,13 @@
-"""Would the accuracy of this detector imply a classifier better than any that is known?"""
+"""Does the accuracy fall to that of guessing, and could it be as high as it is?"""
 
 import math
+import warnings
 from collections.abc import Mapping
 
+import torch
+
 from torchdnr.attacks.pgd import pgd
+from torchdnr.attacks.projections import project_box
 from torchdnr.decisions import is_evasion, predict_labels
 from torchdnr.evaluation.checks.context import Context
 from torchdnr.evaluation.checks.result import CannotRun, Finding
@@ -11,21 +15,92 @@ from torchdnr.evaluation.curve import SecurityCurve
 from torchdnr.evaluation.judging import outputs
 from torchdnr.evaluation.metrics import wilson_interval
 
-FAR_ABOVE = 0.1
-"""How far the lower end of the detector's interval may exceed the reference at eps / 2."""
+FAR_ABOVE = 0.1  # how far the lower end of the interval may exceed the reference at eps / 2
+
+
+def _unbounded(context: Context) -> tuple[int, int, int]:
+    """Count samples, those evaded by the line-up, and those by PGD from the input alone."""
+    if "unbounded" not in context.cache:
+        rows = context.first
+        inputs, labels = context.inputs[rows], context.labels[rows]
+
+        def evading(points: torch.Tensor) -> torch.Tensor:
+            points = project_box(points.detach().to(inputs), context.bounds)
+            output = outputs(context.model, points, context.batch_size)
+            return is_evasion(predict_labels(output, context.reject), labels)
+
+        evaded = evading(inputs)
+        for attack in context.attacks.values():
+            left = (~evaded).nonzero()[:, 0]
+            if len(left) == 0:
+                break
+            start = inputs[left]
+            with warnings.catch_warnings():  # samples without a start are counted below
+                warnings.simplefilter("ignore")
+                eps = math.inf if attack.minimum_norm else context.diameter
+                points = attack.run(context.model, start, labels[left], eps, start)
+            evaded = evaded | evading(inputs.index_copy(0, left, points.detach().to(inputs)))
+        steps = context.options["steps"]
+        alone = context.attack(pgd, rows, eps=context.diameter, steps=steps)
+        context.cache["unbounded"] = len(rows), int(evaded.sum()), int(evading(alone).sum())
+    return context.cache["unbounded"]
+
+
+def check_unbounded(context: Context) -> Finding:
+    """Attack with no bound but the box: every sample has to be evaded.
+
+    The samples of the other classes are within reach, so that a correct attack cannot fail. Few
+    evaded by PGD from the input alone mean that gradients lead nowhere, and that all depends on
+    starts.
+
+    Source: Pintor et al., "Indicators of attack failure" (unconstrained attack failure); Carlini
+    et al., "On evaluating adversarial robustness" (unbounded attacks reach 100 %).
+    """
+    total, count, alone = _unbounded(context)
+    return Finding(
+        "pass" if count == total else "fail",
+        {"samples": total, "evaded": count, "evaded_from_the_input": alone},
+        f"Without a bound the attacks evaded {count} of {total} samples, and PGD from the input "
+        f"alone {alone}.",
+        "The attacks are broken or blind: mend them before you believe any accuracy at a bounded "
+        "eps.",
+    )
+
+
+def check_chance(context: Context) -> Finding:
+    """Look whether the curve goes on until the accuracy is that of guessing, 1 / c.
+
+    If only the curve ends too early, and attacks without a bound do get there, it warns.
+
+    Source: Athalye et al., "Obfuscated gradients give a false sense of security"; the security
+    curve of the Adversarial Robustness Toolbox flags the same.
+    """
+    with torch.no_grad():
+        columns = context.model(context.inputs[:1]).shape[1]
+    chance = 1 / (columns - context.reject)
+    accuracy, largest = context.curve.accuracy[-1], context.curve.eps[-1]
+    counts = {"largest_eps": largest, "accuracy": accuracy, "chance": chance}
+    message = (
+        f"At the largest eps, {largest:g}, the accuracy is {100 * accuracy:.1f} %, and "
+        f"guessing has {100 * chance:.1f} %"
+    )
+    if accuracy <= chance:
+        return Finding("pass", counts, message + ".")
+    total, count, _ = _unbounded(context)
+    counts["accuracy_without_bound"] = 1 - count / total
+    message += f"; without a bound {100 * (1 - count / total):.1f} % are left."
+    if 1 - count / total > chance or largest >= context.diameter:
+        advice = "Gradients are masked: use attacks that start at accepted samples of other classes"
+        return Finding("fail", counts, message, advice + ", or need no gradient.")
+    return Finding("warn", counts, message, "Evaluate at larger eps too.")
 
 
 def check_half_eps(context: Context) -> Finding:
     """Compare the robust accuracy at eps with that of a classifier without rejection at eps / 2.
 
-    A detector robust at eps implies a classifier, if a slow one, that is robust at eps / 2. Robust
-    is a sample whose clean input is accepted and right and that is not evaded. The reference is
-    the one given, best that of the most robust classifier known; otherwise the surrogate is
-    attacked at eps / 2. Warns if the lower end of the 95 % interval is above the reference by more
-    than ``FAR_ABOVE`` at any eps. It never fails: to be better than all before proves no error.
-
-    Raises:
-        CannotRun: If there is neither a reference nor a surrogate.
+    A detector robust at eps implies a classifier, if a slow one, that is robust at eps / 2. The
+    reference is best that of the most robust classifier known; otherwise the surrogate is attacked.
+    It never fails: to be better than all before proves no error.
 
     Source: Tramer, "Detecting adversarial examples is (nearly) as hard as classifying them",
     ICML 2022.
@@ -72,12 +147,8 @@ def _reference(context: Context, wanted: list[float]) -> tuple[dict[float, float
         }
         return known, given.name or "the reference"
     if isinstance(given, Mapping):
-        known = {
-            eps: rate
-            for eps in wanted
-            for half, rate in given.items()
-            if math.isclose(half, eps / 2)
-        }
+        halves = {eps: [at for at in given if math.isclose(at, eps / 2)] for eps in wanted}
+        known = {eps: given[at[-1]] for eps, at in halves.items() if at}
         if not known:
             raise CannotRun(
                 f"the reference has no eps that is half of one of the curve, {wanted}",

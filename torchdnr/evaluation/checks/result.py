@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from textwrap import TextWrapper
 from typing import Any, Literal, NamedTuple
 
-from torchdnr.evaluation.metrics import to_plain
+from torchdnr.evaluation.metrics import Plain, to_plain
 
 Status = Literal["pass", "warn", "fail", "skipped"]
 
@@ -25,7 +25,7 @@ class Finding(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Check:
+class Check(Plain):
     """The result of one check.
 
     Attributes:
@@ -43,18 +43,9 @@ class Check:
     message: str
     advice: str = ""
 
-    def to_dict(self) -> dict[str, Any]:
-        """Convert to a dictionary of text and numbers."""
-        return to_plain(self)
-
 
 class CannotRun(Exception):
-    """Raised by a check that does not apply.
-
-    Args:
-        reason: Why.
-        advice: What it would need.
-    """
+    """Raised by a check that does not apply, with the reason and what it would need."""
 
     def __init__(self, reason: str, advice: str = "") -> None:
         super().__init__(reason)
@@ -92,11 +83,7 @@ class CheckReport:
         return [check.name for check in self.checks if check.status == status]
 
     def __getitem__(self, name: str) -> Check:
-        """Return the check of this name.
-
-        Raises:
-            KeyError: If there is none.
-        """
+        """Return the check of this name."""
         for check in self.checks:
             if check.name == name:
                 return check

@@ -7,20 +7,15 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from torchdnr.attacks.checks import check_count, check_inputs, check_like
+from torchdnr.attacks.checks import check_count, check_inputs, check_pool
 from torchdnr.attacks.objectives import decision_objective
 from torchdnr.attacks.starts import assigned_classes
 from torchdnr.attacks.target import Target, check_classes
-from torchdnr.decisions import (
-    check_images,
-    evaluation_mode,
-    has_reject_column,
-    predict_labels,
+from torchdnr.decisions import evaluation_mode, has_reject_column, predict_labels
+from torchdnr.evaluation.checks import (
+    model as model_checks,
 )
 from torchdnr.evaluation.checks import (
-    gradients,
-    limits,
-    model_outputs,
     optimisation,
     plausibility,
     stored,
@@ -33,12 +28,12 @@ from torchdnr.evaluation.judging import CountedModel, outputs
 from torchdnr.evaluation.line_up import ATTACKS, DEFAULT_ATTACKS, Attack, default_line_up
 
 CHECKS: dict[str, Callable[[Context], Finding]] = {
-    "differentiable": gradients.check_differentiable,
-    "zero gradient": gradients.check_zero_gradient,
-    "true gradient": gradients.check_true_gradient,
-    "unstable loss": gradients.check_unstable_loss,
-    "deterministic": model_outputs.check_deterministic,
-    "unbounded scores": model_outputs.check_unbounded_scores,
+    "differentiable": model_checks.check_differentiable,
+    "zero gradient": model_checks.check_zero_gradient,
+    "true gradient": model_checks.check_true_gradient,
+    "unstable loss": model_checks.check_unstable_loss,
+    "deterministic": model_checks.check_deterministic,
+    "unbounded scores": model_checks.check_unbounded_scores,
     "stored points": stored.check_stored_points,
     "monotone curve": stored.check_monotone,
     "silent success": optimisation.check_silent_success,
@@ -50,8 +45,8 @@ CHECKS: dict[str, Callable[[Context], Finding]] = {
     "transfer": weaker.check_transfer,
     "adaptive attack": weaker.check_unaware,
     "components": weaker.check_components,
-    "unbounded attack": limits.check_unbounded,
-    "chance at large eps": limits.check_chance,
+    "unbounded attack": plausibility.check_unbounded,
+    "chance at large eps": plausibility.check_chance,
     "plausible at eps / 2": plausibility.check_half_eps,
 }
 """All checks by name, in the order in which they run."""
@@ -145,7 +140,10 @@ def run_checks(
     for name, value in {**counts, "batch_size": batch_size}.items():
         check_count(name, value, 2 if name == "passes" else 1)
     norm = curve.norm if norm is None else norm
-    _check_arguments(inputs, labels, curve, norm, bounds, init_inputs)
+    check_inputs(inputs, labels, norm, bounds)
+    if init_inputs is not None:
+        check_pool(init_inputs, None, inputs, bounds)
+    _check_curve(curve, inputs, labels, norm)
     chosen = _named(only)
     began = time.perf_counter()
     counted = CountedModel(model)
@@ -197,18 +195,7 @@ def run_checks(
     return CheckReport(checks, counted.forwards, counted.backwards, seconds, settings)
 
 
-def _check_arguments(
-    inputs: Tensor,
-    labels: Tensor,
-    curve: SecurityCurve,
-    norm: float,
-    bounds: tuple[float, float],
-    init_inputs: Tensor | None,
-) -> None:
-    check_inputs(inputs, labels, norm, bounds)
-    if init_inputs is not None:
-        check_images("init_inputs", init_inputs, bounds)
-        check_like("init_inputs", init_inputs, inputs)
+def _check_curve(curve: SecurityCurve, inputs: Tensor, labels: Tensor, norm: float) -> None:
     if norm != curve.norm:
         raise ValueError(f"norm must be that of the curve, {curve.norm:g}, got {norm:g}")
     if curve.labels.shape != labels.shape or (curve.labels != labels.cpu()).any():

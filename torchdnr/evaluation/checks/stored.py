@@ -16,9 +16,6 @@ _ROUNDING = 1e-4  # of the spread of the scores: a margin below it may turn with
 def check_monotone(context: Context) -> Finding:
     """Look for samples evaded at one eps and not at a larger one.
 
-    In the worst case it fails; in one attack alone it warns: the attack should start from its
-    points at the smaller eps.
-
     Source: Carlini et al., "On evaluating adversarial robustness" (success grows with eps).
     """
     worst = _recovered(context.curve)
@@ -44,11 +41,7 @@ def _recovered(curve: Predictions) -> int:
 def check_stored_points(context: Context) -> Finding:
     """Measure the stored points and evaluate the model on them again, in the same batch size.
 
-    Norms in float64 may exceed eps by the rounding of float32, points must lie in the box, and
-    decisions must be the stored ones; a decision that only rounding can have turned warns.
-
-    Raises:
-        CannotRun: If the points are not stored.
+    A decision that only rounding can have turned warns.
 
     Source: Carlini et al., "On evaluating adversarial robustness"; the evaluation of the
     self-study tutorials of the same authors measures the norms again.

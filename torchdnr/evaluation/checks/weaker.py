@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchdnr.attacks.composed import transfer
 from torchdnr.attacks.directions import steepest
 from torchdnr.attacks.noise import noise
 from torchdnr.attacks.pgd import pgd
 from torchdnr.attacks.square import square
 from torchdnr.attacks.target import Target, slope_at
-from torchdnr.attacks.transfer import transfer
 from torchdnr.decisions import evades
 from torchdnr.evaluation.checks.context import (
     SMALL_DROP,
@@ -26,12 +26,11 @@ from torchdnr.evaluation.checks.context import (
     evades_at,
     missed_evasions,
 )
-from torchdnr.evaluation.checks.gradients import SHARE_VANISHED, TINY
+from torchdnr.evaluation.checks.model import SHARE_VANISHED, TINY
 from torchdnr.evaluation.checks.result import CannotRun, Finding
 from torchdnr.evaluation.judging import outputs
 
-STEPS = (1.0, 0.5, 0.25, 0.125)
-"""Lengths of the single step, relative to eps."""
+STEPS = (1.0, 0.5, 0.25, 0.125)  # lengths of the single step, relative to eps
 _STRONGER = "Strengthen the attacks of the evaluation: more steps, restarts, other objectives"
 
 
@@ -81,12 +80,7 @@ def check_black_box(context: Context) -> Finding:
 
 
 def check_transfer(context: Context) -> Finding:
-    """Attack an undefended classifier and show the points to the model.
-
-    Points made on the surrogate, and points on the line to them.
-
-    Raises:
-        CannotRun: If there is no surrogate.
+    """Attack an undefended classifier and show the points, and those on the line to them.
 
     Source: Carlini et al., "On evaluating adversarial robustness"; Pintor et al., "Indicators of
     attack failure" (transfer failure).
@@ -111,9 +105,6 @@ def check_transfer(context: Context) -> Finding:
 def check_unaware(context: Context) -> Finding:
     """Attack the class scores alone, as if there were no rejection.
 
-    Raises:
-        CannotRun: If the model does not reject.
-
     Source: Carlini and Wagner, "Adversarial examples are not easily detected", 2017; Sotgiu et al.,
     Sec. IV.
     """
@@ -136,12 +127,7 @@ def check_unaware(context: Context) -> Finding:
 def check_components(context: Context) -> Finding:
     """Attack each layer's SVM and the network alone, and show the points to the whole.
 
-    It fails, or warns, if points against a part evade the whole where the evaluation did not; and
-    it warns if the gradient of a part vanishes for more than a tenth of the samples: the whole
-    hides behind that part.
-
-    Raises:
-        CannotRun: If the model is not made of ``base_svms`` on ``layers`` of a ``net``.
+    If the gradient of a part vanishes for many samples, the whole hides behind that part.
 
     Source: Carlini et al., "On evaluating adversarial robustness" (ablation study).
     """

@@ -1,1 +1,1 @@
-"""Reports of an evaluation: tables, CSV, HTML and figures."""
+"""Reports of an evaluation: tables, CSV and HTML."""

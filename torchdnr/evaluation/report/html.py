@@ -9,6 +9,7 @@ from typing import Any
 
 from torchdnr.evaluation.checks.result import ORDER, broken_off
 from torchdnr.evaluation.curve import SecurityCurve
+from torchdnr.evaluation.report.table import attack_costs, each_line
 from torchdnr.files import atomic_write_bytes
 
 PAGE = Template("""\
@@ -81,11 +82,8 @@ EXPLANATIONS = {
     ),
 }
 NO_CHECKS = "no checks were made"
-LONG_LIST = 20
-"""Entries of a list that the table of settings shows."""
-
-Checks = Mapping[str, Mapping[str, Any]]
-"""``CheckReport.to_dict()`` by classifier."""
+LONG_LIST = 20  # entries of a list that the table of settings shows
+Checks = Mapping[str, Mapping[str, Any]]  # ``CheckReport.to_dict()`` by classifier
 
 _escape = html.escape
 
@@ -168,18 +166,11 @@ def _percent(rate: float) -> str:
     return f"{100 * rate:.1f}"
 
 
-def _with_interval(
-    rate: float, interval: Sequence[float], form: Callable[[float], str] = _percent
-) -> str:
-    low, high = interval
-    return f'{form(rate)} <span class="ci">[{form(low)}, {form(high)}]</span>'
-
-
 def _estimate(entry: Mapping[str, Any] | None, form: Callable[[float], str] = _percent) -> str:
     if entry is None or entry["n"] == 0:
         return "-"
-    value, low, high = (float(entry[key]) for key in ("value", "low", "high"))
-    return _with_interval(value, (low, high), form)
+    value, low, high = (form(float(entry[key])) for key in ("value", "low", "high"))
+    return f'{value} <span class="ci">[{low}, {high}]</span>'
 
 
 def _mark(status: str, text: str) -> str:
@@ -251,7 +242,7 @@ def _attacks(curves: Mapping[str, SecurityCurve]) -> str:
     parts = []
     for name, curve in curves.items():
         rows = []
-        for attack, alone in [*curve.attacks.items(), ("worst case", curve)]:
+        for attack, alone in each_line(curve):
             row = [_escape(attack)]
             for rates in alone.estimates():
                 rejected = f" ({_percent(rates.rejection.value)})" if curve.rejects else ""
@@ -273,7 +264,8 @@ def _classifiers(clean: Mapping[str, Mapping[str, Any]]) -> str:
         row = [_escape(name)]
         for key in columns:
             if (interval := entry.get(f"{key}_interval")) is not None:
-                row.append(_with_interval(entry[key], interval))
+                ends = dict(zip(("low", "high"), interval, strict=True))
+                row.append(_estimate({"value": entry[key], "n": 1, **ends}))
             else:
                 row.append(_percent(entry[key]) if key in entry else "-")
         rows.append([*row, f"{entry['threshold']:.4g}" if "threshold" in entry else "-"])
@@ -326,13 +318,11 @@ def _all_checks(checks: Checks) -> str:
 def _costs(curves: Mapping[str, SecurityCurve]) -> str:
     rows = [
         [
-            f"{_escape(name)}: {_escape(attack)}",
-            f"{sum(alone.seconds):.1f}",
-            f"{sum(alone.forwards):,}",
-            f"{sum(alone.backwards):,}",
+            f"{_escape(cost['classifier'])}: {_escape(cost['attack'])}",
+            f"{cost['seconds']:.1f}",
+            *(f"{cost[key]:,}" for key in ("forwards", "backwards")),
         ]
-        for name, curve in curves.items()
-        for attack, alone in curve.attacks.items()
+        for cost in attack_costs(curves)
     ]
     return _table(["attack", "seconds", "images forwards", "images backwards"], rows)
 

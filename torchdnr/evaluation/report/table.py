@@ -44,7 +44,7 @@ def attack_rates(
     """
     rows: list[dict[str, Any]] = []
     for name, curve in curves.items():
-        for attack, alone in _lines(curve):
+        for attack, alone in each_line(curve):
             of_attack = None if alone is curve else attack
             for eps, rates in zip(alone.eps, alone.estimates(confidence), strict=True):
                 row = {"classifier": name, "attack": of_attack, "eps": eps}
@@ -115,7 +115,7 @@ def format_table(curves: Mapping[str, SecurityCurve]) -> str:
     rates = {
         (name, attack): dict(zip(alone.eps, alone.estimates(), strict=True))
         for name, curve in curves.items()
-        for attack, alone in _lines(curve)
+        for attack, alone in each_line(curve)
     }
     for eps in sorted({value for curve in curves.values() for value in curve.eps}):
         for name, curve in curves.items():
@@ -129,7 +129,7 @@ def format_table(curves: Mapping[str, SecurityCurve]) -> str:
     return "\n".join([*(line.rstrip() for line in lines), EXPLANATION, "", *_remarks(curves)])
 
 
-def _lines(curve: SecurityCurve) -> list[tuple[str, Predictions]]:
+def each_line(curve: SecurityCurve) -> list[tuple[str, Predictions]]:
     """List each attack alone, then the worst case."""
     return [*curve.attacks.items(), (WORST_CASE, curve)]
 
@@ -221,23 +221,20 @@ def save_csv(path: str | Path, curves: Mapping[str, SecurityCurve]) -> None:
     writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
     writer.writeheader()
     for name, curve in curves.items():
-        for attack, alone in _lines(curve):
+        for attack, alone in each_line(curve):
             writer.writerows(_rows(name, attack, alone, curve))
     atomic_write_bytes(path, text.getvalue().encode())
 
 
 def _rows(
-    name: str, attack: str, alone: Predictions, curve: SecurityCurve
+    classifier: str, attack: str, alone: Predictions, curve: SecurityCurve
 ) -> Iterator[dict[str, Any]]:
     attacks = curve.attacks.values() if alone is curve else [curve.attacks[attack]]
     for index, (eps, rates) in enumerate(zip(alone.eps, alone.estimates(), strict=True)):
-        row = {"classifier": name, "attack": attack, "norm": f"{curve.norm:g}", "eps": eps}
+        row = {"classifier": classifier, "attack": attack, "norm": f"{curve.norm:g}", "eps": eps}
         row |= {"samples": len(alone.labels), "mean_norm": alone.mean_norm[index]}
-        columns = {
-            ("accuracy", "accuracy"): rates.accuracy,
-            ("rejection_rate", "rejection"): rates.rejection,
-            ("evasion_rate", "evasion"): rates.evasion,
-        }
-        for (column, ends), rate in columns.items():
-            row |= {column: rate.value, f"{ends}_low": rate.low, f"{ends}_high": rate.high}
+        for name in ("accuracy", "rejection", "evasion"):
+            rate = getattr(rates, name)
+            column = name if name == "accuracy" else f"{name}_rate"
+            row |= {column: rate.value, f"{name}_low": rate.low, f"{name}_high": rate.high}
         yield row | {cost: sum(getattr(one, cost)[index] for one in attacks) for cost in COSTS}

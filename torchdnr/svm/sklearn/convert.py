@@ -23,12 +23,9 @@ if TYPE_CHECKING:
 
 
 class LibsvmLayout(NamedTuple):
-    """Support vectors by class, and their coefficients against the other classes.
+    """LIBSVM's order of the support vectors, ``(m,)``, how many each class has, and coefficients.
 
-    Attributes:
-        order: Rows of the support vectors in LIBSVM's order, int64 ``(m,)``.
-        n_support: Support vectors of each class, int64 ``(c,)``.
-        dual_coef: alpha * y, y = +1 for the first class of a pair, ``(c - 1, m)``.
+    ``dual_coef`` is alpha * y, y = +1 for the first class of a pair, ``(c - 1, m)``.
     """
 
     order: Tensor
@@ -37,16 +34,10 @@ class LibsvmLayout(NamedTuple):
 
 
 def to_libsvm(dual_coef: Tensor) -> LibsvmLayout:
-    """Bring one column per pair of classes to LIBSVM's layout.
+    """Bring alpha * y, one column per pair of classes, to LIBSVM's layout.
 
-    The class of a support vector is read off its signs: > 0 in a pair whose first class it is.
-
-    Args:
-        dual_coef: alpha * y, ``(m, c (c - 1) / 2)``, ascending in the training samples. Rows of
-            zeros, which support nothing, are left out of the layout.
-
-    Returns:
-        The layout, of at most m support vectors.
+    The class of a support vector is read off its signs: > 0 in a pair whose first class it is. Rows
+    of zeros, which support nothing, are left out of the layout.
     """
     c = classes_of_pairs(dual_coef.shape[1])
     pairs = class_pairs(c, dual_coef.device)
@@ -63,15 +54,7 @@ def to_libsvm(dual_coef: Tensor) -> LibsvmLayout:
 
 
 def from_libsvm(dual_coef: Tensor, n_support: Tensor) -> Tensor:
-    """Bring LIBSVM's layout to one column per pair of classes.
-
-    Args:
-        dual_coef: alpha * y, y = +1 for the first class of a pair, ``(c - 1, m)``.
-        n_support: Support vectors of each class, int64 ``(c,)``.
-
-    Returns:
-        alpha * y, ``(m, c (c - 1) / 2)``, 0 where a support vector takes no part.
-    """
+    """Bring LIBSVM's layout to alpha * y, one column per pair of classes."""
     c = len(n_support)
     classes = torch.arange(c, device=n_support.device).repeat_interleave(n_support)
     pairs = class_pairs(c, n_support.device)
@@ -138,7 +121,17 @@ def from_sklearn(cls: type["RBFSVM"], classifier: "ClassifierMixin") -> "RBFSVM"
         raise ValueError("expected one label per sample, got a multi-label OneVsRestClassifier")
     module = cls(**_options(machines[0], one_vs_one))
     state = _pairwise_state(classifier) if one_vs_one else _one_vs_rest_state(machines)
-    return _filled(module, machines[0], *(torch.as_tensor(part) for part in state))
+    support, vectors, dual_coef, intercept = (torch.as_tensor(part) for part in state)
+    module.support, module.dual_coef = support.long(), dual_coef.double()
+    module.intercept = intercept.double()
+    if module.is_precomputed:
+        module.support_vectors = module.dual_coef.new_zeros(len(support), 0)
+        module.center = module.dual_coef.new_zeros(machines[0].shape_fit_[0])
+        return module
+    module.support_vectors = vectors.double()
+    module.center = module.support_vectors.mean(dim=0)
+    module.kernel = make_rbf_kernel(machines[0]._gamma, like=module.support_vectors)
+    return module
 
 
 def to_sklearn(svm: "RBFSVM") -> "ClassifierMixin":
@@ -160,16 +153,16 @@ def to_sklearn(svm: "RBFSVM") -> "ClassifierMixin":
         ImportError: If scikit-learn is not installed.
     """
     svm._require_fit()
-    if svm.strategy == ONE_VS_ONE:
-        return _fitted_svc(svm, svm.dual_coef, svm.intercept, svm.C)
-    if svm.num_classes == 2:
-        dual_coef = (svm.dual_coef[:, :1] - svm.dual_coef[:, 1:]) / 2
-        return _fitted_svc(svm, dual_coef, (svm.intercept[:1] - svm.intercept[1:]) / 2, svm.C)
     try:
         from sklearn.multiclass import OneVsRestClassifier
         from sklearn.preprocessing import LabelBinarizer
     except ImportError as error:
         raise ImportError(MISSING) from error
+    if svm.strategy == ONE_VS_ONE:
+        return _fitted_svc(svm, svm.dual_coef, svm.intercept, svm.C)
+    if svm.num_classes == 2:
+        dual_coef = (svm.dual_coef[:, :1] - svm.dual_coef[:, 1:]) / 2
+        return _fitted_svc(svm, dual_coef, (svm.intercept[:1] - svm.intercept[1:]) / 2, svm.C)
     classes = range(svm.num_classes)
     limits = svm.C if isinstance(svm.C, tuple) else [svm.C] * svm.num_classes
     machines = [  # the first class of scikit-learn's binary problem is "not k"
@@ -230,42 +223,18 @@ def _one_vs_rest_state(machines: list["SVC"]) -> tuple["ndarray", ...]:
     return support, vectors, columns, intercept
 
 
-def _filled(
-    module: "RBFSVM",
-    machine: "SVC",
-    support: Tensor,
-    vectors: Tensor,
-    dual_coef: Tensor,
-    intercept: Tensor,
-) -> "RBFSVM":
-    """Put fitted state into a module."""
-    module.support, module.dual_coef = support.long(), dual_coef.double()
-    module.intercept = intercept.double()
-    if module.is_precomputed:
-        module.support_vectors = module.dual_coef.new_zeros(len(support), 0)
-        module.center = module.dual_coef.new_zeros(machine.shape_fit_[0])
-        return module
-    module.support_vectors = vectors.double()
-    module.center = module.support_vectors.mean(dim=0)
-    module.kernel = make_rbf_kernel(machine._gamma, like=module.support_vectors)
-    return module
-
-
 def _unfitted_svc(svm: "RBFSVM", C: float | tuple[float, ...], *, of_rest: bool) -> "SVC":
     """Build an SVC with our settings; weights by class make no sense for one class of many."""
-    try:
-        from sklearn.svm import SVC
-    except ImportError as error:
-        raise ImportError(MISSING) from error
-    weight = svm.class_weight
+    from sklearn.svm import SVC
+
+    weight, limit = svm.class_weight, C
     if isinstance(weight, tuple):
         weight = dict(enumerate(weight))
     if isinstance(weight, dict) and of_rest:
         weight = None
-    limit = 1.0 if isinstance(C, tuple) else C
     if isinstance(C, tuple):
         factors = weight if isinstance(weight, dict) else {}
-        weight = {k: value * factors.get(k, 1.0) for k, value in enumerate(C)}
+        weight, limit = {k: value * factors.get(k, 1.0) for k, value in enumerate(C)}, 1.0
     kernel = "precomputed" if svm.is_precomputed else "rbf"
     options = {"tol": svm.tol, "max_iter": svm.max_steps}
     return SVC(C=limit, kernel=kernel, gamma=svm.gamma, class_weight=weight, **options)
@@ -300,9 +269,8 @@ def _fitted_svc(
     n = len(solution.dual_coef) if solution is not None else int(svm.support.max()) + 1
     model.shape_fit_ = (n, svm.center.numel()) if not svm.is_precomputed else (len(svm.center),) * 2
     model.support_ = _array(svm.support[layout.order], np.int32)
-    model.support_vectors_ = _array(svm.support_vectors[layout.order])
-    if svm.is_precomputed:
-        model.support_vectors_ = np.empty((0, 0))
+    vectors = svm.support_vectors[layout.order]
+    model.support_vectors_ = np.empty((0, 0)) if svm.is_precomputed else _array(vectors)
     model._n_support = _array(layout.n_support, np.int32)
     model._dual_coef_, model._intercept_ = _array(layout.dual_coef), _array(intercept)
     sign = -1.0 if c == 2 else 1.0  # scikit-learn turns the binary case round
@@ -319,4 +287,4 @@ def _dense(array: Any) -> "ndarray":  # noqa: ANN401, an array, or a sparse one 
 
 
 def _array(tensor: Tensor, dtype: Any = "float64") -> "ndarray":  # noqa: ANN401, numpy's dtypes
-    return tensor.detach().cpu().contiguous().numpy().astype(dtype)
+    return tensor.contiguous().numpy(force=True).astype(dtype)

@@ -126,7 +126,9 @@ class RBFSVC(ClassifierMixin, BaseEstimator):
             raise ValueError("The number of classes has to be greater than one; got 1 class")
         self.class_weight_ = compute_class_weight(self.class_weight, classes=self.classes_, y=y)
         weight = _positive_weight(sample_weight, labels, len(self.classes_))
-        if self.kernel == "rbf" and not np.isfinite(_variance(features)):
+        with np.errstate(over="ignore", invalid="ignore"):
+            variance = features.var(dtype=np.float64)
+        if self.kernel == "rbf" and not np.isfinite(variance):
             raise ValueError(
                 "The dual coefficients or intercepts are not finite: the variance of X overflows. "
                 "The input data may contain large values and need to be preprocessed."
@@ -157,14 +159,16 @@ class RBFSVC(ClassifierMixin, BaseEstimator):
         svm, layout = self.svm_, to_libsvm(self.svm_.dual_coef)
         solution, kernel = cast(DualSolution, svm.solution), cast(Any, svm.kernel)  # after a fit
         sign = -1 if len(self.classes_) == 2 else 1  # scikit-learn turns the binary case round
-        self.support_ = _array(svm.support[layout.order]).astype(np.int32)
+        self.support_ = svm.support[layout.order].numpy(force=True).astype(np.int32)
         precomputed = self.kernel == "precomputed"
-        vectors = np.empty((0, 0)) if precomputed else _array(svm.support_vectors[layout.order])
+        vectors = (
+            np.empty((0, 0)) if precomputed else svm.support_vectors[layout.order].numpy(force=True)
+        )
         self.support_vectors_ = vectors
-        self.n_support_ = _array(layout.n_support).astype(np.int32)
-        self.dual_coef_ = sign * _array(layout.dual_coef)
-        self.intercept_ = sign * _array(svm.intercept)
-        self.n_iter_ = _array(solution.steps).astype(np.int32)
+        self.n_support_ = layout.n_support.numpy(force=True).astype(np.int32)
+        self.dual_coef_ = sign * layout.dual_coef.numpy(force=True)
+        self.intercept_ = sign * svm.intercept.numpy(force=True)
+        self.n_iter_ = solution.steps.numpy(force=True).astype(np.int32)
         self._gamma = 0.0 if precomputed else float(0.5 / kernel.lengthscale.double() ** 2)
         self.fit_status_ = int(not solution.converged.all())
         if self.fit_status_:
@@ -198,9 +202,9 @@ class RBFSVC(ClassifierMixin, BaseEstimator):
         """
         values = self._pairwise_values(X)
         if len(self.classes_) == 2:
-            return -_array(values).ravel()
+            return -values.numpy(force=True).ravel()
         ovr = self.decision_function_shape == "ovr"
-        return _array(votes_and_confidence(values) if ovr else values)
+        return (votes_and_confidence(values) if ovr else values).numpy(force=True)
 
     def predict(self, X: ArrayLike) -> NDArray:
         """Predict labels by the votes of the pairs.
@@ -220,7 +224,7 @@ class RBFSVC(ClassifierMixin, BaseEstimator):
         c = len(self.classes_)
         if self.break_ties and c > 2:
             return self.classes_[self.decision_function(X).argmax(axis=1)]
-        values = _array(self._pairwise_values(X))
+        values = self._pairwise_values(X).numpy(force=True)
         pairs = class_pairs(c).numpy()
         winners = np.where(values > 0, pairs[:, 0], pairs[:, 1])
         votes = np.stack([(winners == k).sum(axis=1) for k in range(c)], axis=1)
@@ -244,12 +248,3 @@ def _positive_weight(sample_weight: ArrayLike | None, labels: NDArray, c: int) -
             "Invalid input - all samples with positive weights belong to the same class."
         )
     return np.maximum(weight, 0.0)
-
-
-def _variance(X: NDArray) -> float:
-    with np.errstate(over="ignore", invalid="ignore"):
-        return X.var(dtype=np.float64)
-
-
-def _array(tensor: torch.Tensor) -> NDArray:
-    return tensor.detach().cpu().numpy()
