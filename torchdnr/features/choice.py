@@ -58,26 +58,15 @@ class LayerTable:
 
     def __str__(self) -> str:
         head = ("layer", "module", "output", "flatten", "avg", f"grid {self.k}")
-        body = [
-            (
-                row.name,
-                row.module,
-                " x ".join(map(str, row.output)) or "1",
-                *(
-                    "-" if size is None else f"{size:,}"
-                    for size in (row.flatten, row.avg, row.grid)
-                ),
-            )
-            for row in self.rows
-        ]
+        body = []
+        for row in self.rows:
+            sizes = ["-" if n is None else f"{n:,}" for n in (row.flatten, row.avg, row.grid)]
+            body.append((row.name, row.module, " x ".join(map(str, row.output)) or "1", *sizes))
         widths = [max(map(len, column)) for column in zip(head, *body, strict=True)]
-        lines = [
-            "  ".join(
-                cell.ljust(width) if index < 3 else cell.rjust(width)
-                for index, (cell, width) in enumerate(zip(line, widths, strict=True))
-            ).rstrip()
-            for line in (head, tuple("-" * width for width in widths), *body)
-        ]
+        lines = []
+        for line in (head, ["-" * width for width in widths], *body):
+            cells = [f"{t:{side}{w}}" for t, side, w in zip(line, "<<<>>>", widths, strict=True)]
+            lines.append("  ".join(cells).rstrip())
         lines += [f"not usable: {name} ({reason})" for name, reason in self.unusable.items()]
         return "\n".join(lines)
 

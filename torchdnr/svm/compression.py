@@ -226,10 +226,6 @@ def compress_svm(
         coefficients, which no C bounds; ``support`` is -1 and ``solution`` None: prototypes are no
         training samples, and no certificate of the dual problem holds for them.
 
-    Raises:
-        NotFittedError: If ``svm`` is not fitted.
-        ValueError: If an argument is not as said above, or its kernel has no gradient.
-
     Source: Burges, "Simplified support vector decision rules", ICML (1996); the greedy choice is
     the f/P-greedy one of Wirtz and Haasdonk, "A vectorial kernel orthogonal greedy algorithm",
     Dolomites Research Notes on Approximation 6 (2013).

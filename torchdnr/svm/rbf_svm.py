@@ -38,8 +38,6 @@ if TYPE_CHECKING:
 
 _KIND = "RBFSVM"
 _PROBE = "kernel_probe"
-
-
 _FITTED = {"support_vectors": 2, "support": 1, "dual_coef": 2, "intercept": 1, "center": 1}
 """Buffers that fitting fills, and their numbers of dimensions."""
 
