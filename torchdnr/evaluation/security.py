@@ -40,9 +40,17 @@ def security_evaluation(
     labels: Tensor,
     eps: Sequence[float],
     *,
+    norm: float = 2,
+    attacks: Mapping[str, Attack] | None = None,
+    init_inputs: Tensor | None = None,
+    bounds: tuple[float, float] = (0.0, 1.0),
+    batch_size: int = 256,
+    reject: bool | None = None,
     name: str | None = None,
+    settings: Mapping[str, Any] | None = None,
     checkpoint: str | Path | None = None,
-    **options: Any,  # noqa: ANN401 - typed in security_evaluations
+    processes: Processes = ALONE,
+    progress: bool = True,
 ) -> SecurityCurve:
     """Attack one classifier: ``security_evaluations`` for one model, with the same arguments.
 
@@ -50,9 +58,22 @@ def security_evaluation(
         ``SecurityCurve``: worst case and each attack alone.
     """
     key = name or "classifier"
-    checkpoints = None if checkpoint is None else {key: checkpoint}
-    data = inputs, labels, eps
-    curve = security_evaluations({key: model}, *data, checkpoints=checkpoints, **options)[key]
+    curve = security_evaluations(
+        {key: model},
+        inputs,
+        labels,
+        eps,
+        norm=norm,
+        attacks=attacks,
+        init_inputs=init_inputs,
+        bounds=bounds,
+        batch_size=batch_size,
+        reject=reject,
+        settings=settings,
+        checkpoints=None if checkpoint is None else {key: checkpoint},
+        processes=processes,
+        progress=progress,
+    )[key]
     curve.name = name
     return curve
 
