@@ -355,8 +355,10 @@ class DNR(nn.Module):
             ValueError: If ``factor`` is not > 0, or there is no SVM of a name.
         """
         self._require_fit()
-        view = copy(self)
-        view._modules = {**self._modules, "svms": self.svms.smoothed(factor, svms)}
+        view, rejection = copy(self), copy(self.rejection)
+        rejection._buffers = dict(self.rejection._buffers)  # a new theta here changes no view
+        changed = {"svms": self.svms.smoothed(factor, svms), "rejection": rejection}
+        view._modules = {**self._modules, **changed}
         return view
 
     def compress(

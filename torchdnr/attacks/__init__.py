@@ -7,12 +7,14 @@ and ``EvasionOptions``; each attack describes the others. A model is attacked in
 and is in its mode again when the attack returns.
 """
 
-from torchdnr.attacks.adaptive_radius import ddn, fmn
 from torchdnr.attacks.apgd import apgd
 from torchdnr.attacks.boundary_walk import boundary_walk
-from torchdnr.attacks.composed import EnsembleAttack, EnsembleResult, multi_target, transfer
+from torchdnr.attacks.ddn import ddn
+from torchdnr.attacks.ensemble import EnsembleAttack, EnsembleResult
+from torchdnr.attacks.fmn import fmn
 from torchdnr.attacks.line_search import line_search_pgd
 from torchdnr.attacks.lowest_confidence import lowest_confidence
+from torchdnr.attacks.multi_target import multi_target
 from torchdnr.attacks.noise import noise
 from torchdnr.attacks.objectives import OBJECTIVES
 from torchdnr.attacks.options import EvasionOptions, FixedEpsOptions, SharedOptions
@@ -21,6 +23,7 @@ from torchdnr.attacks.pgd import pgd
 from torchdnr.attacks.projections import project, project_box, project_l1, project_l2, project_linf
 from torchdnr.attacks.smoothing import smoothed_pgd
 from torchdnr.attacks.square import square
+from torchdnr.attacks.transfer import transfer
 from torchdnr.decisions import evades, split_scores, succeeds
 
 __all__ = [

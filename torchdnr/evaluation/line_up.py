@@ -8,17 +8,19 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from torchdnr.attacks.adaptive_radius import ddn, fmn
 from torchdnr.attacks.apgd import apgd
 from torchdnr.attacks.boundary_walk import boundary_walk
-from torchdnr.attacks.composed import multi_target, transfer
+from torchdnr.attacks.ddn import ddn
+from torchdnr.attacks.fmn import fmn
 from torchdnr.attacks.line_search import line_search_pgd
+from torchdnr.attacks.multi_target import multi_target
 from torchdnr.attacks.noise import noise
 from torchdnr.attacks.options import options_of
 from torchdnr.attacks.orthogonal import orthogonal_pgd
 from torchdnr.attacks.pgd import pgd
 from torchdnr.attacks.smoothing import smoothed_pgd
 from torchdnr.attacks.square import square
+from torchdnr.attacks.transfer import transfer
 from torchdnr.files import digest
 
 LINE_SEARCH_PGD = "line-search PGD"

@@ -1,6 +1,7 @@
 """Gram matrices of features that one process has, or more of them share; rows on demand."""
 
 import itertools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -10,6 +11,20 @@ from torchdnr.kernels.rbf import full_precision, squared_distances
 from torchdnr.kernels.row_blocks import row_blocks
 from torchdnr.svm.kernel_rows import KernelRows
 from torchdnr.svm.memory_plan import FeaturePlan, MemoryPlan, plan_features, plan_memory
+from torchdnr.svm.sharded_rows import ShardedRows
+
+
+def rows_on_demand(
+    evaluate: Callable[[Tensor], Tensor],
+    partition: Partition,
+    like: Tensor,
+    plan: MemoryPlan | None = None,
+    batch: int | None = None,
+) -> KernelRows:
+    """Build a Gram matrix, sharded if there is more than one process; as ``ShardedRows``."""
+    if partition.processes.count > 1:
+        return ShardedRows(evaluate, partition, like, plan, batch)
+    return KernelRows(evaluate, partition.n, like, plan, batch)
 
 
 def planned_rows(
@@ -79,7 +94,7 @@ def rbf_rows(
         return kernels.scatter_(1, positions, diagonal)
 
     batch = None if copies is None else copies.rows
-    return KernelRows(evaluate, partition, local, plan, batch)
+    return rows_on_demand(evaluate, partition, local, plan, batch)
 
 
 def distance_rows(
@@ -89,8 +104,10 @@ def distance_rows(
     partition: Partition | None = None,
 ) -> KernelRows:
     """Build the Gram matrix of the RBF kernel from squared distances, to local samples."""
-    samples = len(distances) if partition is None else partition
-    return KernelRows(lambda index: distances[index].mul_(-gamma).exp_(), samples, distances, plan)
+    partition = Partition((len(distances),)) if partition is None else partition
+    return rows_on_demand(
+        lambda index: distances[index].mul_(-gamma).exp_(), partition, distances, plan
+    )
 
 
 def all_distances(features: Tensor | ShardedFeatures, center: Tensor, memory_limit: int) -> Tensor:

@@ -3,9 +3,6 @@
 An SVM needs the kernel rows of the samples that some working set holds, and no others. Where few
 samples become support vectors that is a small part of the Gram matrix; where most do, all of it.
 A row costs the same either way, so rows on demand are never dearer than the whole matrix.
-
-Processes that work together divide the columns: each evaluates and holds its part of every row. All
-call the same methods with the same arguments, and get the same results.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -14,13 +11,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from torchdnr.distributed.sharing import Partition
 from torchdnr.kernels.rbf import full_precision
 from torchdnr.svm.memory_plan import EVALUATE_ELEMENTS, EXACT_ELEMENTS, LARGEST_SET, MemoryPlan
 
 
 class Block(NamedTuple):
-    """Working sets ``(p, k)`` of p problems solved together; entries that are not valid pad."""
+    """Working sets of p problems that are solved together.
+
+    Attributes:
+        problems: ``(p,)``.
+        samples: Their working sets, ``(p, k)``.
+        valid: Which entries count, bool ``(p, k)``; the rest pads.
+    """
 
     problems: Tensor
     samples: Tensor
@@ -30,27 +32,40 @@ class Block(NamedTuple):
 class KernelRows:
     """A Gram matrix that is evaluated row by row on demand.
 
-    ``evaluate`` maps sample indices ``(m,)`` to their kernel rows ``(m, n)``, or, where processes
-    share them, to their kernels with this one's samples; ``samples`` is n, or how they are divided.
-    Rows have the dtype and device of ``like``. All are held unless a plan says how many, at least
-    3: those used least recently give way. ``batch`` rows are evaluated at once, where each
-    evaluation goes through large features; by default as many as stay in a CPU's cache.
+    Args:
+        evaluate: Maps sample indices ``(m,)`` to their kernel rows ``(m, n)``, or to the
+            ``columns`` of these.
+        n: Samples.
+        like: Tensor whose dtype and device the rows have.
+        plan: How many rows are held at the most, at least 3; those used least recently give way.
+            Default: all.
+        batch: Rows evaluated at once, where each evaluation goes through large features. Default:
+            as many as stay in a CPU's cache.
+        columns: Part of each row that is evaluated and held. Default: all of it.
+        width: Kernel values of a row by which the work is divided. Default: n.
 
-    ``store`` has the rows held, ``(slots, columns)``; ``evaluated`` counts all, repeats too.
+    Attributes:
+        largest_set: Samples in a working set at the most.
+        together: Problems solved together; None for all.
+        evaluated: Rows evaluated so far, repeats counted.
+        exact_elements: Kernel values turned to float64 at a time.
+        store: The rows held, ``(slots, columns)``; see ``slots``.
     """
 
     def __init__(
         self,
         evaluate: Callable[[Tensor], Tensor],
-        samples: int | Partition,
+        n: int,
         like: Tensor,
         plan: MemoryPlan | None = None,
         batch: int | None = None,
+        *,
+        columns: slice | None = None,
+        width: int | None = None,
     ) -> None:
-        self._partition = Partition((samples,)) if isinstance(samples, int) else samples
-        self._processes, n = self._partition.processes, self._partition.n
         plan = MemoryPlan(n, LARGEST_SET) if plan is None else plan
-        self._columns, self._width = self._partition.local, self._partition.largest
+        self._columns = slice(0, n) if columns is None else columns
+        self._width = n if width is None else width
         self._passes_are_dear = batch is not None
         self._batch = max(1, EVALUATE_ELEMENTS // self._width) if batch is None else batch
         self._evaluate, self.n = evaluate, n
@@ -73,9 +88,21 @@ class KernelRows:
         rows._slot_of = rows._sample_in = torch.arange(rows.n, device=kernel.device)
         return rows
 
+    @property
+    def is_dense(self) -> bool:
+        """Whether the matrix was given whole."""
+        return self._slot_of is self._sample_in
+
     def slots(self, index: Tensor) -> Tensor:
-        """Return which rows of ``store`` hold the samples, ``(m,)``; valid until the next call."""
-        if self._slot_of is self._sample_in:  # the matrix was given whole
+        """Make sure that rows are held.
+
+        Args:
+            index: Samples, ``(m,)``, any order, repeats allowed; at most ``capacity`` different.
+
+        Returns:
+            Rows of ``store`` that hold them, ``(m,)``; valid until the next call.
+        """
+        if self.is_dense:
             return index
         self._time += 1
         wanted = index.unique()
@@ -88,18 +115,22 @@ class KernelRows:
 
     def block(self, index: Tensor) -> Tensor:
         """Return the kernels ``(p, k, k)`` between the samples of working sets ``(p, k)``."""
-        return self._processes.all_reduce(self._local_block(index))
+        return self.store[self._slots_of_sets(index).unsqueeze(2), index.unsqueeze(1)]
 
     def product_at(self, samples: Tensor, vectors: Tensor) -> Tensor:
         """Multiply vectors, float64 ``(P, n)``, by the rows of at most ``capacity`` samples."""
         rows = self.store[self.slots(samples)].double()
-        return self._processes.all_reduce(vectors[:, self._columns] @ rows.T)
+        return vectors[:, self._columns] @ rows.T
 
     def product(self, vectors: Tensor, *, exact: bool = True) -> Tensor:
-        """Multiply vectors, float64 ``(P, n)``, by the Gram matrix.
+        """Multiply vectors by the Gram matrix; only rows with a nonzero coefficient are read.
 
-        Only rows with a nonzero coefficient are read. ``exact`` accumulates in float64 whatever the
-        dtype of the kernel.
+        Args:
+            vectors: One vector per row, float64 ``(P, n)``.
+            exact: Whether to accumulate in float64 whatever the dtype of the kernel.
+
+        Returns:
+            Products, float64 ``(P, n)``.
         """
         used = vectors.ne(0).any(dim=0).nonzero().squeeze(1)  # a data-dependent size: syncs once
         result = torch.zeros_like(vectors[:, self._columns])
@@ -112,47 +143,35 @@ class KernelRows:
                     result.addmm_(coefficients, widened[: len(rows)].copy_(rows))
                 else:
                     result += coefficients.to(rows.dtype) @ rows
-        return self._partition.gather(result, dim=1)
+        return result
 
     def assigned(self, blocks: Sequence[Block]) -> Iterator[tuple[Block, Tensor]]:
         """Yield the blocks to be solved here, each with its kernels ``(p, k, k)``."""
-        rank, count = self._processes.rank, self._processes.count
-        for first in range(0, len(blocks), count):
-            turn = blocks[first : first + count]  # a block each, solved side by side
-            local: list[Tensor] = []  # emptied before the kernels are used: none is kept here
-            for target, block in enumerate(turn):
-                values = self._processes.reduce(self._local_block(block.samples), target)
-                if target == rank:
-                    local.append(values)
-                del values
-            if local:
-                yield turn[rank], local.pop()
+        for block in blocks:
+            yield block, self.block(block.samples)
 
     def collect(
         self, blocks: Sequence[Block], results: Sequence[Tensor], extra: int
     ) -> Sequence[Tensor]:
-        """Return the results, ``(p, k + extra)``, of all blocks, given those ``assigned`` here."""
-        local, collected = iter(results), []
-        for number, (problems, samples, _) in enumerate(blocks):
-            if self._processes.mine(number):
-                result = next(local)
-            else:
-                shape = len(problems), samples.shape[1] + extra
-                result = torch.empty(shape, dtype=torch.float64, device=samples.device)
-            collected.append(self._processes.broadcast(result, self._processes.owner(number)))
-        return collected
+        """Return the results of all blocks, given those of the ``assigned`` ones.
+
+        Args:
+            blocks: All of them.
+            results: A row per problem, float64 ``(p, k + extra)``.
+            extra: Numbers per problem beside those of its working set.
+
+        Returns:
+            Results in the order of the blocks.
+        """
+        return results
 
     def replicate(self, tensor: Tensor) -> Tensor:
-        """Return the first process's tensor: rounding and ties may differ between machines."""
-        return self._processes.broadcast(tensor)
+        """Return a value that decides how the work goes on; shards of one kernel agree on it."""
+        return tensor
 
-    def _local_block(self, index: Tensor) -> Tensor:
-        """Return the kernels with this process's samples, and 0 for the others."""
+    def _slots_of_sets(self, index: Tensor) -> Tensor:
         union, position = index.unique(return_inverse=True)
-        slots, (columns, is_local) = self.slots(union)[position], self._partition.locate(index)
-        values = self.store[slots.unsqueeze(2), columns.unsqueeze(1)]
-        whole = self._processes.count == 1
-        return values if whole else values.masked_fill_(~is_local.unsqueeze(1), 0.0)
+        return self.slots(union)[position]
 
     def _parts(self, used: Tensor, step: int, spread: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Pair samples with their rows, some at a time; all that are held if that saves a copy."""

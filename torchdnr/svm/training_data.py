@@ -10,7 +10,7 @@ from torchdnr.distributed.sharing import ShardedFeatures
 from torchdnr.kernels.any_kernel import gamma_for_variance, kernel_matrix, rbf_gamma
 from torchdnr.svm.checks import check_gram, check_sample_weight
 from torchdnr.svm.dual import DualSolution
-from torchdnr.svm.gram import planned_rows
+from torchdnr.svm.gram import planned_rows, rows_on_demand
 from torchdnr.svm.kernel_rows import KernelRows
 from torchdnr.svm.memory_plan import plan_memory
 
@@ -66,7 +66,7 @@ class TrainingData:
         def evaluate(index: Tensor) -> Tensor:
             return kernel_matrix(kernel, features.rows(index), local, center)
 
-        return KernelRows(evaluate, features.partition, local, plan)
+        return rows_on_demand(evaluate, features.partition, local, plan)
 
     def support_vectors(self, chosen: Tensor) -> Tensor:
         """Copy the chosen rows, bool ``(k,)``: ``(m, d)``; ``(m, 0)`` with a precomputed kernel."""

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchdnr.attacks.composed import transfer
 from torchdnr.attacks.directions import steepest
 from torchdnr.attacks.noise import noise
 from torchdnr.attacks.pgd import pgd
 from torchdnr.attacks.square import square
 from torchdnr.attacks.target import Target, slope_at
+from torchdnr.attacks.transfer import transfer
 from torchdnr.decisions import evades
 from torchdnr.evaluation.checks.context import (
     SMALL_DROP,

@@ -1,0 +1,109 @@
+"""Minimum-norm evasion by DDN: direction and norm decoupled, l2 only."""
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Unpack
+
+import torch
+from torch import Tensor
+
+from torchdnr.attacks.checks import check_steps
+from torchdnr.attacks.directions import cosine
+from torchdnr.attacks.minimum_norm import (
+    STEP_FADE,
+    Kept,
+    Nearest,
+    NearRun,
+    nearest_evading,
+    safe_decision_objective,
+)
+from torchdnr.attacks.options import EvasionOptions, resolve
+from torchdnr.attacks.problem import problem
+from torchdnr.attacks.projections import per_row, project_box
+from torchdnr.attacks.starts import lengths
+from torchdnr.attacks.target import slope_at
+
+_DDN_RATE = 0.05  # the same at every step
+
+
+def ddn(
+    model: Callable[[Tensor], Tensor],
+    inputs: Tensor,
+    labels: Tensor,
+    init_inputs: Tensor | None = None,
+    *,
+    eps: float | Tensor | None = None,
+    steps: int = 100,
+    step_size: float = 1.0,
+    neighbours: int = 20,
+    starts: int = 3,
+    **shared: Unpack[EvasionOptions],
+) -> Tensor:
+    """Find the nearest evading point of each input: a direction by gradients, a norm by success.
+
+    Every step follows the normalised gradient, and the perturbation is then scaled to a radius
+    that shrinks by 5 % while the point evades and grows by 5 % while it does not. It aims at
+    accepted and wrong. One run gives the whole security curve; l2 norm only. Nothing in a step
+    waits for the device.
+
+    Alone it starts at the input, where RBF scores may be flat: pass ``init_inputs``.
+
+    Args:
+        model: Maps inputs to scores ``(n, c)``, or ``(n, c + 1)`` with the threshold last;
+            differentiable.
+        inputs: ``(n, ...)`` in ``bounds``, float32 or float64.
+        labels: True classes, int64 ``(n,)``.
+        init_inputs: Samples of all classes, ``(m, ...)``, near which further runs start, at points
+            that evade already; None: from the inputs only.
+        eps: Project farther points onto this radius, a number or ``(n,)``; they do not evade then.
+            None returns the nearest evading points at any distance.
+        steps: Steps of each run.
+        step_size: Length of the first step; it falls to a hundredth of it.
+        neighbours: Samples of ``init_inputs`` tried per input.
+        starts: Runs per input that start near them, at the most.
+        **shared: See ``EvasionOptions``.
+
+    Returns:
+        Adversarial inputs, like ``inputs``: the nearest evading (accepted and wrong) point, or the
+        input itself where there is none.
+
+    Raises:
+        ValueError: If an argument is out of range, or shapes, dtypes or devices disagree.
+        TypeError: If there is no such option.
+
+    Warns once (``UserWarning``) with the number of inputs without an evading point.
+
+    Source: Rony et al., "Decoupling direction and norm for efficient gradient-based L2 adversarial
+    attacks and defenses", CVPR 2019; without its rounding to 256 levels.
+    """
+    options = resolve(ddn, shared, init_inputs=init_inputs)
+    if options.norm != 2:
+        raise ValueError(f"norm must be 2 for DDN, got {options.norm}; fmn knows other norms")
+    check_steps(steps, step_size)
+    descend = partial(_descend_ddn, steps=steps, step_size=step_size)
+    radius = math.inf if eps is None else eps
+    with problem(model, inputs, labels, radius, options, safe_decision_objective) as attacked:
+        return nearest_evading(attacked, descend, neighbours, starts, steps=steps, name="DDN")
+
+
+def _descend_ddn(run: NearRun, *, steps: int, step_size: float) -> Nearest:
+    center, labels = run.center[run.owner], run.labels[run.owner]
+    points, length = run.first, lengths(run.first, center, 2)
+    kept = Kept(points, torch.full_like(length, torch.inf))
+    radius = torch.where(length > 0, length, 1.0)
+    for step in range(steps):
+        slope = slope_at(run.target, points, labels)
+        evading = slope.values < 0
+        kept = kept.update(points, length, evading)
+        radius = torch.where(
+            evading, length.minimum(radius) * (1 - _DDN_RATE), radius * (1 + _DDN_RATE)
+        )
+        size = cosine(step, steps, step_size, STEP_FADE * step_size)
+        change = points + size * slope.direction - center
+        norm = change.flatten(1).norm(dim=1)
+        scale = radius / torch.where(norm > 0, norm, 1)
+        points = project_box(center + per_row(scale, change) * change, run.bounds)
+        length = lengths(points, center, 2)
+        run.bar.update()
+    return kept.finish(run, points)
