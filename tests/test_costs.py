@@ -1,8 +1,8 @@
-import subprocess
 import sys
 
 import pytest
 import torch
+from small_process import run_apart
 from torch import nn
 
 from torchdnr import DNR
@@ -50,11 +50,7 @@ for name, cost in costs.items():
 
 @pytest.mark.skipif(sys.platform == "win32", reason="has no getrusage")
 def test_memory_of_a_stage_is_known_where_it_raises_the_peak_of_the_process():
-    # A process inherits the peak of the one that starts it: a small one has to stand between.
-    between = "import subprocess, sys; subprocess.run(sys.argv[1:], check=True)"
-    command = [sys.executable, "-c", between, sys.executable, "-c", MEASURED]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    peaks = dict(line.split() for line in done.stdout.splitlines())
+    peaks = dict(line.split() for line in run_apart(MEASURED).splitlines())
     assert peaks["below"] == peaks["again"] == peaks["outer"] == "None"
     assert float(peaks["inner"]) > float(peaks["before"]) + 10
 

@@ -1,11 +1,11 @@
 """The memory limit of a fit: refused where too small, kept to, and without effect on the answer."""
 
 import re
-import subprocess
 import sys
 
 import pytest
 import torch
+from small_process import run_apart
 
 from torchdnr.svm import RBFSVM, ConvergenceWarning, grid_search, solve_dual
 from torchdnr.svm.kernel_rows import KernelRows
@@ -154,8 +154,6 @@ def test_groups_keep_the_names_of_their_problems():
 )
 def test_a_fit_keeps_to_its_limit(script, limit, needed):
     code = script.replace("LIMIT", str(limit))
-    found = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    ).stdout.split()
+    found = run_apart(code).split()
     assert int(found[0]) > needed
     assert float(found[1]) - float(found[2]) <= limit / MIB
