@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from torchdnr.attacks.checks import check_steps
-from torchdnr.attacks.directions import cosine
+from torchdnr.attacks.directions import STEP_FADE, cosine
 from torchdnr.attacks.minimum_norm import (
-    STEP_FADE,
     Kept,
     Nearest,
     NearRun,
@@ -24,7 +23,7 @@ from torchdnr.attacks.projections import per_row, project_box
 from torchdnr.attacks.starts import lengths
 from torchdnr.attacks.target import slope_at
 
-_DDN_RATE = 0.05  # the same at every step
+_DDN_RATE = 0.05  # relative change of the radius in a step
 
 
 def ddn(

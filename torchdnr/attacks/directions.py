@@ -10,6 +10,9 @@ from torchdnr.attacks.projections import per_row, reading_is_free
 L1_SHARE = 0.05
 """Share of the coordinates that a step in the l1 norm moves by default."""
 
+STEP_FADE = 0.01
+"""Last step relative to the first, where steps shrink along ``cosine``."""
+
 
 def unit(vectors: Tensor) -> tuple[Tensor, Tensor]:
     """Scale each row to unit l2 norm; return the norms ``(n,)`` too. NaN and infinity are safe."""

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from torchdnr.attacks.checks import check_steps
-from torchdnr.attacks.directions import cosine
+from torchdnr.attacks.directions import STEP_FADE, cosine
 from torchdnr.attacks.minimum_norm import (
-    STEP_FADE,
     Kept,
     Nearest,
     NearRun,

@@ -12,14 +12,13 @@ import torch
 from torch import Tensor
 
 from torchdnr.attacks.checks import check_steps
-from torchdnr.attacks.directions import cosine, unit
+from torchdnr.attacks.directions import STEP_FADE, cosine, unit
 from torchdnr.attacks.options import SharedOptions, resolve
 from torchdnr.attacks.problem import problem
 from torchdnr.attacks.projections import Region, per_row, project, random_points
 from torchdnr.attacks.target import choose, evaluate, slope_at
 
 _FIRST = 0.5  # first step relative to eps, by default
-_STEP_FADE = 0.01  # last step relative to the first
 
 
 def confidence_objective(
@@ -102,7 +101,7 @@ def lowest_confidence(
                 best = choose(slope.values < best.values, slope.points, best)
                 velocity = momentum * velocity + slope.direction
                 direction = velocity.sign() if region.norm == math.inf else unit(velocity)[0]
-                size = cosine(step, steps, 1.0, _STEP_FADE) * first
+                size = cosine(step, steps, 1.0, STEP_FADE) * first
                 points = project(points + per_row(size, points) * direction, *region)
                 bar.update()
             last = evaluate(target, points, labels)

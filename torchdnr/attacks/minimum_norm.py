@@ -19,8 +19,6 @@ from torchdnr.attacks.projections import Region, per_row, project, random_points
 from torchdnr.attacks.starts import Pool, bisect, evading_starts, keep_nearest, lengths, make_pool
 from torchdnr.attacks.target import Target, evaluate, unsolved
 
-STEP_FADE = 0.01  # last step relative to the first
-
 _SLACK = 512  # roundings of the spread of the scores by which an evading point must evade
 _FLOOR = 4  # roundings of the largest score, the least difference that counts
 _HALVINGS = 10  # bisections towards the input in the end
