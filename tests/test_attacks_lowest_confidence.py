@@ -175,7 +175,6 @@ def test_a_step_size_is_a_length_and_half_of_eps_by_default():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"eps": math.inf}, "eps must be finite"),
         ({"eps": -1.0}, "eps must be >= 0"),
         ({"restarts": -1}, "restarts must be >= 0"),
         ({"steps": -1}, "steps must be >= 0"),

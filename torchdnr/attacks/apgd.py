@@ -88,8 +88,7 @@ class _State(NamedTuple):
 def _descend(run: Run, *, steps: int) -> Points:
     """Descend with momentum, and halve the step of a row at a checkpoint where it stalled."""
     region = run.region
-    eps = torch.where(region.eps.isfinite(), region.eps, region.bounds[1] - region.bounds[0])
-    state, size = _begin(run, run.first), 2 * eps
+    state, size = _begin(run, run.first), 2 * region.eps
     improved = torch.zeros_like(size)  # steps of this window that went down
     reduced = torch.ones_like(size, dtype=torch.bool)  # whether the last checkpoint halved
     level = state.lowest.values
@@ -128,7 +127,7 @@ def _descend_l1(run: Run, *, steps: int) -> Points:
 
 def _sparse_descent(run: Run, region: Region, first: Points, steps: int) -> tuple[Points, Points]:
     """Move few coordinates a step, fewer as points get sparse; return the lowest and the best."""
-    eps = torch.where(region.eps.isfinite(), region.eps, region.center[0].numel())
+    eps = region.eps
     state, size = _begin(run, first), eps
     d = region.center[0].numel()
     share = torch.full_like(eps, _L1_FIRST)
@@ -159,7 +158,7 @@ def _checkpoints(steps: int) -> Iterator[int]:
 
 
 def _begin(run: Run, first: Points) -> _State:
-    slope = slope_at(run.target, first.inputs, run.labels)
+    slope = slope_at(run.target, first.inputs, run.labels, run.region.bounds)
     lowest = slope._replace(values=first.values, evading=first.evading)
     return _State(slope, first.inputs, lowest, first)
 
@@ -180,7 +179,7 @@ def _advance(
     if not first and region.norm != 1:
         mixed = points + _MOMENTUM * (ahead - points) + (1 - _MOMENTUM) * (points - state.before)
         ahead = project(mixed, *region)
-    now = slope_at(run.target, ahead, run.labels)
+    now = slope_at(run.target, ahead, run.labels, region.bounds)
     lowest = choose(now.values < state.lowest.values, now, state.lowest)
     moved = _State(now, points, lowest, keep_better(state.best, now.points))
     return moved, (now.values < state.now.values).to(size.dtype)

@@ -117,7 +117,7 @@ class _Walks(NamedTuple):
 
 def _walk(run: NearRun, *, steps: int) -> Nearest:
     """Walk from evading points to nearer ones, one forward and backward a step."""
-    length = lengths(run.first, run.center[run.owner], run.norm)
+    length = lengths(run.first, run.region.center[run.owner], run.region.norm)
     state = _Walks(run.owner, run.first, length, torch.zeros_like(length), run.first, length)
     starts = run.starts
     for step in range(steps if len(run.owner) else 0):
@@ -129,9 +129,9 @@ def _walk(run: NearRun, *, steps: int) -> Nearest:
             state = state._replace(point=state.best, radius=state.best_norm)
         state = _step(run, state, size, shrinkage)
         if last:  # move the best points straight towards the inputs while they evade
-            center, labels = run.center[state.owner], run.labels[state.owner]
+            center, labels = run.region.center[state.owner], run.labels[state.owner]
             best = bisect(run.target, labels, center, state.best, _HALVINGS)
-            state = state._replace(best=best, best_norm=lengths(best, center, run.norm))
+            state = state._replace(best=best, best_norm=lengths(best, center, run.region.norm))
         run.bar.update()
     nearest = state.rows(keep_nearest(state.owner, state.best_norm, 1))
     return Nearest(nearest.owner, nearest.best, nearest.best_norm)
@@ -149,16 +149,16 @@ def _schedule(step: int) -> tuple[float, float, bool, bool]:
 def _step(run: NearRun, state: _Walks, size: float, shrinkage: float) -> _Walks:
     """Evaluate every point, keep it if it is the nearest that evades, and move on."""
     owner, point, radius, streak, best, best_norm = state
-    center = run.center[owner]
-    slope = slope_at(run.target, point, run.labels[owner])
+    center, _, norm, bounds = run.region.rows(owner)
+    slope = slope_at(run.target, point, run.labels[owner], bounds)
     evading = slope.values < 0
-    length = lengths(point, center, run.norm)
+    length = lengths(point, center, norm)
     best, best_norm = Kept(best, best_norm).update(point, length, evading)
     # The rate doubles while success or failure repeats: far starts come near in a few steps.
     sign = torch.where(evading, 1.0, -1.0).to(length.dtype)
     streak = torch.where(streak * sign > 0, streak + sign, sign)
     rate = (shrinkage * torch.exp2(streak.abs() - 1)).clamp_max(_MAX_RATE)
     radius = torch.where(evading, best_norm * (1 - rate), radius * (1 + rate)).minimum(best_norm)
-    point = point + per_row(size * best_norm, point) * unit_step(slope.direction, run.norm)
-    point = project(point, center, radius, run.norm, run.bounds)
+    point = point + per_row(size * best_norm, point) * unit_step(slope.direction, norm)
+    point = project(point, center, radius, norm, bounds)
     return _Walks(owner, point, radius, streak, best, best_norm)

@@ -87,22 +87,21 @@ def ddn(
 
 
 def _descend_ddn(run: NearRun, *, steps: int, step_size: float) -> Nearest:
-    center, labels = run.center[run.owner], run.labels[run.owner]
-    points, length = run.first, lengths(run.first, center, 2)
+    center, reach, _, bounds = run.region.rows(run.owner)
+    points, labels, length = run.first, run.labels[run.owner], lengths(run.first, center, 2)
     kept = Kept(points, torch.full_like(length, torch.inf))
-    radius = torch.where(length > 0, length, 1.0)
+    radius = torch.where(length > 0, length, 1.0).minimum(reach)
     for step in range(steps):
-        slope = slope_at(run.target, points, labels)
+        slope = slope_at(run.target, points, labels, bounds)
         evading = slope.values < 0
         kept = kept.update(points, length, evading)
-        radius = torch.where(
-            evading, length.minimum(radius) * (1 - _DDN_RATE), radius * (1 + _DDN_RATE)
-        )
+        shorter, longer = length.minimum(radius) * (1 - _DDN_RATE), radius * (1 + _DDN_RATE)
+        radius = torch.where(evading, shorter, longer).minimum(reach)
         size = cosine(step, steps, step_size, STEP_FADE * step_size)
         change = points + size * slope.direction - center
         norm = change.flatten(1).norm(dim=1)
         scale = radius / torch.where(norm > 0, norm, 1)
-        points = project_box(center + per_row(scale, change) * change, run.bounds)
+        points = project_box(center + per_row(scale, change) * change, bounds)
         length = lengths(points, center, 2)
         run.bar.update()
     return kept.finish(run, points)

@@ -5,10 +5,12 @@ import math
 import torch
 from torch import Tensor
 
-from torchdnr.attacks.projections import per_row, reading_is_free
+from torchdnr.attacks.projections import Bounds, Region, per_row, reading_is_free
 
 L1_SHARE = 0.05
 """Share of the coordinates that a step in the l1 norm moves by default."""
+
+_L1_LARGEST = 0.1  # step in the l1 norm, relative to how far its coordinates can move
 
 STEP_FADE = 0.01
 """Last step relative to the first, where steps shrink along ``cosine``."""
@@ -44,7 +46,7 @@ def steepest(
     direction: Tensor,
     points: Tensor,
     norm: float,
-    bounds: tuple[float, float],
+    bounds: Bounds,
     share: float | Tensor = L1_SHARE,
 ) -> Tensor:
     """Turn a direction of unit l2 norm into one of unit length in the norm of the attack.
@@ -84,13 +86,20 @@ def unit_step(direction: Tensor, norm: float) -> Tensor:
     return direction / torch.where(length > 0, length, 1)
 
 
-def step_sizes(
-    step_size: float | None, steps: int, eps: Tensor, bounds: tuple[float, float]
-) -> Tensor:
-    """Return the step of each row, ``(n,)``: 2.5 eps / steps; infinite eps: the box's width."""
+def step_sizes(step_size: float | None, steps: int, region: Region) -> Tensor:
+    """Return the step of each row, ``(n,)``; by default 2.5 eps / steps.
+
+    In the l1 norm eps is at most how far the coordinates of one step can move: in a larger ball
+    each of them would jump to its bound.
+    """
     if step_size is not None:
-        return torch.full_like(eps, step_size)
-    return 2.5 / steps * torch.where(eps.isfinite(), eps, bounds[1] - bounds[0])
+        return torch.full_like(region.eps, step_size)
+    size = 2.5 / steps * region.eps
+    if region.norm == 1:
+        farthest = region.farthest()
+        count = max(1, int(L1_SHARE * farthest.shape[1]))
+        size = size.minimum(_L1_LARGEST * farthest.topk(count, dim=1).values.sum(dim=1))
+    return size
 
 
 def cosine(step: int, steps: int, first: float, last: float) -> float:

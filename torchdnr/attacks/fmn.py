@@ -86,14 +86,14 @@ def fmn(
 
 
 def _descend_fmn(run: NearRun, *, steps: int, step_size: float) -> Nearest:
-    center, labels = run.center[run.owner], run.labels[run.owner]
-    points = run.first
-    radius = torch.full_like(lengths(points, center, run.norm), torch.inf)
+    center, reach, norm, bounds = run.region.rows(run.owner)
+    points, labels = run.first, run.labels[run.owner]
+    radius = torch.full_like(reach, torch.inf)
     kept = Kept(points, radius)
-    dual = {1: math.inf, 2: 2, math.inf: 1}[run.norm]
+    dual = {1: math.inf, 2: 2, math.inf: 1}[norm]
     for step in range(steps):
-        slope = slope_at(run.target, points, labels)
-        evading, length = slope.values < 0, lengths(points, center, run.norm)
+        slope = slope_at(run.target, points, labels, bounds)
+        evading, length = slope.values < 0, lengths(points, center, norm)
         kept = kept.update(points, length, evading)
         rate = cosine(step, steps, *_FMN_RATES)
         downhill = slope.direction.flatten(1)
@@ -105,6 +105,6 @@ def _descend_fmn(run: NearRun, *, steps: int, step_size: float) -> Nearest:
         inside = torch.minimum(radius * (1 - rate), kept.norms)
         radius = torch.where(evading, inside, outside)
         size = cosine(step, steps, step_size, STEP_FADE * step_size)
-        points = project(points + size * slope.direction, center, radius, run.norm, run.bounds)
+        points = project(points + size * slope.direction, center, radius, norm, bounds)
         run.bar.update()
     return kept.finish(run, points)

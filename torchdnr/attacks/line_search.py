@@ -103,7 +103,7 @@ def _descend(run: Run, *, first: Tensor, shorter: Tensor, steps: int, tol: float
         if len(running) == 0:
             break
         here, row_labels, region = current.rows(running), labels[running], run.region.rows(running)
-        direction = slope_at(target, here.inputs, row_labels).direction
+        direction = slope_at(target, here.inputs, row_labels, region.bounds).direction
         direction = steepest(direction, here.inputs, region.norm, region.bounds)
         where = row_labels, direction, here.inputs
         lowest, reached = _try_steps(target, region, *where, first)

@@ -53,7 +53,7 @@ def lowest_confidence(
         model: Maps inputs to scores ``(n, c)``, or ``(n, c + 1)`` with the threshold last;
             differentiable.
         inputs: ``(n, ...)`` in ``bounds``, float32 or float64.
-        eps: Radius of the ball, a number or ``(n,)``, finite.
+        eps: Radius of the ball, a number or ``(n,)``.
         steps: Steps of each descent, one forward and backward each.
         step_size: l2 length of the first step (for l-infinity, of each coordinate); it falls to a
             hundredth of it. None: eps / 2, per input.
@@ -78,8 +78,6 @@ def lowest_confidence(
     check_steps(steps, step_size, smallest=0)
     if not 0 <= momentum < 1:
         raise ValueError(f"momentum must be in [0, 1), got {momentum}")
-    if torch.as_tensor(eps).isinf().any():
-        raise ValueError("eps must be finite: steps and starts are relative to it")
     labels = torch.zeros(inputs.shape[:1], dtype=torch.int64, device=inputs.device)  # not used
     generator = torch.Generator().manual_seed(options.seed)
     with (
@@ -97,7 +95,7 @@ def lowest_confidence(
             points = project(points, *region)
             velocity = torch.zeros_like(points)
             for step in range(steps):
-                slope = slope_at(target, points, labels)
+                slope = slope_at(target, points, labels, region.bounds)
                 best = choose(slope.values < best.values, slope.points, best)
                 velocity = momentum * velocity + slope.direction
                 direction = velocity.sign() if region.norm == math.inf else unit(velocity)[0]

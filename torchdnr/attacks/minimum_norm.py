@@ -44,13 +44,11 @@ class NearRun(NamedTuple):
     """What a descent is given: the inputs of a batch, and points to start from."""
 
     target: Target  # with an objective that is negative iff a point evades
-    center: Tensor  # attacked inputs, (n, ...)
+    region: Region  # of the attacked inputs; its balls hold all of the box
     labels: Tensor  # true classes, or targets, (n,)
     owner: Tensor  # the input that each start belongs to, (r,)
     first: Tensor  # where to start, (r, ...)
     starts: int  # of one input, at the most
-    norm: float
-    bounds: tuple[float, float]
     bar: tqdm  # to be updated once per step
 
 
@@ -85,24 +83,25 @@ def nearest_evading(
     generator = torch.Generator(device=inputs.device).manual_seed(options.seed)
     pool = make_pool(target, options.init_inputs, options.init_labels)
     nearest, without = inputs.clone(), torch.zeros_like(labels[0])
+    unlimited = region._replace(eps=torch.full_like(region.eps, torch.inf)).within_reach()
     left = unsolved(evaluate(target, inputs, labels))
     for rows in left.split(options.batch_size) if len(left) else ():
-        center, classes = inputs[rows], labels[rows]
+        whole, classes = unlimited.rows(rows), labels[rows]
+        center = whole.center
         norms = torch.full_like(center.flatten(1)[:, 0], torch.inf)
         best = center.clone()
         for restart in range(1 + options.restarts):
-            reach = Region(center, norms, options.norm, options.bounds)
+            ball = whole._replace(eps=norms)
             owner, first = rows[:0], center[:0]
             if pool is not None:
                 some = _half(pool, generator) if restart else pool
-                owner, first = evading_starts(target, reach, classes, some, neighbours, starts)
+                owner, first = evading_starts(target, ball, classes, some, neighbours, starts)
             if from_inputs:
-                elsewhere = random_points(reach, generator) if restart else center
+                elsewhere = random_points(ball, generator) if restart else center
                 every = torch.arange(len(center), device=center.device)
                 owner, first = torch.cat([every, owner]), torch.cat([elsewhere, first])
             with options.bar(steps, name) as bar:
-                shared = (starts, options.norm, options.bounds, bar)
-                reached = descend(NearRun(target, center, classes, owner, first, *shared))
+                reached = descend(NearRun(target, whole, classes, owner, first, starts, bar))
             nearer = reached.norms < norms[reached.owner]
             owner = reached.owner[nearer]
             best[owner], norms[owner] = reached.points[nearer], reached.norms[nearer]
@@ -140,13 +139,14 @@ class Kept(NamedTuple):
 
     def finish(self, run: NearRun, last: Tensor) -> Nearest:
         """Evaluate the last points too, then move the best straight towards the inputs."""
-        center, labels = run.center[run.owner], run.labels[run.owner]
+        center, labels = run.region.center[run.owner], run.labels[run.owner]
+        norm = run.region.norm
         evading = evaluate(run.target, last, labels).values < 0
-        kept = self.update(last, lengths(last, center, run.norm), evading)
+        kept = self.update(last, lengths(last, center, norm), evading)
         # Where nothing evades there is nothing to move: the far end is where it stays.
         exists = kept.norms.isfinite()
         far = torch.where(per_row(exists, center), kept.points, center)
         nearer = bisect(run.target, labels, center, far, _HALVINGS)
-        norms = torch.where(exists, lengths(nearer, center, run.norm), torch.inf)
+        norms = torch.where(exists, lengths(nearer, center, norm), torch.inf)
         first = keep_nearest(run.owner, norms, 1)
         return Nearest(run.owner[first], nearer[first], norms[first])

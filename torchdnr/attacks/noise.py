@@ -73,9 +73,7 @@ def _at_surface(region: Region, generator: torch.Generator) -> Tensor:
     else:
         length = torch.linalg.vector_norm(move, norm, dim=1, keepdim=True)
         move = move / torch.where(length > 0, length, 1)
-    d = move.shape[1]
-    widest = (bounds[1] - bounds[0]) * (1.0 if norm == math.inf else d ** (1 / norm))
-    points = center + (eps.clamp_max(widest)[:, None] * move).view_as(center)
+    points = center + (eps[:, None] * move).view_as(center)
     return project(points, center, eps, norm, bounds)
 
 

@@ -12,8 +12,15 @@ from torchdnr.attacks.fixed_eps import Run, best_within
 from torchdnr.attacks.objectives import decision_objective, paper_objective
 from torchdnr.attacks.options import FixedEpsOptions, resolve
 from torchdnr.attacks.problem import problem
-from torchdnr.attacks.projections import per_row, project
-from torchdnr.attacks.target import Points, Target, evaluate, input_gradient, keep_better
+from torchdnr.attacks.projections import Bounds, per_row, project, rows_of
+from torchdnr.attacks.target import (
+    Points,
+    Target,
+    blocked_out,
+    evaluate,
+    input_gradient,
+    keep_better,
+)
 from torchdnr.decisions import split_scores, succeeds, true_and_best_other
 
 PROJECTED = ("none", "class", "rejection", "both")
@@ -87,10 +94,10 @@ def orthogonal_pgd(
 
     def descend(run: Run) -> Points:
         center, eps, norm, bounds = run.region
-        sizes = per_row(step_sizes(step_size, steps, eps, bounds), center)
+        sizes = per_row(step_sizes(step_size, steps, run.region), center)
         best, points = run.first, run.first.inputs
         for _ in range(steps):
-            slopes = _slopes_at(run.target, points, run.labels, margin)
+            slopes = _slopes_at(run.target, points, run.labels, bounds, margin)
             best = keep_better(best, Points(points, slopes.values, slopes.evading))
             by_class, by_rejection = _orthogonalised(slopes, projected)
             if selective:
@@ -119,22 +126,27 @@ class _Slopes(NamedTuple):
 
 
 @torch.no_grad()
-def _slopes_at(target: Target, points: Tensor, labels: Tensor, margin: float) -> _Slopes:
+def _slopes_at(
+    target: Target, points: Tensor, labels: Tensor, bounds: Bounds, margin: float
+) -> _Slopes:
     """Evaluate both margins and their gradients from one forward, in chunks."""
     parts: list[tuple[Tensor, ...]] = []
     size = target.batch_size
-    for chunk, classes in zip(points.split(size), labels.split(size), strict=True):
+    for begin in range(0, max(1, len(points)), size):  # none is one empty chunk
+        part = slice(begin, begin + size)
+        chunk, classes, box = points[part], labels[part], rows_of(bounds, part)
         with torch.enable_grad():
             chunk = chunk.detach().requires_grad_()
             output = target.model(chunk)
             scores, threshold = split_scores(output, target.reject)
             by_class = paper_objective(scores, threshold, classes, target.targeted)
             gradient = input_gradient(by_class, chunk, retain=threshold is not None)
-            down_class = down_rejection = unit(-gradient)[0]
+            down_class = down_rejection = unit(blocked_out(-gradient, box))[0]
             if threshold is not None:
                 true, other = true_and_best_other(scores, classes)
                 by_rejection = threshold - (true if target.targeted else other)
-                down_rejection = unit(-input_gradient(by_rejection, chunk))[0]
+                gradient = input_gradient(by_rejection, chunk)
+                down_rejection = unit(blocked_out(-gradient, box))[0]
         values = decision_objective(scores, threshold, classes, target.targeted)
         values = torch.where(values.isnan(), torch.inf, values)
         evading = succeeds(output, classes, target.reject, target.targeted)

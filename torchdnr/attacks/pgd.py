@@ -78,11 +78,11 @@ def descend_steadily(
     """Take steps of constant length and return the best point evaluated, row by row."""
     target, region, labels = run.target, run.region, run.labels
     best, points = run.first, run.first.inputs
-    sizes = per_row(step_sizes(step_size, steps, region.eps, region.bounds), points)
+    sizes = per_row(step_sizes(step_size, steps, region), points)
     done = best.clone()
     rows = torch.arange(len(labels), device=labels.device)
     for step in range(steps):
-        slope = slope_at(target, points, labels)
+        slope = slope_at(target, points, labels, region.bounds)
         best = keep_better(best, slope.points)
         direction = steepest(slope.direction, points, region.norm, region.bounds)
         points = project(torch.addcmul(points, sizes, direction), *region)

@@ -71,7 +71,7 @@ def problem(
         check_like("start", options.start, inputs, same_length=True)
     if options.init_inputs is not None:
         check_pool(options.init_inputs, options.init_labels, inputs, options.bounds)
-    region = Region(inputs, check_eps(eps, inputs), options.norm, options.bounds)
+    region = Region(inputs, check_eps(eps, inputs), options.norm, options.bounds).within_reach()
     reject = has_reject_column(model, options.reject)
     targeted = options.targets is not None
     target = Target(model, objective, reject, options.batch_size, targeted)

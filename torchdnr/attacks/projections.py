@@ -1,10 +1,13 @@
 """Where the points of an attack may lie: a ball and a box, and Euclidean projections on both."""
 
 import math
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
+
+Bounds = tuple[float | Tensor, float | Tensor]
+"""Smallest and largest value: numbers, or tensors like the inputs with those of each coordinate."""
 
 
 class Region(NamedTuple):
@@ -13,11 +16,40 @@ class Region(NamedTuple):
     center: Tensor
     eps: Tensor
     norm: float
-    bounds: tuple[float, float]
+    bounds: Bounds
 
     def rows(self, rows: Tensor) -> "Region":
         """Return the regions of some rows."""
-        return self._replace(center=self.center[rows], eps=self.eps[rows])
+        bounds = rows_of(self.bounds, rows)
+        return self._replace(center=self.center[rows], eps=self.eps[rows], bounds=bounds)
+
+    def farthest(self) -> Tensor:
+        """Return how far the box lets each coordinate move, ``(n, d)``."""
+        low, high = self.bounds
+        return torch.maximum(self.center - low, high - self.center).flatten(1)
+
+    def within_reach(self) -> "Region":
+        """Lower each radius to the distance of the farthest corner of the box.
+
+        A larger ball bounds nothing, and what is derived from its radius would only be coarser.
+        """
+        reach = torch.linalg.vector_norm(self.farthest(), self.norm, dim=1)
+        # A little more, so that rounding keeps no corner out of the ball.
+        reach = reach * (1 + 16 * torch.finfo(reach.dtype).eps)
+        return self._replace(eps=self.eps.minimum(reach))
+
+
+def rows_of(bounds: Bounds, rows: Tensor | slice) -> Bounds:
+    """Return the bounds of some rows."""
+    low, high = (bound[rows] if isinstance(bound, Tensor) else bound for bound in bounds)
+    return low, high
+
+
+def free_coordinates(bounds: Bounds) -> Tensor | None:
+    """Tell which coordinates the box lets move, bool like the inputs; None: all of them."""
+    low, high = bounds
+    free = low < high
+    return free if isinstance(free, Tensor) else None
 
 
 def per_row(values: Tensor, like: Tensor) -> Tensor:
@@ -38,9 +70,23 @@ NORMS = (1, 2, math.inf)
 _NEWTON_STEPS = 12
 
 
-def project_box(points: Tensor, bounds: tuple[float, float]) -> Tensor:
+def project_box(points: Tensor, bounds: Bounds) -> Tensor:
     """Project points onto the box ``bounds[0] <= x <= bounds[1]``, coordinate by coordinate."""
-    return points.clamp(*bounds)
+    return points.clamp(*cast("tuple[float, float]", bounds))  # or two tensors
+
+
+def _flat(bounds: Bounds) -> Bounds:
+    """Return the bounds of flat inputs, ``(n, d)``."""
+    low, high = (bound.flatten(1) if isinstance(bound, Tensor) else bound for bound in bounds)
+    return low, high
+
+
+def _largest(bounds: Bounds) -> float | Tensor:
+    """Return the largest size of a value in the box, a number or ``(n, 1)``, of flat inputs."""
+    sizes: Any = [abs(bound) for bound in bounds]
+    if isinstance(sizes[0], Tensor):
+        return torch.cat(sizes, dim=1).amax(dim=1, keepdim=True)
+    return max(sizes)
 
 
 def project(
@@ -48,7 +94,7 @@ def project(
     center: Tensor,
     eps: float | Tensor,
     norm: float,
-    bounds: tuple[float, float],
+    bounds: Bounds,
 ) -> Tensor:
     """Project points onto the inputs within ``eps`` of ``center`` that lie in ``bounds``.
 
@@ -57,7 +103,7 @@ def project(
         center: Centre of each ball, inside ``bounds``, ``(n, ...)``.
         eps: Radius >= 0, a number or ``(n,)``; infinity leaves the box alone.
         norm: Norm of the ball; 1, 2 or infinity.
-        bounds: Smallest and largest value of an input.
+        bounds: Smallest and largest value of an input; or of each coordinate, ``(n, ...)``.
 
     Returns:
         Nearest feasible points in Euclidean distance, ``(n, ...)``.
@@ -75,9 +121,7 @@ def check_norm(norm: float) -> None:
         raise ValueError(f"no norm {norm!r}; choose from: {', '.join(map(str, NORMS))}")
 
 
-def project_l2(
-    points: Tensor, center: Tensor, eps: float | Tensor, bounds: tuple[float, float]
-) -> Tensor:
+def project_l2(points: Tensor, center: Tensor, eps: float | Tensor, bounds: Bounds) -> Tensor:
     """Project points onto the intersection of an l2 ball and a box.
 
     The nearest point is ``center + clip(mu * (points - center))`` where the clip is to the box. If
@@ -100,27 +144,29 @@ def project_l2(
     # Adding the centre rounds every coordinate; along the perturbation that hardly adds up. Rows
     # inside the ball get a radius that keeps the arithmetic below finite; it is not used.
     rounding = torch.finfo(points.dtype).eps
-    radius = (eps * (1 - 8 * rounding) - rounding * max(map(abs, bounds))).clamp_min_(0)
+    flat = _flat(bounds)
+    radius = (eps * (1 - 8 * rounding) - rounding * _largest(flat)).clamp_min_(0)
     radius.masked_fill_(inside, 0)
     if not reading_is_free(points):
-        shorter = _shorten(points.flatten(1), origin, limit, radius, bounds).view_as(points)
+        shorter = _shorten(points.flatten(1), origin, limit, radius, flat).view_as(points)
         return torch.where(per_row(inside, points), boxed, shorter)
     rows = (~inside[:, 0]).nonzero()[:, 0]
     if len(rows) > 0:
-        shorter = _shorten(points.flatten(1)[rows], origin[rows], limit[rows], radius[rows], bounds)
+        part = points.flatten(1)[rows], origin[rows], limit[rows], radius[rows]
+        shorter = _shorten(*part, rows_of(flat, rows))
         boxed[rows] = shorter.view(-1, *points.shape[1:])
     return boxed
 
 
 def _shorten(
-    points: Tensor, origin: Tensor, limit: Tensor, radius: Tensor, bounds: tuple[float, float]
+    points: Tensor, origin: Tensor, limit: Tensor, radius: Tensor, bounds: Bounds
 ) -> Tensor:
     """Project rows that are outside their ball, all ``(n, d)``, radius ``(n, 1)``."""
     step = points - origin
     moved = _shrink_to_radius(step.abs(), limit, radius)
     norm = torch.linalg.vector_norm(moved, dim=1, keepdim=True)
     moved *= (radius / norm.masked_fill_(norm == 0, 1)).clamp_max_(1)
-    return moved.copysign_(step).add_(origin).clamp_(*bounds)
+    return moved.copysign_(step).add_(origin).clamp_(*cast("tuple[float, float]", bounds))
 
 
 def _shrink_to_radius(size: Tensor, limit: Tensor, radius: Tensor) -> Tensor:
@@ -146,9 +192,7 @@ def _shrink_to_radius(size: Tensor, limit: Tensor, radius: Tensor) -> Tensor:
     return moved
 
 
-def project_linf(
-    points: Tensor, center: Tensor, eps: float | Tensor, bounds: tuple[float, float]
-) -> Tensor:
+def project_linf(points: Tensor, center: Tensor, eps: float | Tensor, bounds: Bounds) -> Tensor:
     """Project points onto the intersection of an l-infinity ball and a box.
 
     Where ``center + eps`` is rounded away from the centre the value below it is used, so that no
@@ -161,9 +205,7 @@ def project_linf(
     return project_box(torch.minimum(torch.maximum(points, low), high), bounds)
 
 
-def project_l1(
-    points: Tensor, center: Tensor, eps: float | Tensor, bounds: tuple[float, float]
-) -> Tensor:
+def project_l1(points: Tensor, center: Tensor, eps: float | Tensor, bounds: Bounds) -> Tensor:
     """Project points onto the intersection of an l1 ball and a box.
 
     The nearest point moves coordinate i by ``clip(|p_i| - lambda, 0, r_i)``, where r_i is how far
@@ -178,21 +220,22 @@ def project_l1(
     boxed = project_box(points, bounds)
     origin = center.flatten(1)
     step = points.flatten(1) - origin
-    limit = torch.where(step > 0, bounds[1] - origin, origin - bounds[0]).clamp_min(0)
+    low, high = _flat(bounds)
+    limit = torch.where(step > 0, high - origin, origin - low).clamp_min(0)
     eps = _radii(eps, points).flatten(1)
     size = step.abs()
     reach = torch.minimum(size, limit)
     inside = reach.sum(dim=1, keepdim=True) <= eps
     # Adding the centre rounds every coordinate, and the errors of d of them add up like noise.
     rounding = torch.finfo(points.dtype).eps
-    noise = 2 * rounding * max(map(abs, bounds)) * size.shape[1] ** 0.5
+    noise = 2 * rounding * _largest((low, high)) * size.shape[1] ** 0.5
     radius = (eps * (1 - 8 * rounding) - noise).clamp_min(0)
     radius = torch.where(inside, 0, radius)  # finite; not used where inside
     shift = _soft_threshold(size, reach, radius)
     moved = torch.minimum((size - shift).clamp_min(0), limit)
     total = moved.sum(dim=1, keepdim=True)
     moved = moved * (radius / torch.where(total > 0, total, 1)).clamp_max(1)
-    projected = project_box(origin + moved.copysign(step), bounds).reshape(points.shape)
+    projected = project_box(origin + moved.copysign(step), (low, high)).reshape(points.shape)
     return torch.where(per_row(inside, points), boxed, projected)
 
 
@@ -233,8 +276,9 @@ def random_points(region: Region, generator: torch.Generator) -> Tensor:
     """Draw a point of each ball, or of the box if it is infinite, and project it on the box."""
     center, eps, norm, bounds = region
     flat = center.flatten(1)
+    low, high = _flat(bounds)
     options = random_options(generator, flat)
-    boxed = bounds[0] + (bounds[1] - bounds[0]) * torch.rand(flat.shape, **options)
+    boxed = low + (high - low) * torch.rand(flat.shape, **options)
     if norm == math.inf:
         move = 2 * torch.rand(flat.shape, **options) - 1
     else:
@@ -242,9 +286,13 @@ def random_points(region: Region, generator: torch.Generator) -> Tensor:
         move = torch.randn(flat.shape, **options)
         if norm == 1:
             move = torch.empty_like(flat).exponential_(generator=generator) * move.sign()
+        free = free_coordinates((low, high))
+        d: int | Tensor = flat.shape[1]
+        if free is not None:  # the ball of the coordinates that may change
+            move, d = torch.where(free, move, 0), free.sum(dim=1, keepdim=True).clamp_min(1)
         length = torch.linalg.vector_norm(move, norm, dim=1, keepdim=True)
-        share = torch.rand((len(flat), 1), **options) ** (1 / flat.shape[1])
-        move = move * (share / length)
+        share = torch.rand((len(flat), 1), **options) ** (1 / d)
+        move = move * (share / length.clamp_min(torch.finfo(flat.dtype).tiny))
     finite = eps.isfinite()[:, None]
     points = torch.where(finite, flat + torch.where(finite, eps[:, None], 0) * move, boxed)
     return project(points.view_as(center), center, eps, norm, bounds)

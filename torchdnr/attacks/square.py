@@ -93,13 +93,13 @@ def square(
 def _search(run: Run, *, queries: int, coverage: float, pull: float) -> Points:
     """Try one change per query; return the best points."""
     best = run.first.clone()
-    lengths = _finite(run.region).eps / 4  # of the local steps
+    lengths = run.region.eps / 4  # of the local steps
     for begin in range(0, queries, _DROP_EVERY):
         # Waits for the device once in fifty queries, and saves those of the rows that evade.
         rows = unsolved(best)
         if len(rows) == 0:
             break
-        region, labels, current = _finite(run.region.rows(rows)), run.labels[rows], best.rows(rows)
+        region, labels, current = run.region.rows(rows), run.labels[rows], best.rows(rows)
         length = lengths[rows]
         for query in range(begin, min(begin + _DROP_EVERY, queries)):
             local = None
@@ -154,13 +154,6 @@ def _towards_corner(points: Tensor, region: Region, generator: torch.Generator) 
     return share * (corner - points)
 
 
-def _finite(region: Region) -> Region:
-    """Replace an infinite radius by that of a ball that holds the box wherever its centre is."""
-    low, high = region.bounds
-    widest = (high - low) * region.center[0].numel() ** (1 / region.norm)
-    return region._replace(eps=region.eps.clamp_max(widest))
-
-
 def _pulled(points: Tensor, region: Region, share: float, generator: torch.Generator) -> Tensor:
     """Move a share of the points towards the centre, each by a random factor."""
     if share == 0:
@@ -174,7 +167,7 @@ def _pulled(points: Tensor, region: Region, share: float, generator: torch.Gener
 def first_pattern(region: Region, generator: torch.Generator) -> Tensor:
     """Draw a point at the surface of each ball: vertical stripes, or for l2 and l1 a grid of tiles.
 
-    The radii are finite; the points are not projected on the box.
+    The points are not projected on the box.
     """
     images, _ = _as_images(region.center, region)
     n, c, _, width = images.shape
@@ -190,7 +183,7 @@ def changed_window(
 ) -> Tensor:
     """Change each point in a random window that covers a share of each channel.
 
-    The radii are finite; the points stay within the balls and are not projected on the box.
+    The points stay within the balls and are not projected on the box.
     """
     images, center = _as_images(points, region)
     n, c, height, width = images.shape

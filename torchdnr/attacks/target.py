@@ -8,7 +8,14 @@ from torch import Tensor
 
 from torchdnr.attacks.directions import unit
 from torchdnr.attacks.objectives import NEGATIVE_IF_SUCCESSFUL, ObjectiveFunction
-from torchdnr.attacks.projections import Region, per_row, project
+from torchdnr.attacks.projections import (
+    Bounds,
+    Region,
+    free_coordinates,
+    per_row,
+    project,
+    rows_of,
+)
 from torchdnr.decisions import split_scores, succeeds
 
 Fields = TypeVar("Fields", "Points", "Slope")
@@ -131,20 +138,25 @@ class Slope(NamedTuple):
         return Points(self.inputs, self.values, self.evading)
 
 
-def slope_at(target: Target, points: Tensor, labels: Tensor) -> Slope:
+def slope_at(
+    target: Target, points: Tensor, labels: Tensor, bounds: Bounds = (-torch.inf, torch.inf)
+) -> Slope:
     """Evaluate objective, success and gradient of each point, in chunks.
 
     The gradient of an RBF score vanishes far from the support vectors, so its direction counts and
     its length does not; very short or long ones are scaled by their largest entry before squaring.
+    It is the gradient by the coordinates that ``bounds`` let move; the others are zero in it.
     """
     parts: list[tuple[Tensor, ...]] = []
     size = target.batch_size
-    for chunk, chunk_labels in zip(points.split(size), labels.split(size), strict=True):
+    for begin in range(0, max(1, len(points)), size):  # none is one empty chunk
+        chunk, chunk_labels = points[begin : begin + size], labels[begin : begin + size]
         with torch.enable_grad():
             chunk = chunk.detach().requires_grad_()
             output = target.model(chunk)
             value = _objective(target, output, chunk_labels)
             descent = input_gradient(-value, chunk)
+        descent = blocked_out(descent, rows_of(bounds, slice(begin, begin + size)))
         value = value.detach()
         if target.objective in NEGATIVE_IF_SUCCESSFUL:
             evading = value < 0
@@ -154,6 +166,12 @@ def slope_at(target: Target, points: Tensor, labels: Tensor) -> Slope:
     if len(parts) == 1:
         return Slope(points, *parts[0])
     return Slope(points, *map(torch.cat, zip(*parts, strict=True)))
+
+
+def blocked_out(descent: Tensor, bounds: Bounds) -> Tensor:
+    """Set what the bounds do not let move to zero."""
+    free = free_coordinates(bounds)
+    return descent if free is None else torch.where(free, descent, 0)
 
 
 def input_gradient(value: Tensor, points: Tensor, *, retain: bool = False) -> Tensor:

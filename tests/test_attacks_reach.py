@@ -1,0 +1,99 @@
+"""An eps beyond the farthest corner of the box: attacks are as strong as at that corner."""
+
+import math
+from functools import partial
+
+import pytest
+import torch
+from attack_promises import Bumps
+
+from torchdnr.attacks import (
+    EnsembleAttack,
+    apgd,
+    evades,
+    line_search_pgd,
+    lowest_confidence,
+    multi_target,
+    noise,
+    orthogonal_pgd,
+    pgd,
+    smoothed_pgd,
+    square,
+    transfer,
+)
+from torchdnr.decisions import REJECT
+from torchdnr.evaluation import security_evaluation
+from torchdnr.evaluation.line_up import build_line_up
+
+NORMS = (1, 2, math.inf)
+ATTACKS = {
+    "pgd": pgd,
+    "apgd": apgd,
+    "line search": line_search_pgd,
+    "noise": noise,
+    "orthogonal": orthogonal_pgd,
+    "square": partial(square, queries=100),
+    "smoothed": partial(smoothed_pgd, steps=10),
+    "multi-target": multi_target,
+    "multi-target APGD": partial(multi_target, attack=apgd),
+    "ensemble": EnsembleAttack({"pgd": pgd, "apgd": apgd}),
+    "random starts": partial(pgd, random_start=True, restarts=2),
+}
+
+
+def reach(inputs, norm):
+    """Norm of the largest perturbation that the box [0, 1] permits, ``(n,)``."""
+    return torch.linalg.vector_norm(torch.maximum(inputs, 1 - inputs).flatten(1), norm, dim=1)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("name", ATTACKS)
+def test_an_eps_beyond_the_box_gives_the_points_of_an_eps_at_its_edge(name, norm):
+    model = Bumps().eval()
+    inputs, labels = model.samples(10)
+    inputs[0] = 0.0  # a corner, farthest from the opposite one
+    attack = partial(ATTACKS[name], model, inputs, labels, norm=norm)
+    at_edge = attack(eps=(1 + 1e-9) * reach(inputs, norm))
+    for eps in (8.0, 255.0, math.inf):
+        assert torch.equal(attack(eps=eps), at_edge)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_transfer_and_the_search_for_rejection_reach_as_far_whatever_lies_beyond(norm):
+    model = Bumps().eval()
+    inputs, labels = model.samples(10)
+    edge = (1 + 1e-9) * reach(inputs, norm)
+    crafted = partial(transfer, pgd, model, model, inputs, labels, norm=norm)
+    shy = partial(lowest_confidence, model, inputs, norm=norm, steps=20)
+    for attack in (crafted, shy):
+        at_edge = attack(eps=edge)
+        assert all(torch.equal(attack(eps=eps), at_edge) for eps in (8.0, 255.0, math.inf))
+
+
+@pytest.mark.parametrize("attack", [multi_target, pgd, orthogonal_pgd])
+@pytest.mark.parametrize(
+    ("norm", "sizes"),
+    [(1, (1, 2, 8, 64, 1e3)), (2, (0.5, 1, 2, 8, 100)), (math.inf, (0.3, 0.5, 1, 8, 255))],
+)
+def test_more_eps_never_finds_less(attack, norm, sizes):
+    model = Bumps(gamma=3.0, d=16).eval()
+    inputs, labels = model.samples(12)
+    found = [
+        int(evades(model(attack(model, inputs, labels, eps, norm=norm)), labels, True).sum())
+        for eps in sizes
+    ]
+    assert found == sorted(found) and found[-1] >= 9
+
+
+def test_along_a_curve_a_sample_that_is_evaded_stays_evaded():
+    model = Bumps(gamma=3.0, d=16).eval()
+    inputs, labels = model.samples(12)
+    line_up = build_line_up(["pgd", "apgd-multi-target", "fmn"], inputs, norm=math.inf)
+    eps = [0.1, 0.3, 0.5, 1, 8, 255]
+    curve = security_evaluation(
+        model, inputs, labels, eps, norm=math.inf, attacks=line_up, progress=False
+    )
+    for one in (curve, *curve.attacks.values()):
+        evading = (one.predictions != REJECT) & (one.predictions != labels)
+        assert (evading[1:] >= evading[:-1]).all() and evading[-1].any()
+    assert curve.evasion_rate[-1] == 1.0
