@@ -6,6 +6,8 @@ from torch import Tensor
 from torchdnr.attacks.projections import check_norm
 from torchdnr.decisions import check_images
 
+_LEVEL_SLACK = 1e-2  # of a level: what float32 makes of a value on it
+
 
 def check_inputs(inputs: Tensor, labels: Tensor, norm: float, bounds: tuple[float, float]) -> None:
     """Refuse inputs, labels, a norm or bounds that no attack can work with: ValueError."""
@@ -88,15 +90,57 @@ def check_count(name: str, value: int, smallest: int) -> None:
         raise ValueError(f"{name} must be >= {smallest}, got {value}")
 
 
-def check_targets(targets: Tensor | None, labels: Tensor) -> None:
-    """Refuse targets unlike the labels in kind, or equal to a true class: ValueError."""
+def check_targets(targets: int | Tensor | None, labels: Tensor) -> Tensor | None:
+    """Return the target of each input, ``(n,)``; ValueError if one is no class or the true one.
+
+    One class for all may be that of some inputs: these have nothing to reach.
+    """
     if targets is None:
-        return
+        return None
+    if not isinstance(targets, Tensor):
+        if targets < 0:
+            raise ValueError(f"targets must be a class >= 0 or one for each input, got {targets}")
+        return torch.full_like(labels, targets)
     _check_classes("targets", targets, labels, "n")
     if targets.min() < 0 or (targets == labels).any():
         raise ValueError(
             "targets must be classes >= 0 other than the true ones: to be accepted as the true "
             "class is no evasion"
+        )
+    return targets
+
+
+def check_mask(mask: Tensor | None, inputs: Tensor) -> Tensor | None:
+    """Return a mask as bool like the inputs, None where it changes nothing; else ValueError."""
+    if mask is None:
+        return None
+    try:
+        mask = mask.expand(inputs.shape)
+    except (RuntimeError, AttributeError):
+        raise ValueError(
+            f"mask must be a tensor like one input, {tuple(inputs.shape[1:])}, or like all, "
+            f"{tuple(inputs.shape)}, got {tuple(getattr(mask, 'shape', ())) or type(mask).__name__}"
+        ) from None
+    if mask.device != inputs.device:
+        raise ValueError(
+            f"mask must be on the device of inputs, {inputs.device}, got {mask.device}"
+        )
+    if not ((mask == 0) | (mask == 1)).all():
+        raise ValueError("mask must be bool or hold 0 and 1: where an input may change")
+    return None if mask.all() else mask.bool()
+
+
+def check_levels(levels: int | None, inputs: Tensor, bounds: tuple[float, float]) -> None:
+    """Refuse fewer than two levels, and inputs between levels: ValueError."""
+    if levels is None:
+        return
+    check_count("levels", levels, 2)
+    level = (inputs - bounds[0]) * ((levels - 1) / (bounds[1] - bounds[0]))
+    off = (level - level.round()).abs().max().item()
+    if off > _LEVEL_SLACK:
+        raise ValueError(
+            f"inputs must lie on {levels} levels, as pixels of images do, got values {off:.2g} of "
+            "a level off; round them, or leave out levels"
         )
 
 

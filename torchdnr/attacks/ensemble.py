@@ -107,12 +107,20 @@ class EnsembleAttack:
                 instead = {"start": best.inputs} if self.chain else {}
                 improved = improve(attacked, best, member, labels, options, **instead)
                 winner = torch.where(improved, number, winner)
-        return EnsembleResult(best.inputs, best.evading, best.values, winner, tuple(self.members))
+            evading = best.evading
+            if attacked.target.targeted:
+                evading = evading & (attacked.labels != labels)
+        return EnsembleResult(best.inputs, evading, best.values, winner, tuple(self.members))
 
 
-def passed_on(options: Options) -> dict[str, Any]:
-    """Return the shared options that every member of a composed attack is given alike."""
-    names = ("norm", "bounds", "batch_size", "targets", "start")
+def passed_on(options: Options, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the shared options that every member of a composed attack is given alike.
+
+    A mask and levels only where they are given: not every attack knows them.
+    """
+    names = {"norm", "bounds", "batch_size", "targets", "start"} | (
+        {"mask", "levels"} & given.keys()
+    )
     return {name: getattr(options, name) for name in names}
 
 
@@ -133,7 +141,7 @@ def improve(
     if len(rows):
         part = problem.rows(rows)
         target, region, _, shared = part
-        same = {**options, **passed_on(shared), "reject": target.reject}
+        same = {**options, **passed_on(shared, options), "reject": target.reject}
         same |= {name: tensor[rows] for name, tensor in instead.items()}
         given = target.model, region.center, labels[rows], region.eps
         new = part.points(call_attack(attack, *given, **same))

@@ -70,7 +70,7 @@ def best_within(
             with options.bar(steps, name) as bar:
                 reached = descend(Run(*part, generator, bar))
             put(best, some, reached, better(reached, best.rows(some)))
-        results.append(best.inputs)
+        results.append(batch.on_levels(best.inputs))
     return torch.cat(results)
 
 

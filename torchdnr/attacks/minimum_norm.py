@@ -15,7 +15,7 @@ from tqdm import tqdm
 from torchdnr.attacks.checks import check_count
 from torchdnr.attacks.objectives import decision_objective
 from torchdnr.attacks.problem import Problem
-from torchdnr.attacks.projections import Region, per_row, project, random_points
+from torchdnr.attacks.projections import Region, per_row, random_points
 from torchdnr.attacks.starts import Pool, bisect, evading_starts, keep_nearest, lengths, make_pool
 from torchdnr.attacks.target import Target, evaluate, unsolved
 
@@ -105,6 +105,12 @@ def nearest_evading(
             nearer = reached.norms < norms[reached.owner]
             owner = reached.owner[nearer]
             best[owner], norms[owner] = reached.points[nearer], reached.norms[nearer]
+        if options.levels is not None:
+            found = norms.isfinite().nonzero()[:, 0]
+            part = problem.rows(rows[found])._replace(region=whole.rows(found))
+            best[found] = part.on_levels(best[found])
+            lost = evaluate(target, best[found], classes[found]).values >= 0
+            norms[found[lost]] = torch.inf
         nearest[rows], without = best, without + (~norms.isfinite()).sum()
     if without:
         warnings.warn(
@@ -112,7 +118,7 @@ def nearest_evading(
             "are; pass init_inputs with more samples of all classes, or more steps",
             stacklevel=3,
         )
-    return project(nearest, *region)
+    return problem.inside(nearest)
 
 
 def _half(pool: Pool, generator: torch.Generator) -> Pool:

@@ -24,6 +24,9 @@ class SharedOptions(TypedDict, total=False):
         reject: Whether the last column of the output is the threshold; None (default) asks whether
             ``model.reject_index`` is set.
         seed: Of the random numbers; default 0.
+        mask: What of each input may change, bool or 0 and 1, of the shape of one input or of all;
+            singleton dimensions broadcast, as ``(1, H, W)`` to all channels. Elsewhere a point
+            equals its input exactly. None (default): everything.
         progress: Whether to show a progress bar; default False.
     """
 
@@ -32,6 +35,7 @@ class SharedOptions(TypedDict, total=False):
     batch_size: int
     reject: bool | None
     seed: int
+    mask: Tensor | None
     progress: bool
 
 
@@ -39,7 +43,11 @@ class EvasionOptions(SharedOptions, total=False):
     """Options of every attack that wants to be accepted and wrong.
 
     Attributes:
-        targets: Class wanted for each input, int64 ``(n,)``; None (default): any but the true one.
+        targets: Class wanted for each input, int64 ``(n,)``, none of them the true one; or one
+            class for all, a number: inputs of that class are returned as they are. None (default):
+            any but the true one.
+        levels: Levels that a pixel can have, 256 for images of 8 bits: points lie on them, and so
+            evade, if they do, as an image file too. The inputs must lie on levels. Default None.
         restarts: Further runs from other starting points, default 0: at a given eps from random
             points of the ball, for the inputs that do not evade yet; of a minimum-norm attack from
             random points no farther than the nearest evading one, where the attack can start
@@ -48,7 +56,8 @@ class EvasionOptions(SharedOptions, total=False):
             rejects, int64 ``(m,)``; saves one forward over them. Their true classes serve as well.
     """
 
-    targets: Tensor | None
+    targets: int | Tensor | None
+    levels: int | None
     restarts: int
     init_labels: Tensor | None
 
@@ -77,8 +86,10 @@ class Options:
     batch_size: int = 256
     reject: bool | None = None
     seed: int = 0
+    mask: Tensor | None = None
     progress: bool = False
-    targets: Tensor | None = None
+    targets: int | Tensor | None = None
+    levels: int | None = None
     restarts: int = 0
     init_labels: Tensor | None = None
     start: Tensor | None = None

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,13 +12,16 @@ from torchdnr.attacks.checks import (
     check_count,
     check_eps,
     check_inputs,
+    check_levels,
     check_like,
+    check_mask,
     check_pool,
     check_targets,
 )
+from torchdnr.attacks.levels import best_on_levels, round_to_levels
 from torchdnr.attacks.objectives import ObjectiveFunction, decision_objective
 from torchdnr.attacks.options import Options
-from torchdnr.attacks.projections import Region, project
+from torchdnr.attacks.projections import Region, masked_bounds, project
 from torchdnr.attacks.target import Points, Target, check_classes, evaluate, keep_better
 from torchdnr.decisions import evaluation_mode, has_reject_column
 
@@ -32,15 +35,29 @@ class Problem(NamedTuple):
     options: Options
 
     def rows(self, rows: Tensor) -> "Problem":
-        """Return some rows, with their targets and their start."""
-        given = self.options.targets, self.options.start
-        targets, start = (tensor if tensor is None else tensor[rows] for tensor in given)
-        options = replace(self.options, targets=targets, start=start)
+        """Return some rows, with their targets, their start and their mask."""
+        given = {name: getattr(self.options, name) for name in ("targets", "start", "mask")}
+        some: Any = {name: one[rows] for name, one in given.items() if isinstance(one, Tensor)}
+        options = replace(self.options, **some)
         return Problem(self.target, self.region.rows(rows), self.labels[rows], options)
 
+    def inside(self, points: Tensor) -> Tensor:
+        """Move points into ball and box, and on levels where there are any."""
+        _, region, _, options = self
+        if options.levels is None:
+            return project(points, *region)
+        return round_to_levels(points, region, options.bounds, options.levels)
+
     def points(self, points: Tensor) -> Points:
-        """Project points on ball and box, and evaluate them."""
-        return evaluate(self.target, project(points, *self.region), self.labels)
+        """Move points inside, and evaluate them."""
+        return evaluate(self.target, self.inside(points), self.labels)
+
+    def on_levels(self, points: Tensor) -> Tensor:
+        """Move points on levels, if there are any, such that they still evade if possible."""
+        target, region, labels, options = self
+        if options.levels is None:
+            return points
+        return best_on_levels(target, region, labels, points, options.bounds, options.levels)
 
     def best_given(self) -> Points:
         """Return the better of the input and the given start of each row, to be written into."""
@@ -66,16 +83,20 @@ def problem(
     check_inputs(inputs, labels, options.norm, options.bounds)
     check_count("restarts", options.restarts, 0)
     check_count("batch_size", options.batch_size, 1)
-    check_targets(options.targets, labels)
+    check_levels(options.levels, inputs, options.bounds)
+    targets = check_targets(options.targets, labels)
+    options = replace(options, mask=check_mask(options.mask, inputs))
     if options.start is not None:
         check_like("start", options.start, inputs, same_length=True)
     if options.init_inputs is not None:
         check_pool(options.init_inputs, options.init_labels, inputs, options.bounds)
-    region = Region(inputs, check_eps(eps, inputs), options.norm, options.bounds).within_reach()
+    radius, classes = check_eps(eps, inputs), labels
+    if targets is not None:
+        radius, classes = torch.where(targets == labels, 0, radius), targets
+    bounds = masked_bounds(inputs, options.bounds, options.mask)
+    region = Region(inputs, radius, options.norm, bounds).within_reach()
     reject = has_reject_column(model, options.reject)
-    targeted = options.targets is not None
-    target = Target(model, objective, reject, options.batch_size, targeted)
-    classes = labels if options.targets is None else options.targets
+    target = Target(model, objective, reject, options.batch_size, targets is not None)
     with evaluation_mode(model), torch.no_grad():
         check_classes(target, inputs, classes)
         yield Problem(target, region, classes, options)

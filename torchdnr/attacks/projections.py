@@ -45,6 +45,14 @@ def rows_of(bounds: Bounds, rows: Tensor | slice) -> Bounds:
     return low, high
 
 
+def masked_bounds(inputs: Tensor, bounds: tuple[float, float], mask: Tensor | None) -> Bounds:
+    """Narrow the box to the input itself wherever a mask, bool like the inputs, is false."""
+    if mask is None:
+        return bounds
+    low, high = (torch.where(mask, bound, inputs) for bound in bounds)
+    return low, high
+
+
 def free_coordinates(bounds: Bounds) -> Tensor | None:
     """Tell which coordinates the box lets move, bool like the inputs; None: all of them."""
     low, high = bounds

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from torchdnr.attacks.projections import Region, per_row
+from torchdnr.attacks.projections import Region, per_row, project_box, rows_of
 from torchdnr.attacks.target import Target, evaluate
 from torchdnr.decisions import REJECT, predict_labels
 
@@ -117,13 +117,14 @@ def evading_starts(
     nearest, usable = nearest_other_class(center, labels, *pool, neighbours, target.targeted)
     owner, column = usable.nonzero(as_tuple=True)
     sample = nearest[owner, column]
-    good = evaluate(target, pool.samples[sample], labels[owner]).values < 0
-    owner, sample = owner[good], sample[good]
-    points = bisect(target, labels[owner], center[owner], pool.samples[sample], LINE_HALVINGS)
+    points = project_box(pool.samples[sample], rows_of(bounds, owner))  # a mask leaves a part of it
+    good = evaluate(target, points, labels[owner]).values < 0
+    owner, sample, points = owner[good], sample[good], points[good]
+    points = bisect(target, labels[owner], center[owner], points, LINE_HALVINGS)
     distance = lengths(points, center[owner], norm)
     leaders = keep_nearest(owner * (pool.classes.max() + 1) + pool.classes[sample], distance, 1)
-    diameter = (bounds[1] - bounds[0]) * max(1.0, center[0].numel() ** (1 / norm))
-    rank = (distance + diameter).index_copy(0, leaders, distance[leaders])  # leaders come first
+    farthest = torch.linalg.vector_norm(region.farthest(), norm, dim=1).amax()
+    rank = (distance + farthest).index_copy(0, leaders, distance[leaders])  # leaders come first
     keep = keep_nearest(owner, rank, starts)
     return owner[keep], points[keep]
 

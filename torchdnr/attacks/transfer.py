@@ -62,7 +62,7 @@ def transfer(
     shared = only_shared(options)
     with problem(model, inputs, labels, eps, shared) as attacked:
         best = attacked.best_given()
-        same = options | passed_on(shared) | {"reject": surrogate_reject}
+        same = options | passed_on(shared, options) | {"reject": surrogate_reject}
         for objective in objectives:
             same["objective"] = objective
             crafted = call_attack(attack, surrogate, inputs, labels, attacked.region.eps, **same)
