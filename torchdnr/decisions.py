@@ -83,6 +83,16 @@ def is_evasion(predictions: Tensor, labels: Tensor) -> Tensor:
     return (predictions != REJECT) & (predictions != labels)
 
 
+def is_success(predictions: Tensor, labels: Tensor, targets: int | Tensor | None) -> Tensor:
+    """Tell which predictions ``(n,)`` an attack wanted: evasions, or its targets where it has any.
+
+    A target that is the true class is none.
+    """
+    if targets is None:
+        return is_evasion(predictions, labels)
+    return (predictions == targets) & (labels != targets)
+
+
 def true_and_best_other(scores: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Return the score of the true class and the best score of another class, each ``(n,)``."""
     labels = labels[:, None]

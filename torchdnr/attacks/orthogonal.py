@@ -12,7 +12,7 @@ from torchdnr.attacks.fixed_eps import Run, best_within
 from torchdnr.attacks.objectives import decision_objective, paper_objective
 from torchdnr.attacks.options import FixedEpsOptions, resolve
 from torchdnr.attacks.problem import problem
-from torchdnr.attacks.projections import Bounds, per_row, project, rows_of
+from torchdnr.attacks.projections import UNBOUNDED, Bounds, per_row, project, rows_of
 from torchdnr.attacks.target import (
     Points,
     Target,
@@ -97,7 +97,7 @@ def orthogonal_pgd(
         sizes = per_row(step_sizes(step_size, steps, run.region), center)
         best, points = run.first, run.first.inputs
         for _ in range(steps):
-            slopes = _slopes_at(run.target, points, run.labels, bounds, margin)
+            slopes = _slopes_at(run.target, points, run.labels, margin, bounds)
             best = keep_better(best, Points(points, slopes.values, slopes.evading))
             by_class, by_rejection = _orthogonalised(slopes, projected)
             if selective:
@@ -127,7 +127,7 @@ class _Slopes(NamedTuple):
 
 @torch.no_grad()
 def _slopes_at(
-    target: Target, points: Tensor, labels: Tensor, bounds: Bounds, margin: float
+    target: Target, points: Tensor, labels: Tensor, margin: float, bounds: Bounds = UNBOUNDED
 ) -> _Slopes:
     """Evaluate both margins and their gradients from one forward, in chunks."""
     parts: list[tuple[Tensor, ...]] = []

@@ -9,6 +9,8 @@ from torch import Tensor
 Bounds = tuple[float | Tensor, float | Tensor]
 """Smallest and largest value: numbers, or tensors like the inputs with those of each coordinate."""
 
+UNBOUNDED: Bounds = (-math.inf, math.inf)
+
 
 class Region(NamedTuple):
     """Where the points of each row may lie: ball and box."""

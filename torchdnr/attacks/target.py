@@ -9,6 +9,7 @@ from torch import Tensor
 from torchdnr.attacks.directions import unit
 from torchdnr.attacks.objectives import NEGATIVE_IF_SUCCESSFUL, ObjectiveFunction
 from torchdnr.attacks.projections import (
+    UNBOUNDED,
     Bounds,
     Region,
     free_coordinates,
@@ -138,9 +139,7 @@ class Slope(NamedTuple):
         return Points(self.inputs, self.values, self.evading)
 
 
-def slope_at(
-    target: Target, points: Tensor, labels: Tensor, bounds: Bounds = (-torch.inf, torch.inf)
-) -> Slope:
+def slope_at(target: Target, points: Tensor, labels: Tensor, bounds: Bounds = UNBOUNDED) -> Slope:
     """Evaluate objective, success and gradient of each point, in chunks.
 
     The gradient of an RBF score vanishes far from the support vectors, so its direction counts and

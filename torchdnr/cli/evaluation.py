@@ -81,6 +81,7 @@ class Evaluation:
             norm=self.settings.norm,
             attacks=self.line_up(self.console.progress),
             init_inputs=self.job.images("svm")[0],
+            levels=self.settings.levels,
             batch_size=self.settings.batch_size,
             settings={"seed": run.seed, "dataset": run.dataset},
             checkpoints={
@@ -182,7 +183,7 @@ class Evaluation:
             if self.processes.mine(number):
                 path = self.job.folder / f"{kind}-{name.lower()}.json"
                 points = {"predictions": curve.predictions, "adversarial": _points(curve)}
-                alone = replace(self.settings, stratified=False, sweep=False)
+                alone = replace(self.settings, stratified=False, sweep=False, save_images=False)
                 known = {**self.identity(alone), "points": digest(points)}
                 result = _kept(path, kind, known)
                 if result is None:
@@ -207,6 +208,7 @@ class Evaluation:
             curve,
             attacks=self.line_up(progress=False),
             init_inputs=self.job.images("svm")[0],
+            levels=self.settings.levels,
             surrogate=self.classifiers["DNN"] if curve.rejects else None,
             batch_size=self.settings.batch_size,
             samples=self.settings.check_samples,

@@ -21,6 +21,7 @@ from torchdnr.evaluation.figures import (
     plot_stratified,
     plot_threshold_sweep,
 )
+from torchdnr.evaluation.images import save_images
 from torchdnr.evaluation.report.html import save_html
 from torchdnr.evaluation.report.table import (
     attack_costs,
@@ -75,6 +76,9 @@ def write_report(
     measures = evaluation.measure(curves)
     figures = _draw(evaluation, curves, measures, results)
     save_csv(folder / "results.csv", curves)
+    if evaluation.settings.save_images:
+        for curve in curves.values():
+            save_images(folder / "images", curve)
     settings = {
         **identity,
         "environment": describe_environment(evaluation.job.device),

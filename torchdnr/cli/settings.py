@@ -357,6 +357,20 @@ class AttackSettings(_Settings):
         optional=True,
         action="store_true",
     )
+    levels: int | None = count(
+        "levels of a pixel that the attacks keep to; 256 finds adversarial images that are still "
+        "adversarial in an image file",
+        low=2,
+        default_text="any value; the report tells in any case what rounding to 8 bits leaves",
+        optional=True,
+    )
+    save_images: bool = option(
+        "write the adversarial images to the folder images/ of the run, as PNG files",
+        default=False,
+        default_text="",
+        optional=True,
+        action="store_true",
+    )
     examples: int = count("images to show in examples.png", low=0, default=5)
     example_eps: float = option(
         "size of their perturbation",
@@ -401,5 +415,6 @@ class AttackSettings(_Settings):
 
         Results made by a version without that setting then stay valid.
         """
-        unused = [name for name in ("stratified", "sweep") if not getattr(self, name)]
+        optional = "stratified", "sweep", "levels", "save_images"
+        unused = [name for name in optional if not getattr(self, name)]
         return {key: value for key, value in super().to_json().items() if key not in unused}

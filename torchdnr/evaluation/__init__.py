@@ -20,6 +20,7 @@ from torchdnr.evaluation.figures import (
     plot_stratified,
     plot_threshold_sweep,
 )
+from torchdnr.evaluation.images import save_images
 from torchdnr.evaluation.line_up import (
     ATTACKS,
     BOUNDARY_WALK,
@@ -104,6 +105,7 @@ __all__ = [
     "roc_curve",
     "save_csv",
     "save_html",
+    "save_images",
     "save_results",
     "security_evaluation",
     "security_evaluations",

@@ -121,7 +121,10 @@ def fingerprint(
     tensors = {"inputs": task.inputs, "labels": task.labels}
     if init_inputs is not None:
         tensors["init_inputs"] = init_inputs
+    given = {name: value for name, value in task.given(torch.arange(len(task.inputs))).items()}
+    tensors |= {name: value for name, value in given.items() if isinstance(value, Tensor)}
     return {
+        **{name: value for name, value in given.items() if not isinstance(value, Tensor)},
         "tensors": digest(tensors),
         "norm": task.norm,
         "bounds": task.bounds,

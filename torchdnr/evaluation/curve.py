@@ -28,17 +28,20 @@ class Predictions:
         labels: True labels, ``(n,)``.
         predictions: Labels or ``REJECT``, ``(len(eps), n)``.
         mean_norm: Mean norm of the perturbations, one per eps.
+        targets: Classes that the attacks wanted, ``(n,)``; None: any but the true ones. With them
+            an evasion is to be accepted as the target.
     """
 
     eps: list[float]
     labels: Tensor
     predictions: Tensor
     mean_norm: list[float]
+    targets: Tensor | None = field(default=None, kw_only=True)
 
     def estimates(self, confidence: float = 0.95) -> list[DecisionRates]:
         """Measure every rate, with its confidence interval, at each eps."""
         return [
-            decision_rates(row, self.labels, eps, confidence=confidence)
+            decision_rates(row, self.labels, eps, targets=self.targets, confidence=confidence)
             for row, eps in zip(self.predictions, self.eps, strict=True)
         ]
 
@@ -117,6 +120,7 @@ class SecurityCurve(Predictions):
         environment: Versions and hardware.
         seconds: Time in the attacks, including what a resumed run had spent before.
         adversarial: Worst-case points on the CPU, ``(len(eps), n, ...)``; never in the JSON.
+        rounded: What is predicted once these points are rounded to 8 bits, as in an image file.
     """
 
     name: str | None
@@ -128,6 +132,7 @@ class SecurityCurve(Predictions):
     environment: dict[str, Any]
     seconds: float
     adversarial: Tensor | None = None
+    rounded: Predictions | None = None
 
     @property
     def median_evasion_norm(self) -> float:
@@ -136,8 +141,10 @@ class SecurityCurve(Predictions):
 
     def to_dict(self) -> dict[str, Any]:
         """Convert to numbers, lists and dictionaries: everything but ``adversarial``."""
-        attacks = {name: _plain(curve, "eps", "labels") for name, curve in self.attacks.items()}
-        content = _plain(self, "adversarial") | {"attacks": attacks}
+        shared = "eps", "labels", "targets"
+        attacks = {name: _plain(curve, *shared) for name, curve in self.attacks.items()}
+        rounded = None if self.rounded is None else _plain(self.rounded, *shared)
+        content = _plain(self, "adversarial") | {"attacks": attacks, "rounded": rounded}
         return {"format": FORMAT, **content, "median_evasion_norm": self.median_evasion_norm}
 
     @classmethod
@@ -150,12 +157,15 @@ class SecurityCurve(Predictions):
         if not isinstance(content, Mapping) or content.get("format") != FORMAT:
             raise ValueError(f"not a security curve of format {FORMAT}: evaluate the model again")
         try:
-            shared = {key: content[key] for key in ("eps", "labels")}
+            shared = {key: content.get(key) for key in ("eps", "labels", "targets")}
+            rounded = content.get("rounded")
+            if rounded is not None:
+                rounded = Predictions(**_fields(Predictions, {**rounded, **shared}))
             attacks = {
                 name: AttackCurve(**_fields(AttackCurve, {**attack, **shared}))
                 for name, attack in content["attacks"].items()
             }
-            whole = {**content, "attacks": attacks, "adversarial": None}
+            whole = {**content, "attacks": attacks, "adversarial": None, "rounded": rounded}
             return cls(**_fields(cls, {**whole, "norm": float(content["norm"])}))
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"not a security curve, {error!r}: evaluate the model again") from None
@@ -184,8 +194,10 @@ def _plain(curve: Predictions, *left_out: str) -> dict[str, Any]:
 
 def _fields(kind: type[Predictions], content: Mapping[str, Any]) -> dict[str, Any]:
     """Read the fields of a curve from what ``_plain`` made, also by way of JSON."""
-    values = {key: content[key] for key in kind.__dataclass_fields__}
-    values |= {key: torch.tensor(values[key]) for key in ("labels", "predictions")}
+    absent = {"targets": None}  # of an older file
+    values = {key: {**absent, **content}[key] for key in kind.__dataclass_fields__}
+    tensors = [key for key in ("labels", "predictions", "targets") if values[key] is not None]
+    values |= {key: torch.tensor(values[key]) for key in tensors}
     if "evasion_norm" in values:
         norms = [float(norm) for norm in values["evasion_norm"]]  # infinity may have become text
         values["evasion_norm"] = torch.tensor(norms, dtype=torch.float64)

@@ -5,15 +5,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from torchdnr.attacks.levels import round_to_levels
 from torchdnr.attacks.objectives import decision_objective
-from torchdnr.attacks.projections import project
+from torchdnr.attacks.projections import Bounds, Region, masked_bounds, project
 from torchdnr.attacks.view import ModelView
-from torchdnr.decisions import REJECT, accepted, is_evasion, predict_labels, split_scores
+from torchdnr.decisions import REJECT, accepted, is_success, predict_labels, split_scores
 
 TOLERANCE = 1e-5  # of float32 arithmetic, relative to the larger of eps and 1
 
@@ -70,13 +71,16 @@ def worst_predictions(
     return predictions.gather(0, worst[None])[0]
 
 
-def worst_of(predictions: Tensor, margins: Tensor, labels: Tensor) -> Tensor:
+def worst_of(
+    predictions: Tensor, margins: Tensor, labels: Tensor, targets: int | Tensor | None = None
+) -> Tensor:
     """Choose per sample which of k points is worst for the classifier, int64 ``(n,)``.
 
     A point that evades is the worst, then that of the lowest margin, among equals the first. Both
-    predictions and margins, max(s_y, theta) - max_{j != y} s_j, are ``(k, n)``.
+    predictions and margins, max(s_y, theta) - max_{j != y} s_j, are ``(k, n)``. With targets only
+    what is accepted as them counts.
     """
-    evading = is_evasion(predictions, labels)
+    evading = is_success(predictions, labels, targets)
     return torch.where(evading == evading.any(dim=0), margins, torch.inf).argmin(dim=0)
 
 
@@ -122,6 +126,43 @@ class Task:
     bounds: tuple[float, float]  # smallest and largest value of an input
     batch_size: int  # inputs per batch when points are judged
     reject: bool  # whether the last column of the output is theta
+    mask: Tensor | None = None  # what may change, bool (n, ...); None: everything
+    targets: int | Tensor | None = None  # classes wanted, one for all or (n,); None: any wrong one
+    levels: int | None = None  # that a pixel can have; None: any value
+
+    def given(self, rows: Tensor) -> dict[str, Any]:
+        """Return what attacks on some rows are told beside inputs, labels and eps, if anything."""
+        given: dict[str, Any] = {}
+        for name in ("mask", "targets", "levels"):
+            value = getattr(self, name)
+            if value is not None:
+                given[name] = value[rows] if isinstance(value, Tensor) else value
+        return given
+
+    @property
+    def box(self) -> Bounds:
+        """The bounds, of each coordinate where there is a mask."""
+        return masked_bounds(self.inputs, self.bounds, self.mask)
+
+    def region(self, eps: float, rows: Tensor | None = None) -> Region:
+        """Return ball and box of the samples, or of some of them."""
+        radius = torch.full_like(self.inputs.flatten(1)[:, 0], eps)
+        whole = Region(self.inputs, radius, self.norm, self.box)
+        return (whole if rows is None else whole.rows(rows)).within_reach()
+
+    def inside(self, points: Tensor, eps: float, rows: Tensor | None = None) -> Tensor:
+        """Move points, of all samples or of some, into ball and box, and on levels if any."""
+        region = self.region(eps, rows)
+        if self.levels is None:
+            return project(points, *region)
+        return round_to_levels(points, region, self.bounds, self.levels)
+
+    def succeeds(self, predictions: Tensor) -> Tensor:
+        """Tell which samples are accepted and wrong, or accepted as the target, bool ``(n,)``.
+
+        One that is of the target's class is no success.
+        """
+        return is_success(predictions, self.labels, self.targets)
 
 
 class Judged(NamedTuple):
@@ -136,7 +177,12 @@ class Judged(NamedTuple):
 def judge(task: Task, points: Tensor) -> Judged:
     """Evaluate the model on points, whatever an attack has reported of them."""
     output = outputs(task.model, points, task.batch_size)
-    margin = decision_objective(*split_scores(output, task.reject), task.labels)
+    scores = split_scores(output, task.reject)
+    if task.targets is None:
+        margin = decision_objective(*scores, task.labels)
+    else:
+        wanted = torch.as_tensor(task.targets).to(task.labels).expand(len(task.labels))
+        margin = decision_objective(*scores, wanted, targeted=True)
     predictions = predict_labels(output, task.reject)
     return Judged(points.cpu(), predictions, margin, norms(task, points))
 
@@ -152,7 +198,7 @@ def worse(task: Task, first: Judged, second: Judged) -> Judged:
     """Keep per sample the point that is worse for the classifier, by ``worst_of``."""
     predictions = torch.stack([first.predictions, second.predictions])
     margins = torch.stack([first.margin, second.margin])
-    replaced = worst_of(predictions, margins, task.labels) == 1
+    replaced = worst_of(predictions, margins, task.labels, task.targets) == 1
     return Judged(
         *(
             torch.where(replaced.to(old.device).view(-1, *[1] * (old.ndim - 1)), new, old)
@@ -178,7 +224,7 @@ def in_ball(task: Task, points: Tensor, eps: float) -> Tensor:
 
 def in_box(task: Task, points: Tensor) -> Tensor:
     """Tell which points respect the bounds of an input, bool ``(n,)``."""
-    low, high = task.bounds
+    low, high = task.box
     return ((points >= low - TOLERANCE) & (points <= high + TOLERANCE)).flatten(1).all(dim=1)
 
 
@@ -195,7 +241,7 @@ def keep_inside(task: Task, points: Tensor, eps: float, name: str) -> tuple[Tens
             "and were projected back; the attack does not keep to its constraints",
             stacklevel=3,
         )
-        inside = project(points, task.inputs, eps, task.norm, task.bounds)
+        inside = task.inside(points, eps)
         points = torch.where(outside.view(-1, *[1] * (points.ndim - 1)), inside, points)
     return points, count
 

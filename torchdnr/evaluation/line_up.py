@@ -29,7 +29,8 @@ DEFAULT, FULL = "default", "full"
 # What an attack is given with the inputs, and what does not change its points. It always goes on
 # from given points, at first the inputs, so that no run begins at random.
 _GIVEN = {
-    *("start", "init_inputs", "init_labels", "targets", "eps", "batch_size", "progress"),
+    *("start", "init_inputs", "init_labels", "eps", "batch_size", "progress"),
+    *("mask", "targets", "levels"),
     *("attack", "surrogate", "smoothed", "random_start"),
 }
 
@@ -41,7 +42,8 @@ class Attack:
     Attributes:
         run: ``run(model, inputs, labels, eps, start) -> points``, each within ``eps`` of its
             input. It is called with the samples that do not evade at a smaller eps; ``start``
-            holds their points there, at first the inputs themselves.
+            holds their points there, at first the inputs themselves. Of ``mask``, ``targets`` and
+            ``levels`` it is given by name what the evaluation has, for these samples.
         minimum_norm: Whether the points are the nearest evading ones, whatever their norm: ``run``
             is called once, with an infinite ``eps``, and serves every eps.
         settings: Every option that changes the points, seed included: stored with the results,
@@ -258,9 +260,14 @@ def _runner(entry: Entry, options: Mapping[str, Any]) -> Callable[..., Tensor]:
     names = () if entry.minimum_norm else ("eps", "start") if "start" in entry.accepts else ("eps",)
 
     def run(
-        model: Callable[[Tensor], Tensor], inputs: Tensor, labels: Tensor, eps: float, start: Tensor
+        model: Callable[[Tensor], Tensor],
+        inputs: Tensor,
+        labels: Tensor,
+        eps: float,
+        start: Tensor,
+        **given: Any,  # noqa: ANN401 - mask, targets, levels
     ) -> Tensor:
-        given = {key: {"eps": eps, "start": start}[key] for key in names}
-        return entry.attack(model=model, inputs=inputs, labels=labels, **given, **options)
+        given |= {key: {"eps": eps, "start": start}[key] for key in names}
+        return entry.attack(model=model, inputs=inputs, labels=labels, **options, **given)
 
     return run

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from torchdnr.decisions import REJECT, is_evasion
+from torchdnr.decisions import REJECT, is_evasion, is_success
 
 
 class Plain:
@@ -106,7 +106,12 @@ class DecisionRates(NamedTuple):
 
 
 def decision_rates(
-    predictions: Tensor, labels: Tensor, eps: float, *, confidence: float = 0.95
+    predictions: Tensor,
+    labels: Tensor,
+    eps: float,
+    *,
+    targets: Tensor | None = None,
+    confidence: float = 0.95,
 ) -> DecisionRates:
     """Measure every rate of decisions on inputs perturbed within ``eps``.
 
@@ -117,6 +122,7 @@ def decision_rates(
         predictions: Labels or ``REJECT``, ``(n,)``.
         labels: True labels, ``(n,)``.
         eps: Perturbation size, >= 0.
+        targets: Classes that attacks wanted, ``(n,)``: an evasion is to be accepted as them.
         confidence: Coverage of the intervals, in (0, 1).
 
     Returns:
@@ -139,7 +145,7 @@ def decision_rates(
     return DecisionRates(
         accuracy=share(right | rejected if eps > 0 else right, confidence=confidence),
         rejection=share(rejected, confidence=confidence),
-        evasion=share(evading, confidence=confidence),
+        evasion=share(is_success(predictions, labels, targets), confidence=confidence),
         error_if_accepted=share(evading, ~rejected, confidence=confidence),
         rejection_if_not_right=share(rejected, ~right, confidence=confidence),
     )

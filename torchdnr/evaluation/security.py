@@ -12,14 +12,20 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from torchdnr.attacks.checks import check_count, check_inputs, check_pool
+from torchdnr.attacks.checks import (
+    check_count,
+    check_inputs,
+    check_levels,
+    check_mask,
+    check_pool,
+    check_targets,
+)
 from torchdnr.attacks.objectives import decision_objective
-from torchdnr.attacks.projections import project
 from torchdnr.attacks.target import Target, check_classes
-from torchdnr.decisions import evaluation_mode, has_reject_column, is_evasion
+from torchdnr.decisions import evaluation_mode, has_reject_column
 from torchdnr.distributed.processes import ALONE, Processes
 from torchdnr.evaluation.checkpoint import Checkpoint, attack_paths, behaviour, fingerprint
-from torchdnr.evaluation.curve import PER_EPS, AttackCurve, SecurityCurve
+from torchdnr.evaluation.curve import PER_EPS, AttackCurve, Predictions, SecurityCurve
 from torchdnr.evaluation.environment import describe_environment
 from torchdnr.evaluation.judging import (
     CountedModel,
@@ -43,6 +49,9 @@ def security_evaluation(
     norm: float = 2,
     attacks: Mapping[str, Attack] | None = None,
     init_inputs: Tensor | None = None,
+    mask: Tensor | None = None,
+    targets: int | Tensor | None = None,
+    levels: int | None = None,
     bounds: tuple[float, float] = (0.0, 1.0),
     batch_size: int = 256,
     reject: bool | None = None,
@@ -66,6 +75,9 @@ def security_evaluation(
         norm=norm,
         attacks=attacks,
         init_inputs=init_inputs,
+        mask=mask,
+        targets=targets,
+        levels=levels,
         bounds=bounds,
         batch_size=batch_size,
         reject=reject,
@@ -87,6 +99,9 @@ def security_evaluations(
     norm: float = 2,
     attacks: Mapping[str, Attack] | None = None,
     init_inputs: Tensor | None = None,
+    mask: Tensor | None = None,
+    targets: int | Tensor | None = None,
+    levels: int | None = None,
     bounds: tuple[float, float] = (0.0, 1.0),
     batch_size: int = 256,
     reject: bool | None = None,
@@ -115,6 +130,12 @@ def security_evaluations(
         attacks: Line-up by name; None: ``default_line_up``.
         init_inputs: Inputs from which the default attacks may start on the far side, best many of
             every class; None: the inputs themselves.
+        mask: What of each input may change, bool or 0 and 1, like one input or all, or broadcast
+            to them; None: everything.
+        targets: Class wanted, one for all or ``(n,)``: an evasion is then to be accepted as it,
+            and the rates count that. Inputs of that class are not attacked. None: any wrong class.
+        levels: Levels of a pixel, 256 for images of 8 bits: the attacks look for points on them.
+            In any case ``SecurityCurve.rounded`` tells what rounding to 8 bits leaves.
         bounds: Smallest and largest value of an input.
         batch_size: Inputs per batch.
         reject: Whether the last column of the outputs is theta; None: yes for a model that has a
@@ -142,6 +163,9 @@ def security_evaluations(
     if init_inputs is not None:
         check_pool(init_inputs, None, inputs, bounds)
     check_count("batch_size", batch_size, 1)
+    check_targets(targets, labels)
+    check_levels(levels, inputs, bounds)
+    mask = check_mask(mask, inputs)
     jobs: list[_Job] = []
     settings_of: dict[str, dict[str, Any]] = {}
     with ExitStack() as stack:
@@ -149,7 +173,8 @@ def security_evaluations(
             stack.enter_context(evaluation_mode(model))
             rejects = has_reject_column(model, reject)
             counted = CountedModel(model)
-            task = Task(counted, inputs, labels, norm, bounds, batch_size, rejects)
+            given = mask, targets, levels
+            task = Task(counted, inputs, labels, norm, bounds, batch_size, rejects, *given)
             candidates = attacks
             if candidates is None:
                 candidates = default_line_up(
@@ -168,6 +193,9 @@ def security_evaluations(
                 "bounds": list(bounds),
                 "batch_size": batch_size,
                 "reject": rejects,
+                "levels": levels,
+                "masked": mask is not None,
+                "targeted": targets is not None,
                 "samples": len(inputs),
                 "init_inputs": None if init_inputs is None else len(init_inputs),
                 "left_out": [key for key in candidates if key not in line_up],
@@ -249,11 +277,12 @@ def _attack_at_every_eps(job: _Job, eps: list[float], bar: tqdm) -> _Result:
             step, points = f"eps {size}", last.points.to(device)
             if step not in steps.points:
                 before = _spent(job)
-                wanted = ~is_evasion(last.predictions, task.labels) | attack.minimum_norm
+                wanted = ~task.succeeds(last.predictions) | attack.minimum_norm
                 rows = wanted.nonzero()[:, 0]
                 if len(rows):
                     inputs, labels = task.inputs[rows], task.labels[rows]
-                    new = attack.run(task.model, inputs, labels, size, points[rows])
+                    at = task.model, inputs, labels, size, points[rows]
+                    new = attack.run(*at, **task.given(rows))
                     points = points.index_copy(0, rows, checked_points(new, inputs, job.name))
                 after = _spent(job)
                 steps.add(step, points, {key: after[key] - before[key] for key in before})
@@ -264,7 +293,7 @@ def _attack_at_every_eps(job: _Job, eps: list[float], bar: tqdm) -> _Result:
                 norms.append(_evasion_norm(task, judge(task, nearest)))
         if value > 0:
             if nearest is not None:
-                points = project(nearest, task.inputs, value, task.norm, task.bounds)
+                points = task.inside(nearest, value)
             last = judge(task, points)
         judged.append(last)
         norms.append(_evasion_norm(task, last))
@@ -295,7 +324,14 @@ def _spent(job: _Job) -> dict[str, float]:
 
 def _evasion_norm(task: Task, judged: Judged) -> Tensor:
     """Return the norm of each perturbation that evades, infinite elsewhere."""
-    return judged.size.masked_fill(~is_evasion(judged.predictions, task.labels), math.inf)
+    return judged.size.masked_fill(~task.succeeds(judged.predictions), math.inf)
+
+
+def _as_image(task: Task, points: Tensor) -> Tensor:
+    """Round points to the 256 levels of an image file."""
+    low, high = task.bounds
+    level = ((points.to(task.inputs) - low) / (high - low) * 255).round()
+    return low + (high - low) * (level / 255)
 
 
 def _predictions(task: Task, eps: list[float], judged: list[Judged]) -> dict[str, Any]:
@@ -305,6 +341,9 @@ def _predictions(task: Task, eps: list[float], judged: list[Judged]) -> dict[str
         "labels": task.labels.cpu(),
         "predictions": torch.stack([entry.predictions for entry in judged]).cpu(),
         "mean_norm": [entry.size.mean().item() for entry in judged],
+        "targets": None
+        if task.targets is None
+        else torch.as_tensor(task.targets).expand(len(task.labels)).cpu(),
     }
 
 
@@ -319,8 +358,10 @@ def _worst_case(
             for result in results:
                 worst = worse(job.task, worst, result.judged[index])
         judged.append(worst)
+    rounded = [judge(job.task, _as_image(job.task, entry.points)) for entry in judged]
     return SecurityCurve(
         **_predictions(job.task, eps, judged),
+        rounded=Predictions(**_predictions(job.task, eps, rounded)),
         name=job.classifier,
         norm=float(job.task.norm),
         rejects=job.task.reject,

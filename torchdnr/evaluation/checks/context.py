@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from torchdnr.attacks.objectives import find_objective
-from torchdnr.attacks.projections import project
 from torchdnr.attacks.target import Target
 from torchdnr.decisions import is_evasion, predict_labels
 from torchdnr.evaluation.checks.result import CannotRun, Finding, Status
@@ -104,6 +103,7 @@ class Context(Task):
             "batch_size": self.batch_size,
             "reject": self.reject and model is None,
             "seed": self.seed,
+            **self.given(rows),
         }
         attacked = self.model if model is None else model
         return attack(attacked, self.inputs[rows], self.labels[rows], **shared | options)
@@ -132,7 +132,7 @@ def choose_eps(curve: SecurityCurve, eps: float | None) -> int:
 
 def evades_at(context: Context, points: Tensor, rows: Tensor) -> Tensor:
     """Tell which points of given samples evade, projected into ball and box; bool ``(s,)``."""
-    inside = project(points, context.inputs[rows], context.eps, context.norm, context.bounds)
+    inside = context.inside(points, context.eps, rows)
     output = outputs(context.model, inside, context.batch_size)
     return is_evasion(predict_labels(output, context.reject), context.labels[rows])
 

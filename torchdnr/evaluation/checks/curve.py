@@ -9,7 +9,6 @@ from torch import Tensor
 
 from torchdnr.attacks.objectives import decision_objective
 from torchdnr.attacks.pgd import pgd
-from torchdnr.attacks.projections import project_box
 from torchdnr.decisions import accepted, is_evasion, predict_labels, split_scores
 from torchdnr.evaluation.checks.context import Context
 from torchdnr.evaluation.checks.result import CannotRun, Finding
@@ -110,12 +109,14 @@ def _close_call(context: Context, output: Tensor) -> Tensor:
 
 def _unbounded(context: Context) -> tuple[int, int, int]:
     """Count samples, those evaded by the line-up, and those by PGD from the input alone."""
+    if context.mask is not None:
+        raise CannotRun("within a mask the samples of other classes are out of reach")
     if "unbounded" not in context.cache:
         rows = context.first
         inputs, labels = context.inputs[rows], context.labels[rows]
 
         def evading(points: Tensor) -> Tensor:
-            points = project_box(points.detach().to(inputs), context.bounds)
+            points = context.inside(points.detach().to(inputs), math.inf, rows)
             output = outputs(context.model, points, context.batch_size)
             return is_evasion(predict_labels(output, context.reject), labels)
 
@@ -128,7 +129,8 @@ def _unbounded(context: Context) -> tuple[int, int, int]:
             with warnings.catch_warnings():  # samples without a start are counted below
                 warnings.simplefilter("ignore")
                 eps = math.inf if attack.minimum_norm else context.diameter
-                points = attack.run(context.model, start, labels[left], eps, start)
+                given = context.given(rows[left])
+                points = attack.run(context.model, start, labels[left], eps, start, **given)
             evaded = evaded | evading(inputs.index_copy(0, left, points.detach().to(inputs)))
         steps = context.options["steps"]
         alone = context.attack(pgd, rows, eps=context.diameter, steps=steps)

@@ -9,6 +9,7 @@ from torch import Tensor
 from torchdnr.attacks.boundary_walk import boundary_walk
 from torchdnr.attacks.objectives import decision_objective
 from torchdnr.attacks.pgd import pgd
+from torchdnr.attacks.projections import rows_of
 from torchdnr.attacks.view import ModelView
 from torchdnr.decisions import evades, split_scores
 from torchdnr.evaluation.checks.context import Context, evades_at, missed_evasions, share_status
@@ -20,6 +21,7 @@ MORE = 2  # times the steps, and number of restarts, of the longer attack
 WALK = 300  # steps of the longer boundary walk: the default 100 and the cycle after it
 LAST = 0.1  # share of the forwards that counts as the end of an attack
 STILL_FALLING = 0.05  # share of the whole descent, or of the final norm, allowed at the end
+ON_LEVEL = 1e-2  # of a level: how far a point that rounding puts on it may be off
 NEARER = 0.01  # share of its norm by which a success has to be nearer than the one returned
 
 
@@ -118,7 +120,8 @@ def _record(context: Context, attack: Attack, row: int) -> _Recorded:
         model.__dict__["smoothed"] = smoothed  # not recorded: it is the model that has to be evaded
     inputs, labels = context.inputs[row : row + 1], context.labels[row : row + 1]
     eps = math.inf if attack.minimum_norm else context.eps
-    points = attack.run(model, inputs, labels, eps, inputs)
+    given = context.given(torch.tensor([row], device=inputs.device))
+    points = attack.run(model, inputs, labels, eps, inputs, **given)
     margin, norm, success = recorder.seen()
     with torch.no_grad():
         model(points)
@@ -159,19 +162,29 @@ class _Recorder:
         self._context = context
         self._center = context.inputs[row : row + 1]
         self._label = context.labels[row : row + 1]
+        self._box = rows_of(context.box, slice(row, row + 1))
         self._seen: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def __call__(self, inputs: Tensor, output: Tensor) -> Tensor:
         """Record the points of one forward; return the output."""
-        points, seen, (low, high) = inputs.detach(), output.detach(), self._context.bounds
+        points, seen = inputs.detach(), output.detach()
         labels, reject = self._label.expand(len(points)), self._context.reject
         margin = decision_objective(*split_scores(seen, reject), labels).double()
         moved = (points.double() - self._center.double()).flatten(1)
         norm = torch.linalg.vector_norm(moved, self._context.norm, dim=1)
-        in_box = ((points >= low) & (points <= high)).flatten(1).all(dim=1)
-        norm = norm.masked_fill(~in_box, math.inf)
+        norm = norm.masked_fill(~self._allowed(points), math.inf)
         self._seen.append((margin, norm, evades(seen, labels, reject)))
         return output
+
+    def _allowed(self, points: Tensor) -> Tensor:
+        """Tell which points are within bounds and mask, and on levels if any, bool ``(n,)``."""
+        low, high = self._box
+        allowed = (points >= low) & (points <= high)
+        if self._context.levels is not None:
+            level = (points - self._context.bounds[0]) * (self._context.levels - 1)
+            level = level / self._context.width
+            allowed &= (level - level.round()).abs() < ON_LEVEL
+        return allowed.flatten(1).all(dim=1)
 
     def seen(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return margin, norm (infinite outside the box) and success, in order, each ``(k,)``."""

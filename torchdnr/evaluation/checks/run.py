@@ -8,7 +8,13 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from torchdnr.attacks.checks import check_count, check_inputs, check_pool
+from torchdnr.attacks.checks import (
+    check_count,
+    check_inputs,
+    check_levels,
+    check_mask,
+    check_pool,
+)
 from torchdnr.attacks.objectives import decision_objective
 from torchdnr.attacks.starts import assigned_classes
 from torchdnr.attacks.target import Target, check_classes
@@ -55,6 +61,8 @@ def run_checks(
     *,
     norm: float | None = None,
     bounds: tuple[float, float] = (0.0, 1.0),
+    mask: Tensor | None = None,
+    levels: int | None = None,
     reject: bool | None = None,
     eps: float | None = None,
     attacks: Mapping[str, Attack] | None = None,
@@ -96,6 +104,8 @@ def run_checks(
             after loading, checks look at clean inputs instead or are skipped.
         norm: Norm of the perturbation; None: that of the curve.
         bounds: Smallest and largest value of an input.
+        mask: What of each input may change, as in the evaluation; None: everything.
+        levels: Levels of a pixel, as in the evaluation; None: any value.
         reject: Whether the last column of the output is theta; None: ask the model.
         eps: At which eps of the curve attacks are compared; None: where the accuracy is nearest
             to one half.
@@ -139,6 +149,8 @@ def run_checks(
     if init_inputs is not None:
         check_pool(init_inputs, None, inputs, bounds)
     _check_curve(curve, inputs, labels, norm)
+    check_levels(levels, inputs, bounds)
+    mask = check_mask(mask, inputs)
     chosen = _named(only)
     began = time.perf_counter()
     counted = CountedModel(model)
@@ -160,6 +172,8 @@ def run_checks(
             inputs=inputs,
             labels=labels,
             **shared,
+            mask=mask,
+            levels=levels,
             original=model,
             curve=curve,
             index=choose_eps(curve, eps),
@@ -183,6 +197,11 @@ def run_checks(
 def _check_curve(curve: SecurityCurve, inputs: Tensor, labels: Tensor, norm: float) -> None:
     if norm != curve.norm:
         raise ValueError(f"norm must be that of the curve, {curve.norm:g}, got {norm:g}")
+    if curve.targets is not None:
+        raise ValueError(
+            "curve must be of an evaluation without targets, got one with: the checks ask whether "
+            "stronger attacks would be accepted and wrong, as whatever class"
+        )
     if curve.labels.shape != labels.shape or (curve.labels != labels.cpu()).any():
         raise ValueError(
             f"labels must be those of the curve, of {len(curve.labels)} samples in that order, "

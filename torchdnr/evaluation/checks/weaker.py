@@ -15,6 +15,7 @@ from torch import Tensor
 from torchdnr.attacks.directions import steepest
 from torchdnr.attacks.noise import noise
 from torchdnr.attacks.pgd import pgd
+from torchdnr.attacks.projections import per_row
 from torchdnr.attacks.square import square
 from torchdnr.attacks.target import Target, slope_at
 from torchdnr.attacks.transfer import transfer
@@ -43,10 +44,13 @@ def check_single_step(context: Context) -> Finding:
     inputs, labels = context.inputs[rows], context.labels[rows]
     evaded = torch.zeros_like(labels, dtype=torch.bool)
     for objective in ("decision", "paper"):
-        direction = slope_at(context.target(objective), inputs, labels).direction
-        direction = steepest(direction, inputs, context.norm, context.bounds)
+        region = context.region(context.eps, rows)
+        direction = slope_at(context.target(objective), inputs, labels, region.bounds).direction
+        direction = per_row(region.eps, inputs) * steepest(
+            direction, inputs, region.norm, region.bounds
+        )
         for length in STEPS:
-            evaded = evaded | evades_at(context, inputs + length * context.eps * direction, rows)
+            evaded = evaded | evades_at(context, inputs + length * direction, rows)
     advice = f"{_STRONGER}; an iterative attack must not lose against one step."
     return missed_evasions(context, "One step along the gradient", evaded, advice)
 

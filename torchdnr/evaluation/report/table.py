@@ -12,12 +12,14 @@ from torchdnr.evaluation.metrics import DecisionRates, to_plain
 from torchdnr.files import atomic_write_bytes, read_json, write_json
 
 WORST_CASE = "worst case"
+ROUNDED = "8-bit images"
 COSTS = "seconds", "forwards", "backwards"
 EXPLANATION = """\
 accuracy: eps = 0 (no attack): share given its true class, to reject is an error.
           eps > 0 (attacked): share given its true class or rejected; the rest evades.
 reject:   share rejected. To evade is to be accepted and wrong. "worst case": per sample, the most
-          harmful of all attacks at this and the smaller eps."""
+          harmful of all attacks at this and the smaller eps.
+8-bit:    the same points rounded to k / 255, which is what an image file keeps of them."""
 
 
 COLUMNS = (
@@ -39,8 +41,9 @@ def attack_rates(
         confidence: Coverage of the intervals, in (0, 1).
 
     Returns:
-        Rows with the classifier, the attack (None: the worst case over all), eps, and a dictionary
-        with value, low, high and n for each of ``DecisionRates``.
+        Rows with the classifier, the attack (None: the worst case over all; ``ROUNDED``: its points
+        rounded to 8 bits), eps, and a dictionary with value, low, high and n for each of
+        ``DecisionRates``.
     """
     rows: list[dict[str, Any]] = []
     for name, curve in curves.items():
@@ -101,7 +104,8 @@ def format_table(curves: Mapping[str, SecurityCurve]) -> str:
         raise ValueError("curves is empty: give at least one security curve")
     attacks = list(dict.fromkeys(name for curve in curves.values() for name in curve.attacks))
     first = max(len("classifier"), *map(len, curves))
-    columns = [(name, max(16, len(name))) for name in [*attacks, WORST_CASE]]
+    rounded = [ROUNDED] * any(curve.rounded is not None for curve in curves.values())
+    columns = [(name, max(16, len(name))) for name in [*attacks, WORST_CASE, *rounded]]
     names = [f"{name:^{width}}" for name, width in columns]
     rates_of = [f"{'accuracy  reject':>{width}}" for _, width in columns]
     lines = [
@@ -127,8 +131,9 @@ def format_table(curves: Mapping[str, SecurityCurve]) -> str:
 
 
 def each_line(curve: SecurityCurve) -> list[tuple[str, Predictions]]:
-    """List each attack alone, then the worst case."""
-    return [*curve.attacks.items(), (WORST_CASE, curve)]
+    """List each attack alone, then the worst case, and what rounding to 8 bits leaves of that."""
+    lines = [*curve.attacks.items(), (WORST_CASE, curve)]
+    return lines if curve.rounded is None else [*lines, (ROUNDED, curve.rounded)]
 
 
 def _cell(rates: DecisionRates | None, rejects: bool, width: int) -> str:
@@ -226,7 +231,7 @@ def save_csv(path: str | Path, curves: Mapping[str, SecurityCurve]) -> None:
 def _rows(
     classifier: str, attack: str, alone: Predictions, curve: SecurityCurve
 ) -> Iterator[dict[str, Any]]:
-    attacks = curve.attacks.values() if alone is curve else [curve.attacks[attack]]
+    attacks = [curve.attacks[attack]] if attack in curve.attacks else [*curve.attacks.values()]
     for index, (eps, rates) in enumerate(zip(alone.eps, alone.estimates(), strict=True)):
         row = {"classifier": classifier, "attack": attack, "norm": f"{curve.norm:g}", "eps": eps}
         row |= {"samples": len(alone.labels), "mean_norm": alone.mean_norm[index]}
