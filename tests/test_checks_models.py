@@ -208,7 +208,7 @@ def test_the_size_of_the_batch_must_not_matter(dnr):
         reject_index = dnr.reject_index
 
         def forward(self, x):
-            return dnr(x) + 0.1 * x.mean()
+            return dnr(x) + 0.2 * x.mean()
 
     report = evaluate(ByBatch(), {"noise": Attack(by_noise)}, only=["deterministic"])
     counts = report["deterministic"].counts

@@ -173,7 +173,7 @@ def test_rerun_is_quick_and_shows_the_same_table(run, monkeypatch, capsys):
     # options of the run folder need not be repeated, only those of the attack
     assert attack.main(["--run", str(run), *ATTACKING]) == 0
     out, err = capsys.readouterr()
-    assert out.count("worst case |") + out.count("worst case\n") == 1
+    assert "worst case" in out and out.count("8-bit images\n") == 1
     assert "line-search PGD" in out and "DNR" in out
     assert "done already" in err and f"roc.png: in {run}" in err
     assert (run / "results.json").read_bytes() == before
@@ -447,13 +447,30 @@ def test_every_file_of_the_report_tells_the_same(finished):
     assert page.count("<figure>") == 3 and content["settings"]["command"] in html.unescape(page)
     with (finished / "results.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == 3 * 4 * 3
+    assert len(rows) == 3 * 5 * 3
     for row in rows:
         curve = content["curves"][row["classifier"]]
         index = curve["eps"].index(float(row["eps"]))
-        alone = curve if row["attack"] == "worst case" else curve["attacks"][row["attack"]]
+        lines = {**curve["attacks"], "worst case": curve, "8-bit images": curve["rounded"]}
+        alone = lines[row["attack"]]
         assert float(row["accuracy"]) == alone["accuracy"][index]
         assert float(row["rejection_rate"]) == alone["rejection_rate"][index]
+
+
+def test_adversarial_images_are_saved_on_request_and_searched_among_those_of_8_bits(run, capsys):
+    before = {path.name: path.read_bytes() for path in run.glob("attack-*")}
+    arguments = ["--quiet", "--run", str(run), *ATTACKING]
+    assert attack.main([*arguments, "--save-images"]) == 0
+    assert {name: (run / name).read_bytes() for name in before} == before  # nothing again
+    curves = json.loads((run / "results.json").read_text())["curves"]
+    files = sorted(path.name for path in (run / "images").iterdir())
+    assert len(files) == 3 * 2 * 4 and "8-bit images" in capsys.readouterr().out
+    for name, curve in curves.items():
+        evading = round(4 * curve["rounded"]["evasion_rate"][-1])
+        pattern = f"{name.lower()}-eps-2-sample-0000?-evades.png"
+        assert len(list((run / "images").glob(pattern))) == evading
+    message = _error(capsys, attack, [*arguments[1:], "--levels", "256"])  # these are enlarged
+    assert "inputs must lie on 256 levels" in message
 
 
 def test_the_command_of_the_report_makes_the_same_settings(finished):
