@@ -113,7 +113,7 @@ def _descend_l1(run: Run, *, steps: int) -> Points:
     first = best = run.first
     left = steps
     for factor, share in _L1_RADII:
-        region = run.region._replace(eps=run.region.eps * factor)
+        region = run.region._replace(eps=run.region.eps * factor).within_reach()
         count = left if factor == 1 else min(left, int(steps * share))
         left -= count
         if count == 0:
