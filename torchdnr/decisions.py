@@ -1,13 +1,18 @@
 """How an output is read: the rule of acceptance, predicted labels, the success of an attack."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from threading import RLock
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 REJECT = -1
 """Label of a rejected input."""
+_BLOCKS: dict[int, int] = {}
+"""How many blocks of ``evaluation_mode`` need a module, by its id."""
+_BLOCKS_LOCK = RLock()
 
 
 class NotFittedError(RuntimeError):
@@ -131,9 +136,16 @@ def evades(output: Tensor, labels: Tensor, reject: bool) -> Tensor:
     return succeeds(output, labels, reject)
 
 
+_MODES = RLock()
+_SWITCHED: dict[int, int] = {}
+"""How many blocks of ``evaluation_mode``, in all threads, need a module off, by its id."""
+
+
 @contextmanager
 def evaluation_mode(model: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """Put the modules of ``model`` that are training into evaluation mode, and exactly those back.
+
+    Threads may share modules: one is put back when the last block that needs it ends.
 
     Args:
         model: Any module; one that is in evaluation mode throughout is not touched, nor is a
@@ -143,14 +155,23 @@ def evaluation_mode(model: Callable[[Tensor], Tensor]) -> Iterator[None]:
         Nothing.
     """
     modules = model.modules() if isinstance(model, nn.Module) else ()
-    training = [module for module in modules if module.training]
-    try:
+    blocks, lock = _BLOCKS, cast(AbstractContextManager[object], _BLOCKS_LOCK)
+    if torch.compiler.is_dynamo_compiling():  # it only sees flags change: no other thread does
+        blocks, lock = {}, nullcontext()
+    with lock:
+        training = [module for module in modules if module.training or id(module) in blocks]
         for module in training:
+            blocks[id(module)] = blocks.get(id(module), 0) + 1
             module.training = False  # not .eval(): it would recurse, and networks override .train()
+    try:
         yield
     finally:
-        for module in training:
-            module.training = True
+        with lock:
+            for module in training:
+                blocks[id(module)] -= 1
+                if not blocks[id(module)]:
+                    del blocks[id(module)]
+                    module.training = True
 
 
 def check_images(name: str, images: Tensor, bounds: tuple[float, float] = (0.0, 1.0)) -> None:

@@ -3,7 +3,8 @@
 import difflib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from threading import get_ident
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,11 +26,11 @@ class LayerFeatures(nn.Module):
     """Compute features of named layers of a network: their outputs, reduced to ``(n, d)``.
 
     The network runs in evaluation mode whatever mode it is in, and is not changed: training flags,
-    ``requires_grad``, hooks. Gradients flow to the inputs and to the parameters. Each output is
-    copied when the layer returns, so that a later in-place operation (``ReLU(inplace=True)``, ``out
-    += identity``) does not change it. Of a layer that runs more than once in a forward pass the
-    last run counts. Of a layer that returns a tuple or a list the first element counts (attention
-    modules return outputs, weights).
+    ``requires_grad``, hooks. Several threads may call it at a time. Gradients flow to the inputs
+    and to the parameters. Each output is copied when the layer returns, so that a later in-place
+    operation (``ReLU(inplace=True)``, ``out += identity``) does not change it. Of a layer that runs
+    more than once in a forward pass the last run counts. Of a layer that returns a tuple or a list
+    the first element counts (attention modules return outputs, weights).
 
     Args:
         net: Any network whose layers keep the samples in their first dimension.
@@ -92,8 +93,7 @@ class LayerFeatures(nn.Module):
         if not self.layers:
             raise RuntimeError("no layers are chosen yet; name some, or call fit, which does")
         captured: dict[str, Tensor] = {}
-        compiling = torch.compiler.is_compiling()
-        hook: Any = _swapped_hook if compiling else nn.Module.register_forward_hook
+        hooked = _traced_hook if torch.compiler.is_dynamo_compiling() else _thread_hook
         with ExitStack() as stack:
             stack.enter_context(evaluation_mode(self.net))
             for name, reduction in zip(self.layers, self.reductions, strict=True):
@@ -102,7 +102,7 @@ class LayerFeatures(nn.Module):
                 memory_format = torch.preserve_format
                 if isinstance(reduction, Reduction):
                     memory_format = reduction.memory_format
-                stack.enter_context(hook(layer, _capture(name, captured, memory_format)))
+                stack.enter_context(hooked(layer, _capture(name, captured, memory_format)))
             self.net(inputs)
         missing = [name for name in self.layers if name not in captured]
         if missing:
@@ -148,7 +148,26 @@ def _suggest(name: object, names: list[str]) -> str:
 
 
 @contextmanager
-def _swapped_hook(layer: nn.Module, hook: Callable[..., None]) -> Iterator[None]:
+def _thread_hook(layer: nn.Module, hook: Callable[..., None]) -> Iterator[None]:
+    """Hook a layer for the calls of this thread: others may run the same network meanwhile.
+
+    Without ``register_forward_hook``, which may give two threads the same key.
+    """
+    thread, key = get_ident(), cast(int, object())
+
+    def hook_of_thread(*call: Any) -> None:  # noqa: ANN401 - a module, its inputs and its output
+        if get_ident() == thread:
+            hook(*call)
+
+    layer._forward_hooks[key] = hook_of_thread
+    try:
+        yield
+    finally:
+        del layer._forward_hooks[key]
+
+
+@contextmanager
+def _traced_hook(layer: nn.Module, hook: Callable[..., None]) -> Iterator[None]:
     """Hook a layer while a program is traced: `torch.compile` cannot trace a registration."""
     hooks = layer._forward_hooks
     key: Any = f"torchdnr {len(hooks)}"  # torch's own keys are numbers
