@@ -1,9 +1,9 @@
 """How an output is read: the rule of acceptance, predicted labels, the success of an attack."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from threading import RLock
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -65,6 +65,45 @@ def split_scores(output: Tensor, reject: bool) -> tuple[Tensor, Tensor | None]:
 def has_reject_column(model: Callable[[Tensor], Tensor], reject: bool | None) -> bool:
     """Decide whether the last column of the output is theta; ``None`` asks ``reject_index``."""
     return getattr(model, "reject_index", None) is not None if reject is None else reject
+
+
+def class_scores(output: Any) -> Tensor:  # noqa: ANN401 - what networks return differs
+    """Take the class scores from what a classifier returned, with theta where it has one.
+
+    Args:
+        output: A tensor; a mapping or an object with ``logits`` as transformers has it, or with
+            ``"out"`` as torchvision has it; or a tuple or list that starts with the scores.
+
+    Returns:
+        The scores, ``(n, ...)``.
+
+    Raises:
+        TypeError: If it is none of these.
+    """
+    found = output
+    if isinstance(output, Mapping):
+        found = output.get("logits", output.get("out"))
+    elif not isinstance(output, Tensor):
+        first = output[0] if isinstance(output, tuple | list) and output else None
+        found = getattr(output, "logits", first)
+    if isinstance(found, Tensor):
+        return found
+    got = f"{type(output).__name__}"
+    if isinstance(output, Mapping):
+        got += f" with keys {list(output)}"
+    elif isinstance(output, tuple | list):
+        got += f" of {[type(part).__name__ for part in output]}"
+    raise TypeError(
+        'model must return its scores: a tensor, an object with logits, a mapping with "logits" or '
+        f'"out", or a tuple that starts with them, got {got}; call it in the forward of a module '
+        "that returns them"
+    )
+
+
+def method_of(model: object, name: str) -> Callable[..., Any] | None:
+    """Return a method of a model; None without one, also where a layer has the name."""
+    found = getattr(model, name, None)
+    return None if isinstance(found, nn.Module) else found
 
 
 def predict_labels(output: Tensor, reject: bool) -> Tensor:

@@ -23,7 +23,7 @@ from torchdnr.rejection import Threshold, predict_in_batches, rejection_threshol
 from torchdnr.svm.compression import SMOOTHNESS, STEPS, compress_stack, stack_losses
 from torchdnr.svm.model_selection import C_GRID, GAMMA_GRID
 from torchdnr.svm.rbf_svm import RBFSVM
-from torchdnr.svm.stack import SVMOptions, SVMStack, chosen_sizes
+from torchdnr.svm.stack import SVMOptions, SVMStack, chosen_sizes, svm_names
 
 
 class DNR(nn.Module):
@@ -44,6 +44,7 @@ class DNR(nn.Module):
             chooses, by ``default_layers`` on its first images; see ``layers`` and
             ``features.describe()`` then.
         hyperparameters: (C, gamma) for layers, or for ``"combiner"``, that are not to be searched.
+            Where a layer has that name the combiner is called ``".combiner"``, here and everywhere.
         C_grid: Values of C to search.
         gamma_grid: Multiples of gamma = "scale" to search.
         folds: Stratified folds of the search.
@@ -122,7 +123,7 @@ class DNR(nn.Module):
 
     @property
     def selection(self) -> dict[str, dict[str, Any]]:
-        """What the search chose and saw, by layer and ``"combiner"``.
+        """What the search chose and saw, by SVM, named as in ``hyperparameters``.
 
         Of a projected layer also ``distortion``, see ``projection_distortion``.
         """
@@ -226,7 +227,7 @@ class DNR(nn.Module):
         if not features.layers:
             layers = default_layers(self.net, sample[0])
             features = LayerFeatures(self.net, layers, seed=self.svm_options.seed)
-            self.svm_options.checked([*layers, *self.svms.named()])
+            self.svm_options.checked(svm_names(list(layers), self.combiner is not None))
         return prepare_features(features, sample)
 
     @torch.no_grad()
@@ -486,7 +487,7 @@ class DNR(nn.Module):
             )
         try:
             reductions = reductions_of_file(path, metadata, layers or {})
-            combine = any("combiner." in name for name in tensors)
+            combine = any(name.startswith(("svms.combiner.", "combiner.")) for name in tensors)
             model = cls._build(net, reductions, metadata["options"], combine)
             model.features.sizes = metadata.get("sizes", {})
             model.svms.selection = metadata["selection"]

@@ -9,7 +9,7 @@ from torch import Tensor
 from torchdnr.attacks.directions import unit
 from torchdnr.attacks.objectives import NEGATIVE_IF_SUCCESSFUL, ObjectiveFunction
 from torchdnr.attacks.projections import Region, per_row, project
-from torchdnr.decisions import split_scores, succeeds
+from torchdnr.decisions import class_scores, split_scores, succeeds
 
 Fields = TypeVar("Fields", "Points", "Slope")
 
@@ -22,6 +22,10 @@ class Target(NamedTuple):
     reject: bool  # whether the model returns theta
     batch_size: int
     targeted: bool = False  # whether the classes given with points are targets, not the true ones
+
+    def output(self, points: Tensor) -> Tensor:
+        """Run the model on points ``(n, ...)``: ``(n, c)``, or ``(n, c + 1)`` with theta last."""
+        return class_scores(self.model(points))
 
 
 class Points(NamedTuple):
@@ -46,7 +50,7 @@ def evaluate(target: Target, points: Tensor, labels: Tensor) -> Points:
     values, evading = [], []
     size = target.batch_size
     for chunk, chunk_labels in zip(points.split(size), labels.split(size), strict=True):
-        output = target.model(chunk)
+        output = target.output(chunk)
         values.append(_objective(target, output, chunk_labels))
         evading.append(succeeds(output, chunk_labels, target.reject, target.targeted))
     return Points(points, _worst_if_nan(torch.cat(values)), torch.cat(evading))
@@ -142,7 +146,7 @@ def slope_at(target: Target, points: Tensor, labels: Tensor) -> Slope:
     for chunk, chunk_labels in zip(points.split(size), labels.split(size), strict=True):
         with torch.enable_grad():
             chunk = chunk.detach().requires_grad_()
-            output = target.model(chunk)
+            output = target.output(chunk)
             value = _objective(target, output, chunk_labels)
             descent = input_gradient(-value, chunk)
         value = value.detach()
@@ -176,7 +180,7 @@ def check_classes(target: Target, inputs: Tensor, labels: Tensor) -> int:
     It evaluates the first input.
     """
     with torch.no_grad():
-        output = target.model(inputs[:1])
+        output = target.output(inputs[:1])
     expected = "(n, c + 1) with the threshold last" if target.reject else "(n, c)"
     if output.ndim != 2 or len(output) != 1 or output.shape[1] < 2 + target.reject:
         raise ValueError(
