@@ -154,6 +154,8 @@ class DNR(nn.Module):
         """Where the scores are computed: the device of the network."""
         return next((p.device for p in self.parameters()), self.threshold.device)
 
+    @torch.inference_mode(False)  # tensors made there stay without gradients for good
+    @torch.no_grad()
     def fit(
         self,
         inputs: Tensor | Iterable[Any],
@@ -230,6 +232,7 @@ class DNR(nn.Module):
             self.svm_options.checked(svm_names(list(layers), self.combiner is not None))
         return prepare_features(features, sample)
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def calibrate(self, inputs: Tensor | Iterable[Any], rejection_rate: float = 0.10) -> Self:
         """Set the threshold so that a given share of clean images is rejected.
@@ -362,6 +365,8 @@ class DNR(nn.Module):
         view._modules = {**self._modules, **changed}
         return view
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def compress(
         self,
         inputs: Tensor | Iterable[Any],
@@ -454,6 +459,8 @@ class DNR(nn.Module):
         save_tensors(path, tensors, metadata, kind=type(self).__name__)
 
     @classmethod
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def load(
         cls,
         path: str | Path,

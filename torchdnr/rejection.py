@@ -49,6 +49,8 @@ class Threshold(nn.Module):
         self.register_buffer("theta", torch.tensor(math.nan))
         self._is_set = False
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def set(self, theta: float | Tensor) -> None:
         """Set theta to a finite number; a tensor of floating point keeps its dtype and device."""
         theta = torch.as_tensor(theta).reshape(())
@@ -57,6 +59,7 @@ class Threshold(nn.Module):
         self.theta = theta if theta.is_floating_point() else theta.float()
         self._is_set = True
 
+    @torch.inference_mode(False)
     def reset(self) -> None:
         """Forget theta, as after a new fit."""
         self.theta = torch.full_like(self.theta, math.nan)

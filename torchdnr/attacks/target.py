@@ -163,6 +163,11 @@ def slope_at(target: Target, points: Tensor, labels: Tensor) -> Slope:
 def input_gradient(value: Tensor, points: Tensor, *, retain: bool = False) -> Tensor:
     """Differentiate a value per row by the points; ValueError if no gradient leads there."""
     gradient = None
+    if torch.is_inference_mode_enabled():
+        raise ValueError(
+            "gradients do not exist under torch.inference_mode, in which this was called: call it "
+            "outside, with images that were made outside"
+        )
     if value.requires_grad:
         total = value.sum()
         gradient = torch.autograd.grad(total, points, retain_graph=retain, allow_unused=True)[0]

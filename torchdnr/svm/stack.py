@@ -186,7 +186,7 @@ class SVMStack(nn.Module):
                 f"labels and R^2 {final['r2']:.3f}: use more prototypes, or attack it before you "
                 "trust it",
                 CompressionWarning,
-                stacklevel=3,
+                stacklevel=5,  # behind the two decorators of compress
             )
         stack = self._with(svms)
         stack.selection = {

@@ -133,6 +133,8 @@ def run_checks(
         "queries": queries,
         "passes": passes,
     }
+    if torch.is_inference_mode_enabled():
+        raise ValueError("the checks need gradients: call them outside torch.inference_mode")
     for name, value in {**counts, "batch_size": batch_size}.items():
         check_count(name, value, 2 if name == "passes" else 1)
     norm = curve.norm if norm is None else norm
