@@ -33,7 +33,8 @@ class LayerFeatures(nn.Module):
     the first element counts (attention modules return outputs, weights).
 
     Args:
-        net: Any network whose layers keep the samples in their first dimension.
+        net: Any network. Its layers keep the samples in their first dimension, unless a module of
+            your own is the reduction.
         layers: Names as in ``net.named_modules()``, or a mapping from name to reduction, see
             ``build_reduction``. None: no layers yet.
         seed: Of random projections.
@@ -41,8 +42,9 @@ class LayerFeatures(nn.Module):
     Attributes:
         reductions: One module per layer. A built-in one that depends on the layer's output is made
             ready by ``prepare_features``, or else by the first call.
-        sizes: Layer name -> ``output``, the shape of one sample's output, and ``features``, how
-            many the reduction makes of it; from ``prepare_features``.
+        sizes: Layer name -> ``output``, the shape of one sample's output (of an output without its
+            first dimension), and ``features``, how many the reduction makes of it; from
+            ``prepare_features``.
     """
 
     def __init__(
@@ -89,7 +91,10 @@ class LayerFeatures(nn.Module):
         return features
 
     def outputs(self, inputs: Tensor) -> dict[str, Tensor]:
-        """Run the network once and return the outputs ``(n, ...)`` of its layers, by name."""
+        """Run the network once and return the outputs of its layers, by name: ``(n, ...)``.
+
+        Only one that a module of the user's reduces may have its samples elsewhere.
+        """
         if not self.layers:
             raise RuntimeError("no layers are chosen yet; name some, or call fit, which does")
         captured: dict[str, Tensor] = {}
@@ -111,7 +116,10 @@ class LayerFeatures(nn.Module):
                 "called, not only its weights used by a parent or by compiled code; choose other "
                 "layers, or pass the network before torch.compile"
             )
-        return {name: _check_rows(name, captured[name], inputs.shape[0]) for name in self.layers}
+        for name, reduction in zip(self.layers, self.reductions, strict=True):
+            if isinstance(reduction, Reduction):  # others may know where the samples are
+                _check_rows(name, captured[name], inputs.shape[0])
+        return {name: captured[name] for name in self.layers}
 
 
 def _check_layers(net: nn.Module, given: Iterable[str]) -> tuple[str, ...]:
@@ -194,19 +202,20 @@ def _capture(
     return hook
 
 
-def _check_rows(name: str, output: Tensor, n: int) -> Tensor:
+def _check_rows(name: str, output: Tensor, n: int) -> None:
     if output.dim() == 0 or output.shape[0] != n:
         raise ValueError(
             f"layer {name!r} must return one row per sample, (n, ...) with n = {n}, "
-            f"got {tuple(output.shape)}; choose a layer that keeps the samples in dimension 0"
+            f"got {tuple(output.shape)}; build it with batch_first=True if it has that option, "
+            "pass a module as its reduction that returns (n, d), or choose another layer"
         )
-    return output
 
 
 def _check_features(name: str, features: Tensor, n: int) -> Tensor:
     if not isinstance(features, Tensor) or features.dim() != 2 or features.shape[0] != n:
         got = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
         raise ValueError(
-            f"the reduction of layer {name!r} must return features (n, d) with n = {n}, got {got}"
+            f"the reduction of layer {name!r} must return features (n, d) with n = {n}, got {got}; "
+            "mind where the layer has its samples"
         )
     return features

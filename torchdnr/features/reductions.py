@@ -278,7 +278,7 @@ def build_reduction(given: ReductionLike, seed: int = 0) -> nn.Module:
 
     Args:
         given: ``"flatten"``; ``"avg"``; ``("grid", k)``; ``("project", d)``; or a module that
-            takes the layer's output, ``(n, ...)``, to ``(n, d)``, which is returned as it is.
+            takes the layer's output, of any shape, to ``(n, d)``, which is returned as it is.
             ``("avg", "channels_last")`` and ``("grid", k, "channels_last")`` (or
             ``"channels_first"``) say where the channels are, where shapes do not.
         seed: Of a random projection.
