@@ -114,6 +114,7 @@ def test_walks_and_transfers_take_the_scores(pair):
     )
 
 
+@torch.no_grad()
 def test_detectors_and_views_take_the_scores(pair):
     plain, wrapped, images, _ = pair
     both = [WithReject(net, lambda x: x.flatten(1).std(dim=1), 0.2) for net in (plain, wrapped)]
