@@ -229,3 +229,12 @@ def test_a_copy_made_while_others_score_scores_the_same(classifiers):
 
     for got in at_once(copied, range(100), 4):
         assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_compiled_classifier_scores_in_threads_as_in_one(classifiers, training):
+    torch.compiler.reset()
+    model = classifiers["DNR"].train(training)
+    compiled = torch.compile(model, backend="aot_eager")
+    assert_as_from_one_thread(model, torch.no_grad()(compiled), 4, batches())
+    torch.compiler.reset()

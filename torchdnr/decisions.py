@@ -184,7 +184,8 @@ _SWITCHED: dict[int, int] = {}
 def evaluation_mode(model: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """Put the modules of ``model`` that are training into evaluation mode, and exactly those back.
 
-    Threads may share modules: one is put back when the last block that needs it ends.
+    Threads may share modules: one is put back when the last block that needs it ends. ``train()``
+    of it in the meantime counts from then on; ``eval()`` of it changes nothing, and is undone.
 
     Args:
         model: Any module; one that is in evaluation mode throughout is not touched, nor is a

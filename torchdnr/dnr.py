@@ -35,6 +35,10 @@ class DNR(nn.Module):
     belongs to the scores that it was set on. `export_program` and `export_onnx` make a program of
     the classifier that runs without this package.
 
+    Several threads may call one classifier: each gets what it would get alone. Where TF32 is on,
+    the network of one may for a moment compute in full precision while the SVMs of another do; and
+    a compiled classifier that shares threads with others wants its network in evaluation mode.
+
     Args:
         net: Any module on images in [0, 1], normalisation inside. It is not changed.
         layers: Names from ``net.named_modules()``; or a mapping from name to reduction, which makes
