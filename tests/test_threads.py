@@ -20,7 +20,7 @@ from torchdnr.kernels.rbf import full_precision
 from torchdnr.svm import RBFSVM
 
 LAYERS = ["norm", "logits"]
-CALLS = 300
+CALLS = 200
 
 
 @pytest.fixture(autouse=True)
