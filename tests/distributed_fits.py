@@ -92,18 +92,18 @@ def features_in_files(folder):
     model = NR(small_net(), "conv", hyperparameters={"conv": (1.0, 0.1)}, tol=FINE)
     model.fit(*images(60, 3), features_folder=f"{folder}/features")
     again = NR(small_net(), "conv", hyperparameters={"conv": (1.0, 0.1)}, tol=FINE)
-    with mock.patch.object(type(again.net), "forward", side_effect=_first_call_only(again.net)):
+    with mock.patch.object(type(again.net), "forward", side_effect=_two_calls_only(again.net)):
         again.fit(*images(60, 3), features_folder=f"{folder}/features")
     both = {"first": state(model), "again": state(again)}
     return {f"{k} {name}": v for k, found in both.items() for name, v in found.items()}
 
 
-def _first_call_only(net):
+def _two_calls_only(net):
     forward, calls = net.forward, []
 
     def call(inputs):
         calls.append(inputs)
-        assert len(calls) == 1, "the features are in the folder"  # the first looks at the sizes
+        assert len(calls) <= 2, "the features are in the folder"  # these two try the layers
         return forward(inputs)
 
     return call

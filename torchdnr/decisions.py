@@ -1,13 +1,18 @@
 """How an output is read: the rule of acceptance, predicted labels, the success of an attack."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from threading import RLock
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 REJECT = -1
 """Label of a rejected input."""
+_BLOCKS: dict[int, int] = {}
+"""How many blocks of ``evaluation_mode`` need a module, by its id."""
+_BLOCKS_LOCK = RLock()
 
 
 class NotFittedError(RuntimeError):
@@ -60,6 +65,45 @@ def split_scores(output: Tensor, reject: bool) -> tuple[Tensor, Tensor | None]:
 def has_reject_column(model: Callable[[Tensor], Tensor], reject: bool | None) -> bool:
     """Decide whether the last column of the output is theta; ``None`` asks ``reject_index``."""
     return getattr(model, "reject_index", None) is not None if reject is None else reject
+
+
+def class_scores(output: Any) -> Tensor:  # noqa: ANN401 - what networks return differs
+    """Take the class scores from what a classifier returned, with theta where it has one.
+
+    Args:
+        output: A tensor; a mapping or an object with ``logits`` as transformers has it, or with
+            ``"out"`` as torchvision has it; or a tuple or list that starts with the scores.
+
+    Returns:
+        The scores, ``(n, ...)``.
+
+    Raises:
+        TypeError: If it is none of these.
+    """
+    found = output
+    if isinstance(output, Mapping):
+        found = output.get("logits", output.get("out"))
+    elif not isinstance(output, Tensor):
+        first = output[0] if isinstance(output, tuple | list) and output else None
+        found = getattr(output, "logits", first)
+    if isinstance(found, Tensor):
+        return found
+    got = f"{type(output).__name__}"
+    if isinstance(output, Mapping):
+        got += f" with keys {list(output)}"
+    elif isinstance(output, tuple | list):
+        got += f" of {[type(part).__name__ for part in output]}"
+    raise TypeError(
+        'model must return its scores: a tensor, an object with logits, a mapping with "logits" or '
+        f'"out", or a tuple that starts with them, got {got}; call it in the forward of a module '
+        "that returns them"
+    )
+
+
+def method_of(model: object, name: str) -> Callable[..., Any] | None:
+    """Return a method of a model; None without one, also where a layer has the name."""
+    found = getattr(model, name, None)
+    return None if isinstance(found, nn.Module) else found
 
 
 def predict_labels(output: Tensor, reject: bool) -> Tensor:
@@ -141,9 +185,17 @@ def evades(output: Tensor, labels: Tensor, reject: bool) -> Tensor:
     return succeeds(output, labels, reject)
 
 
+_MODES = RLock()
+_SWITCHED: dict[int, int] = {}
+"""How many blocks of ``evaluation_mode``, in all threads, need a module off, by its id."""
+
+
 @contextmanager
 def evaluation_mode(model: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """Put the modules of ``model`` that are training into evaluation mode, and exactly those back.
+
+    Threads may share modules: one is put back when the last block that needs it ends. ``train()``
+    of it in the meantime counts from then on; ``eval()`` of it changes nothing, and is undone.
 
     Args:
         model: Any module; one that is in evaluation mode throughout is not touched, nor is a
@@ -153,14 +205,23 @@ def evaluation_mode(model: Callable[[Tensor], Tensor]) -> Iterator[None]:
         Nothing.
     """
     modules = model.modules() if isinstance(model, nn.Module) else ()
-    training = [module for module in modules if module.training]
-    try:
+    blocks, lock = _BLOCKS, cast(AbstractContextManager[object], _BLOCKS_LOCK)
+    if torch.compiler.is_dynamo_compiling():  # it only sees flags change: no other thread does
+        blocks, lock = {}, nullcontext()
+    with lock:
+        training = [module for module in modules if module.training or id(module) in blocks]
         for module in training:
+            blocks[id(module)] = blocks.get(id(module), 0) + 1
             module.training = False  # not .eval(): it would recurse, and networks override .train()
+    try:
         yield
     finally:
-        for module in training:
-            module.training = True
+        with lock:
+            for module in training:
+                blocks[id(module)] -= 1
+                if not blocks[id(module)]:
+                    del blocks[id(module)]
+                    module.training = True
 
 
 def check_images(name: str, images: Tensor, bounds: tuple[float, float] = (0.0, 1.0)) -> None:

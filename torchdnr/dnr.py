@@ -23,7 +23,7 @@ from torchdnr.rejection import Threshold, predict_in_batches, rejection_threshol
 from torchdnr.svm.compression import SMOOTHNESS, STEPS, compress_stack, stack_losses
 from torchdnr.svm.model_selection import C_GRID, GAMMA_GRID
 from torchdnr.svm.rbf_svm import RBFSVM
-from torchdnr.svm.stack import SVMOptions, SVMStack, chosen_sizes
+from torchdnr.svm.stack import SVMOptions, SVMStack, chosen_sizes, svm_names
 
 
 class DNR(nn.Module):
@@ -35,6 +35,10 @@ class DNR(nn.Module):
     belongs to the scores that it was set on. `export_program` and `export_onnx` make a program of
     the classifier that runs without this package.
 
+    Several threads may call one classifier: each gets what it would get alone. Where TF32 is on,
+    the network of one may for a moment compute in full precision while the SVMs of another do; and
+    a compiled classifier that shares threads with others wants its network in evaluation mode.
+
     Args:
         net: Any module on images in [0, 1], normalisation inside. It is not changed.
         layers: Names from ``net.named_modules()``; or a mapping from name to reduction, which makes
@@ -44,6 +48,7 @@ class DNR(nn.Module):
             chooses, by ``default_layers`` on its first images; see ``layers`` and
             ``features.describe()`` then.
         hyperparameters: (C, gamma) for layers, or for ``"combiner"``, that are not to be searched.
+            Where a layer has that name the combiner is called ``".combiner"``, here and everywhere.
         C_grid: Values of C to search.
         gamma_grid: Multiples of gamma = "scale" to search.
         folds: Stratified folds of the search.
@@ -122,7 +127,7 @@ class DNR(nn.Module):
 
     @property
     def selection(self) -> dict[str, dict[str, Any]]:
-        """What the search chose and saw, by layer and ``"combiner"``.
+        """What the search chose and saw, by SVM, named as in ``hyperparameters``.
 
         Of a projected layer also ``distortion``, see ``projection_distortion``.
         """
@@ -153,6 +158,8 @@ class DNR(nn.Module):
         """Where the scores are computed: the device of the network."""
         return next((p.device for p in self.parameters()), self.threshold.device)
 
+    @torch.inference_mode(False)  # tensors made there stay without gradients for good
+    @torch.no_grad()
     def fit(
         self,
         inputs: Tensor | Iterable[Any],
@@ -226,9 +233,10 @@ class DNR(nn.Module):
         if not features.layers:
             layers = default_layers(self.net, sample[0])
             features = LayerFeatures(self.net, layers, seed=self.svm_options.seed)
-            self.svm_options.checked([*layers, *self.svms.named()])
+            self.svm_options.checked(svm_names(list(layers), self.combiner is not None))
         return prepare_features(features, sample)
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def calibrate(self, inputs: Tensor | Iterable[Any], rejection_rate: float = 0.10) -> Self:
         """Set the threshold so that a given share of clean images is rejected.
@@ -361,6 +369,8 @@ class DNR(nn.Module):
         view._modules = {**self._modules, **changed}
         return view
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def compress(
         self,
         inputs: Tensor | Iterable[Any],
@@ -453,6 +463,8 @@ class DNR(nn.Module):
         save_tensors(path, tensors, metadata, kind=type(self).__name__)
 
     @classmethod
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def load(
         cls,
         path: str | Path,
@@ -486,7 +498,7 @@ class DNR(nn.Module):
             )
         try:
             reductions = reductions_of_file(path, metadata, layers or {})
-            combine = any("combiner." in name for name in tensors)
+            combine = any(name.startswith(("svms.combiner.", "combiner.")) for name in tensors)
             model = cls._build(net, reductions, metadata["options"], combine)
             model.features.sizes = metadata.get("sizes", {})
             model.svms.selection = metadata["selection"]

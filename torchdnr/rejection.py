@@ -8,7 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchdnr.decisions import NotFittedError, check_images, evaluation_mode, predict_labels
+from torchdnr.decisions import (
+    NotFittedError,
+    check_images,
+    class_scores,
+    evaluation_mode,
+    predict_labels,
+)
 
 
 def rejection_threshold(scores: Tensor, rejection_rate: float) -> Tensor:
@@ -43,6 +49,8 @@ class Threshold(nn.Module):
         self.register_buffer("theta", torch.tensor(math.nan))
         self._is_set = False
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def set(self, theta: float | Tensor) -> None:
         """Set theta to a finite number; a tensor of floating point keeps its dtype and device."""
         theta = torch.as_tensor(theta).reshape(())
@@ -51,6 +59,7 @@ class Threshold(nn.Module):
         self.theta = theta if theta.is_floating_point() else theta.float()
         self._is_set = True
 
+    @torch.inference_mode(False)
     def reset(self) -> None:
         """Forget theta, as after a new fit."""
         self.theta = torch.full_like(self.theta, math.nan)
@@ -114,8 +123,8 @@ class WithReject(nn.Module):
     number that decides rightly.
 
     Args:
-        classifier: Maps inputs ``(n, ...)`` to class scores ``(n, c)``, best logits: probabilities
-            saturate, and flatten the gradient.
+        classifier: Maps inputs ``(n, ...)`` to class scores ``(n, c)``, or to what ``class_scores``
+            takes them from; best logits: probabilities saturate, and flatten the gradient.
         score_fn: Maps inputs to ``(n,)``, higher for a more suspicious input, such as a detector of
             pytorch-ood. A gradient must lead through it, or gradient attacks are blind to the
             detector; a warning says where none does.
@@ -172,10 +181,11 @@ class WithReject(nn.Module):
 
         Raises:
             ValueError: If the class scores are not ``(n, c)``, or the detector's not ``(n,)``.
+            TypeError: If no scores are found in what the classifier returns.
 
         Warns (``UserWarning``) if a gradient leads to the class scores but not to the detector's.
         """
-        scores = self.classifier(inputs)
+        scores = class_scores(self.classifier(inputs))
         suspicion = self.score_fn(inputs)
         n = inputs.shape[0]  # not len: torch.export would fix it
         if scores.ndim != 2 or scores.shape[0] != n:

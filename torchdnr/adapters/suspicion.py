@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from torchdnr.decisions import evaluation_mode
+from torchdnr.decisions import class_scores, evaluation_mode
 
 if TYPE_CHECKING:
     import numpy as np
@@ -21,7 +21,7 @@ def suspicion(model: nn.Module, inputs: Tensor) -> Tensor:
     Returns:
         ``(n,)``, differentiable; rejected iff >= 0.
     """
-    output = model(inputs)
+    output = class_scores(model(inputs))
     return output[:, -1] - output[:, :-1].amax(dim=1)
 
 

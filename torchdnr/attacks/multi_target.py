@@ -65,7 +65,7 @@ def multi_target(
 def _other_classes(target: Target, inputs: Tensor, labels: Tensor) -> Tensor:
     """Return the classes other than the label, by falling score, ``(n, c - 1)``."""
     chunks = inputs.split(target.batch_size)
-    scores = torch.cat([split_scores(target.model(chunk), target.reject)[0] for chunk in chunks])
+    scores = torch.cat([split_scores(target.output(chunk), target.reject)[0] for chunk in chunks])
     least = torch.finfo(scores.dtype).min  # NaN would come first; the true class comes last
     scores = scores.nan_to_num(nan=least, neginf=least).scatter(1, labels[:, None], -torch.inf)
     return scores.argsort(dim=1, descending=True, stable=True)[:, :-1]

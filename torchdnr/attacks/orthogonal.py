@@ -137,7 +137,7 @@ def _slopes_at(
         chunk, classes, box = points[part], labels[part], rows_of(bounds, part)
         with torch.enable_grad():
             chunk = chunk.detach().requires_grad_()
-            output = target.model(chunk)
+            output = target.output(chunk)
             scores, threshold = split_scores(output, target.reject)
             by_class = paper_objective(scores, threshold, classes, target.targeted)
             gradient = input_gradient(by_class, chunk, retain=threshold is not None)

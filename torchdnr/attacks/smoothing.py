@@ -18,7 +18,7 @@ from torchdnr.attacks.options import FixedEpsOptions, resolve
 from torchdnr.attacks.pgd import descend_steadily
 from torchdnr.attacks.problem import problem
 from torchdnr.attacks.target import Points, evaluate, keep_better
-from torchdnr.decisions import evaluation_mode
+from torchdnr.decisions import evaluation_mode, method_of
 
 FACTORS = tuple(4.0**-k for k in (6, 5, 4, 3, 2, 1, 0))
 """What gamma is multiplied by, one after the other."""
@@ -94,7 +94,7 @@ def _views(
     """Return the view for each factor."""
     if all(factor == 1 for factor in factors):
         return [model] * len(factors)
-    smoothed = getattr(model, "smoothed", None) if smoothed is None else smoothed
+    smoothed = method_of(model, "smoothed") if smoothed is None else smoothed
     if smoothed is None:
         raise ValueError(
             f"model must have a method smoothed(factor), got {type(model).__name__} without one; "

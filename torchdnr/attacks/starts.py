@@ -35,7 +35,7 @@ def make_pool(target: Target, samples: Tensor | None, classes: Tensor | None) ->
 @torch.no_grad()
 def assigned_classes(target: Target, pool: Tensor) -> Tensor:
     """Return the class that the model assigns to each sample, or ``REJECT``, ``(m,)``."""
-    outputs = (target.model(chunk) for chunk in pool.split(target.batch_size))
+    outputs = (target.output(chunk) for chunk in pool.split(target.batch_size))
     return torch.cat([predict_labels(output, target.reject) for output in outputs])
 
 

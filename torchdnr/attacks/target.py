@@ -17,7 +17,7 @@ from torchdnr.attacks.projections import (
     project,
     rows_of,
 )
-from torchdnr.decisions import split_scores, succeeds
+from torchdnr.decisions import class_scores, split_scores, succeeds
 
 Fields = TypeVar("Fields", "Points", "Slope")
 
@@ -30,6 +30,10 @@ class Target(NamedTuple):
     reject: bool  # whether the model returns theta
     batch_size: int
     targeted: bool = False  # whether the classes given with points are targets, not the true ones
+
+    def output(self, points: Tensor) -> Tensor:
+        """Run the model on points ``(n, ...)``: ``(n, c)``, or ``(n, c + 1)`` with theta last."""
+        return class_scores(self.model(points))
 
 
 class Points(NamedTuple):
@@ -54,7 +58,7 @@ def evaluate(target: Target, points: Tensor, labels: Tensor) -> Points:
     values, evading = [], []
     size = target.batch_size
     for chunk, chunk_labels in zip(points.split(size), labels.split(size), strict=True):
-        output = target.model(chunk)
+        output = target.output(chunk)
         values.append(_objective(target, output, chunk_labels))
         evading.append(succeeds(output, chunk_labels, target.reject, target.targeted))
     return Points(points, _worst_if_nan(torch.cat(values)), torch.cat(evading))
@@ -152,7 +156,7 @@ def slope_at(target: Target, points: Tensor, labels: Tensor, bounds: Bounds = UN
         chunk, chunk_labels = points[begin : begin + size], labels[begin : begin + size]
         with torch.enable_grad():
             chunk = chunk.detach().requires_grad_()
-            output = target.model(chunk)
+            output = target.output(chunk)
             value = _objective(target, output, chunk_labels)
             descent = input_gradient(-value, chunk)
         descent = blocked_out(descent, rows_of(bounds, slice(begin, begin + size)))
@@ -176,6 +180,11 @@ def blocked_out(descent: Tensor, bounds: Bounds) -> Tensor:
 def input_gradient(value: Tensor, points: Tensor, *, retain: bool = False) -> Tensor:
     """Differentiate a value per row by the points; ValueError if no gradient leads there."""
     gradient = None
+    if torch.is_inference_mode_enabled():
+        raise ValueError(
+            "gradients do not exist under torch.inference_mode, in which this was called: call it "
+            "outside, with images that were made outside"
+        )
     if value.requires_grad:
         total = value.sum()
         gradient = torch.autograd.grad(total, points, retain_graph=retain, allow_unused=True)[0]
@@ -193,7 +202,7 @@ def check_classes(target: Target, inputs: Tensor, labels: Tensor) -> int:
     It evaluates the first input.
     """
     with torch.no_grad():
-        output = target.model(inputs[:1])
+        output = target.output(inputs[:1])
     expected = "(n, c + 1) with the threshold last" if target.reject else "(n, c)"
     if output.ndim != 2 or len(output) != 1 or output.shape[1] < 2 + target.reject:
         raise ValueError(

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from torchdnr.decisions import has_reject_column
+from torchdnr.decisions import class_scores, has_reject_column
 
 Change = Callable[[Tensor, Tensor], Tensor]
 """``change(inputs, output)``: the output of the view, from that of the model."""
@@ -39,7 +39,7 @@ class ModelView(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Evaluate the model, and pass its output through the function."""
-        return self.change(inputs, self.model(inputs))
+        return self.change(inputs, class_scores(self.model(inputs)))
 
     def __getattr__(self, name: str) -> Any:  # noqa: ANN401 - whatever the model has
         try:
@@ -49,7 +49,7 @@ class ModelView(nn.Module):
             if "model" not in submodules and "model" not in self.__dict__:
                 raise
             value = getattr(self.model, name)
-        if name == "smoothed":
+        if name == "smoothed" and not isinstance(value, nn.Module):
             return lambda *args, **options: ModelView(
                 value(*args, **options), self.change, self.rejects
             )

@@ -18,7 +18,7 @@ from torchdnr.cli.options import add_device_options
 from torchdnr.cli.run_folder import find_device, read_settings
 from torchdnr.cli.settings import number
 from torchdnr.data.readers import find_images, read_batches
-from torchdnr.decisions import REJECT, predict_labels
+from torchdnr.decisions import REJECT, class_scores, predict_labels
 from torchdnr.dnr import DNR, NR
 from torchdnr.files import atomic_path
 from torchdnr.models.paper import load_network
@@ -114,7 +114,7 @@ def _rows(
 ) -> Iterator[list[Any]]:
     """Label a batch; a row of the table for each image, with the scores of all classes."""
     with torch.no_grad():
-        output, reject = model(images).cpu(), isinstance(model, DNR | NR)
+        output, reject = class_scores(model(images)).cpu(), isinstance(model, DNR | NR)
     scores, theta = (output[:, :-1], output[0, -1].item()) if reject else (output, "")
     columns = files, predict_labels(output, reject).tolist(), scores.argmax(dim=1).tolist()
     for file, label, best, row in zip(*columns, scores.tolist(), strict=True):

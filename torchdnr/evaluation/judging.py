@@ -14,7 +14,14 @@ from torchdnr.attacks.levels import round_to_levels
 from torchdnr.attacks.objectives import decision_objective
 from torchdnr.attacks.projections import Bounds, Region, masked_bounds, project
 from torchdnr.attacks.view import ModelView
-from torchdnr.decisions import REJECT, accepted, is_success, predict_labels, split_scores
+from torchdnr.decisions import (
+    REJECT,
+    accepted,
+    class_scores,
+    is_success,
+    predict_labels,
+    split_scores,
+)
 
 TOLERANCE = 1e-5  # of float32 arithmetic, relative to the larger of eps and 1
 
@@ -22,7 +29,7 @@ TOLERANCE = 1e-5  # of float32 arithmetic, relative to the larger of eps and 1
 def outputs(model: Callable[[Tensor], Tensor], points: Tensor, batch_size: int) -> Tensor:
     """Run the model without gradients, in batches of a fixed size, as rounding depends on it."""
     with torch.no_grad():
-        output = torch.cat([model(part) for part in points.split(batch_size)])
+        output = torch.cat([class_scores(model(part)) for part in points.split(batch_size)])
     broken = output.flatten(1).isnan().any(dim=1)
     if broken.any():
         raise ValueError(

@@ -21,6 +21,7 @@ from torchdnr.attacks.pgd import pgd
 from torchdnr.attacks.smoothing import smoothed_pgd
 from torchdnr.attacks.square import square
 from torchdnr.attacks.transfer import transfer
+from torchdnr.decisions import method_of
 from torchdnr.files import digest
 
 LINE_SEARCH_PGD = "line-search PGD"
@@ -61,7 +62,7 @@ class Attack:
 
     def fits(self, model: object) -> bool:
         """Tell whether a model has what the attack needs."""
-        return self.needs is None or hasattr(model, self.needs)
+        return self.needs is None or method_of(model, self.needs) is not None
 
 
 class Entry(NamedTuple):

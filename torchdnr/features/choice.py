@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from torchdnr.decisions import evaluation_mode
+from torchdnr.decisions import class_scores, evaluation_mode
 from torchdnr.features.reductions import Reduction, ReductionLike, build_reduction
 
 LARGEST = 4096
@@ -186,8 +186,8 @@ def default_layers(net: nn.Module, images: Tensor) -> dict[str, ReductionLike]:
     they cannot be told from channels, projected to 1,024 features.
 
     Args:
-        net: Any network on images that returns its scores, or a tuple that starts with them. It
-            runs once, in evaluation mode, and is not changed.
+        net: Any network on images that returns its scores, or what ``class_scores`` takes them
+            from. It runs once, in evaluation mode, and is not changed.
         images: Images of the size to come, ``(n, ...)``, on the device of the network; the first
             one is used.
 
@@ -197,6 +197,7 @@ def default_layers(net: nn.Module, images: Tensor) -> dict[str, ReductionLike]:
     Raises:
         ValueError: If the network fails on such an image, if autograd does not follow it, or if it
             has no layer to choose.
+        TypeError: If no scores are found in what the network returns.
     """
     candidates = _bottlenecks(net, images[:1])
     if not candidates:
@@ -238,12 +239,11 @@ def _bottlenecks(net: nn.Module, image: Tensor) -> list[_Bottleneck]:
     modules = dict(net.named_modules())
     depth = 0
     kept, _, scores = observe(net, entry, lambda output: (output.grad_fn, output))
-    scores = scores[0] if isinstance(scores, tuple | list) and scores else scores
-    if not isinstance(scores, Tensor) or scores.grad_fn is None:
+    scores = class_scores(scores)
+    if scores.grad_fn is None:
         raise ValueError(
-            "cannot follow the network from the image to its scores: it must return scores as a "
-            "tensor, or a tuple that starts with one, that autograd can differentiate; name layers "
-            "yourself, see layer_table"
+            "cannot follow the network from the image to its scores: it must return scores that "
+            "autograd can differentiate; name layers yourself, see layer_table"
         )
     on_all_paths = _nodes_on_all_paths(scores.grad_fn, entry.grad_fn)
     layers: dict[Any, _Bottleneck] = {}  # by node of the graph

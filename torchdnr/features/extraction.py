@@ -26,7 +26,7 @@ from torchdnr.distributed.sharing import (
     local_images,
 )
 from torchdnr.features.layers import LayerFeatures
-from torchdnr.features.reductions import PAIRED, Project
+from torchdnr.features.reductions import PAIRED, Project, Reduction, prepare_reduction
 from torchdnr.features.storage import FeatureStore, LayerFiles, RowsInMemory, temporary_files
 from torchdnr.files import digest
 from torchdnr.svm.checks import check_labels
@@ -172,11 +172,13 @@ def prepare_features(features: LayerFeatures, batches: Sequence[Tensor]) -> Laye
 
     Distances are compared for all pairs of the first 64 of a few images, ``(n, ...)`` each. Returns
     another module on the same network, ready to use, with ``sizes``. Warns (``ProjectionWarning``)
-    if a projection changes distances by much.
+    if a projection changes distances by much. It is a ``ValueError`` if a layer does not give a row
+    per image: they come in another number as well, which a dimension of other meaning cannot have.
     """
     fresh = LayerFeatures(features.net, features.given, seed=features.seed)
-    parts = []
-    for images in batches:
+    parts, first = [], batches[0]
+    few = first[torch.arange(3 if len(first) == 2 else 2) % len(first)]
+    for images in (*batches, few):
         try:
             parts.append(fresh.outputs(images))
         except Exception as error:
@@ -184,9 +186,14 @@ def prepare_features(features: LayerFeatures, batches: Sequence[Tensor]) -> Laye
                 f"the network was given images {tuple(images.shape)}: does it take these?"
             )
             raise
-    outputs = {name: torch.cat([part[name] for part in parts]) for name in fresh.layers}
-    for name, values in fresh.reduce(outputs, torch.cat(list(batches))).items():
-        shape = list(outputs[name].shape[1:])
+    for name, reduction in zip(fresh.layers, fresh.reductions, strict=True):
+        if isinstance(reduction, Reduction) and not reduction.ready:
+            output = torch.cat([part[name] for part in parts[:-1]])
+            prepare_reduction(reduction, name, output, first)
+    for part, images in zip(parts, (*batches, few), strict=True):
+        reduced = fresh.reduce(part, images)
+    for name, values in reduced.items():
+        shape = list(parts[0][name].shape[1:])
         fresh.sizes[name] = {"output": shape, "features": values.shape[1]}
     for name, distortion in distortions(fresh).items():
         if distortion["rms"] > DISTORTION_LIMIT:

@@ -3,7 +3,8 @@
 import difflib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from threading import get_ident
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,14 +26,15 @@ class LayerFeatures(nn.Module):
     """Compute features of named layers of a network: their outputs, reduced to ``(n, d)``.
 
     The network runs in evaluation mode whatever mode it is in, and is not changed: training flags,
-    ``requires_grad``, hooks. Gradients flow to the inputs and to the parameters. Each output is
-    copied when the layer returns, so that a later in-place operation (``ReLU(inplace=True)``, ``out
-    += identity``) does not change it. Of a layer that runs more than once in a forward pass the
-    last run counts. Of a layer that returns a tuple or a list the first element counts (attention
-    modules return outputs, weights).
+    ``requires_grad``, hooks. Several threads may call it at a time. Gradients flow to the inputs
+    and to the parameters. Each output is copied when the layer returns, so that a later in-place
+    operation (``ReLU(inplace=True)``, ``out += identity``) does not change it. Of a layer that runs
+    more than once in a forward pass the last run counts. Of a layer that returns a tuple or a list
+    the first element counts (attention modules return outputs, weights).
 
     Args:
-        net: Any network whose layers keep the samples in their first dimension.
+        net: Any network. Its layers keep the samples in their first dimension, unless a module of
+            your own is the reduction.
         layers: Names as in ``net.named_modules()``, or a mapping from name to reduction, see
             ``build_reduction``. None: no layers yet.
         seed: Of random projections.
@@ -40,8 +42,9 @@ class LayerFeatures(nn.Module):
     Attributes:
         reductions: One module per layer. A built-in one that depends on the layer's output is made
             ready by ``prepare_features``, or else by the first call.
-        sizes: Layer name -> ``output``, the shape of one sample's output, and ``features``, how
-            many the reduction makes of it; from ``prepare_features``.
+        sizes: Layer name -> ``output``, the shape of one sample's output (of an output without its
+            first dimension), and ``features``, how many the reduction makes of it; from
+            ``prepare_features``.
     """
 
     def __init__(
@@ -88,12 +91,14 @@ class LayerFeatures(nn.Module):
         return features
 
     def outputs(self, inputs: Tensor) -> dict[str, Tensor]:
-        """Run the network once and return the outputs ``(n, ...)`` of its layers, by name."""
+        """Run the network once and return the outputs of its layers, by name: ``(n, ...)``.
+
+        Only one that a module of the user's reduces may have its samples elsewhere.
+        """
         if not self.layers:
             raise RuntimeError("no layers are chosen yet; name some, or call fit, which does")
         captured: dict[str, Tensor] = {}
-        compiling = torch.compiler.is_compiling()
-        hook: Any = _swapped_hook if compiling else nn.Module.register_forward_hook
+        hooked = _traced_hook if torch.compiler.is_dynamo_compiling() else _thread_hook
         with ExitStack() as stack:
             stack.enter_context(evaluation_mode(self.net))
             for name, reduction in zip(self.layers, self.reductions, strict=True):
@@ -102,7 +107,7 @@ class LayerFeatures(nn.Module):
                 memory_format = torch.preserve_format
                 if isinstance(reduction, Reduction):
                     memory_format = reduction.memory_format
-                stack.enter_context(hook(layer, _capture(name, captured, memory_format)))
+                stack.enter_context(hooked(layer, _capture(name, captured, memory_format)))
             self.net(inputs)
         missing = [name for name in self.layers if name not in captured]
         if missing:
@@ -111,7 +116,10 @@ class LayerFeatures(nn.Module):
                 "called, not only its weights used by a parent or by compiled code; choose other "
                 "layers, or pass the network before torch.compile"
             )
-        return {name: _check_rows(name, captured[name], inputs.shape[0]) for name in self.layers}
+        for name, reduction in zip(self.layers, self.reductions, strict=True):
+            if isinstance(reduction, Reduction):  # others may know where the samples are
+                _check_rows(name, captured[name], inputs.shape[0])
+        return {name: captured[name] for name in self.layers}
 
 
 def _check_layers(net: nn.Module, given: Iterable[str]) -> tuple[str, ...]:
@@ -148,7 +156,26 @@ def _suggest(name: object, names: list[str]) -> str:
 
 
 @contextmanager
-def _swapped_hook(layer: nn.Module, hook: Callable[..., None]) -> Iterator[None]:
+def _thread_hook(layer: nn.Module, hook: Callable[..., None]) -> Iterator[None]:
+    """Hook a layer for the calls of this thread: others may run the same network meanwhile.
+
+    Without ``register_forward_hook``, which may give two threads the same key.
+    """
+    thread, key = get_ident(), cast(int, object())
+
+    def hook_of_thread(*call: Any) -> None:  # noqa: ANN401 - a module, its inputs and its output
+        if get_ident() == thread:
+            hook(*call)
+
+    layer._forward_hooks[key] = hook_of_thread
+    try:
+        yield
+    finally:
+        del layer._forward_hooks[key]
+
+
+@contextmanager
+def _traced_hook(layer: nn.Module, hook: Callable[..., None]) -> Iterator[None]:
     """Hook a layer while a program is traced: `torch.compile` cannot trace a registration."""
     hooks = layer._forward_hooks
     key: Any = f"torchdnr {len(hooks)}"  # torch's own keys are numbers
@@ -175,19 +202,20 @@ def _capture(
     return hook
 
 
-def _check_rows(name: str, output: Tensor, n: int) -> Tensor:
+def _check_rows(name: str, output: Tensor, n: int) -> None:
     if output.dim() == 0 or output.shape[0] != n:
         raise ValueError(
             f"layer {name!r} must return one row per sample, (n, ...) with n = {n}, "
-            f"got {tuple(output.shape)}; choose a layer that keeps the samples in dimension 0"
+            f"got {tuple(output.shape)}; build it with batch_first=True if it has that option, "
+            "pass a module as its reduction that returns (n, d), or choose another layer"
         )
-    return output
 
 
 def _check_features(name: str, features: Tensor, n: int) -> Tensor:
     if not isinstance(features, Tensor) or features.dim() != 2 or features.shape[0] != n:
         got = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
         raise ValueError(
-            f"the reduction of layer {name!r} must return features (n, d) with n = {n}, got {got}"
+            f"the reduction of layer {name!r} must return features (n, d) with n = {n}, got {got}; "
+            "mind where the layer has its samples"
         )
     return features

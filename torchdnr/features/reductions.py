@@ -234,6 +234,7 @@ class Project(Reduction):
         """Return the name and d; the draw itself is in the buffer ``rows``."""
         return ["project", self.size]
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def prepare(self, output: Tensor, square: bool) -> None:
         """Draw the projection, unless it is drawn, and see how it keeps distances."""
@@ -264,7 +265,8 @@ class Project(Reduction):
         """Make a buffer for a draw of any size before torch copies into it."""
         stored = state_dict.get(prefix + "rows")
         if stored is not None and stored.shape != self.rows.shape:
-            self.rows = torch.empty_like(stored, device=self.rows.device)
+            with torch.inference_mode(False):
+                self.rows = torch.empty_like(stored, device=self.rows.device)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
@@ -276,7 +278,7 @@ def build_reduction(given: ReductionLike, seed: int = 0) -> nn.Module:
 
     Args:
         given: ``"flatten"``; ``"avg"``; ``("grid", k)``; ``("project", d)``; or a module that
-            takes the layer's output, ``(n, ...)``, to ``(n, d)``, which is returned as it is.
+            takes the layer's output, of any shape, to ``(n, d)``, which is returned as it is.
             ``("avg", "channels_last")`` and ``("grid", k, "channels_last")`` (or
             ``"channels_first"``) say where the channels are, where shapes do not.
         seed: Of a random projection.

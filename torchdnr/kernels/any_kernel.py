@@ -1,13 +1,17 @@
 """Any kernel of gpytorch: its matrix and its scores, on the fused path where it is a plain RBF."""
 
 import math
+from threading import RLock
 
 import torch
 from gpytorch.kernels import Kernel, RBFKernel
+from gpytorch.settings import lazily_evaluate_kernels
 from torch import Tensor
 
 from torchdnr.kernels.rbf import BLOCK_ELEMENTS, full_precision, rbf_scores, squared_distances
 from torchdnr.kernels.row_blocks import entry_moments
+
+_SETTINGS = RLock()  # those of gpytorch are the same for all threads
 
 
 def scale_gamma(features: Tensor) -> float:
@@ -83,7 +87,9 @@ def kernel_matrix(kernel: Kernel, inputs: Tensor, vectors: Tensor, center: Tenso
             same = vectors is inputs
             inputs = inputs - center
             vectors = inputs if same else vectors - center
-        return kernel(inputs, vectors).to_dense()
+        # Lazily, gpytorch would set active_dims of the kernel to None for a moment.
+        with _SETTINGS, lazily_evaluate_kernels(False):
+            return kernel(inputs, vectors).to_dense()
 
 
 def kernel_scores(

@@ -7,6 +7,7 @@ cancellation of large norms, and a row's distances depend on no other row of its
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from threading import RLock
 from typing import Any
 
 import torch
@@ -21,6 +22,11 @@ _CPU_TILE_ELEMENTS = 2**15
 """Kernel values up to which a tile of few rows may have more columns."""
 _COLUMN_LAYOUT = (32, 64)
 """From so many rows, and up to so many classes, MKL is twice as fast by columns."""
+_SWITCHES = RLock()
+_LOWERED: dict[Any, str] = {}
+"""The switches that ``full_precision`` has changed, and what they were set to."""
+_BLOCKS: set[object] = set()
+"""The blocks, in all threads, that rely on it."""
 
 
 @contextmanager
@@ -28,27 +34,38 @@ def full_precision(device: torch.device) -> Iterator[None]:
     """Keep TF32, bfloat16 products and autocast away from the enclosed products.
 
     A score sums kernel values times dual coefficients as large as C: the ten mantissa bits that
-    TF32 leaves to a distance would show in the leading digits of the score. Under `torch.compile`,
-    which cannot change the switches, it keeps away autocast alone.
+    TF32 leaves to a distance would show in the leading digits of the score. The switches are those
+    of all threads: they go back when the last such block ends. Under `torch.compile`, which cannot
+    change them, it keeps away autocast alone.
 
     Args:
         device: Where the enclosed work runs.
     """
-    mkldnn = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # torch does not type it
-    modules: tuple[Any, ...] = (torch.backends.cuda.matmul, mkldnn)
     if torch.compiler.is_compiling():
-        modules = ()
-    lowered = [(m, m.fp32_precision) for m in modules if m.fp32_precision not in ("ieee", "none")]
+        with torch.autocast(device.type, enabled=False):
+            yield
+        return
+    mkldnn = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # torch does not type it
+    block = object()
+    with _SWITCHES:
+        for switch in (torch.backends.cuda.matmul, mkldnn):
+            if switch.fp32_precision not in ("ieee", "none"):
+                _LOWERED[switch] = switch.fp32_precision
+                switch.fp32_precision = "ieee"
+        if _LOWERED:  # by this block, or by one of another thread that may end before it
+            _BLOCKS.add(block)
     try:
-        for module, _ in lowered:
-            module.fp32_precision = "ieee"
         with torch.autocast(device.type, enabled=False):
             yield
     finally:
-        for module, precision in lowered:
-            module.fp32_precision = "none"  # inherits, as before if that suffices
-            if module.fp32_precision != precision:
-                module.fp32_precision = precision
+        if block in _BLOCKS:
+            with _SWITCHES:
+                _BLOCKS.remove(block)
+                while _LOWERED and not _BLOCKS:
+                    switch, precision = _LOWERED.popitem()
+                    switch.fp32_precision = "none"  # inherits, as before if that suffices
+                    if switch.fp32_precision != precision:
+                        switch.fp32_precision = precision
 
 
 def squared_norms(rows: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from torchdnr.decisions import class_scores
 from torchdnr.files import CheckpointError, DamagedFileError, digest, load_tensors, save_tensors
 from torchdnr.models.paper import Network
 
@@ -170,7 +171,7 @@ def _train_epoch(
         if settings.augment:
             inputs = shift_and_mirror(inputs)
         targets = labels[rows.to(labels.device)].to(device)
-        logits = net(inputs)
+        logits = class_scores(net(inputs))
         loss = nn.functional.cross_entropy(logits, targets)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()

@@ -194,6 +194,7 @@ def minimise(
     return best
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def compress_svm(
     svm: RBFSVM,

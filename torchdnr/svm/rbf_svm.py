@@ -130,6 +130,8 @@ class RBFSVM(nn.Module):
         problems = self.intercept.numel()
         return problems if self.strategy == ONE_VS_REST else classes_of_pairs(problems)
 
+    @torch.inference_mode(False)  # tensors made there stay without gradients for good
+    @torch.no_grad()
     def fit(
         self,
         features: Tensor | ShardedFeatures,
@@ -312,13 +314,15 @@ class RBFSVM(nn.Module):
             if stored is not None and stored.shape != current.shape:
                 dtype = current.dtype if was_fitted else stored.dtype
                 device = current.device
-                self._buffers[name] = torch.empty_like(stored, dtype=dtype, device=device)
+                with torch.inference_mode(False):
+                    self._buffers[name] = torch.empty_like(stored, dtype=dtype, device=device)
         if not was_fitted and self.kernel is not None:
             self.kernel.to(self.support_vectors.dtype)
         self.solution = None  # it certified what was there before
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self._center_vectors()
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def smoothed(self, factor: float) -> Self:
         """Return a view whose kernel has ``factor`` times the gamma; everything else is shared.
@@ -401,6 +405,8 @@ class RBFSVM(nn.Module):
         return kernel_matrix(self.kernel, few, few, self.center)
 
     @classmethod
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def load(cls, path: str | Path, *, kernel: Kernel | None = None) -> Self:
         """Load a module that ``save`` wrote.
 

@@ -17,7 +17,16 @@ from torchdnr.svm.model_selection import grid_search, out_of_fold_scores
 from torchdnr.svm.rbf_svm import RBFSVM
 
 COMBINER = "combiner"
-"""Name of the combiner in ``hyperparameters`` and ``selection``."""
+"""Name of the combiner in ``hyperparameters`` and ``selection``, see ``svm_names``."""
+
+
+def svm_names(layers: Sequence[str], combine: bool) -> list[str]:
+    """Name the SVMs of a stack: by layer, then the combiner.
+
+    Where a layer is called "combiner" the combiner is ".combiner": no layer's name begins so.
+    """
+    combiner = f".{COMBINER}" if COMBINER in layers else COMBINER
+    return [*layers, combiner] if combine else list(layers)
 
 
 @dataclass(frozen=True)
@@ -73,7 +82,7 @@ class SVMStack(nn.Module):
     """RBF-SVMs on the features of layers, and perhaps a combiner on their concatenated scores.
 
     There are no layers while they are not chosen yet; one layer needs no combiner. ``selection``
-    says how each SVM got its hyper-parameters, by layer and ``"combiner"``, as JSON values.
+    says how each SVM got its hyper-parameters, named by ``svm_names``, as JSON values.
     """
 
     base_svms: nn.ModuleList
@@ -91,8 +100,8 @@ class SVMStack(nn.Module):
 
     def named(self) -> dict[str, RBFSVM]:
         """Return the SVMs by layer, then the combiner; the last one gives the final scores."""
-        svms: dict[str, Any] = dict(zip(self.layers, self.base_svms, strict=True))
-        return svms if self.combiner is None else {**svms, COMBINER: self.combiner}
+        svms: list[Any] = [*self.base_svms, *([] if self.combiner is None else [self.combiner])]
+        return dict(zip(svm_names(self.layers, self.combiner is not None), svms, strict=True))
 
     @property
     def is_fitted(self) -> bool:
@@ -177,7 +186,7 @@ class SVMStack(nn.Module):
                 f"labels and R^2 {final['r2']:.3f}: use more prototypes, or attack it before you "
                 "trust it",
                 CompressionWarning,
-                stacklevel=3,
+                stacklevel=5,  # behind the two decorators of compress
             )
         stack = self._with(svms)
         stack.selection = {
@@ -191,7 +200,7 @@ class SVMStack(nn.Module):
         stack._modules = dict(self._modules)
         stack.base_svms = nn.ModuleList(svms[name] for name in self.layers)
         if self.combiner is not None:
-            stack.combiner = svms[COMBINER]
+            stack.combiner = svms[list(self.named())[-1]]
         return stack
 
 

@@ -59,7 +59,7 @@ def _raw_gradient(context: Context, points: Tensor, labels: Tensor) -> Tensor | 
     for chunk, chunk_labels in zip(points.split(size), labels.split(size), strict=True):
         with torch.enable_grad():
             chunk = chunk.detach().requires_grad_()
-            output = target.model(chunk)
+            output = target.output(chunk)
             value = target.objective(*split_scores(output, target.reject), chunk_labels)
             if not value.requires_grad:
                 return None

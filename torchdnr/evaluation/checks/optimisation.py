@@ -11,7 +11,7 @@ from torchdnr.attacks.objectives import decision_objective
 from torchdnr.attacks.pgd import pgd
 from torchdnr.attacks.projections import rows_of
 from torchdnr.attacks.view import ModelView
-from torchdnr.decisions import evades, split_scores
+from torchdnr.decisions import evades, method_of, split_scores
 from torchdnr.evaluation.checks.context import Context, evades_at, missed_evasions, share_status
 from torchdnr.evaluation.checks.result import Finding
 from torchdnr.evaluation.line_up import Attack
@@ -116,7 +116,7 @@ def _record(context: Context, attack: Attack, row: int) -> _Recorded:
     """Attack one sample alone, from the clean input, and grade all points that were evaluated."""
     recorder = _Recorder(context, row)
     model = ModelView(context.model, recorder)
-    if (smoothed := getattr(context.model, "smoothed", None)) is not None:
+    if (smoothed := method_of(context.model, "smoothed")) is not None:
         model.__dict__["smoothed"] = smoothed  # not recorded: it is the model that has to be evaded
     inputs, labels = context.inputs[row : row + 1], context.labels[row : row + 1]
     eps = math.inf if attack.minimum_norm else context.eps

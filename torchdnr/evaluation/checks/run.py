@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torchdnr.attacks.checks import (
 from torchdnr.attacks.objectives import decision_objective
 from torchdnr.attacks.starts import assigned_classes
 from torchdnr.attacks.target import Target, check_classes
-from torchdnr.decisions import evaluation_mode, has_reject_column, predict_labels
+from torchdnr.decisions import class_scores, evaluation_mode, has_reject_column, predict_labels
 from torchdnr.evaluation.checks import curve as curves
 from torchdnr.evaluation.checks import model as models
 from torchdnr.evaluation.checks import optimisation, weaker
@@ -142,6 +143,8 @@ def run_checks(
         "queries": queries,
         "passes": passes,
     }
+    if torch.is_inference_mode_enabled():
+        raise ValueError("the checks need gradients: call them outside torch.inference_mode")
     for name, value in {**counts, "batch_size": batch_size}.items():
         check_count(name, value, 2 if name == "passes" else 1)
     norm = curve.norm if norm is None else norm
@@ -160,7 +163,7 @@ def run_checks(
     pool = inputs if init_inputs is None else init_inputs
     with evaluation_mode(counted), evaluation_mode(counted if surrogate is None else surrogate):
         target = Target(counted, decision_objective, reject, batch_size)
-        check_classes(target, inputs, labels)
+        classes = check_classes(target, inputs, labels)
         clean = predict_labels(outputs(counted, inputs, batch_size), reject)
         pool_labels = assigned_classes(target, pool)
         if attacks is None:
@@ -181,7 +184,7 @@ def run_checks(
             pool=pool,
             pool_labels=pool_labels,
             attacks={name: attack for name, attack in attacks.items() if attack.fits(model)},
-            surrogate=_network(model, inputs) if surrogate is None else surrogate,
+            surrogate=_network(model, inputs, classes) if surrogate is None else surrogate,
             reference=reference,
             options=counts,
             seed=seed,
@@ -237,11 +240,11 @@ def _run(name: str, check: Callable[[Context], Finding], context: Context) -> Ch
     return Check(name, status, counts, message, "" if status == "pass" else advice)
 
 
-def _network(model: Model, inputs: Tensor) -> Model | None:
-    """Return the network under the defence if it classifies."""
+def _network(model: Model, inputs: Tensor, classes: int) -> Model | None:
+    """Return the network under the defence if it tells as many classes."""
     net = getattr(model, "net", None)
     if not isinstance(net, nn.Module):
         return None
-    with torch.no_grad():
-        output = net(inputs[:1])
-    return net if isinstance(output, Tensor) and output.ndim == 2 and output.shape[1] > 1 else None
+    with torch.no_grad(), suppress(TypeError):
+        return net if class_scores(net(inputs[:1])).shape == (1, classes) else None
+    return None
