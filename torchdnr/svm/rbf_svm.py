@@ -14,7 +14,7 @@ from torchdnr.decisions import NotFittedError
 from torchdnr.distributed.sharing import ShardedFeatures
 from torchdnr.files import CheckpointError, load_tensors, save_tensors
 from torchdnr.kernels.any_kernel import kernel_matrix, kernel_scores, make_rbf_kernel, rbf_gamma
-from torchdnr.kernels.rbf import full_precision, rbf_scores, squared_norms
+from torchdnr.kernels.rbf import full_precision, is_transformed, rbf_scores, squared_norms
 from torchdnr.svm.checks import check_features, check_labels
 from torchdnr.svm.dual import DualSolution
 from torchdnr.svm.multiclass import (
@@ -265,6 +265,8 @@ class RBFSVM(nn.Module):
                 return vectors - center, None
             kept = self._centred_from
             if kept is None or kept[0] is not vectors or kept[1] is not center:
+                if is_transformed():  # these tensors may end with the transform
+                    return vectors - center, None
                 self._center_vectors()
             elif kept[2:] != (vectors._version, center._version):
                 self._center_vectors()
