@@ -1,6 +1,7 @@
 """Deep Neural Rejection (DNR) and Neural Rejection (NR)."""
 
 import math
+import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from copy import copy
 from pathlib import Path
@@ -17,7 +18,8 @@ from torchdnr.features.choice import default_layers
 from torchdnr.features.extraction import distortions, extract, prepare_features, training_features
 from torchdnr.features.layers import LayerFeatures
 from torchdnr.features.reductions import ReductionLike, reduction_metadata, reductions_of_file
-from torchdnr.files import CheckpointError, digest, load_tensors, save_tensors
+from torchdnr.features.wrappers import has_digest, network_digest, with_names_of
+from torchdnr.files import CheckpointError, check_tensors, digest, load_tensors, save_tensors
 from torchdnr.kernels.rbf import full_precision
 from torchdnr.rejection import Threshold, predict_in_batches, rejection_threshold
 from torchdnr.svm.compression import SMOOTHNESS, STEPS, compress_stack, stack_losses
@@ -193,8 +195,13 @@ class DNR(nn.Module):
         Warns:
             ConvergenceWarning: If a dual problem missed its tolerance.
             ProjectionWarning: If a random projection changes distances by much.
-            UserWarning: If features go to a temporary folder, or were damaged on disk.
+            UserWarning: If features go to a temporary folder, or were damaged on disk; or if
+                ``save`` will not be able to write the classifier.
         """
+        try:
+            self._check_savable()
+        except TypeError as error:
+            warnings.warn(f"{error}; fit goes on, but save will raise this", stacklevel=2)
         progress = progress and current().first
         with stage("features"):
             features, by_layer, labels = training_features(
@@ -445,12 +452,23 @@ class DNR(nn.Module):
         Raises:
             NotFittedError: If there is nothing to save.
             OSError: If the file cannot be written; an earlier one stays as it was.
+            TypeError: If a reduction has state that is no tensor, or a network state that has no
+                fingerprint.
         """
         self._require_fit()
+        metadata = {**self.settings(), "network_digest": network_digest(self.net)}
+        save_tensors(path, self._own_state(), metadata, kind=type(self).__name__)
+
+    def _own_state(self) -> dict[str, Any]:
+        """Return the state dict without the network."""
         state = self.state_dict()
-        tensors = {k: v for k, v in state.items() if not k.startswith("features.net.")}
-        metadata = {**self.settings(), "network_digest": digest(self.net.state_dict())}
-        save_tensors(path, tensors, metadata, kind=type(self).__name__)
+        return {k: v for k, v in state.items() if not k.startswith("features.net.")}
+
+    def _check_savable(self) -> None:
+        """Raise the ``TypeError`` that ``save`` would raise; tensors of the network raise none."""
+        check_tensors(self._own_state(), f"this {type(self).__name__}")
+        state = self.net.state_dict()
+        digest({name: value for name, value in state.items() if not isinstance(value, Tensor)})
 
     @classmethod
     def load(
@@ -465,7 +483,8 @@ class DNR(nn.Module):
 
         Args:
             path: File to read.
-            net: The network, with the weights it had when the classifier was fitted.
+            net: The network, with the weights it had when the classifier was fitted; in a wrapper
+                (``nn.DataParallel``, ``DistributedDataParallel``, ``torch.compile``) or not.
             strict: Whether to refuse a network with other weights, whose features the SVMs do
                 not know.
             layers: Name -> reduction, for the layers whose reduction was a module of yours; what
@@ -479,12 +498,13 @@ class DNR(nn.Module):
                 other reductions.
         """
         tensors, metadata = load_tensors(path, kind=cls.__name__)
-        if strict and metadata["network_digest"] != digest(net.state_dict()):
+        if strict and not has_digest(net, metadata["network_digest"]):
             raise CheckpointError(
                 f"{path}: expected the network it was fitted on, got one with other weights; load "
                 "those weights first, or pass strict=False"
             )
         try:
+            metadata = with_names_of(net, metadata)
             reductions = reductions_of_file(path, metadata, layers or {})
             combine = any("combiner." in name for name in tensors)
             model = cls._build(net, reductions, metadata["options"], combine)

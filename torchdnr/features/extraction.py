@@ -140,7 +140,7 @@ def _describe(
     tensors = {**features.state_dict(), **dict(features.named_buffers())}
     options = {k: v for k, v in vars(features).items() if k[0] != "_" and k != "training"}
     return {
-        "weights": digest({k: v for k, v in tensors.items() if isinstance(v, Tensor)}),
+        "weights": digest(tensors),
         "modules": hashlib.sha256(repr(features).encode()).hexdigest(),
         "options": repr(sorted(options.items())),
         "device": device.type,  # rounding differs between kinds
