@@ -44,11 +44,11 @@ class Threshold(nn.Module):
         self._is_set = False
 
     def set(self, theta: float | Tensor) -> None:
-        """Set theta to a finite number; a tensor of floating point keeps its dtype and device."""
+        """Set theta to a finite number; a copy of floating point keeps its dtype and device."""
         theta = torch.as_tensor(theta).reshape(())
         if not torch.isfinite(theta):
             raise ValueError(f"threshold must be finite, got {theta.item()}")
-        self.theta = theta if theta.is_floating_point() else theta.float()
+        self.theta = (theta if theta.is_floating_point() else theta.float()).detach().clone()
         self._is_set = True
 
     def reset(self) -> None:

@@ -302,7 +302,7 @@ def _predictions(task: Task, eps: list[float], judged: list[Judged]) -> dict[str
     """Collect the fields of ``Predictions``."""
     return {
         "eps": eps,
-        "labels": task.labels.cpu(),
+        "labels": task.labels.to("cpu", copy=True),
         "predictions": torch.stack([entry.predictions for entry in judged]).cpu(),
         "mean_norm": [entry.size.mean().item() for entry in judged],
     }

@@ -16,7 +16,7 @@ from torchdnr.files import CheckpointError, load_tensors, save_tensors
 from torchdnr.kernels.any_kernel import kernel_matrix, kernel_scores, make_rbf_kernel, rbf_gamma
 from torchdnr.kernels.rbf import full_precision, is_transformed, rbf_scores, squared_norms
 from torchdnr.svm.checks import check_features, check_labels
-from torchdnr.svm.dual import DualSolution
+from torchdnr.svm.dual import Certificate
 from torchdnr.svm.multiclass import (
     ONE_VS_ONE,
     ONE_VS_REST,
@@ -77,8 +77,8 @@ class RBFSVM(nn.Module):
         center: Mean of the training features, ``(d,)``; distances are measured from it. Zeros
             ``(n,)`` with a precomputed kernel.
         kernel: The gpytorch kernel in use; None with a precomputed one.
-        solution: Certificate of the last fit, one entry per problem; None before it and after
-            loading.
+        solution: ``Certificate`` of the last fit, one entry per problem, on the CPU; None before it
+            and after loading. ``solve_dual`` returns the whole solution.
     """
 
     def __init__(
@@ -113,7 +113,7 @@ class RBFSVM(nn.Module):
         self.kernel: Kernel | None = kernel if isinstance(kernel, Kernel) else None
         if kernel is None:
             self.kernel = RBFKernel().requires_grad_(False)
-        self.solution: DualSolution | None = None
+        self.solution: Certificate | None = None
 
     @property
     def is_fitted(self) -> bool:
@@ -195,7 +195,7 @@ class RBFSVM(nn.Module):
         self.dual_coef = solution.dual_coef[chosen].to(features.local)
         self.intercept = solution.intercept.to(features.local)
         self.center, self.kernel = data.center, kernel
-        self.solution = data.of_all_samples(solution)
+        self.solution = replace(solution.certificate(), samples=len(features))
         return self
 
     def forward(self, features: Tensor, *, vote: bool = True) -> Tensor:
@@ -428,6 +428,8 @@ class RBFSVM(nn.Module):
             )
         if isinstance(weights := settings.get("class_weight"), dict):  # JSON made its keys strings
             settings["class_weight"] = {int(k): weight for k, weight in weights.items()}
+        if isinstance(kernel, Kernel):
+            kernel = deepcopy(kernel)  # one kernel may be given for several files
         module, probe = cls(**settings, kernel=kernel), tensors.pop(_PROBE, None)
         try:
             module.load_state_dict(tensors)
