@@ -10,6 +10,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from torchdnr.arrays import as_data, as_images
 from torchdnr.costs import stage
 from torchdnr.decisions import NotFittedError
 from torchdnr.distributed import current
@@ -203,6 +204,7 @@ class DNR(nn.Module):
         except TypeError as error:
             warnings.warn(f"{error}; fit goes on, but save will raise this", stacklevel=2)
         progress = progress and current().first
+        inputs = as_data(inputs, self.net)
         with stage("features"):
             features, by_layer, labels = training_features(
                 inputs,
@@ -257,6 +259,7 @@ class DNR(nn.Module):
             NotFittedError: If the classifier is not fitted.
             PeerError: If another of the processes has ended.
         """
+        inputs = as_data(inputs, self.net)
         processes, batch_size = current(), self.batch_size
         if isinstance(inputs, Tensor):  # a batch for each process at least
             batch_size = max(1, min(batch_size, math.ceil(len(inputs) / processes.count)))
@@ -302,7 +305,7 @@ class DNR(nn.Module):
             NotFittedError: If ``fit`` has not run.
         """
         self._require_fit()
-        return self.svms(self.features(inputs))
+        return self.svms(self.features(as_images("inputs", inputs, self.net)))
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Compute class scores and threshold.
@@ -429,6 +432,7 @@ class DNR(nn.Module):
 
     def _extract(self, inputs: Tensor | Iterable[Any], progress: bool = False) -> dict[str, Tensor]:
         """Extract the features of checked images, by layer."""
+        inputs = as_data(inputs, self.net)
         images = (batch for batch, _ in checked_batches(inputs, self.batch_size))
         return extract(self.features, images, progress=progress)[0]
 

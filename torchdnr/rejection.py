@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torchdnr.arrays import as_images
 from torchdnr.decisions import NotFittedError, check_images, evaluation_mode, predict_labels
 
 
@@ -83,6 +84,7 @@ def predict_in_batches(
     model: nn.Module, inputs: Tensor, batch_size: int, device: torch.device | None = None
 ) -> Tensor:
     """Check images, and predict labels or ``REJECT`` batch by batch, ``(n,)``."""
+    inputs = as_images("inputs", inputs, model)
     check_images("inputs", inputs)
     with torch.no_grad():
         # Called as a user calls it: after compile() it runs the compiled program.

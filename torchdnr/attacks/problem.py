@@ -3,18 +3,19 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from torchdnr.arrays import as_features, as_labels
 from torchdnr.attacks.checks import (
     check_count,
     check_eps,
-    check_inputs,
     check_like,
     check_pool,
     check_targets,
+    checked_inputs,
 )
 from torchdnr.attacks.objectives import ObjectiveFunction, decision_objective
 from torchdnr.attacks.options import Options
@@ -50,6 +51,18 @@ class Problem(NamedTuple):
         return best.clone()
 
 
+def _converted(options: Options, inputs: Tensor) -> Options:
+    """Convert the arrays among the options to tensors that go with the inputs."""
+    converted: dict[str, Any] = {
+        name: value for name, value in vars(options).items() if value is not None
+    }
+    for name in {"start", "init_inputs"} & converted.keys():
+        converted[name] = as_features(name, converted[name], inputs)
+    for name in {"targets", "init_labels"} & converted.keys():
+        converted[name] = as_labels(name, converted[name], inputs.device)
+    return replace(options, **converted)
+
+
 @contextmanager
 def problem(
     model: Callable[[Tensor], Tensor],
@@ -61,9 +74,11 @@ def problem(
 ) -> Iterator[Problem]:
     """Check the arguments of an attack, and put the model into evaluation mode while it runs.
 
-    Yields the problem, with gradients off. All errors in arguments are ValueErrors raised here.
+    Yields the problem, with gradients off. All errors in arguments are ValueErrors raised here, or
+    a TypeError for what holds no numbers.
     """
-    check_inputs(inputs, labels, options.norm, options.bounds)
+    inputs, labels = checked_inputs(inputs, labels, options.norm, options.bounds, model)
+    options = _converted(options, inputs)
     check_count("restarts", options.restarts, 0)
     check_count("batch_size", options.batch_size, 1)
     check_targets(options.targets, labels)

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from torchdnr.attacks.checks import check_count, check_inputs, check_pool
+from torchdnr.arrays import as_features
+from torchdnr.attacks.checks import check_count, check_pool, checked_inputs
 from torchdnr.attacks.objectives import decision_objective
 from torchdnr.attacks.projections import project
 from torchdnr.attacks.target import Target, check_classes
@@ -138,8 +139,9 @@ def security_evaluations(
     Source: Sotgiu et al., Sec. IV-A, "Security Evaluation".
     """
     eps = increasing("eps", eps, "finite, >= 0", lambda value: 0 <= value < math.inf)
-    check_inputs(inputs, labels, norm, bounds)
+    inputs, labels = checked_inputs(inputs, labels, norm, bounds, next(iter(models.values()), None))
     if init_inputs is not None:
+        init_inputs = as_features("init_inputs", init_inputs, inputs)
         check_pool(init_inputs, None, inputs, bounds)
     check_count("batch_size", batch_size, 1)
     jobs: list[_Job] = []

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from torchdnr.arrays import as_labels
 from torchdnr.decisions import evaluation_mode
 from torchdnr.distributed import current
 from torchdnr.distributed.sharing import (
@@ -263,6 +264,7 @@ def training_features(
         features = {name: rows.cpu() for name, rows in features.items()}
     sharded = {name: ShardedFeatures.from_local(rows, processes) for name, rows in features.items()}
     first = next(iter(sharded.values()))
-    labels = torch.as_tensor(from_loader if labels is None else labels, device=first.local.device)
+    labels = from_loader if labels is None else labels
+    labels = as_labels("labels", labels).to(first.local.device)
     check_labels(labels, len(first))
     return ready, sharded, labels.long()

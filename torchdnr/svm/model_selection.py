@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from torchdnr.arrays import ArrayLike, as_labels
 from torchdnr.distributed.sharing import ShardedFeatures
 from torchdnr.kernels.any_kernel import gamma_for_variance
-from torchdnr.svm.checks import check_features, check_labels
+from torchdnr.svm.checks import check_labels, checked_features
 from torchdnr.svm.dual import DualSolution, dual_bounds
 from torchdnr.svm.gram import all_distances, planned_rows
 from torchdnr.svm.kernel_rows import KernelRows
@@ -79,8 +80,8 @@ def stratified_folds(labels: Tensor, folds: int, seed: int = 0) -> Tensor:
 
 @torch.no_grad()
 def grid_search(
-    features: Tensor | ShardedFeatures,
-    labels: Tensor,
+    features: ArrayLike | ShardedFeatures,
+    labels: ArrayLike,
     *,
     C_grid: Sequence[float] = C_GRID,
     gamma_grid: Sequence[float] = GAMMA_GRID,
@@ -121,9 +122,9 @@ def grid_search(
     Warns:
         ConvergenceWarning: For each grid point with problems that missed ``tol``.
     """
-    check_features(features)
+    features = ShardedFeatures.of(checked_features(features))
+    labels = as_labels("labels", labels, features.local.device)
     c, labels = check_labels(labels, len(features)), labels.long()
-    features = ShardedFeatures.of(features)
     scale = gamma_for_variance(features.variance(), features.shape[1])
     Cs = tuple(sorted(float(C) for C in C_grid))
     gammas = tuple(sorted(scale * float(multiple) for multiple in gamma_grid))
@@ -158,8 +159,8 @@ def grid_search(
 
 @torch.no_grad()
 def out_of_fold_scores(
-    features: Tensor | ShardedFeatures,
-    labels: Tensor,
+    features: ArrayLike | ShardedFeatures,
+    labels: ArrayLike,
     *,
     C: float,
     gamma: float,
@@ -194,7 +195,8 @@ def out_of_fold_scores(
 
     Source: Wolpert, "Stacked generalization" (1992); Sotgiu et al., Sec. IV-A.
     """
-    check_features(features)
+    features = ShardedFeatures.of(checked_features(features))
+    labels = as_labels("labels", labels, features.local.device)
     c, labels = check_labels(labels, len(features)), labels.long()
     fold = stratified_folds(labels, folds, seed)
     kernels = _Kernels(features, distances, c * folds, memory_limit)

@@ -10,12 +10,13 @@ import torch
 from gpytorch.kernels import Kernel, RBFKernel
 from torch import Tensor, nn
 
+from torchdnr.arrays import ArrayLike, as_features, as_labels
 from torchdnr.decisions import NotFittedError
 from torchdnr.distributed.sharing import ShardedFeatures
 from torchdnr.files import CheckpointError, load_tensors, save_tensors
 from torchdnr.kernels.any_kernel import kernel_matrix, kernel_scores, make_rbf_kernel, rbf_gamma
 from torchdnr.kernels.rbf import full_precision, is_transformed, rbf_scores, squared_norms
-from torchdnr.svm.checks import check_features, check_labels
+from torchdnr.svm.checks import check_labels, checked_features
 from torchdnr.svm.dual import Certificate
 from torchdnr.svm.multiclass import (
     ONE_VS_ONE,
@@ -132,16 +133,18 @@ class RBFSVM(nn.Module):
 
     def fit(
         self,
-        features: Tensor | ShardedFeatures,
-        labels: Tensor,
+        features: ArrayLike | ShardedFeatures,
+        labels: ArrayLike,
         *,
-        sample_weight: Tensor | None = None,
+        sample_weight: ArrayLike | None = None,
         num_classes: int | None = None,
-        distances: Tensor | None = None,
-        initial: Tensor | None = None,
+        distances: ArrayLike | None = None,
+        initial: ArrayLike | None = None,
         memory_limit: int | None = None,
     ) -> "RBFSVM":
         """Solve the binary problems and keep the support vectors.
+
+        Arrays of numpy and lists of numbers do as well as tensors; integers are features too then.
 
         Args:
             features: Training features, ``(n, d)``, float32 or float64: the module takes their
@@ -165,12 +168,16 @@ class RBFSVM(nn.Module):
 
         Raises:
             ValueError: If an argument is not as said above.
+            TypeError: If one holds anything but numbers.
 
         Warns:
             ConvergenceWarning: Naming the problems that missed ``tol``.
         """
-        check_features(features)
-        c, features = check_labels(labels, len(features), num_classes), ShardedFeatures.of(features)
+        features = ShardedFeatures.of(checked_features(features))
+        labels = as_labels("labels", labels, features.local.device)
+        c = check_labels(labels, len(features), num_classes)
+        if distances is not None:
+            distances = as_features("distances", distances, features.local)
         features = replace(features, local=features.local.detach())
         data = select_training_data(
             features, labels.long(), c, sample_weight, distances, self.is_precomputed
@@ -188,7 +195,7 @@ class RBFSVM(nn.Module):
             limits,
             tol=self.tol,
             max_steps=self.max_steps,
-            initial=None if initial is None else initial[data.kept],
+            initial=None if initial is None else as_features("initial", initial)[data.kept],
         )
         chosen = solution.dual_coef.ne(0).any(dim=1)
         self.support_vectors, self.support = data.support_vectors(chosen), data.kept[chosen]
@@ -198,13 +205,13 @@ class RBFSVM(nn.Module):
         self.solution = replace(solution.certificate(), samples=len(features))
         return self
 
-    def forward(self, features: Tensor, *, vote: bool = True) -> Tensor:
+    def forward(self, features: ArrayLike, *, vote: bool = True) -> Tensor:
         """Compute class scores.
 
         Args:
-            features: ``(n, d)``; brought to the dtype of the support vectors. With a precomputed
-                kernel its values with all training samples, of which those with the support
-                vectors count.
+            features: ``(n, d)``; a tensor is brought to the dtype of the support vectors, an array
+                to their device too. With a precomputed kernel its values with all training samples,
+                of which those with the support vectors count.
             vote: Whether the pairs of one-vs-one vote, rather than give their decision values.
 
         Returns:
@@ -218,6 +225,7 @@ class RBFSVM(nn.Module):
             ValueError: If the number of features is not that of the training samples.
         """
         self._require_fit()
+        features = as_features("features", features, self.dual_coef)
         if features.ndim != 2 or features.shape[1] != self.center.numel():
             raise ValueError(
                 f"features must be (n, {self.center.numel()}) as in fit, "

@@ -6,6 +6,7 @@ import torch
 from gpytorch.kernels import Kernel
 from torch import Tensor
 
+from torchdnr.arrays import ArrayLike, as_features
 from torchdnr.distributed.sharing import ShardedFeatures
 from torchdnr.kernels.any_kernel import gamma_for_variance, kernel_matrix, rbf_gamma
 from torchdnr.svm.checks import check_gram, check_sample_weight
@@ -77,7 +78,7 @@ def select_training_data(
     features: Tensor | ShardedFeatures,
     labels: Tensor,
     num_classes: int,
-    sample_weight: Tensor | None,
+    sample_weight: ArrayLike | None,
     distances: Tensor | None,
     is_precomputed: bool,
 ) -> TrainingData:
@@ -90,7 +91,7 @@ def select_training_data(
         check_gram(local)
     kept = torch.arange(n, device=local.device)
     if sample_weight is not None:
-        weight = torch.as_tensor(sample_weight, dtype=torch.float64, device=local.device)
+        weight = as_features("sample_weight", sample_weight).to(local.device, torch.float64)
         check_sample_weight(weight, labels, num_classes)
         kept = weight.nonzero().squeeze(1)
         labels, weight = labels[kept], weight[kept]
