@@ -10,7 +10,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from torchdnr.arrays import as_data, as_images
+from torchdnr.arrays import ArrayLike, as_data, as_features, as_images
 from torchdnr.costs import stage
 from torchdnr.decisions import NotFittedError
 from torchdnr.distributed import current
@@ -23,8 +23,10 @@ from torchdnr.features.wrappers import has_digest, network_digest, with_names_of
 from torchdnr.files import CheckpointError, check_tensors, digest, load_tensors, save_tensors
 from torchdnr.kernels.rbf import full_precision
 from torchdnr.rejection import Threshold, predict_in_batches, rejection_threshold
+from torchdnr.svm.checks import checked_sample_weight
 from torchdnr.svm.compression import SMOOTHNESS, STEPS, compress_stack, stack_losses
 from torchdnr.svm.model_selection import C_GRID, GAMMA_GRID
+from torchdnr.svm.multiclass import ClassWeight, checked_class_weight
 from torchdnr.svm.rbf_svm import RBFSVM
 from torchdnr.svm.stack import SVMOptions, SVMStack, chosen_sizes
 
@@ -56,6 +58,8 @@ class DNR(nn.Module):
         batch_size: Images per forward pass.
         memory_limit: Bytes that one fit may take beyond the features, and that the features of all
             layers may take before they go to files, see ``fit``; default 4 GiB.
+        class_weight: Factors of C by class in all SVMs, as in ``RBFSVM``: one per class, a dict, or
+            ``"balanced"``, which balances every fold by itself too.
         combine: Whether a combiner scores, on what the SVMs of the layers return; see ``NR``.
 
     Attributes:
@@ -83,6 +87,7 @@ class DNR(nn.Module):
         seed: int = 0,
         batch_size: int = 256,
         memory_limit: int | None = None,
+        class_weight: ClassWeight | None = None,
         combine: bool = True,
     ) -> None:
         super().__init__()
@@ -97,6 +102,7 @@ class DNR(nn.Module):
             tol=tol,
             seed=seed,
             memory_limit=memory_limit,
+            class_weight=checked_class_weight(class_weight),
         )
         self.batch_size = batch_size
         self.features = LayerFeatures(net, layers, seed=seed)
@@ -161,6 +167,7 @@ class DNR(nn.Module):
         inputs: Tensor | Iterable[Any],
         labels: Tensor | None = None,
         *,
+        sample_weight: ArrayLike | None = None,
         progress: bool = False,
         features_folder: str | Path | None = None,
     ) -> Self:
@@ -179,6 +186,9 @@ class DNR(nn.Module):
         Args:
             inputs: Images ``(n, ...)`` in [0, 1], or a loader that yields ``(images, labels)``.
             labels: ``(n,)`` int64 in 0..c-1 where ``inputs`` is a tensor.
+            sample_weight: Factor >= 0 of C per image in all SVMs, in the folds too, ``(n,)``; with
+                a loader in its order, so that it must not shuffle. An image of weight 0 is as good
+                as removed; in a search accuracy is weighted too.
             progress: Whether to show progress bars.
             features_folder: Where features go in any case, and are kept: a call that was stopped
                 goes on from there when it is repeated, with a loader that does not shuffle.
@@ -204,6 +214,8 @@ class DNR(nn.Module):
         except TypeError as error:
             warnings.warn(f"{error}; fit goes on, but save will raise this", stacklevel=2)
         progress = progress and current().first
+        if sample_weight is not None:
+            sample_weight = as_features("sample_weight", sample_weight)
         inputs = as_data(inputs, self.net)
         with stage("features"):
             features, by_layer, labels = training_features(
@@ -215,7 +227,9 @@ class DNR(nn.Module):
                 memory_limit=self.svm_options.memory_limit,
                 folder=features_folder,
                 progress=progress,
+                sample_weight=sample_weight,
             )
+            weight = checked_sample_weight(sample_weight, labels, int(labels.max()) + 1)
         # Only now: a fit that fails before leaves the earlier one to use, and one that fails from
         # here on no mixture of old and new.
         combine = self.combiner is not None
@@ -223,7 +237,7 @@ class DNR(nn.Module):
         self.svms = SVMStack(self.svm_options, features.layers, combine=combine)
         self.rejection.reset()
         with full_precision(labels.device):  # autocast and TF32 are for the network alone
-            self.svms.fit(by_layer, labels, progress=progress)
+            self.svms.fit(by_layer, labels, sample_weight=weight, progress=progress)
         self.svms.to(self.device)  # from the CPU, where features that are mapped from files live
         for name, distortion in distortions(features).items():
             self.selection[name]["distortion"] = distortion

@@ -218,6 +218,7 @@ def training_features(
     memory_limit: int | None,
     folder: str | Path | None,
     progress: bool,
+    sample_weight: Tensor | None = None,
 ) -> tuple[LayerFeatures, dict[str, ShardedFeatures], Tensor]:
     """Extract the features of checked images, and the labels that go with them.
 
@@ -225,6 +226,7 @@ def training_features(
     or of the batches of a loader, all of which it goes through for the labels. ``prepare`` makes
     the layers ready, given a few batches of images on the device. Without a memory limit it is 4
     GiB on a CPU; a GPU has none. With a folder each of more than one process has a folder in it.
+    The sample weights have to be the same in all processes.
 
     Returns the layers that were read; layer name -> features ``(n, d)``, float32 at least; and the
     labels of all images, int64.
@@ -252,7 +254,7 @@ def training_features(
         folder=folder,
         widen=True,
     )
-    check_same(processes, ready.net, [labels, *batch_labels], torch.cat(sample))
+    check_same(processes, ready.net, [labels, *batch_labels, sample_weight], torch.cat(sample))
     from_loader = _joined(batch_labels, len(batch_labels))
     if (labels is None) == (from_loader is None):
         raise ValueError(

@@ -63,9 +63,17 @@ def check_gram(gram: Tensor) -> None:
         )
 
 
-def check_sample_weight(sample_weight: Tensor, labels: Tensor, num_classes: int) -> None:
-    """Refuse weights that are not finite and >= 0, or that leave a class without samples."""
+def checked_sample_weight(
+    sample_weight: ArrayLike | None, labels: Tensor, num_classes: int
+) -> Tensor | None:
+    """Convert weights to float64 beside the labels; None stays.
+
+    Refuse those that are not finite and >= 0, or that leave a class without samples.
+    """
+    if sample_weight is None:
+        return None
     n = len(labels)
+    sample_weight = as_features("sample_weight", sample_weight).to(labels.device, torch.float64)
     if sample_weight.shape != (n,):
         raise ValueError(
             f"sample_weight must be ({n},), one per sample, got {tuple(sample_weight.shape)}"
@@ -78,3 +86,4 @@ def check_sample_weight(sample_weight: Tensor, labels: Tensor, num_classes: int)
             "sample_weight must leave every class a sample of weight > 0, got none for classes "
             f"{missing[:10]}: raise a weight, or remove the class"
         )
+    return sample_weight

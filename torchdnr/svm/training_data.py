@@ -6,10 +6,10 @@ import torch
 from gpytorch.kernels import Kernel
 from torch import Tensor
 
-from torchdnr.arrays import ArrayLike, as_features
+from torchdnr.arrays import ArrayLike
 from torchdnr.distributed.sharing import ShardedFeatures
 from torchdnr.kernels.any_kernel import gamma_for_variance, kernel_matrix, rbf_gamma
-from torchdnr.svm.checks import check_gram, check_sample_weight
+from torchdnr.svm.checks import check_gram, checked_sample_weight
 from torchdnr.svm.gram import planned_rows, rows_on_demand
 from torchdnr.svm.kernel_rows import KernelRows
 from torchdnr.svm.memory_plan import plan_memory
@@ -84,15 +84,14 @@ def select_training_data(
 ) -> TrainingData:
     """Check kernel values and weights, and leave out samples of weight 0; see ``RBFSVM.fit``."""
     features = ShardedFeatures.of(features)
-    n, weight, local = len(features), None, features.local
+    n, local = len(features), features.local
     if is_precomputed:
         if features.partition.processes.count > 1:
             raise ValueError("a precomputed kernel must be whole, got sharded rows: pass a tensor")
         check_gram(local)
     kept = torch.arange(n, device=local.device)
-    if sample_weight is not None:
-        weight = as_features("sample_weight", sample_weight).to(local.device, torch.float64)
-        check_sample_weight(weight, labels, num_classes)
+    weight = checked_sample_weight(sample_weight, labels, num_classes)
+    if weight is not None:
         kept = weight.nonzero().squeeze(1)
         labels, weight = labels[kept], weight[kept]
     if len(kept) < n:
