@@ -1,7 +1,6 @@
 """Deep Neural Rejection (DNR) and Neural Rejection (NR)."""
 
 import math
-import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from copy import copy
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from torchdnr.arrays import ArrayLike, as_data, as_features, as_images
+from torchdnr.arrays import ArrayLike, as_data, as_images
 from torchdnr.costs import stage
 from torchdnr.decisions import NotFittedError
 from torchdnr.distributed import current
@@ -18,12 +17,16 @@ from torchdnr.distributed.sharing import check_same, checked_batches
 from torchdnr.features.choice import default_layers
 from torchdnr.features.extraction import distortions, extract, prepare_features, training_features
 from torchdnr.features.layers import LayerFeatures
+from torchdnr.features.network import (
+    has_digest,
+    network_digest,
+    warn_unless_savable,
+    with_names_of,
+)
 from torchdnr.features.reductions import ReductionLike, reduction_metadata, reductions_of_file
-from torchdnr.features.wrappers import has_digest, network_digest, with_names_of
-from torchdnr.files import CheckpointError, check_tensors, digest, load_tensors, save_tensors
+from torchdnr.files import CheckpointError, load_tensors, save_tensors
 from torchdnr.kernels.rbf import full_precision
 from torchdnr.rejection import Threshold, predict_in_batches, rejection_threshold
-from torchdnr.svm.checks import checked_sample_weight
 from torchdnr.svm.compression import SMOOTHNESS, STEPS, compress_stack, stack_losses
 from torchdnr.svm.model_selection import C_GRID, GAMMA_GRID
 from torchdnr.svm.multiclass import ClassWeight, checked_class_weight
@@ -209,16 +212,11 @@ class DNR(nn.Module):
             UserWarning: If features go to a temporary folder, or were damaged on disk; or if
                 ``save`` will not be able to write the classifier.
         """
-        try:
-            self._check_savable()
-        except TypeError as error:
-            warnings.warn(f"{error}; fit goes on, but save will raise this", stacklevel=2)
+        warn_unless_savable(type(self).__name__, self._own_state(), self.net)
         progress = progress and current().first
-        if sample_weight is not None:
-            sample_weight = as_features("sample_weight", sample_weight)
         inputs = as_data(inputs, self.net)
         with stage("features"):
-            features, by_layer, labels = training_features(
+            features, by_layer, labels, weight = training_features(
                 inputs,
                 labels,
                 self._prepare_features,
@@ -229,7 +227,6 @@ class DNR(nn.Module):
                 progress=progress,
                 sample_weight=sample_weight,
             )
-            weight = checked_sample_weight(sample_weight, labels, int(labels.max()) + 1)
         # Only now: a fit that fails before leaves the earlier one to use, and one that fails from
         # here on no mixture of old and new.
         combine = self.combiner is not None
@@ -481,12 +478,6 @@ class DNR(nn.Module):
         """Return the state dict without the network."""
         state = self.state_dict()
         return {k: v for k, v in state.items() if not k.startswith("features.net.")}
-
-    def _check_savable(self) -> None:
-        """Raise the ``TypeError`` that ``save`` would raise; tensors of the network raise none."""
-        check_tensors(self._own_state(), f"this {type(self).__name__}")
-        state = self.net.state_dict()
-        digest({name: value for name, value in state.items() if not isinstance(value, Tensor)})
 
     @classmethod
     def load(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from torchdnr.arrays import as_labels
+from torchdnr.arrays import ArrayLike, as_features, as_labels
 from torchdnr.decisions import evaluation_mode
 from torchdnr.distributed import current
 from torchdnr.distributed.sharing import (
@@ -30,7 +30,7 @@ from torchdnr.features.layers import LayerFeatures
 from torchdnr.features.reductions import PAIRED, Project
 from torchdnr.features.storage import FeatureStore, LayerFiles, RowsInMemory, temporary_files
 from torchdnr.files import digest
-from torchdnr.svm.checks import check_labels
+from torchdnr.svm.checks import check_labels, checked_sample_weight
 from torchdnr.svm.memory_plan import MEMORY_LIMIT
 
 DISTORTION_LIMIT = 0.1
@@ -218,8 +218,8 @@ def training_features(
     memory_limit: int | None,
     folder: str | Path | None,
     progress: bool,
-    sample_weight: Tensor | None = None,
-) -> tuple[LayerFeatures, dict[str, ShardedFeatures], Tensor]:
+    sample_weight: ArrayLike | None = None,
+) -> tuple[LayerFeatures, dict[str, ShardedFeatures], Tensor, Tensor | None]:
     """Extract the features of checked images, and the labels that go with them.
 
     Each of the current processes extracts and keeps a contiguous part: of the images in a tensor,
@@ -228,9 +228,11 @@ def training_features(
     GiB on a CPU; a GPU has none. With a folder each of more than one process has a folder in it.
     The sample weights have to be the same in all processes.
 
-    Returns the layers that were read; layer name -> features ``(n, d)``, float32 at least; and the
-    labels of all images, int64.
+    Returns the layers that were read; layer name -> features ``(n, d)``, float32 at least; the
+    labels of all images, int64; and their weights, float64, if they have any.
     """
+    if sample_weight is not None:
+        sample_weight = as_features("sample_weight", sample_weight)
     processes = current()
     if memory_limit is None and device.type == "cpu":
         memory_limit = MEMORY_LIMIT
@@ -268,5 +270,5 @@ def training_features(
     first = next(iter(sharded.values()))
     labels = from_loader if labels is None else labels
     labels = as_labels("labels", labels).to(first.local.device)
-    check_labels(labels, len(first))
-    return ready, sharded, labels.long()
+    c = check_labels(labels, len(first))
+    return ready, sharded, labels.long(), checked_sample_weight(sample_weight, labels, c)

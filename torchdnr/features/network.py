@@ -1,11 +1,12 @@
-"""Networks in wrappers, as of `nn.DataParallel` and `torch.compile`: one network, other names."""
+"""The network that a file of a classifier belongs to, in a wrapper (`nn.DataParallel`) or not."""
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from torchdnr.files import digest
+from torchdnr.files import check_tensors, digest
 
 WRAPPERS = "module", "_orig_mod"
 """What ``DataParallel``, ``DistributedDataParallel`` and ``torch.compile`` call a network."""
@@ -29,6 +30,16 @@ def has_digest(net: nn.Module, expected: str) -> bool:
     Earlier ones did not look through wrappers.
     """
     return expected in (network_digest(net), digest(net.state_dict()))
+
+
+def warn_unless_savable(kind: str, own_state: Mapping[str, Any], net: nn.Module) -> None:
+    """Warn before a fit of what ``save`` will refuse: state that no file holds or knows again."""
+    others = {name: v for name, v in net.state_dict().items() if not isinstance(v, Tensor)}
+    try:
+        check_tensors(own_state, f"this {kind}")
+        digest(others)
+    except TypeError as error:
+        warnings.warn(f"{error}; fit goes on, but save will raise this", stacklevel=3)
 
 
 def with_names_of(net: nn.Module, metadata: Mapping[str, Any]) -> dict[str, Any]:
