@@ -166,11 +166,16 @@ def search_of_features(folder):
 
 
 def _machine(svm):
-    return {**svm.state_dict(), **_solution(svm.solution)}
+    whole = torch.zeros(svm.solution.samples, len(svm.intercept), dtype=torch.float64)
+    whole = whole.index_copy(0, svm.support, svm.dual_coef.double())
+    certificate = _solution(svm.solution, CERTIFICATE)
+    return {**svm.state_dict(), "solution dual_coef": whole, **certificate}
 
 
-def _solution(solution):
-    names = ("dual_coef", "intercept", "objective", "duality_gap", "scores", "converged")
+CERTIFICATE = "objective", "duality_gap", "converged"
+
+
+def _solution(solution, names=("dual_coef", "intercept", "scores", *CERTIFICATE)):
     return {f"solution {name}": getattr(solution, name) for name in names}
 
 

@@ -81,7 +81,7 @@ def test_one_vs_one_is_the_svc(c, C):
     np.testing.assert_array_equal(svm.support_vectors, x[svm.support])
     assert svm.solution.converged.shape == (pairs.shape[1],)
     for k, (i, j) in enumerate(class_pairs(c)):  # the others were held out
-        assert set(y[svm.solution.dual_coef[:, k] != 0]) <= {int(i), int(j)}
+        assert set(y[svm.support[svm.dual_coef[:, k] != 0]]) <= {int(i), int(j)}
 
 
 def test_sample_weights_scale_the_bounds(weights):
@@ -193,8 +193,8 @@ def test_a_weight_of_zero_removes_the_sample(kernel, strategy, zeros, seed):
     torch.testing.assert_close(scores[kept], without(torch.tensor(inputs)), atol=1e-12, rtol=0)
     assert torch.equal(with_all.dual_coef, without.dual_coef)
     assert torch.equal(with_all.support, torch.tensor(kept.nonzero()[0])[without.support])
-    assert with_all.solution.dual_coef.shape[0] == 30
-    assert (with_all.solution.dual_coef[~kept] == 0).all()
+    assert with_all.solution.samples == 30
+    assert set(with_all.support.tolist()) <= set(kept.nonzero()[0])
     if not kernel:
         assert torch.equal(with_all.center, without.center)
 

@@ -9,6 +9,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from torchdnr.arrays import ArrayLike, as_data, as_images
 from torchdnr.costs import stage
 from torchdnr.decisions import NotFittedError
 from torchdnr.distributed import current
@@ -16,12 +17,19 @@ from torchdnr.distributed.sharing import check_same, checked_batches
 from torchdnr.features.choice import default_layers
 from torchdnr.features.extraction import distortions, extract, prepare_features, training_features
 from torchdnr.features.layers import LayerFeatures
+from torchdnr.features.network import (
+    has_digest,
+    network_digest,
+    warn_unless_savable,
+    with_names_of,
+)
 from torchdnr.features.reductions import ReductionLike, reduction_metadata, reductions_of_file
-from torchdnr.files import CheckpointError, digest, load_tensors, save_tensors
+from torchdnr.files import CheckpointError, load_tensors, save_tensors
 from torchdnr.kernels.rbf import full_precision
 from torchdnr.rejection import Threshold, predict_in_batches, rejection_threshold
 from torchdnr.svm.compression import SMOOTHNESS, STEPS, compress_stack, stack_losses
 from torchdnr.svm.model_selection import C_GRID, GAMMA_GRID
+from torchdnr.svm.multiclass import ClassWeight, checked_class_weight
 from torchdnr.svm.rbf_svm import RBFSVM
 from torchdnr.svm.stack import SVMOptions, SVMStack, chosen_sizes, svm_names
 
@@ -58,6 +66,8 @@ class DNR(nn.Module):
         batch_size: Images per forward pass.
         memory_limit: Bytes that one fit may take beyond the features, and that the features of all
             layers may take before they go to files, see ``fit``; default 4 GiB.
+        class_weight: Factors of C by class in all SVMs, as in ``RBFSVM``: one per class, a dict, or
+            ``"balanced"``, which balances every fold by itself too.
         combine: Whether a combiner scores, on what the SVMs of the layers return; see ``NR``.
 
     Attributes:
@@ -85,6 +95,7 @@ class DNR(nn.Module):
         seed: int = 0,
         batch_size: int = 256,
         memory_limit: int | None = None,
+        class_weight: ClassWeight | None = None,
         combine: bool = True,
     ) -> None:
         super().__init__()
@@ -99,6 +110,7 @@ class DNR(nn.Module):
             tol=tol,
             seed=seed,
             memory_limit=memory_limit,
+            class_weight=checked_class_weight(class_weight),
         )
         self.batch_size = batch_size
         self.features = LayerFeatures(net, layers, seed=seed)
@@ -165,6 +177,7 @@ class DNR(nn.Module):
         inputs: Tensor | Iterable[Any],
         labels: Tensor | None = None,
         *,
+        sample_weight: ArrayLike | None = None,
         progress: bool = False,
         features_folder: str | Path | None = None,
     ) -> Self:
@@ -183,6 +196,9 @@ class DNR(nn.Module):
         Args:
             inputs: Images ``(n, ...)`` in [0, 1], or a loader that yields ``(images, labels)``.
             labels: ``(n,)`` int64 in 0..c-1 where ``inputs`` is a tensor.
+            sample_weight: Factor >= 0 of C per image in all SVMs, in the folds too, ``(n,)``; with
+                a loader in its order, so that it must not shuffle. An image of weight 0 is as good
+                as removed; in a search accuracy is weighted too.
             progress: Whether to show progress bars.
             features_folder: Where features go in any case, and are kept: a call that was stopped
                 goes on from there when it is repeated, with a loader that does not shuffle.
@@ -200,11 +216,14 @@ class DNR(nn.Module):
         Warns:
             ConvergenceWarning: If a dual problem missed its tolerance.
             ProjectionWarning: If a random projection changes distances by much.
-            UserWarning: If features go to a temporary folder, or were damaged on disk.
+            UserWarning: If features go to a temporary folder, or were damaged on disk; or if
+                ``save`` will not be able to write the classifier.
         """
+        warn_unless_savable(type(self).__name__, self._own_state(), self.net)
         progress = progress and current().first
+        inputs = as_data(inputs, self.net)
         with stage("features"):
-            features, by_layer, labels = training_features(
+            features, by_layer, labels, weight = training_features(
                 inputs,
                 labels,
                 self._prepare_features,
@@ -213,6 +232,7 @@ class DNR(nn.Module):
                 memory_limit=self.svm_options.memory_limit,
                 folder=features_folder,
                 progress=progress,
+                sample_weight=sample_weight,
             )
         # Only now: a fit that fails before leaves the earlier one to use, and one that fails from
         # here on no mixture of old and new.
@@ -221,7 +241,7 @@ class DNR(nn.Module):
         self.svms = SVMStack(self.svm_options, features.layers, combine=combine)
         self.rejection.reset()
         with full_precision(labels.device):  # autocast and TF32 are for the network alone
-            self.svms.fit(by_layer, labels, progress=progress)
+            self.svms.fit(by_layer, labels, sample_weight=weight, progress=progress)
         self.svms.to(self.device)  # from the CPU, where features that are mapped from files live
         for name, distortion in distortions(features).items():
             self.selection[name]["distortion"] = distortion
@@ -258,6 +278,7 @@ class DNR(nn.Module):
             NotFittedError: If the classifier is not fitted.
             PeerError: If another of the processes has ended.
         """
+        inputs = as_data(inputs, self.net)
         processes, batch_size = current(), self.batch_size
         if isinstance(inputs, Tensor):  # a batch for each process at least
             batch_size = max(1, min(batch_size, math.ceil(len(inputs) / processes.count)))
@@ -303,7 +324,7 @@ class DNR(nn.Module):
             NotFittedError: If ``fit`` has not run.
         """
         self._require_fit()
-        return self.svms(self.features(inputs))
+        return self.svms(self.features(as_images("inputs", inputs, self.net)))
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Compute class scores and threshold.
@@ -432,6 +453,7 @@ class DNR(nn.Module):
 
     def _extract(self, inputs: Tensor | Iterable[Any], progress: bool = False) -> dict[str, Tensor]:
         """Extract the features of checked images, by layer."""
+        inputs = as_data(inputs, self.net)
         images = (batch for batch, _ in checked_batches(inputs, self.batch_size))
         return extract(self.features, images, progress=progress)[0]
 
@@ -455,12 +477,17 @@ class DNR(nn.Module):
         Raises:
             NotFittedError: If there is nothing to save.
             OSError: If the file cannot be written; an earlier one stays as it was.
+            TypeError: If a reduction has state that is no tensor, or a network state that has no
+                fingerprint.
         """
         self._require_fit()
+        metadata = {**self.settings(), "network_digest": network_digest(self.net)}
+        save_tensors(path, self._own_state(), metadata, kind=type(self).__name__)
+
+    def _own_state(self) -> dict[str, Any]:
+        """Return the state dict without the network."""
         state = self.state_dict()
-        tensors = {k: v for k, v in state.items() if not k.startswith("features.net.")}
-        metadata = {**self.settings(), "network_digest": digest(self.net.state_dict())}
-        save_tensors(path, tensors, metadata, kind=type(self).__name__)
+        return {k: v for k, v in state.items() if not k.startswith("features.net.")}
 
     @classmethod
     @torch.inference_mode(False)
@@ -477,7 +504,8 @@ class DNR(nn.Module):
 
         Args:
             path: File to read.
-            net: The network, with the weights it had when the classifier was fitted.
+            net: The network, with the weights it had when the classifier was fitted; in a wrapper
+                (``nn.DataParallel``, ``DistributedDataParallel``, ``torch.compile``) or not.
             strict: Whether to refuse a network with other weights, whose features the SVMs do
                 not know.
             layers: Name -> reduction, for the layers whose reduction was a module of yours; what
@@ -491,12 +519,13 @@ class DNR(nn.Module):
                 other reductions.
         """
         tensors, metadata = load_tensors(path, kind=cls.__name__)
-        if strict and metadata["network_digest"] != digest(net.state_dict()):
+        if strict and not has_digest(net, metadata["network_digest"]):
             raise CheckpointError(
                 f"{path}: expected the network it was fitted on, got one with other weights; load "
                 "those weights first, or pass strict=False"
             )
         try:
+            metadata = with_names_of(net, metadata)
             reductions = reductions_of_file(path, metadata, layers or {})
             combine = any(name.startswith(("svms.combiner.", "combiner.")) for name in tensors)
             model = cls._build(net, reductions, metadata["options"], combine)

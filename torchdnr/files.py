@@ -8,7 +8,7 @@ import json
 import math
 import os
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -114,21 +114,88 @@ def atomic_write_bytes(path: str | Path, data: bytes) -> None:
         temporary.write_bytes(data)
 
 
-def digest(tensors: Mapping[str, Tensor]) -> str:
-    """Compute a fingerprint of names, dtypes, shapes and values.
+def digest(state: Mapping[str, Any]) -> str:
+    """Compute a fingerprint of a state dict: of its names, and of what they hold.
+
+    Of dense tensors that is dtype, shape and values, on any device and in any memory layout; of
+    anything else, such as the extra state of a module, what pickle would store.
 
     Args:
-        tensors: Named dense tensors on any device, in any memory layout.
+        state: Values by name.
 
     Returns:
         SHA-256 as 64 hexadecimal digits; the order of the names does not matter.
+
+    Raises:
+        TypeError: If a value cannot be taken apart, such as a lock or an open file.
     """
-    state = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
-        state.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
-        state.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return state.hexdigest()
+    fingerprint = hashlib.sha256()
+    for name in sorted(state):
+        for part in _parts(name, state[name]):
+            fingerprint.update(part)
+    return fingerprint.hexdigest()
+
+
+def _parts(name: str, value: Any) -> Iterator[bytes | memoryview]:  # noqa: ANN401
+    """Yield the bytes that tell a named value of a state dict from others."""
+    if isinstance(value, Tensor):
+        yield from _tensor_parts(name, value.detach().cpu())
+    elif value is None or isinstance(value, str | bytes | int | float | complex):
+        yield f"{name} {value!r};".encode()
+    elif callable(value) and hasattr(value, "__qualname__"):  # a function or a class
+        yield f"{name} {value.__module__}.{value.__qualname__};".encode()
+    elif isinstance(value, list | tuple):
+        yield f"{name} {len(value)} items;".encode()
+        for number, item in enumerate(value):
+            yield from _parts(f"{name}[{number}]", item)
+    elif isinstance(value, Mapping):
+        yield from _parts(name, sorted(value.items(), key=lambda item: repr(item[0])))
+    elif isinstance(value, Set):
+        yield from _parts(name, sorted(map(repr, value)))
+    else:
+        try:
+            reduced = value.__reduce_ex__(2)
+        except TypeError as error:
+            raise TypeError(f"{name!r} of the state dict has no fingerprint: {error}") from error
+        if not isinstance(reduced, str):  # the last two are iterators
+            reduced = [*reduced[:3], *(list(items or ()) for items in reduced[3:5])]
+        yield from _parts(name, reduced)
+
+
+def _tensor_parts(name: str, tensor: Tensor) -> Iterator[bytes | memoryview]:
+    if hasattr(tensor, "__tensor_flatten__"):  # a subclass of several tensors
+        names, context = tensor.__tensor_flatten__()
+        yield from _parts(name, [type(tensor), [getattr(tensor, n) for n in names], context])
+    elif tensor.is_quantized:
+        yield from _parts(name, [tensor.int_repr(), tensor.dequantize()])
+    elif tensor.layout != torch.strided:
+        yield from _parts(f"{name} {tensor.layout}", tensor.to_dense())
+    else:
+        tensor = tensor.contiguous()
+        yield f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode()
+        yield tensor.reshape(-1).view(torch.uint8).numpy().data
+
+
+def check_tensors(values: Mapping[str, Any], what: str) -> None:
+    """Refuse a state dict that `save_tensors` could not write.
+
+    Args:
+        values: Values by name.
+        what: Whose state dict it is, for the message.
+
+    Raises:
+        TypeError: If one of them is not a dense tensor.
+    """
+    for name, value in values.items():
+        is_tensor = isinstance(value, Tensor) and not value.is_quantized
+        if not is_tensor or value.layout != torch.strided:
+            got = (
+                f"a tensor of {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
+            )
+            raise TypeError(
+                f"{what} cannot be saved: expected dense tensors in its state dict, got {got} for "
+                f"{name!r}; keep it outside the state dict"
+            )
 
 
 def save_tensors(
@@ -145,8 +212,9 @@ def save_tensors(
 
     Raises:
         OSError: If the folder cannot be made or written to.
-        TypeError: If ``metadata`` holds what JSON cannot.
+        TypeError: If ``metadata`` holds what JSON cannot, or a value is not a dense tensor.
     """
+    check_tensors(tensors, f"this {kind}")
     try:
         text = json.dumps(dict(metadata))
     except (TypeError, ValueError) as error:

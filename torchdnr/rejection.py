@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torchdnr.arrays import as_images
 from torchdnr.decisions import (
     NotFittedError,
     check_images,
@@ -52,11 +53,11 @@ class Threshold(nn.Module):
     @torch.inference_mode(False)
     @torch.no_grad()
     def set(self, theta: float | Tensor) -> None:
-        """Set theta to a finite number; a tensor of floating point keeps its dtype and device."""
+        """Set theta to a finite number; a copy of floating point keeps its dtype and device."""
         theta = torch.as_tensor(theta).reshape(())
         if not torch.isfinite(theta):
             raise ValueError(f"threshold must be finite, got {theta.item()}")
-        self.theta = theta if theta.is_floating_point() else theta.float()
+        self.theta = (theta if theta.is_floating_point() else theta.float()).detach().clone()
         self._is_set = True
 
     @torch.inference_mode(False)
@@ -92,6 +93,7 @@ def predict_in_batches(
     model: nn.Module, inputs: Tensor, batch_size: int, device: torch.device | None = None
 ) -> Tensor:
     """Check images, and predict labels or ``REJECT`` batch by batch, ``(n,)``."""
+    inputs = as_images("inputs", inputs, model)
     check_images("inputs", inputs)
     with torch.no_grad():
         # Called as a user calls it: after compile() it runs the compiled program.

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from torchdnr.adapters.views import for_label, for_target
-from torchdnr.attacks.checks import check_inputs
+from torchdnr.attacks.checks import checked_inputs
 from torchdnr.attacks.objectives import decision_objective
 from torchdnr.attacks.target import Target, check_classes, evaluate, put
 from torchdnr.decisions import evaluation_mode, has_reject_column
@@ -42,12 +42,12 @@ def attack_per_label(
     Raises:
         ValueError: If an argument is not as described, or the attack returns other shapes.
     """
-    reject = _checked(model, inputs, labels, bounds, reject, 1)[0].reject
+    target, _, inputs, labels = _checked(model, inputs, labels, bounds, reject, 1)
     points = inputs.clone()
     with evaluation_mode(model):
         for label in labels.unique().tolist():
             rows = (labels == label).nonzero()[:, 0]
-            view = for_label(model, label, reject=reject)
+            view = for_label(model, label, reject=target.reject)
             points[rows] = _points(attack(view, inputs[rows], labels[rows]), inputs[rows])
     return points
 
@@ -84,7 +84,7 @@ def attack_all_targets(
     Raises:
         ValueError: If an argument is not as described, or the attack returns other shapes.
     """
-    target, classes = _checked(model, inputs, labels, bounds, reject, batch_size)
+    target, classes, inputs, labels = _checked(model, inputs, labels, bounds, reject, batch_size)
     with evaluation_mode(model):
         best = evaluate(target, inputs, labels).clone()
         done = best.evading.clone()
@@ -114,12 +114,15 @@ def _checked(
     bounds: tuple[float, float],
     reject: bool | None,
     batch_size: int,
-) -> tuple[Target, int]:
-    """Check the arguments; return the model with the objective to compare by, and its classes."""
-    check_inputs(inputs, labels, 2, bounds)
+) -> tuple[Target, int, Tensor, Tensor]:
+    """Check the arguments; return the model with the objective to compare by, and its classes.
+
+    The inputs and labels follow, converted to tensors.
+    """
+    inputs, labels = checked_inputs(inputs, labels, 2, bounds, model)
     target = Target(model, decision_objective, has_reject_column(model, reject), batch_size)
     with evaluation_mode(model):
-        return target, check_classes(target, inputs, labels)
+        return target, check_classes(target, inputs, labels), inputs, labels
 
 
 def _points(returned: object, inputs: Tensor) -> Tensor:

@@ -3,14 +3,27 @@
 import torch
 from torch import Tensor
 
+from torchdnr.arrays import ArrayLike, as_images, as_labels
 from torchdnr.attacks.projections import check_norm
 from torchdnr.decisions import check_images
 
 _LEVEL_SLACK = 1e-2  # of a level: what float32 makes of a value on it
 
 
-def check_inputs(inputs: Tensor, labels: Tensor, norm: float, bounds: tuple[float, float]) -> None:
-    """Refuse inputs, labels, a norm or bounds that no attack can work with: ValueError."""
+def checked_inputs(
+    inputs: ArrayLike,
+    labels: ArrayLike,
+    norm: float,
+    bounds: tuple[float, float],
+    model: object = None,
+) -> tuple[Tensor, Tensor]:
+    """Convert inputs and labels; refuse those, or a norm or bounds, that no attack can work with.
+
+    Arrays get the device and the floating point of the model. Errors are ValueErrors, or a
+    TypeError for what holds no numbers.
+    """
+    inputs = as_images("inputs", inputs, model)
+    labels = as_labels("labels", labels, inputs.device)
     check_norm(norm)
     if not bounds[0] < bounds[1]:
         raise ValueError(f"bounds must be (smallest, largest), got {bounds}")
@@ -34,6 +47,7 @@ def check_inputs(inputs: Tensor, labels: Tensor, norm: float, bounds: tuple[floa
         )
     if labels.min() < 0:
         raise ValueError(f"labels must be >= 0, got {labels.min()}: attack inputs of known class")
+    return inputs, labels
 
 
 def check_like(name: str, images: Tensor, inputs: Tensor, *, same_length: bool = False) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchdnr.arrays import as_labels
 from torchdnr.attacks.options import Options, only_shared
 from torchdnr.attacks.problem import Problem, problem
 from torchdnr.attacks.target import Points, better, put, unsolved
@@ -102,6 +103,7 @@ class EnsembleAttack:
         shared = only_shared({**options, "start": start})
         with problem(model, inputs, labels, eps, shared) as attacked:
             best = attacked.best_given()
+            labels = as_labels("labels", labels, attacked.labels.device)
             winner = torch.full_like(labels, -1)  # no member
             for number, member in enumerate(self.members.values()):
                 instead = {"start": best.inputs} if self.chain else {}

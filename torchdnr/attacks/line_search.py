@@ -83,8 +83,8 @@ def line_search_pgd(
         raise ValueError(f"tol must be >= 0, got {tol}")
     with problem(model, inputs, labels, eps, options, find_objective(objective)) as attacked:
         smallest = STEP_SIZES[options.norm] if step_size is None else step_size
-        exponents = torch.arange(-halvings, doublings + 1, device=inputs.device)
-        sizes = smallest * torch.exp2(exponents.to(inputs.dtype))
+        exponents = torch.arange(-halvings, doublings + 1).to(attacked.region.center)
+        sizes = smallest * torch.exp2(exponents)
         first, shorter = sizes[halvings:], sizes[:halvings]
         descend = partial(_descend, first=first, shorter=shorter, steps=steps, tol=tol)
         return best_within(attacked, descend, steps=steps, name="line search", after_evasion=True)

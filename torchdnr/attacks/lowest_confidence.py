@@ -11,6 +11,7 @@ from typing import Unpack
 import torch
 from torch import Tensor
 
+from torchdnr.arrays import as_images
 from torchdnr.attacks.checks import check_steps
 from torchdnr.attacks.directions import STEP_FADE, cosine, unit
 from torchdnr.attacks.options import SharedOptions, resolve
@@ -78,17 +79,18 @@ def lowest_confidence(
     check_steps(steps, step_size, smallest=0)
     if not 0 <= momentum < 1:
         raise ValueError(f"momentum must be in [0, 1), got {momentum}")
+    inputs = as_images("inputs", inputs, model)
     labels = torch.zeros(inputs.shape[:1], dtype=torch.int64, device=inputs.device)  # not used
     generator = torch.Generator().manual_seed(options.seed)
     with (
         problem(model, inputs, labels, eps, options, confidence_objective) as attacked,
         options.bar((1 + restarts) * steps, "lowest confidence") as bar,
     ):
-        target, region, _, _ = attacked
+        target, region, _, options = attacked
         first = _FIRST * region.eps if step_size is None else torch.full_like(region.eps, step_size)
         best = evaluate(target, inputs, labels).clone()
         for restart in range(1 + restarts):
-            points = inputs if start is None else start
+            points = inputs if options.start is None else options.start
             if restart:
                 draw = _draw(inputs, region.norm, generator)
                 points = inputs + per_row(region.eps, inputs) * draw

@@ -55,8 +55,8 @@ def multi_target(
     if classes is not None:
         check_count("classes", classes, 1)
     with problem(model, inputs, labels, eps, only_shared(options)) as attacked:
-        best = attacked.best_given()
-        order = _other_classes(attacked.target, inputs, labels)
+        best, labels = attacked.best_given(), attacked.labels
+        order = _other_classes(attacked.target, attacked.region.center, labels)
         for wanted in order[:, :classes].unbind(dim=1):
             improve(attacked, best, attack, labels, options, targets=wanted)
     return best.inputs

@@ -8,15 +8,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from torchdnr.arrays import as_features, as_labels, as_tensor
 from torchdnr.attacks.checks import (
     check_count,
     check_eps,
-    check_inputs,
     check_levels,
     check_like,
     check_mask,
     check_pool,
     check_targets,
+    checked_inputs,
 )
 from torchdnr.attacks.levels import best_on_levels, round_to_levels
 from torchdnr.attacks.objectives import ObjectiveFunction, decision_objective
@@ -67,6 +68,21 @@ class Problem(NamedTuple):
         return best.clone()
 
 
+def _converted(options: Options, inputs: Tensor) -> Options:
+    """Convert the arrays among the options to tensors that go with the inputs."""
+    converted: dict[str, Any] = {
+        name: value for name, value in vars(options).items() if value is not None
+    }
+    for name in {"start", "init_inputs"} & converted.keys():
+        converted[name] = as_features(name, converted[name], inputs)
+    for name in {"targets", "init_labels"} & converted.keys():
+        if not isinstance(converted[name], int):  # one class for all
+            converted[name] = as_labels(name, converted[name], inputs.device)
+    if "mask" in converted:
+        converted["mask"] = as_tensor("mask", converted["mask"]).to(inputs.device)
+    return replace(options, **converted)
+
+
 @contextmanager
 def problem(
     model: Callable[[Tensor], Tensor],
@@ -78,9 +94,11 @@ def problem(
 ) -> Iterator[Problem]:
     """Check the arguments of an attack, and put the model into evaluation mode while it runs.
 
-    Yields the problem, with gradients off. All errors in arguments are ValueErrors raised here.
+    Yields the problem, with gradients off. All errors in arguments are ValueErrors raised here, or
+    a TypeError for what holds no numbers.
     """
-    check_inputs(inputs, labels, options.norm, options.bounds)
+    inputs, labels = checked_inputs(inputs, labels, options.norm, options.bounds, model)
+    options = _converted(options, inputs)
     check_count("restarts", options.restarts, 0)
     check_count("batch_size", options.batch_size, 1)
     check_levels(options.levels, inputs, options.bounds)

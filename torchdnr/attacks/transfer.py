@@ -61,7 +61,7 @@ def transfer(
     check_count("shares", shares, 1)
     shared = only_shared(options)
     with problem(model, inputs, labels, eps, shared) as attacked:
-        best = attacked.best_given()
+        best, inputs = attacked.best_given(), attacked.region.center
         same = options | passed_on(shared, options) | {"reject": surrogate_reject}
         for objective in objectives:
             same["objective"] = objective

@@ -8,6 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from torchdnr.arrays import as_images, as_labels
 from torchdnr.decisions import check_images
 from torchdnr.distributed.processes import ALONE, Processes
 from torchdnr.files import digest
@@ -162,10 +163,9 @@ def check_same(
     if processes.count == 1:
         return
     tensors = {str(i): t for i, t in enumerate([*labels, images]) if t is not None}
-    weights = {k: v for k, v in net.state_dict().items() if isinstance(v, Tensor)}
     digests = {
         "images and labels in the same order": digest(tensors),
-        "network": digest(weights),
+        "network": digest(net.state_dict()),
     }
     for what, value in digests.items():
         if not processes.all(processes.broadcast_text(value) == value):
@@ -193,6 +193,8 @@ def checked_batches(data: Tensor | Iterable[Any], batch_size: int) -> Iterator[B
     count = 0
     for batch in data:
         images, *rest = batch if isinstance(batch, Sequence) and batch else (batch,)
+        if hasattr(images, "__array__"):
+            images = as_images("inputs", images)
         if not isinstance(images, Tensor):
             raise ValueError(
                 "each batch of the loader must be images, or (images, labels), as tensors; got "
@@ -200,6 +202,6 @@ def checked_batches(data: Tensor | Iterable[Any], batch_size: int) -> Iterator[B
             )
         check_images("inputs", images)
         count += 1
-        yield images, torch.as_tensor(rest[0]) if rest else None
+        yield images, as_labels("labels", rest[0]) if rest else None
     if count == 0:
         raise ValueError("the loader yielded no batch: expected at least one image")

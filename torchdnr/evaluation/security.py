@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from torchdnr.arrays import as_features
 from torchdnr.attacks.checks import (
     check_count,
-    check_inputs,
     check_levels,
     check_mask,
     check_pool,
     check_targets,
+    checked_inputs,
 )
 from torchdnr.attacks.objectives import decision_objective
 from torchdnr.attacks.target import Target, check_classes
@@ -159,8 +160,9 @@ def security_evaluations(
     Source: Sotgiu et al., Sec. IV-A, "Security Evaluation".
     """
     eps = increasing("eps", eps, "finite, >= 0", lambda value: 0 <= value < math.inf)
-    check_inputs(inputs, labels, norm, bounds)
+    inputs, labels = checked_inputs(inputs, labels, norm, bounds, next(iter(models.values()), None))
     if init_inputs is not None:
+        init_inputs = as_features("init_inputs", init_inputs, inputs)
         check_pool(init_inputs, None, inputs, bounds)
     check_count("batch_size", batch_size, 1)
     check_targets(targets, labels)
@@ -338,7 +340,7 @@ def _predictions(task: Task, eps: list[float], judged: list[Judged]) -> dict[str
     """Collect the fields of ``Predictions``."""
     return {
         "eps": eps,
-        "labels": task.labels.cpu(),
+        "labels": task.labels.to("cpu", copy=True),
         "predictions": torch.stack([entry.predictions for entry in judged]).cpu(),
         "mean_norm": [entry.size.mean().item() for entry in judged],
         "targets": None

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from torchdnr.attacks.checks import check_inputs
+from torchdnr.attacks.checks import checked_inputs
 from torchdnr.attacks.lowest_confidence import lowest_confidence
 from torchdnr.decisions import REJECT, evaluation_mode, has_reject_column, is_evasion
 from torchdnr.evaluation.judging import Task, increasing, judge, keep_inside, stacked
@@ -121,7 +121,7 @@ def stratified_curve(
 
     Source: Chen et al., "Stratified adversarial robustness with rejection", ICML 2023.
     """
-    check_inputs(inputs, labels, norm, bounds)
+    inputs, labels = checked_inputs(inputs, labels, norm, bounds, model)
     alphas = increasing("alphas", alphas, "in [0, 1]", lambda value: 0 <= value <= 1)
     if not 0 < eps < float("inf"):
         raise ValueError(f"eps must be > 0 and finite, got {eps}")

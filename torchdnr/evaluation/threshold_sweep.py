@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from torchdnr.attacks.checks import check_inputs
+from torchdnr.attacks.checks import checked_inputs
 from torchdnr.attacks.view import ModelView
 from torchdnr.decisions import evaluation_mode, has_reject_column, is_evasion, split_scores
 from torchdnr.evaluation.judging import (
@@ -156,7 +156,7 @@ def threshold_sweep(
 
     Source: Sotgiu et al., Fig. 4.
     """
-    check_inputs(inputs, labels, norm, bounds)
+    inputs, labels = checked_inputs(inputs, labels, norm, bounds, model)
     eps, thetas = _checked_grid(adversarial, thresholds)
     reject = has_reject_column(model, reject)
     task = Task(model, inputs, labels, norm, bounds, batch_size, reject)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from torchdnr.arrays import ArrayLike, as_features, as_labels
 from torchdnr.decisions import evaluation_mode
 from torchdnr.distributed import current
 from torchdnr.distributed.sharing import (
@@ -29,7 +30,7 @@ from torchdnr.features.layers import LayerFeatures
 from torchdnr.features.reductions import PAIRED, Project, Reduction, prepare_reduction
 from torchdnr.features.storage import FeatureStore, LayerFiles, RowsInMemory, temporary_files
 from torchdnr.files import digest
-from torchdnr.svm.checks import check_labels
+from torchdnr.svm.checks import check_labels, checked_sample_weight
 from torchdnr.svm.memory_plan import MEMORY_LIMIT
 
 DISTORTION_LIMIT = 0.1
@@ -140,7 +141,7 @@ def _describe(
     tensors = {**features.state_dict(), **dict(features.named_buffers())}
     options = {k: v for k, v in vars(features).items() if k[0] != "_" and k != "training"}
     return {
-        "weights": digest({k: v for k, v in tensors.items() if isinstance(v, Tensor)}),
+        "weights": digest(tensors),
         "modules": hashlib.sha256(repr(features).encode()).hexdigest(),
         "options": repr(sorted(options.items())),
         "device": device.type,  # rounding differs between kinds
@@ -224,17 +225,21 @@ def training_features(
     memory_limit: int | None,
     folder: str | Path | None,
     progress: bool,
-) -> tuple[LayerFeatures, dict[str, ShardedFeatures], Tensor]:
+    sample_weight: ArrayLike | None = None,
+) -> tuple[LayerFeatures, dict[str, ShardedFeatures], Tensor, Tensor | None]:
     """Extract the features of checked images, and the labels that go with them.
 
     Each of the current processes extracts and keeps a contiguous part: of the images in a tensor,
     or of the batches of a loader, all of which it goes through for the labels. ``prepare`` makes
     the layers ready, given a few batches of images on the device. Without a memory limit it is 4
     GiB on a CPU; a GPU has none. With a folder each of more than one process has a folder in it.
+    The sample weights have to be the same in all processes.
 
-    Returns the layers that were read; layer name -> features ``(n, d)``, float32 at least; and the
-    labels of all images, int64.
+    Returns the layers that were read; layer name -> features ``(n, d)``, float32 at least; the
+    labels of all images, int64; and their weights, float64, if they have any.
     """
+    if sample_weight is not None:
+        sample_weight = as_features("sample_weight", sample_weight)
     processes = current()
     if memory_limit is None and device.type == "cpu":
         memory_limit = MEMORY_LIMIT
@@ -258,7 +263,7 @@ def training_features(
         folder=folder,
         widen=True,
     )
-    check_same(processes, ready.net, [labels, *batch_labels], torch.cat(sample))
+    check_same(processes, ready.net, [labels, *batch_labels, sample_weight], torch.cat(sample))
     from_loader = _joined(batch_labels, len(batch_labels))
     if (labels is None) == (from_loader is None):
         raise ValueError(
@@ -270,6 +275,7 @@ def training_features(
         features = {name: rows.cpu() for name, rows in features.items()}
     sharded = {name: ShardedFeatures.from_local(rows, processes) for name, rows in features.items()}
     first = next(iter(sharded.values()))
-    labels = torch.as_tensor(from_loader if labels is None else labels, device=first.local.device)
-    check_labels(labels, len(first))
-    return ready, sharded, labels.long()
+    labels = from_loader if labels is None else labels
+    labels = as_labels("labels", labels).to(first.local.device)
+    c = check_labels(labels, len(first))
+    return ready, sharded, labels.long(), checked_sample_weight(sample_weight, labels, c)

@@ -5,13 +5,14 @@ cancellation of large norms, and a row's distances depend on no other row of its
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from threading import RLock
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 BLOCK_ELEMENTS = 2**24
 """Largest number of kernel values held at once while scoring (64 MiB in float32)."""
@@ -114,9 +115,10 @@ def rbf_scores(
     """Compute ``sum_j coefficients_j exp(-gamma ||inputs - vectors_j||^2)`` for all classes.
 
     The kernel is made tile by tile. It is kept for the gradient if it has at most
-    ``block_elements`` entries; otherwise its tiles are made again there. First and second
-    derivatives by all of inputs, vectors, coefficients and gamma are exact; only a gradient that
-    is itself to be differentiated (``create_graph=True``) needs the whole kernel at once.
+    ``block_elements`` entries; otherwise its tiles are made again there. Derivatives of any order
+    by all of inputs, vectors, coefficients and gamma are exact; only a gradient that is itself to
+    be differentiated (``create_graph=True``) needs the whole kernel at once, and so do those of
+    ``torch.func`` and of forward mode.
 
     Under ``torch.compile`` it is ``compiled_rbf_scores``, under ``torch.export``
     ``traced_rbf_scores``.
@@ -140,9 +142,14 @@ def rbf_scores(
         return traced_rbf_scores(inputs, vectors, coefficients, gamma)
     if norms is None:
         norms = squared_norms(vectors.detach())
-    if torch.compiler.is_compiling():
-        return compiled_rbf_scores(inputs, vectors, coefficients, gamma, norms)
     tensors = (inputs, vectors, coefficients, gamma)
+    if torch.compiler.is_compiling():
+        return compiled_rbf_scores(*tensors, norms)
+    if is_transformed():
+        with full_precision(inputs.device):
+            if forward_ad._current_level >= 0:  # its derivatives are plain operations too
+                return _plain_scores(*tensors)
+            return _TransformedScores.apply(*tensors, block_elements)
     size = len(inputs) * len(vectors)
     keep = size <= block_elements and _gradient_is_wanted(*tensors)
     kernel = inputs.new_empty(size if keep else 0)
@@ -173,6 +180,11 @@ def compiled_rbf_scores(
     """
     keep = _gradient_is_wanted(inputs, vectors, coefficients, gamma)
     return scores_and_kernel(inputs, vectors, coefficients, gamma, norms, keep)[0]
+
+
+def is_transformed() -> bool:
+    """Tell whether a transform of ``torch.func`` or forward-mode differentiation is under way."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def _gradient_is_wanted(*tensors: Tensor) -> bool:
@@ -297,28 +309,84 @@ class _RBFScores(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401 - as above
         needed = ctx.needs_input_grad[:4]
         with full_precision(grad.device):
-            if torch.is_grad_enabled():
-                gradients = _differentiable_gradients(grad, ctx.saved_tensors[:4], needed)
+            # A batch of gradients: torch.autograd.grad(..., is_grads_batched=True).
+            is_batched = torch._C._functorch.is_legacy_batchedtensor(grad)
+            if torch.is_grad_enabled() or is_batched or is_transformed():
+                gradients = _plain_gradients(grad, ctx.saved_tensors[:4], needed)
             else:
                 options = {"needed": needed, "block_elements": ctx.block_elements}
                 gradients = kernel_gradients(grad, *ctx.saved_tensors, **options)
         return *gradients, None, None, None
 
 
-def _differentiable_gradients(
-    grad: Tensor, tensors: Sequence[Tensor], needed: Sequence[bool]
-) -> list[Tensor | None]:
-    """Compute the gradients by autograd, which can then differentiate them.
+class _TransformedScores(torch.autograd.Function):
+    """``_RBFScores`` under the transforms of ``torch.func``.
+
+    It is a class of its own because torch takes as long to call one that has ``setup_context`` as
+    to score a few inputs.
+    """
+
+    @staticmethod
+    def forward(
+        inputs: Tensor, vectors: Tensor, coefficients: Tensor, gamma: Tensor, block_elements: int
+    ) -> Tensor:
+        norms, kernel = squared_norms(vectors), inputs.new_empty(0)
+        tensors = (inputs, vectors, coefficients, gamma, norms, kernel)
+        return sum_kernels(None, *tensors, block_elements)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ANN401
+        ctx.save_for_backward(*inputs[:4])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
+        with full_precision(grad.device):
+            return *_plain_gradients(grad, ctx.saved_tensors, ctx.needs_input_grad[:4]), None
+
+    @staticmethod
+    def vmap(
+        info: Any,  # noqa: ANN401 - torch does not export its type
+        in_dims: tuple[int | None, ...],
+        inputs: Tensor,
+        *others: Any,  # noqa: ANN401 - the other arguments of forward
+    ) -> tuple[Tensor, int]:
+        dim, *rest = in_dims
+        if dim is not None and rest == [None] * len(rest):  # a larger batch, to the same vectors
+            inputs = inputs.movedim(dim, 0)
+            scores = _TransformedScores.apply(inputs.flatten(0, 1), *others)
+            return scores.unflatten(0, inputs.shape[:2]), 0
+        return torch.vmap(_plain_scores, in_dims[:4])(inputs, *others[:3]), 0
+
+
+def _plain_kernel(inputs: Tensor, vectors: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute squared distances and kernel values, ``(n, m)``, in operations that have derivatives.
 
     Distances are not clamped: where rounding makes one negative, the clamp would take away its
     part of the second derivative.
     """
-    # Views keep the arguments apart where one tensor was given twice.
-    inputs, vectors, coefficients, gamma = views = [tensor.view_as(tensor) for tensor in tensors]
-    scores = (-gamma * _unclamped_distances(inputs, vectors)).exp() @ coefficients
-    chosen = [view for view, need in zip(views, needed, strict=True) if need]
-    gradients = iter(torch.autograd.grad(scores, chosen, grad, create_graph=True) if chosen else ())
-    return [next(gradients) if need else None for need in needed]
+    norms = inputs.square().sum(dim=1, keepdim=True)
+    distances = torch.addmm(vectors.square().sum(dim=1), inputs, vectors.T, alpha=-2.0) + norms
+    return distances, (-gamma * distances).exp()
+
+
+def _plain_scores(inputs: Tensor, vectors: Tensor, coefficients: Tensor, gamma: Tensor) -> Tensor:
+    return _plain_kernel(inputs, vectors, gamma)[1] @ coefficients
+
+
+def _plain_gradients(
+    grad: Tensor, tensors: Sequence[Tensor], needed: Sequence[bool]
+) -> list[Tensor | None]:
+    """Compute what ``kernel_gradients`` computes, of the whole kernel, to be differentiated."""
+    inputs, vectors, coefficients, gamma = tensors
+    distances, kernel = _plain_kernel(inputs, vectors, gamma)
+    weights = kernel * (grad @ coefficients.T)
+    formulas: tuple[Callable[[], Tensor], ...] = (
+        lambda: 2 * gamma * (weights @ vectors - weights.sum(1, keepdim=True) * inputs),
+        lambda: 2 * gamma * (weights.T @ inputs - weights.sum(0).unsqueeze(1) * vectors),
+        lambda: kernel.T @ grad,
+        lambda: -(weights * distances).sum(),
+    )
+    return [formula() if need else None for formula, need in zip(formulas, needed, strict=True)]
 
 
 @torch.library.custom_op("torchdnr::rbf_scores", mutates_args=())

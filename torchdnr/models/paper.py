@@ -146,7 +146,7 @@ class Normalise(nn.Module):
     def __init__(self, mean: float | list[float], std: float | list[float]) -> None:
         super().__init__()
         for name, value in (("mean", mean), ("std", std)):
-            values = Tensor([value] if isinstance(value, int | float) else value)
+            values = Tensor([value] if isinstance(value, int | float) else value).clone()
             # Not persistent: constants of the architecture, not something that was learned.
             self.register_buffer(name, values.reshape(-1, 1, 1), persistent=False)
 

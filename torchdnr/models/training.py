@@ -13,7 +13,14 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from torchdnr.decisions import class_scores
-from torchdnr.files import CheckpointError, DamagedFileError, digest, load_tensors, save_tensors
+from torchdnr.files import (
+    CheckpointError,
+    DamagedFileError,
+    check_tensors,
+    digest,
+    load_tensors,
+    save_tensors,
+)
 from torchdnr.models.paper import Network
 
 SCHEDULES = "constant", "one-cycle"
@@ -112,10 +119,13 @@ def train_network(
         CheckpointError: If ``checkpoint`` belongs to another run.
         FloatingPointError: If the loss is not finite after an epoch.
         OSError: If the checkpoint cannot be written.
+        TypeError: If the network's state dict holds what a checkpoint cannot.
         ValueError: If ``images`` and ``labels`` do not fit together.
     """
     _check_data(images, labels)
     device = next(net.parameters()).device if device is None else torch.device(device)
+    if checkpoint:
+        check_tensors(net.state_dict(), "the network")
     run = describe_run(net, images, labels, asdict(settings), seed) if checkpoint else {}
     net.to(device)
     optimizer = torch.optim.SGD(

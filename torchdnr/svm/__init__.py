@@ -1,13 +1,14 @@
 """RBF support vector machines: the dual problem, its solver, the module, model selection."""
 
 from torchdnr.decisions import NotFittedError
-from torchdnr.svm.dual import ConvergenceWarning, DualSolution
+from torchdnr.svm.dual import Certificate, ConvergenceWarning, DualSolution
 from torchdnr.svm.model_selection import GridSearch, grid_search, out_of_fold_scores
 from torchdnr.svm.rbf_svm import RBFSVM
 from torchdnr.svm.solver import solve_dual
 
 __all__ = [
     "RBFSVM",
+    "Certificate",
     "ConvergenceWarning",
     "DualSolution",
     "GridSearch",

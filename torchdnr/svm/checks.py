@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from torchdnr.arrays import ArrayLike, as_features
 from torchdnr.distributed.sharing import ShardedFeatures
 from torchdnr.kernels.row_blocks import all_finite
 
@@ -10,8 +11,10 @@ SYMMETRY = 1e-4
 """Largest difference across the diagonal of a Gram matrix, relative to its largest entry."""
 
 
-def check_features(features: Tensor | ShardedFeatures) -> None:
-    """Refuse features that are not a finite float matrix with at least one row."""
+def checked_features(features: ArrayLike | ShardedFeatures) -> Tensor | ShardedFeatures:
+    """Convert features; refuse those that are no finite float matrix with at least one row."""
+    if not isinstance(features, ShardedFeatures):
+        features = as_features("features", features)
     local = features.local if isinstance(features, ShardedFeatures) else features
     if local.ndim != 2 or 0 in local.shape:
         raise ValueError(f"features must be (n, d) with n, d >= 1, got {tuple(local.shape)}")
@@ -21,6 +24,7 @@ def check_features(features: Tensor | ShardedFeatures) -> None:
         )
     if not ShardedFeatures.of(features).partition.processes.all(all_finite(local)):
         raise ValueError("features must be finite, got NaN or infinity: check network and inputs")
+    return features
 
 
 def check_labels(labels: Tensor, n: int, num_classes: int | None = None) -> int:
@@ -59,9 +63,17 @@ def check_gram(gram: Tensor) -> None:
         )
 
 
-def check_sample_weight(sample_weight: Tensor, labels: Tensor, num_classes: int) -> None:
-    """Refuse weights that are not finite and >= 0, or that leave a class without samples."""
+def checked_sample_weight(
+    sample_weight: ArrayLike | None, labels: Tensor, num_classes: int
+) -> Tensor | None:
+    """Convert weights to float64 beside the labels; None stays.
+
+    Refuse those that are not finite and >= 0, or that leave a class without samples.
+    """
+    if sample_weight is None:
+        return None
     n = len(labels)
+    sample_weight = as_features("sample_weight", sample_weight).to(labels.device, torch.float64)
     if sample_weight.shape != (n,):
         raise ValueError(
             f"sample_weight must be ({n},), one per sample, got {tuple(sample_weight.shape)}"
@@ -74,3 +86,4 @@ def check_sample_weight(sample_weight: Tensor, labels: Tensor, num_classes: int)
             "sample_weight must leave every class a sample of weight > 0, got none for classes "
             f"{missing[:10]}: raise a weight, or remove the class"
         )
+    return sample_weight

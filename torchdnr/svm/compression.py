@@ -23,9 +23,10 @@ import torch
 from gpytorch.kernels import Kernel
 from torch import Tensor
 
+from torchdnr.arrays import as_features
 from torchdnr.kernels.any_kernel import kernel_matrix, kernel_scores
 from torchdnr.kernels.rbf import BLOCK_ELEMENTS
-from torchdnr.svm.checks import check_features
+from torchdnr.svm.checks import checked_features
 from torchdnr.svm.rbf_svm import RBFSVM
 
 SMOOTHNESS = 1e-3
@@ -231,6 +232,7 @@ def compress_svm(
     the f/P-greedy one of Wirtz and Haasdonk, "A vectorial kernel orthogonal greedy algorithm",
     Dolomites Research Notes on Approximation 6 (2013).
     """
+    features = as_features("features", features)
     _check(svm, features, prototypes, targets, steps, smoothness)
     target = KernelSum.of(svm)
     if targets is None:
@@ -256,7 +258,7 @@ def _check(
             "compression moves support vectors, and with a precomputed kernel there are none to "
             "move: fit the SVM on features, with the RBF or a kernel of gpytorch"
         )
-    check_features(features)
+    checked_features(features)
     if features.shape[1] != svm.center.numel():
         raise ValueError(
             f"features must be (n, {svm.center.numel()}) as in fit, got {tuple(features.shape)}"

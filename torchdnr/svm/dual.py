@@ -10,7 +10,7 @@ Labels, C, weights and held-out samples (C = 0) change only y and the bounds.
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,32 +23,49 @@ class ConvergenceWarning(UserWarning):
 
 
 @dataclass(frozen=True)
-class DualSolution:
-    """Solutions of P dual problems on one kernel; one entry each but where a shape is given.
+class Certificate:
+    """How good solutions of P dual problems on one kernel are; ``(P,)`` but where said otherwise.
 
     Attributes:
-        dual_coef: b = y * alpha, float64 ``(n, P)``.
-        intercept: Intercept of the decision function ``K b + intercept``, ``(P,)``.
         violation: LIBSVM's largest KKT violation in score units, on a fresh float64 product.
         duality_gap: Primal minus dual objective at (b, intercept), >= 0 up to rounding.
         objective: ``1/2 b'Kb - y'b``, as LIBSVM reports it.
         steps: Newton steps and two-variable updates spent.
         converged: Whether the violation is within the tolerance.
-        scores: Decision values ``K b + intercept`` of all samples, those held out too, float64
-            ``(n, P)``.
-        kernel_rows: Rows of the Gram matrix that were evaluated for all problems together; n if
-            it was given whole.
+        kernel_rows: Rows of the Gram matrix that were evaluated for all problems together, a
+            number; n if it was given whole.
+        samples: How many there are, n.
     """
 
-    dual_coef: Tensor
-    intercept: Tensor
     violation: Tensor
     duality_gap: Tensor
     objective: Tensor
     steps: Tensor
     converged: Tensor
-    scores: Tensor
     kernel_rows: int
+    samples: int
+
+
+@dataclass(frozen=True)
+class DualSolution(Certificate):
+    """Solutions of P dual problems on one kernel, and how good they are.
+
+    Attributes:
+        dual_coef: b = y * alpha, float64 ``(n, P)``.
+        intercept: Intercept of the decision function ``K b + intercept``, ``(P,)``.
+        scores: Decision values ``K b + intercept`` of all samples, those held out too, float64
+            ``(n, P)``.
+    """
+
+    dual_coef: Tensor
+    intercept: Tensor
+    scores: Tensor
+
+    def certificate(self) -> Certificate:
+        """Return what is worth keeping once the solution is in use, on the CPU."""
+        kept: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(Certificate)}
+        kept |= {name: v.cpu() for name, v in kept.items() if isinstance(v, Tensor)}
+        return Certificate(**kept)
 
 
 class Points(NamedTuple):
@@ -153,6 +170,7 @@ def certify(
         converged=violation <= tol,
         scores=product + intercept,
         kernel_rows=kernel.evaluated,
+        samples=len(dual_coef),
     )
 
 
@@ -163,9 +181,10 @@ def join_solutions(parts: Sequence[DualSolution]) -> DualSolution:
     values = {
         field.name: torch.cat([getattr(part, field.name) for part in parts], dim=-1)
         for field in fields(DualSolution)
-        if field.name != "kernel_rows"
+        if field.name not in ("kernel_rows", "samples")
     }
-    return DualSolution(**values, kernel_rows=parts[-1].kernel_rows)
+    last = parts[-1]
+    return DualSolution(**values, kernel_rows=last.kernel_rows, samples=last.samples)
 
 
 def warn_if_not_converged(solution: DualSolution, tol: float) -> None:

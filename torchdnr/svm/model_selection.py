@@ -8,14 +8,21 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from torchdnr.arrays import ArrayLike, as_labels
 from torchdnr.distributed.sharing import ShardedFeatures
 from torchdnr.kernels.any_kernel import gamma_for_variance
-from torchdnr.svm.checks import check_features, check_labels
+from torchdnr.svm.checks import check_labels, checked_features, checked_sample_weight
 from torchdnr.svm.dual import DualSolution, dual_bounds
 from torchdnr.svm.gram import all_distances, planned_rows
 from torchdnr.svm.kernel_rows import KernelRows
 from torchdnr.svm.memory_plan import MEMORY_LIMIT, least_memory
-from torchdnr.svm.multiclass import one_vs_rest
+from torchdnr.svm.multiclass import (
+    ONE_VS_REST,
+    ClassWeight,
+    checked_class_weight,
+    one_vs_rest,
+    upper_bounds,
+)
 from torchdnr.svm.rbf_svm import RBFSVM
 from torchdnr.svm.solver import solve_dual
 from torchdnr.svm.working_set import make_feasible
@@ -79,14 +86,16 @@ def stratified_folds(labels: Tensor, folds: int, seed: int = 0) -> Tensor:
 
 @torch.no_grad()
 def grid_search(
-    features: Tensor | ShardedFeatures,
-    labels: Tensor,
+    features: ArrayLike | ShardedFeatures,
+    labels: ArrayLike,
     *,
     C_grid: Sequence[float] = C_GRID,
     gamma_grid: Sequence[float] = GAMMA_GRID,
     folds: int = 5,
     seed: int = 0,
     tol: float = 1e-3,
+    class_weight: ClassWeight | None = None,
+    sample_weight: ArrayLike | None = None,
     distances: Tensor | None = None,
     memory_limit: int | None = None,
     progress: bool = False,
@@ -106,6 +115,8 @@ def grid_search(
         folds: Number of stratified folds.
         seed: Of the folds.
         tol: Largest KKT violation accepted.
+        class_weight: Factors of C by class, as in ``RBFSVM``; ``"balanced"`` in every fold.
+        sample_weight: Factor >= 0 of C per sample, ``(n,)``, and its share in the accuracy.
         distances: Squared distances between all features, ``(n, n)``, if they are at hand; of
             sharded features those to this process's rows, ``(n, k)``.
         memory_limit: Bytes that the search may take beyond its inputs; default 4 GiB.
@@ -121,14 +132,16 @@ def grid_search(
     Warns:
         ConvergenceWarning: For each grid point with problems that missed ``tol``.
     """
-    check_features(features)
+    features = ShardedFeatures.of(checked_features(features))
+    labels = as_labels("labels", labels, features.local.device)
     c, labels = check_labels(labels, len(features)), labels.long()
-    features = ShardedFeatures.of(features)
     scale = gamma_for_variance(features.variance(), features.shape[1])
     Cs = tuple(sorted(float(C) for C in C_grid))
     gammas = tuple(sorted(scale * float(multiple) for multiple in gamma_grid))
     if not Cs or not gammas or min(*Cs, *gammas) <= 0.0:
         raise ValueError(f"grids must hold numbers > 0, got C {C_grid} and gamma {gamma_grid}")
+    weight = checked_sample_weight(sample_weight, labels, c)
+    total = len(labels) if weight is None else weight.sum().item()
     fold = stratified_folds(labels, folds, seed)
     kernels = _Kernels(features, distances, c * folds, memory_limit)
     accuracy = torch.zeros(len(Cs), len(gammas), dtype=torch.float64)
@@ -136,19 +149,21 @@ def grid_search(
     bar = tqdm(total=len(Cs) * len(gammas), desc=description, unit="point", disable=not progress)
     with bar:
         for column, gamma in enumerate(gammas):
-            fits = FoldedFits(kernels.rows(gamma), labels, c, fold, tol)
+            fits = FoldedFits(kernels.rows(gamma), labels, c, fold, tol, class_weight, weight)
             for row, C in enumerate(Cs):  # ascending: each C starts from the one before
                 scores = fits.advance(C)
-                hits = int((scores.argmax(dim=1) == labels).sum())
-                accuracy[row, column] = hits / len(labels)
+                right = scores.argmax(dim=1) == labels
+                hits = (right if weight is None else weight * right).sum().item()
+                accuracy[row, column] = hits / total
                 if (hits, -row, column) > best:
                     best, chosen, start = (hits, -row, column), (C, gamma), fits.whole_start()
                 bar.update()
             not_converged += fits.not_converged
     C, gamma = chosen
-    svm = RBFSVM(C, gamma, tol=tol).fit(
+    svm = RBFSVM(C, gamma, tol=tol, class_weight=class_weight).fit(
         features,
         labels,
+        sample_weight=weight,
         distances=kernels.distances,
         initial=start,
         memory_limit=kernels.limit,  # without the share of the distances
@@ -158,14 +173,16 @@ def grid_search(
 
 @torch.no_grad()
 def out_of_fold_scores(
-    features: Tensor | ShardedFeatures,
-    labels: Tensor,
+    features: ArrayLike | ShardedFeatures,
+    labels: ArrayLike,
     *,
     C: float,
     gamma: float,
     folds: int = 3,
     seed: int = 0,
     tol: float = 1e-3,
+    class_weight: ClassWeight | None = None,
+    sample_weight: ArrayLike | None = None,
     distances: Tensor | None = None,
     memory_limit: int | None = None,
 ) -> Tensor:
@@ -179,6 +196,8 @@ def out_of_fold_scores(
         folds: Number of stratified folds.
         seed: Of the folds.
         tol: Largest KKT violation accepted.
+        class_weight: Factors of C by class, as in ``RBFSVM``; ``"balanced"`` in every fold.
+        sample_weight: Factor >= 0 of C per sample, ``(n,)``.
         distances: Squared distances between all features, ``(n, n)``, if they are at hand; of
             sharded features those to this process's rows, ``(n, k)``.
         memory_limit: Bytes that the fits may take beyond their inputs; default 4 GiB.
@@ -194,11 +213,14 @@ def out_of_fold_scores(
 
     Source: Wolpert, "Stacked generalization" (1992); Sotgiu et al., Sec. IV-A.
     """
-    check_features(features)
+    features = ShardedFeatures.of(checked_features(features))
+    labels = as_labels("labels", labels, features.local.device)
     c, labels = check_labels(labels, len(features)), labels.long()
     fold = stratified_folds(labels, folds, seed)
     kernels = _Kernels(features, distances, c * folds, memory_limit)
-    scores = FoldedFits(kernels.rows(gamma), labels, c, fold, tol).advance(C)
+    weight = checked_sample_weight(sample_weight, labels, c)
+    fits = FoldedFits(kernels.rows(gamma), labels, c, fold, tol, class_weight, weight)
+    scores = fits.advance(C)
     return scores.to(kernels.features.local)
 
 
@@ -206,13 +228,27 @@ class FoldedFits:
     """One-vs-rest problems on all samples, and without each fold: held-out samples have C = 0."""
 
     def __init__(
-        self, rows: KernelRows, labels: Tensor, num_classes: int, fold: Tensor, tol: float
+        self,
+        rows: KernelRows,
+        labels: Tensor,
+        num_classes: int,
+        fold: Tensor,
+        tol: float,
+        class_weight: ClassWeight | None = None,
+        weight: Tensor | None = None,
     ) -> None:
         self._rows, self._fold, self._tol = rows, fold, tol
         self._folds, self._classes = int(fold.max()) + 1, num_classes
         self._targets = one_vs_rest(labels, num_classes)
-        kept = fold.unsqueeze(1) != torch.arange(self._folds, device=fold.device)
-        self._kept = kept.double().repeat_interleave(num_classes, dim=1)  # fold * c + class
+        factors = checked_class_weight(class_weight)
+
+        def bounds(weight: Tensor | None) -> float | Tensor:
+            return upper_bounds(labels, num_classes, ONE_VS_REST, 1.0, factors, weight)
+
+        self._bounds = bounds(weight)  # of alpha for C = 1
+        every = torch.ones_like(fold, dtype=torch.float64) if weight is None else weight
+        without = [torch.as_tensor(bounds(every * (fold != k))) for k in range(self._folds)]
+        self._part_bounds = torch.cat([b.expand(-1, num_classes) for b in without], dim=1)
         # Samples at a bound pull less without a fold, by its share: as with a C so much smaller.
         self._share = 1.0 - 1.0 / self._folds
         self._last: tuple[DualSolution, DualSolution, float] | None = None  # whole, parts and C
@@ -222,12 +258,14 @@ class FoldedFits:
         """Fit with a larger C than before; return out-of-fold scores, float64 ``(n, c)``."""
         last, targets = self._last, self._targets.repeat(1, self._folds)
         start = None if last is None else self._stretched(last[0], C / last[2])
-        whole = solve_dual(self._rows, self._targets, C * self._share, tol=self._tol, initial=start)
-        limits = C * self._kept
+        limits = C * self._share * self._bounds
+        whole = solve_dual(self._rows, self._targets, limits, tol=self._tol, initial=start)
+        limits = C * self._part_bounds
         start = self._without_folds(whole, targets, limits)
         if last is not None:  # where nothing was at a bound, a larger C changes nothing
             _, parts, last_C = last
-            start = torch.where(_at_bound(parts, last_C).any(dim=0), start, parts.dual_coef)
+            at_bound = _at_bound(parts, last_C * self._part_bounds)
+            start = torch.where(at_bound.any(dim=0), start, parts.dual_coef)
         parts = solve_dual(self._rows, targets, limits, tol=self._tol, initial=start)
         self._last = whole, parts, C
         self.not_converged += int((~parts.converged).sum() + (~whole.converged).sum())
@@ -239,7 +277,7 @@ class FoldedFits:
         if self._last is None:
             return None
         whole, _, C = self._last
-        at_bound = _at_bound(whole, C * self._share)
+        at_bound = _at_bound(whole, C * self._share * self._bounds)
         return torch.where(at_bound, whole.dual_coef / self._share, whole.dual_coef)
 
     def _stretched(self, whole: DualSolution, growth: float) -> Tensor:
@@ -252,15 +290,18 @@ class FoldedFits:
         """Set the held-out samples of the fit on all to 0, and stretch and balance the rest."""
         gradient = (whole.scores - whole.intercept).repeat(1, self._folds) - targets
         lower, upper = dual_bounds(targets, limits)
-        kept = (whole.dual_coef.repeat(1, self._folds) * self._kept).T.contiguous()
+        kept = whole.dual_coef.repeat(1, self._folds) * (self._part_bounds > 0)
+        kept = kept.T.contiguous()
         product = self._rows.product(kept, exact=False)
         best = _best_multiple((targets.T * kept).sum(dim=1), (kept * product).sum(dim=1))
         kept *= best.clamp(1.0, self._folds / (self._folds - 1.0)).unsqueeze(1)
         return make_feasible(kept, gradient.T, lower.T, upper.T, torch.zeros_like(best)).T
 
 
-def _at_bound(solution: DualSolution, C: float) -> Tensor:
-    return solution.dual_coef.abs() >= C * (1.0 - 1e-9)
+def _at_bound(solution: DualSolution, limits: float | Tensor) -> Tensor:
+    """Tell which samples that are not held out are at their bound, bool ``(n, P)``."""
+    size = solution.dual_coef.abs()
+    return (size > 0) & (size >= limits * (1.0 - 1e-9))
 
 
 def _best_multiple(linear: Tensor, quadratic: Tensor) -> Tensor:

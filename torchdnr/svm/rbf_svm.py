@@ -10,13 +10,14 @@ import torch
 from gpytorch.kernels import Kernel, RBFKernel
 from torch import Tensor, nn
 
+from torchdnr.arrays import ArrayLike, as_features, as_labels
 from torchdnr.decisions import NotFittedError
 from torchdnr.distributed.sharing import ShardedFeatures
 from torchdnr.files import CheckpointError, load_tensors, save_tensors
 from torchdnr.kernels.any_kernel import kernel_matrix, kernel_scores, make_rbf_kernel, rbf_gamma
-from torchdnr.kernels.rbf import full_precision, rbf_scores, squared_norms
-from torchdnr.svm.checks import check_features, check_labels
-from torchdnr.svm.dual import DualSolution
+from torchdnr.kernels.rbf import full_precision, is_transformed, rbf_scores, squared_norms
+from torchdnr.svm.checks import check_labels, checked_features
+from torchdnr.svm.dual import Certificate
 from torchdnr.svm.multiclass import (
     ONE_VS_ONE,
     ONE_VS_REST,
@@ -77,8 +78,8 @@ class RBFSVM(nn.Module):
         center: Mean of the training features, ``(d,)``; distances are measured from it. Zeros
             ``(n,)`` with a precomputed kernel.
         kernel: The gpytorch kernel in use; None with a precomputed one.
-        solution: Certificate of the last fit, one entry per problem; None before it and after
-            loading.
+        solution: ``Certificate`` of the last fit, one entry per problem, on the CPU; None before it
+            and after loading. ``solve_dual`` returns the whole solution.
     """
 
     def __init__(
@@ -113,7 +114,7 @@ class RBFSVM(nn.Module):
         self.kernel: Kernel | None = kernel if isinstance(kernel, Kernel) else None
         if kernel is None:
             self.kernel = RBFKernel().requires_grad_(False)
-        self.solution: DualSolution | None = None
+        self.solution: Certificate | None = None
 
     @property
     def is_fitted(self) -> bool:
@@ -134,16 +135,18 @@ class RBFSVM(nn.Module):
     @torch.no_grad()
     def fit(
         self,
-        features: Tensor | ShardedFeatures,
-        labels: Tensor,
+        features: ArrayLike | ShardedFeatures,
+        labels: ArrayLike,
         *,
-        sample_weight: Tensor | None = None,
+        sample_weight: ArrayLike | None = None,
         num_classes: int | None = None,
-        distances: Tensor | None = None,
-        initial: Tensor | None = None,
+        distances: ArrayLike | None = None,
+        initial: ArrayLike | None = None,
         memory_limit: int | None = None,
     ) -> "RBFSVM":
         """Solve the binary problems and keep the support vectors.
+
+        Arrays of numpy and lists of numbers do as well as tensors; integers are features too then.
 
         Args:
             features: Training features, ``(n, d)``, float32 or float64: the module takes their
@@ -167,12 +170,16 @@ class RBFSVM(nn.Module):
 
         Raises:
             ValueError: If an argument is not as said above.
+            TypeError: If one holds anything but numbers.
 
         Warns:
             ConvergenceWarning: Naming the problems that missed ``tol``.
         """
-        check_features(features)
-        c, features = check_labels(labels, len(features), num_classes), ShardedFeatures.of(features)
+        features = ShardedFeatures.of(checked_features(features))
+        labels = as_labels("labels", labels, features.local.device)
+        c = check_labels(labels, len(features), num_classes)
+        if distances is not None:
+            distances = as_features("distances", distances, features.local)
         features = replace(features, local=features.local.detach())
         data = select_training_data(
             features, labels.long(), c, sample_weight, distances, self.is_precomputed
@@ -190,23 +197,23 @@ class RBFSVM(nn.Module):
             limits,
             tol=self.tol,
             max_steps=self.max_steps,
-            initial=None if initial is None else initial[data.kept],
+            initial=None if initial is None else as_features("initial", initial)[data.kept],
         )
         chosen = solution.dual_coef.ne(0).any(dim=1)
         self.support_vectors, self.support = data.support_vectors(chosen), data.kept[chosen]
         self.dual_coef = solution.dual_coef[chosen].to(features.local)
         self.intercept = solution.intercept.to(features.local)
         self.center, self.kernel = data.center, kernel
-        self.solution = data.of_all_samples(solution)
+        self.solution = replace(solution.certificate(), samples=len(features))
         return self
 
-    def forward(self, features: Tensor, *, vote: bool = True) -> Tensor:
+    def forward(self, features: ArrayLike, *, vote: bool = True) -> Tensor:
         """Compute class scores.
 
         Args:
-            features: ``(n, d)``; brought to the dtype of the support vectors. With a precomputed
-                kernel its values with all training samples, of which those with the support
-                vectors count.
+            features: ``(n, d)``; a tensor is brought to the dtype of the support vectors, an array
+                to their device too. With a precomputed kernel its values with all training samples,
+                of which those with the support vectors count.
             vote: Whether the pairs of one-vs-one vote, rather than give their decision values.
 
         Returns:
@@ -220,6 +227,7 @@ class RBFSVM(nn.Module):
             ValueError: If the number of features is not that of the training samples.
         """
         self._require_fit()
+        features = as_features("features", features, self.dual_coef)
         if features.ndim != 2 or features.shape[1] != self.center.numel():
             raise ValueError(
                 f"features must be (n, {self.center.numel()}) as in fit, "
@@ -267,6 +275,8 @@ class RBFSVM(nn.Module):
                 return vectors - center, None
             kept = self._centred_from
             if kept is None or kept[0] is not vectors or kept[1] is not center:
+                if is_transformed():  # these tensors may end with the transform
+                    return vectors - center, None
                 self._center_vectors()
             elif kept[2:] != (vectors._version, center._version):
                 self._center_vectors()
@@ -432,6 +442,8 @@ class RBFSVM(nn.Module):
             )
         if isinstance(weights := settings.get("class_weight"), dict):  # JSON made its keys strings
             settings["class_weight"] = {int(k): weight for k, weight in weights.items()}
+        if isinstance(kernel, Kernel):
+            kernel = deepcopy(kernel)  # one kernel may be given for several files
         module, probe = cls(**settings, kernel=kernel), tensors.pop(_PROBE, None)
         try:
             module.load_state_dict(tensors)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from torchdnr.arrays import as_features
 from torchdnr.svm.dual import (
     DualSolution,
     Points,
@@ -101,9 +102,11 @@ def solve_dual(
     Source: Fan, Chen and Lin, JMLR 6 (2005); Wen et al., JMLR 19 (2018); Hintermueller, Ito and
     Kunisch, SIAM J. Optim. 13 (2002).
     """
-    if isinstance(kernel, Tensor):
-        _check_kernel(kernel)
-        kernel = KernelRows.dense(kernel)
+    if not isinstance(kernel, KernelRows):
+        matrix = as_features("kernel", kernel)
+        targets = as_features("targets", targets, matrix)
+        _check_kernel(matrix)
+        kernel = KernelRows.dense(matrix)
     limits = _check_problems(kernel, targets, C)
     if initial is not None and (initial.shape != targets.shape or bool(torch.isnan(initial).any())):
         raise ValueError(

@@ -14,6 +14,7 @@ from torchdnr.costs import stage
 from torchdnr.distributed.sharing import ShardedFeatures
 from torchdnr.svm.compression import WARN_BELOW, CompressionWarning, stack_losses
 from torchdnr.svm.model_selection import grid_search, out_of_fold_scores
+from torchdnr.svm.multiclass import CheckedWeight
 from torchdnr.svm.rbf_svm import RBFSVM
 
 COMBINER = "combiner"
@@ -41,6 +42,7 @@ class SVMOptions:
     tol: float
     seed: int
     memory_limit: int | None
+    class_weight: CheckedWeight = None
 
     def __post_init__(self) -> None:
         """Check what no SVM checks by itself."""
@@ -70,8 +72,11 @@ class SVMOptions:
 
     def to_dict(self) -> dict[str, Any]:
         """Convert to the constructor's arguments of a classifier, as JSON values."""
+        weight = self.class_weight
+        by_class = {"class_weight": list(weight) if isinstance(weight, tuple) else weight}
         return {
-            **vars(self),
+            **{name: value for name, value in vars(self).items() if name != "class_weight"},
+            **(by_class if weight is not None else {}),  # files without it can be read as before
             "hyperparameters": {name: list(pair) for name, pair in self.hyperparameters.items()},
             "C_grid": list(self.C_grid),
             "gamma_grid": list(self.gamma_grid),
@@ -93,8 +98,9 @@ class SVMStack(nn.Module):
         if len(layers) > 1 and not combine:
             raise ValueError(f"several layers need a combiner, got layers {list(layers)}")
         self.layers = tuple(layers)
-        self.base_svms = nn.ModuleList(RBFSVM(tol=options.tol) for _ in layers)
-        self.register_module("combiner", RBFSVM(tol=options.tol) if combine else None)
+        common: dict[str, Any] = {"tol": options.tol, "class_weight": options.class_weight}
+        self.base_svms = nn.ModuleList(RBFSVM(**common) for _ in layers)
+        self.register_module("combiner", RBFSVM(**common) if combine else None)
         self.selection: dict[str, dict[str, Any]] = {}
         self.options = options.checked(list(self.named() if layers else options.hyperparameters))
 
@@ -116,14 +122,30 @@ class SVMStack(nn.Module):
         return scores[0] if self.combiner is None else self.combiner(torch.cat(scores, dim=1))
 
     def fit(
-        self, features: dict[str, ShardedFeatures], labels: Tensor, *, progress: bool = False
+        self,
+        features: dict[str, ShardedFeatures],
+        labels: Tensor,
+        *,
+        sample_weight: Tensor | None = None,
+        progress: bool = False,
     ) -> Self:
         """Fit the base SVMs, then the combiner on their out-of-fold scores.
 
         ``features`` by layer, ``(n, d)``, is emptied on the way, so that memory is free again.
+        Samples of weight 0 are left out of everything, also of the folds.
         """
+        if sample_weight is not None and not sample_weight.all():
+            kept = sample_weight.nonzero().squeeze(1)
+            labels, sample_weight = labels[kept], sample_weight[kept]
+            for name in features:
+                features[name] = features[name].select(kept)
         options, partition = self.options, next(iter(features.values())).partition
-        common: dict[str, Any] = {"tol": options.tol, "memory_limit": options.memory_limit}
+        same: dict[str, Any] = {"tol": options.tol, "class_weight": options.class_weight}
+        limits: dict[str, Any] = {
+            "memory_limit": options.memory_limit,
+            "sample_weight": sample_weight,
+        }
+        common: dict[str, Any] = {**same, **limits}
         held_out: list[Tensor] = []
         for name in self.named():
             if name in self.layers:
@@ -132,9 +154,9 @@ class SVMStack(nn.Module):
                 inputs = ShardedFeatures(torch.cat(held_out, dim=1)[partition.local], partition)
             if name in options.hyperparameters:
                 C, gamma = options.hyperparameters[name]
-                svm = RBFSVM(C, gamma, tol=options.tol)
+                svm = RBFSVM(C, gamma, **same)
                 with stage("fit"):
-                    svm.fit(inputs, labels, memory_limit=options.memory_limit)
+                    svm.fit(inputs, labels, **limits)
                 self.selection[name] = {"C": C, "gamma": gamma}
             else:
                 with stage("search"):

@@ -1,15 +1,15 @@
 """What an `RBFSVM` is fitted on: the samples of weight > 0, their kernel and its width."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from gpytorch.kernels import Kernel
 from torch import Tensor
 
+from torchdnr.arrays import ArrayLike
 from torchdnr.distributed.sharing import ShardedFeatures
 from torchdnr.kernels.any_kernel import gamma_for_variance, kernel_matrix, rbf_gamma
-from torchdnr.svm.checks import check_gram, check_sample_weight
-from torchdnr.svm.dual import DualSolution
+from torchdnr.svm.checks import check_gram, checked_sample_weight
 from torchdnr.svm.gram import planned_rows, rows_on_demand
 from torchdnr.svm.kernel_rows import KernelRows
 from torchdnr.svm.memory_plan import plan_memory
@@ -23,7 +23,6 @@ class TrainingData:
     labels: Tensor  # (k,)
     weight: Tensor | None  # float64 (k,); None if all are 1
     kept: Tensor  # indices among the n samples, int64 (k,)
-    count: int  # n
     center: Tensor  # mean of the features, (d,); zeros (n,) with a precomputed kernel
     distances: Tensor | None  # squared ones to this process's features, if they are at hand
     is_precomputed: bool  # whether the features are kernel values
@@ -74,36 +73,25 @@ class TrainingData:
             return self.features.local[chosen, :0]
         return self.features.rows(chosen.nonzero().squeeze(1))
 
-    def of_all_samples(self, solution: DualSolution) -> DualSolution:
-        """Put the samples of weight 0 back, with b = 0 and the score NaN."""
-        if len(self.kept) == self.count:
-            return solution
-        whole = [
-            values.new_full((self.count, values.shape[1]), missing).index_copy(0, self.kept, values)
-            for values, missing in ((solution.dual_coef, 0.0), (solution.scores, torch.nan))
-        ]
-        return replace(solution, dual_coef=whole[0], scores=whole[1])
-
 
 def select_training_data(
     features: Tensor | ShardedFeatures,
     labels: Tensor,
     num_classes: int,
-    sample_weight: Tensor | None,
+    sample_weight: ArrayLike | None,
     distances: Tensor | None,
     is_precomputed: bool,
 ) -> TrainingData:
     """Check kernel values and weights, and leave out samples of weight 0; see ``RBFSVM.fit``."""
     features = ShardedFeatures.of(features)
-    n, weight, local = len(features), None, features.local
+    n, local = len(features), features.local
     if is_precomputed:
         if features.partition.processes.count > 1:
             raise ValueError("a precomputed kernel must be whole, got sharded rows: pass a tensor")
         check_gram(local)
     kept = torch.arange(n, device=local.device)
-    if sample_weight is not None:
-        weight = torch.as_tensor(sample_weight, dtype=torch.float64, device=local.device)
-        check_sample_weight(weight, labels, num_classes)
+    weight = checked_sample_weight(sample_weight, labels, num_classes)
+    if weight is not None:
         kept = weight.nonzero().squeeze(1)
         labels, weight = labels[kept], weight[kept]
     if len(kept) < n:
@@ -114,7 +102,7 @@ def select_training_data(
         else:
             features = features.select(kept)
     center = local.new_zeros(n) if is_precomputed else features.means()
-    return TrainingData(features, labels, weight, kept, n, center, distances, is_precomputed)
+    return TrainingData(features, labels, weight, kept, center, distances, is_precomputed)
 
 
 def checked_gamma(gamma: float | str) -> float | str:

@@ -11,10 +11,10 @@ from tqdm import tqdm
 
 from torchdnr.attacks.checks import (
     check_count,
-    check_inputs,
     check_levels,
     check_mask,
     check_pool,
+    checked_inputs,
 )
 from torchdnr.attacks.objectives import decision_objective
 from torchdnr.attacks.starts import assigned_classes
@@ -148,7 +148,7 @@ def run_checks(
     for name, value in {**counts, "batch_size": batch_size}.items():
         check_count(name, value, 2 if name == "passes" else 1)
     norm = curve.norm if norm is None else norm
-    check_inputs(inputs, labels, norm, bounds)
+    inputs, labels = checked_inputs(inputs, labels, norm, bounds, model)
     if init_inputs is not None:
         check_pool(init_inputs, None, inputs, bounds)
     _check_curve(curve, inputs, labels, norm)

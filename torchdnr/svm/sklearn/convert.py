@@ -263,7 +263,7 @@ def _fitted_svc(
     model = _unfitted_svc(svm, C, of_rest=problem is not None)
     model.classes_, model.class_weight_ = np.arange(c), np.ones(c)
     model.n_features_in_ = svm.center.numel()
-    n = len(solution.dual_coef) if solution is not None else int(svm.support.max()) + 1
+    n = solution.samples if solution is not None else int(svm.support.max()) + 1
     model.shape_fit_ = (n, svm.center.numel()) if not svm.is_precomputed else (len(svm.center),) * 2
     model.support_ = _array(svm.support[layout.order], np.int32)
     vectors = svm.support_vectors[layout.order]

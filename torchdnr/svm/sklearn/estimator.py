@@ -6,7 +6,7 @@ from typing import Any, Self, cast
 
 import torch
 
-from torchdnr.svm.dual import ConvergenceWarning, DualSolution
+from torchdnr.svm.dual import Certificate, ConvergenceWarning
 from torchdnr.svm.multiclass import ONE_VS_ONE, class_pairs, votes_and_confidence
 from torchdnr.svm.rbf_svm import RBFSVM
 from torchdnr.svm.sklearn.convert import MISSING, to_libsvm
@@ -157,7 +157,7 @@ class RBFSVC(ClassifierMixin, BaseEstimator):
     def _read_attributes(self) -> None:
         """Set the attributes that scikit-learn has, and warn as it does."""
         svm, layout = self.svm_, to_libsvm(self.svm_.dual_coef)
-        solution, kernel = cast(DualSolution, svm.solution), cast(Any, svm.kernel)  # after a fit
+        solution, kernel = cast(Certificate, svm.solution), cast(Any, svm.kernel)  # after a fit
         sign = -1 if len(self.classes_) == 2 else 1  # scikit-learn turns the binary case round
         self.support_ = svm.support[layout.order].numpy(force=True).astype(np.int32)
         precomputed = self.kernel == "precomputed"
