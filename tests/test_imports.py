@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FLOORS = (  # from the ground up; parts on the same floor do not know one another
-    {"decisions", "files", "costs"},
+    {"decisions", "files", "costs", "risk"},
     {"kernels"},
     {"data", "distributed"},
     {"attacks"},
