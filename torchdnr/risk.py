@@ -105,7 +105,7 @@ def threshold_at_error(
         else:
             level = 0.0
     if not chosen:
-        raise ValueError(_why_none(wrong, accepted, max_error, confidence, part))
+        raise ValueError(_why_none(wrong, accepted, p_values, max_error, confidence))
     return best[chosen]
 
 
@@ -143,27 +143,33 @@ def _fewest(max_error: float, level: float) -> int:
 
 
 def _why_none(
-    wrong: Tensor, accepted: list[int], max_error: float, confidence: float, level: float
+    wrong: Tensor,
+    accepted: list[int],
+    p_values: list[float],
+    max_error: float,
+    confidence: float,
 ) -> str:
     """Say why no threshold can be promised, and how many inputs could change that."""
-    n, fewest = len(wrong), _fewest(max_error, level)
+    n, left = len(wrong), 1 - confidence
     head = (
         f"no threshold promises an error of at most {max_error:g} among accepted inputs with "
         f"confidence {confidence:g}"
     )
+    fewest = _starts(n - 1, max_error, left)[0]
     possible = [m for m in accepted if m >= fewest]
     if not possible:
         return (
             f"{head}: expected {fewest + 1} inputs at least, with different scores, even if none "
             f"of them is wrong, got {n}; pass more, or a larger max_error"
         )
-    errors = [0, *wrong.cumsum(0).tolist()]
-    m = min(possible, key=lambda m: errors[m] / m)
-    head += f": of the {m} of {n} inputs with the highest scores {errors[m]} are wrong"
-    if errors[m] >= max_error * m:
+    m = min(possible, key=p_values.__getitem__)
+    errors = int(wrong[:m].sum())
+    head += f": of the {m} of {n} inputs with the highest scores {errors} are wrong"
+    if errors >= max_error * m:
         return f"{head}, and more inputs like these would not help; pass a larger max_error"
-    needed = m
-    while binomial_cdf(math.ceil(errors[m] / m * needed), needed, max_error) > level:
+    level, needed = 0.0, m
+    while binomial_cdf(math.ceil(errors / m * needed), needed, max_error) > level:
         needed += max(1, needed // 20)
-    bound, needed = error_bound(errors[m], m, 1 - level), math.ceil(needed * n / m)
-    return f"{head}, a bound of {bound:.3g}; pass about {needed} or more, or a larger max_error"
+        level = left / len(_starts(needed, max_error, left))
+    needed = math.ceil(needed * n / m)
+    return f"{head}; pass about {needed} inputs or more, or a larger max_error"
