@@ -9,8 +9,8 @@ ROOT = Path(__file__).parents[1]
 FLOORS = (  # from the ground up; parts on the same floor do not know one another
     {"decisions", "files", "costs", "risk"},
     {"kernels"},
-    {"data", "distributed"},
-    {"attacks"},
+    {"distributed"},
+    {"data", "attacks"},
     {"models"},
     {"svm"},
     {"features"},

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from torchdnr.decisions import NotFittedError, evaluation_mode, predict_labels
 from torchdnr.distributed import current
+from torchdnr.distributed.processes import warn_once
 from torchdnr.distributed.sharing import Batch, check_same, checked_batches
 from torchdnr.risk import threshold_at_error
 
@@ -137,9 +138,9 @@ def _labelled_batches(
 def _warn_of_ties(best: Tensor, threshold: Tensor, rate: float) -> None:
     """Warn if a larger share of the best scores ``(n,)`` is rejected than was asked for."""
     n, rejected = len(best), int((best <= threshold).sum())
-    if rejected > math.floor(rate * n + 1e-9) and current().first:
+    if rejected > math.floor(rate * n + 1e-9):
         equal = int((best == best[best <= threshold].max()).sum())
-        warnings.warn(
+        warn_once(
             f"expected {rate:.1%} of {n} inputs to be rejected, got {rejected / n:.1%}: {equal} "
             "of them have the same best score, and equal scores are rejected together; drop "
             "repeated inputs, and see whether the features differ at all",

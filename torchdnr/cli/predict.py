@@ -10,13 +10,13 @@ from typing import Any, TextIO
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from torchdnr.cli.console import Console, command
 from torchdnr.cli.network import choose_network
 from torchdnr.cli.options import add_device_options
 from torchdnr.cli.run_folder import find_device, read_settings
 from torchdnr.cli.settings import number
+from torchdnr.costs import progress_bar
 from torchdnr.data.readers import find_images, read_batches
 from torchdnr.decisions import REJECT, predict_labels
 from torchdnr.dnr import DNR, NR
@@ -90,7 +90,7 @@ def predict(options: argparse.Namespace, console: Console) -> int:
         print(f"cannot read {file}: {error}", file=sys.stderr)
 
     scores = [f"score {name}" for name in classes] if options.all_scores else []
-    bar = tqdm(total=len(files), unit="image", disable=not console.progress)
+    bar = progress_bar(console.progress, total=len(files), unit="image")
     with _open_table(options.csv) as table, bar:
         writer = csv.writer(table, lineterminator="\n")
         writer.writerow([*COLUMNS, *scores])

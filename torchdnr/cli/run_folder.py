@@ -74,7 +74,9 @@ def prepare(options: argparse.Namespace, console: Console, processes: Processes 
     choices |= given
     size = FOLDER_IMAGE_SIZE if choices["backbone"] is None else BACKBONE_IMAGE_SIZE
     image_size = choices["image_size"] or size
-    dataset = load_dataset(choices["dataset"], options.data_root, image_size=image_size)
+    dataset = load_dataset(
+        choices["dataset"], options.data_root, image_size=image_size, progress=console.progress
+    )
     shape = tuple(dataset.images_train.shape[1:])
     network = {name: choices[name] for name in ("backbone", "weights", "outputs")}
     preset = choose_network(dataset.name, shape, len(dataset.classes), **network)
