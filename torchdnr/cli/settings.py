@@ -209,8 +209,9 @@ class RunSettings(_Settings):
         metavar="NAME",
     )
     weights: str | None = option(
-        "weights of the backbone: a state dict in a file, or a name that torchvision has for it, "
-        "such as DEFAULT, to download. It is then trained only if --network-samples is given",
+        "weights of the backbone: a state dict in a file, .safetensors or of torch.save, or a name "
+        "that torchvision has for it, such as DEFAULT, to download; pickles are read by PyTorch's "
+        "restricted unpickler. It is then trained only if --network-samples is given",
         optional=True,
         metavar="FILE",
     )
