@@ -31,7 +31,7 @@ ROOT = Path(__file__).parents[1]
 FILES = {
     *("settings.json", "training.safetensors", "network.safetensors", "dnr.safetensors"),
     *("nr.safetensors", "results.json", "results.csv", "report.html"),
-    *("curve.png", "examples.png", "roc.png"),
+    *("curve.png", "examples.png", "roc.png", "risk-coverage.png"),
     *(f"checks-{name}.json" for name in ("dnn", "nr", "dnr")),
     *(
         f"attack-{name}-{attack}.safetensors"
@@ -175,7 +175,7 @@ def test_rerun_is_quick_and_shows_the_same_table(run, monkeypatch, capsys):
     out, err = capsys.readouterr()
     assert out.count("worst case |") + out.count("worst case\n") == 1
     assert "line-search PGD" in out and "DNR" in out
-    assert "done already" in err and f"roc.png: in {run}" in err
+    assert "done already" in err and f"risk-coverage.png: in {run}" in err
     assert (run / "results.json").read_bytes() == before
     assert train.main(["--run", str(run)]) == 0
     assert "clean accuracy" in capsys.readouterr().err

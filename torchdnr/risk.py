@@ -109,6 +109,14 @@ def threshold_at_error(
     return best[chosen]
 
 
+def fewest_accepted(max_error: float, level: float) -> int:
+    """Return how many inputs have to be accepted for a promise, even if none of them is wrong.
+
+    ``level`` is what the promise may fail by, ``1 - confidence``.
+    """
+    return max(1, math.ceil(math.log(level) / math.log1p(-max_error) - 1e-9))
+
+
 def _log_mass(count: Tensor, n: Tensor, rate: float) -> Tensor:
     """Compute the log-probability of ``count`` of n, each of probability ``rate`` in (0, 1)."""
     log_ways = torch.lgamma(n + 1) - torch.lgamma(count + 1) - torch.lgamma(n - count + 1)
@@ -132,14 +140,9 @@ def _p_values(wrong: Tensor, max_error: float) -> Tensor:
 def _starts(most: int, max_error: float, level: float) -> list[int]:
     """List how many accepted inputs the walk begins at, and begins anew, up to ``most`` of them."""
     count = 1
-    while _fewest(max_error, level / (count + 1)) * GROWTH**count <= most:
+    while fewest_accepted(max_error, level / (count + 1)) * GROWTH**count <= most:
         count += 1
-    return [math.ceil(_fewest(max_error, level / count) * GROWTH**i) for i in range(count)]
-
-
-def _fewest(max_error: float, level: float) -> int:
-    """Return the smallest number of inputs that passes the test if none of them is wrong."""
-    return max(1, math.ceil(math.log(level) / math.log1p(-max_error) - 1e-9))
+    return [math.ceil(fewest_accepted(max_error, level / count) * GROWTH**i) for i in range(count)]
 
 
 def _why_none(

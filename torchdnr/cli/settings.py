@@ -262,6 +262,20 @@ class RunSettings(_Settings):
         type=float,
         metavar="R",
     )
+    max_error: float | None = option(
+        "instead of --rejection-rate, the bound of the error among accepted images, in (0, 1): as "
+        "few are rejected as it takes to promise it of all images like those of the data set",
+        optional=True,
+        type=float,
+        metavar="E",
+    )
+    confidence: float = option(
+        "probability that this bound holds, in (0, 1)",
+        default=0.95,
+        optional=True,
+        type=float,
+        metavar="P",
+    )
     # No options of the command line:
     test_samples: int = 0
     network: str = ""  # its architecture
