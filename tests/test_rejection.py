@@ -159,6 +159,15 @@ def test_a_warning_tells_the_share_really_rejected_where_scores_are_equal(make, 
     assert (model.predict(images) == REJECT).sum() == equal
 
 
+def test_features_that_are_all_equal_are_warned_of_too():
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 3), torch.nn.ReLU())
+    net[1].bias.data -= 100  # dead: every feature is 0
+    model = NR(net, "2", hyperparameters={"2": (1.0, 1.0)})
+    model.fit(torch.rand(60, 4), torch.arange(60) % 2)
+    with pytest.warns(CalibrationWarning, match="expected 10.0% of 50 inputs .* got 100.0%"):
+        model.calibrate(torch.rand(50, 4), 0.10)
+
+
 @pytest.mark.parametrize("make", [Flat, detector])
 def test_a_share_that_is_met_exactly_is_not_warned_of(make):
     images = torch.rand(60, 4)

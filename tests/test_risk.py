@@ -196,6 +196,7 @@ def test_calibrate_by_error_promises_it_of_the_accepted(kind):
     threshold = model.threshold
     loader = list(zip(inputs.split(100), labels.split(100), strict=True))
     assert model.calibrate(loader, max_error=0.08).threshold == threshold
+    assert model.calibrate(inputs, labels.tolist(), max_error=0.08).threshold == threshold
 
 
 @pytest.mark.parametrize("kind", models())

@@ -278,13 +278,12 @@ class DNR(nn.Module):
         """
 
         def judge(images: Tensor, of_batch: Tensor | None) -> Tensor:
-            return best_and_wrong(self.scores(images), of_batch)
+            return best_and_wrong(self.scores(images.to(self.device)), of_batch)
 
-        data, goal = (inputs, labels), (rejection_rate, max_error, confidence)
+        goal = {"rejection_rate": rejection_rate, "max_error": max_error, "confidence": confidence}
+        options: dict[str, Any] = {"batch_size": self.batch_size, **goal}
         with stage("threshold"):
-            self.rejection.set(
-                calibrated_threshold(self, judge, data, self.batch_size, self.device, goal)
-            )
+            self.rejection.set(calibrated_threshold(self, judge, inputs, labels, **options))
         return self
 
     def set_threshold(self, threshold: float | Tensor) -> None:

@@ -42,35 +42,32 @@ def rejection_threshold(scores: Tensor, rejection_rate: float) -> Tensor:
     return torch.where(middle < first_accepted, middle, last_rejected)
 
 
+Judge = Callable[[Tensor, Tensor | None], Tensor]
+"""Makes of images and labels, or None, what ``best_and_wrong`` does."""
+
+
 def calibrated_threshold(
     model: nn.Module,
-    judge: Callable[[Tensor, Tensor | None], Tensor],
-    data: tuple[Tensor | Iterable[Any], Tensor | float | None],
+    judge: Judge,
+    inputs: Tensor | Iterable[Any],
+    labels: Tensor | float | None,
+    *,
     batch_size: int,
-    device: torch.device | None,
-    goal: tuple[float | None, float | None, float],
+    rejection_rate: float | None,
+    max_error: float | None,
+    confidence: float,
 ) -> Tensor:
-    """Compute the threshold for ``calibrate``, on which all processes work together; a scalar.
+    """Compute theta for ``calibrate``, whose arguments these are; all processes work together.
 
-    Args:
-        model: What has to be the same in all processes.
-        judge: Makes of images and labels what ``best_and_wrong`` does.
-        data: Images or a loader, and labels, or the share to reject.
-        batch_size: Images per forward pass.
-        device: Where the images go.
-        goal: Share to reject, bound of the error among the accepted, and its confidence.
-
-    Returns:
-        theta.
-
-    Warns (``CalibrationWarning``) if a larger share is rejected than was asked for.
+    ``model`` has to be the same in all of them. Warns (``CalibrationWarning``) if a larger share is
+    rejected than was asked for.
     """
-    (inputs, labels), (rejection_rate, max_error, confidence) = data, goal
     if isinstance(labels, float | int):
         labels, rejection_rate = None, labels
     if rejection_rate is not None and max_error is not None:
         raise ValueError("expected rejection_rate or max_error, got both: drop one")
-    best, wrong = _outcomes(model, judge, inputs, labels, batch_size, device).unbind(dim=1)
+    labels = None if labels is None else torch.as_tensor(labels)
+    best, wrong = _outcomes(model, judge, inputs, labels, batch_size).unbind(dim=1)
     if max_error is None:
         rate = REJECTION_RATE if rejection_rate is None else rejection_rate
         threshold = rejection_threshold(best[:, None], rate)
@@ -86,11 +83,10 @@ def calibrated_threshold(
 
 def _outcomes(
     model: nn.Module,
-    judge: Callable[[Tensor, Tensor | None], Tensor],
+    judge: Judge,
     inputs: Tensor | Iterable[Any],
     labels: Tensor | None,
     batch_size: int,
-    device: torch.device | None,
 ) -> Tensor:
     """Judge all images, each process some batches of them, ``(n, 2)``."""
     processes = current()
@@ -101,10 +97,10 @@ def _outcomes(
         first = images if number == 0 else first
         all_labels.append(of_batch)
         if processes.mine(number):
-            parts.append(judge(images.to(device), of_batch))
+            parts.append(judge(images, of_batch))
     check_same(processes, model, all_labels, first)
     # One that got no batch still has to know what scores are like.
-    outcomes = torch.cat(parts) if parts else judge(first[:1].to(device), None)[:0]
+    outcomes = torch.cat(parts) if parts else judge(first[:1], None)[:0]
     return processes.gather(outcomes, processes.numbers(len(outcomes)))
 
 
@@ -369,13 +365,14 @@ class WithReject(nn.Module):
         """
 
         def judge(images: Tensor, of_batch: Tensor | None) -> Tensor:
-            scores, suspicion = self._both(images)
+            scores, suspicion = self._both(images.to(self._device()))
             wrong = best_and_wrong(scores, of_batch)[:, 1]
             return torch.stack([-suspicion, wrong.to(suspicion)], dim=1)
 
-        data, goal = (inputs, labels), (rejection_rate, max_error, confidence)
+        goal = {"rejection_rate": rejection_rate, "max_error": max_error, "confidence": confidence}
+        options: dict[str, Any] = {"batch_size": self.batch_size, **goal}
         with evaluation_mode(self):
-            theta = calibrated_threshold(self, judge, data, self.batch_size, self._device(), goal)
+            theta = calibrated_threshold(self, judge, inputs, labels, **options)
         # A score equal to theta is rejected, but one equal to a detector's threshold is accepted.
         self.threshold = -torch.nextafter(theta, theta.new_tensor(math.inf)).item()
         return self

@@ -25,8 +25,9 @@ from torchdnr.models.paper import load_network
 
 _DESCRIPTION = """\
 Label image files with a classifier of a run folder that train.py made, or reject them. The data
-set is not needed. Images are read as those of folder: data sets are: the short side is resized to
-what the network takes, then the centre is cropped to a square. Writes a CSV file with a row per
+set is not needed. Images are read as those of folder: data sets are: turned as their EXIF data say,
+16-bit and floating-point values scaled to [0, 1], transparency on white; the short side is resized
+to what the network takes, then the centre is cropped to a square. Writes a CSV file with a row per
 image: file, label (empty if rejected), class (its number, -1 if rejected), rejected (0 or 1),
 best_label and best_score (the class with the highest score, rejected or not), threshold, which the
 best score must exceed. Exit status: 0; 1 if a file could not be read, which has no row; 2 error."""
