@@ -121,3 +121,14 @@ def test_a_file_of_something_else_is_refused_and_runs_nothing(name, tmp_path, ca
     with pytest.raises(ValueError, match="must be a state dict"):
         load_weights(backbone, "squeezenet1_1", path)
     assert "run by a pickle" not in capsys.readouterr().out
+
+
+def test_weights_that_torchvision_downloaded_run_nothing_either(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    url = models.SqueezeNet1_1_Weights.DEFAULT.url
+    path = tmp_path / "hub" / "checkpoints" / url.rsplit("/", 1)[1]
+    path.parent.mkdir(parents=True)
+    torch.save({"a": Malicious()}, path)
+    with pytest.raises(ValueError, match="must be tensors alone"):
+        load_weights(build_backbone("squeezenet1_1", 3), "squeezenet1_1", "DEFAULT")
+    assert "run by a pickle" not in capsys.readouterr().out

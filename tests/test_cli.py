@@ -31,7 +31,7 @@ ROOT = Path(__file__).parents[1]
 FILES = {
     *("settings.json", "training.safetensors", "network.safetensors", "dnr.safetensors"),
     *("nr.safetensors", "results.json", "results.csv", "report.html"),
-    *("curve.png", "examples.png", "roc.png"),
+    *("curve.png", "examples.png", "roc.png", "risk-coverage.png"),
     *(f"checks-{name}.json" for name in ("dnn", "nr", "dnr")),
     *(
         f"attack-{name}-{attack}.safetensors"
@@ -144,7 +144,7 @@ def test_one_command_does_the_whole_job(finished):
     assert settings["device"] == "cpu" and settings["environment"]["torch"] == torch.__version__
     assert (finished / "curve.png").read_bytes()[:4] == b"\x89PNG"
     found = settings["classifiers"]
-    assert found["DNN"].keys() == {"test_accuracy", "test_accuracy_interval"}
+    assert found["DNN"].keys() == {"test_accuracy", "test_accuracy_interval", "aurc"}
     for entry in found.values():
         low, high = entry["test_accuracy_interval"]
         assert 0 <= low <= entry["test_accuracy"] <= high <= 1
@@ -175,7 +175,7 @@ def test_rerun_is_quick_and_shows_the_same_table(run, monkeypatch, capsys):
     out, err = capsys.readouterr()
     assert "worst case" in out and out.count("8-bit images\n") == 1
     assert "line-search PGD" in out and "DNR" in out
-    assert "done already" in err and f"roc.png: in {run}" in err
+    assert "done already" in err and f"risk-coverage.png: in {run}" in err
     assert (run / "results.json").read_bytes() == before
     assert train.main(["--run", str(run)]) == 0
     assert "clean accuracy" in capsys.readouterr().err
@@ -444,7 +444,7 @@ def test_every_file_of_the_report_tells_the_same(finished):
         check["name"] for check in content["checks"]["DNR"]["checks"]
     }
     page = (finished / "report.html").read_text()
-    assert page.count("<figure>") == 3 and content["settings"]["command"] in html.unescape(page)
+    assert page.count("<figure>") == 4 and content["settings"]["command"] in html.unescape(page)
     with (finished / "results.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 3 * 5 * 3
@@ -506,7 +506,7 @@ def test_stratified_curve_and_threshold_sweep_on_request(run, capsys):
         for fixed, again in zip(sweep["accuracy"], sweep["reattacked_accuracy"], strict=True):
             assert all(a["value"] <= f["value"] for f, a in zip(fixed, again, strict=True))
     page = (run / "report.html").read_text()
-    assert page.count("<figure>") == 5
+    assert page.count("<figure>") == 6
     assert "Stratified robustness" in page and "Threshold sweep" in page
     assert "--stratified --sweep" in content["settings"]["command"]
     made = {path.name: path.read_bytes() for path in run.glob("s*-*.json")}

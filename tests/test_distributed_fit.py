@@ -19,6 +19,7 @@ import pytest
 import small_train
 import torch
 from distributed_fits import COARSE, FITS, coarse_points, make
+from PIL import Image
 from sklearn.datasets import load_digits
 
 from torchdnr.cli.predict import load_classifier
@@ -250,6 +251,49 @@ def test_train_py_finds_what_is_finished(making, made_by_one):
     assert done.stderr.count("clean accuracy") == 1 and done.stderr.count("DNR: from") == 1
     after = {path.name: path.read_bytes() for path in made_by_one.glob("*.safetensors")}
     assert before == after
+
+
+# What every process sees alike, and what only the second one sees.
+WARNING = """
+import sys
+import torch
+from PIL import Image
+from torchdnr import WithReject
+from torchdnr.data import load_dataset
+from torchdnr.distributed import alone, joined
+from torchdnr.svm import RBFSVM
+from distributed_fits import points
+with joined(torch.device("cpu")) as processes:
+    load_dataset(f"folder:{sys.argv[1]}", image_size=8)
+    RBFSVM(C=10.0, gamma=0.1, max_steps=1).fit(*points(60, 3))
+    model = WithReject(lambda x: x, lambda x: x.amax(dim=1), 0.0)
+    model.calibrate(torch.zeros(20, 2), 0.1)
+    images = torch.rand(301, 2, generator=torch.Generator().manual_seed(0))
+    labels = torch.where(images.amax(dim=1) < 0.9, images.argmax(dim=1), 0)
+    print("THETA", model.calibrate(images, labels, max_error=0.1).threshold, flush=True)
+    with alone():
+        print("ALONE", model.calibrate(images, labels, max_error=0.1).threshold, flush=True)
+    if processes.rank == 1:
+        scores = torch.zeros(2, 2, requires_grad=True)
+        WithReject(lambda x: scores, lambda x: x.amax(dim=1), 0.0)(torch.zeros(2, 2))
+"""
+
+
+def test_of_several_processes_the_first_warns_and_another_only_of_its_own(tmp_path):
+    script, folder = tmp_path / "warning.py", tmp_path / "folder"
+    script.write_text(WARNING)
+    for place in ("train/a", "train/b", "val/a", "val/b"):
+        (folder / place).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(folder / place / "1.png")
+    (folder / "train/a/broken.png").write_bytes(b"no image")
+    both = start_two(script, [str(folder)])
+    printed, (first, second) = zip(*(p.communicate(timeout=200) for p in both), strict=True)
+    assert [process.returncode for process in both] == [0, 0], (first, second)
+    thetas = {text.split()[1::2][i] for text in printed for i in (0, 1)}  # together and alone
+    assert len(thetas) == 1 and 0.5 < float(thetas.pop()) < 0.999
+    for warning in ("unreadable and left out", "did not reach a KKT violation", "to be rejected"):
+        assert (first.count(warning), second.count(warning)) == (1, 0), (warning, first, second)
+    assert "no gradient leads through score_fn" in second
 
 
 # A fit with features in a folder, of which process 1 is killed at its second batch; or it lives.

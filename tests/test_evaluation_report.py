@@ -24,6 +24,8 @@ from torchdnr.evaluation import (
     save_results,
     security_evaluation,
 )
+from torchdnr.evaluation.checks.context import choose_eps
+from torchdnr.evaluation.curve import most_telling_eps
 
 EPS = [0.0, 0.5, 1.0, 2.0]
 
@@ -436,3 +438,16 @@ def test_an_attack_that_changes_no_class_leaves_nothing_to_detect():
     found = measure(scores, inputs, curve)
     assert found.detection == {0.1: None} and found.to_dict()["detection"] == {"0.1": None}
     assert math.isinf(found.median_evasion_norm.value)
+
+
+@pytest.mark.parametrize(("one", "other"), [(0.3, 0.7), (0.4, 0.6), (0.2, 0.2), (0.5, 0.5)])
+def test_figures_and_checks_speak_of_the_same_eps(one, other):
+    """Also where two are equally near to an accuracy of one half: then of the larger."""
+    for rates in ((1, one, other, 0), (1, other, one, 0)):
+        curve = make_curve()
+        wrong = torch.arange(50)[None] >= 50 * torch.tensor(rates)[:, None].double().round(
+            decimals=3
+        )
+        curve.predictions = torch.where(wrong, (curve.labels + 1) % 10, curve.labels)
+        assert curve.accuracy == list(rates)
+        assert most_telling_eps(curve) == curve.eps[choose_eps(curve, None)] == 1.0

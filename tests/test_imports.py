@@ -7,10 +7,10 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FLOORS = (  # from the ground up; parts on the same floor do not know one another
-    {"arrays", "decisions", "files", "costs"},
+    {"arrays", "decisions", "files", "costs", "risk"},
     {"kernels"},
-    {"data", "distributed"},
-    {"attacks"},
+    {"distributed"},
+    {"data", "attacks"},
     {"models"},
     {"svm"},
     {"features"},

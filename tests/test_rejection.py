@@ -1,4 +1,5 @@
 import math
+import warnings
 from fractions import Fraction
 
 import pytest
@@ -7,10 +8,10 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from property_examples import up_to
 
-from torchdnr import NR, REJECT
+from torchdnr import NR, REJECT, WithReject
 from torchdnr.decisions import predict_with_rejection
 from torchdnr.distributed.sharing import checked_batches
-from torchdnr.rejection import rejection_threshold
+from torchdnr.rejection import CalibrationWarning, rejection_threshold
 from torchdnr.svm import NotFittedError
 
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
@@ -138,6 +139,78 @@ def test_calibration_takes_loaders_with_or_without_labels():
     assert Flat().calibrate(images.split(7), 0.1).threshold == expected
     batches = [(batch, torch.zeros(len(batch))) for batch in images.split(7)]
     assert Flat().calibrate(batches, 0.1).threshold == expected
+
+
+def detector(threshold=0.0):
+    """The same decisions as those of ``Flat``, by a score that is higher for suspicious inputs."""
+    return WithReject(lambda x: x.flatten(1), lambda x: -x.flatten(1).amax(1), threshold)
+
+
+@pytest.mark.parametrize("make", [Flat, detector])
+@pytest.mark.parametrize(("equal", "rejected"), [(40, "40.0%"), (100, "100.0%")])
+def test_a_warning_tells_the_share_really_rejected_where_scores_are_equal(make, equal, rejected):
+    """As of repeated images, or where the features are all the same."""
+    images = torch.rand(100, 4)
+    images[:equal] = torch.tensor([0.0, 0.01, 0.02, 0.0])
+    message = f"expected 10.0% of 100 inputs to be rejected, got {rejected}: {equal} of them"
+    with pytest.warns(CalibrationWarning, match=message) as caught:
+        model = make().calibrate(images, 0.10)
+    assert caught[0].filename == __file__
+    assert (model.predict(images) == REJECT).sum() == equal
+
+
+def test_features_that_are_all_equal_are_warned_of_too():
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 3), torch.nn.ReLU())
+    net[1].bias.data -= 100  # dead: every feature is 0
+    model = NR(net, "2", hyperparameters={"2": (1.0, 1.0)})
+    model.fit(torch.rand(60, 4), torch.arange(60) % 2)
+    with pytest.warns(CalibrationWarning, match="expected 10.0% of 50 inputs .* got 100.0%"):
+        model.calibrate(torch.rand(50, 4), 0.10)
+
+
+@pytest.mark.parametrize("make", [Flat, detector])
+def test_a_share_that_is_met_exactly_is_not_warned_of(make):
+    images = torch.rand(60, 4)
+    images[:6] = 0  # as many as are to be rejected
+    images[9:30] = 1  # equal, but accepted
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for rate, rejected in ((0.1, 6), (0.0, 0), (0.05, 6)):
+            if rate == 0.05:
+                warnings.simplefilter("ignore")
+            assert (make().calibrate(images, rate).predict(images) == REJECT).sum() == rejected
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("rate", [0.0, 0.01, 0.1, 0.5, 0.99])
+def test_a_detector_is_calibrated_by_the_rule_of_the_classifiers(rate, dtype):
+    images = torch.rand(100, 4, dtype=dtype)
+    model = detector().calibrate(images, rate)
+    expected = Flat().calibrate(images, rate)
+    assert torch.equal(model.predict(images), expected.predict(images))
+    # the same for all further images: the thresholds lie between the same two numbers
+    theta = expected.threshold
+    near = torch.nextafter(theta, theta + torch.tensor([[-1.0], [1.0]], dtype=dtype))
+    further = torch.cat([near, theta[None, None]]).clamp(0, 1) * torch.ones(4, dtype=dtype)
+    assert torch.equal(model.predict(further), expected.predict(further))
+
+
+@pytest.mark.parametrize("make", [Flat, lambda: detector(-0.5)])
+def test_predict_takes_loaders_and_returns_scores(make):
+    images, model = torch.rand(30, 4), make()
+    if isinstance(model, NR):
+        model.set_threshold(0.5)
+    expected = model.predict(images)
+    assert 0 < (expected == REJECT).sum() < 30
+    assert torch.equal(model.predict(images.split(7)), expected)
+    batches = [(batch, torch.zeros(len(batch))) for batch in images.split(7)]
+    labels, scores = model.predict(batches, return_scores=True)
+    assert torch.equal(labels, expected) and torch.equal(scores, images)
+    assert torch.equal(model.predict(images, return_scores=True)[1], images)
+    with pytest.raises(ValueError, match="must lie in"):
+        model.predict([images, images + 1])
+    with pytest.raises(ValueError, match="no batch"):
+        model.predict([])
 
 
 def test_the_threshold_must_be_set_and_finite():

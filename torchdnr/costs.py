@@ -1,13 +1,15 @@
-"""What a stage of the work costs: seconds and peak memory, recorded only on request."""
+"""What a stage of the work costs, and how far it is: seconds, peak memory, progress bars."""
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
+from tqdm import tqdm
 
 
 @dataclass
@@ -45,6 +47,15 @@ def process_peak_mib() -> float | None:
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**20 if sys.platform == "darwin" else 2**10)  # bytes there, KiB elsewhere
+
+
+def progress_bar(
+    progress: bool,
+    items: Iterable[Any] | None = None,
+    **options: Any,  # noqa: ANN401 - those of tqdm
+) -> tqdm:
+    """Make a progress bar on stderr, over ``items`` if any; it shows on a terminal only."""
+    return tqdm(items, disable=None if progress else True, **options)
 
 
 class _Recorder:

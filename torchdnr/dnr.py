@@ -1,10 +1,9 @@
 """Deep Neural Rejection (DNR) and Neural Rejection (NR)."""
 
-import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from copy import copy
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self, overload
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +12,7 @@ from torchdnr.arrays import ArrayLike, as_data, as_images
 from torchdnr.costs import stage
 from torchdnr.decisions import NotFittedError
 from torchdnr.distributed import current
-from torchdnr.distributed.sharing import check_same, checked_batches
+from torchdnr.distributed.sharing import checked_batches
 from torchdnr.features.choice import default_layers
 from torchdnr.features.extraction import distortions, extract, prepare_features, training_features
 from torchdnr.features.layers import LayerFeatures
@@ -26,7 +25,12 @@ from torchdnr.features.network import (
 from torchdnr.features.reductions import ReductionLike, reduction_metadata, reductions_of_file
 from torchdnr.files import CheckpointError, load_tensors, save_tensors
 from torchdnr.kernels.rbf import full_precision
-from torchdnr.rejection import Threshold, predict_in_batches, rejection_threshold
+from torchdnr.rejection import (
+    Threshold,
+    best_and_wrong,
+    calibrated_threshold,
+    predict_in_batches,
+)
 from torchdnr.svm.compression import SMOOTHNESS, STEPS, compress_stack, stack_losses
 from torchdnr.svm.model_selection import C_GRID, GAMMA_GRID
 from torchdnr.svm.multiclass import ClassWeight, checked_class_weight
@@ -258,42 +262,56 @@ class DNR(nn.Module):
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def calibrate(self, inputs: Tensor | Iterable[Any], rejection_rate: float = 0.10) -> Self:
-        """Set the threshold so that a given share of clean images is rejected.
+    def calibrate(
+        self,
+        inputs: Tensor | Iterable[Any],
+        labels: Tensor | float | None = None,
+        *,
+        rejection_rate: float | None = None,
+        max_error: float | None = None,
+        confidence: float = 0.95,
+    ) -> Self:
+        """Set the threshold: so that a share of clean images is rejected, or to bound the error.
+
+        ``calibrate(images, 0.05)`` rejects 5 % of them. ``calibrate(images, labels,
+        max_error=0.01)`` rejects as few as it takes for a promise: with probability ``confidence``
+        over the draw of these images, at most 1 % of all images like them that are accepted are
+        wrong. It does not hold for images from elsewhere, nor under attack. See ``torchdnr.risk``.
 
         Several processes share the work where ``torch.distributed`` is set up, unless this is
         called ``with torchdnr.distributed.alone():``. All call it with the same images, each scores
         some batches, and all get the same threshold.
 
         Args:
-            inputs: Images ``(n, ...)`` in [0, 1], or a loader of batches (labels are ignored),
-                used for nothing else: neither fitted on nor tested on.
-            rejection_rate: Share to reject, in [0, 1).
+            inputs: Images ``(n, ...)`` in [0, 1], or a loader of batches, used for nothing else:
+                neither fitted on nor tested on.
+            labels: ``(n,)``, for ``max_error``, unless the loader yields them. A number is taken
+                for ``rejection_rate``.
+            rejection_rate: Share to reject, in [0, 1); default 0.1.
+            max_error: Instead, the bound of the error among accepted images, in (0, 1).
+            confidence: Probability that this bound holds, in (0, 1).
 
         Returns:
             The classifier itself.
 
         Raises:
-            ValueError: If the images or the rate are not as said above.
+            ValueError: If an argument is not as said above, or no threshold promises ``max_error``.
             NotFittedError: If the classifier is not fitted.
             PeerError: If another of the processes has ended.
+
+        Warns:
+            CalibrationWarning: If equal scores make it reject more than ``rejection_rate``.
+
+        Source: Geifman and El-Yaniv, "Selective classification for deep neural networks" (2017).
         """
-        inputs = as_data(inputs, self.net)
-        processes, batch_size = current(), self.batch_size
-        if isinstance(inputs, Tensor):  # a batch for each process at least
-            batch_size = max(1, min(batch_size, math.ceil(len(inputs) / processes.count)))
-        labels, parts, first = [], [], torch.empty(0)  # there is a batch at least
+
+        def judge(images: Tensor, of_batch: Tensor | None) -> Tensor:
+            return best_and_wrong(self.scores(images.to(self.device)), of_batch)
+
+        goal = {"rejection_rate": rejection_rate, "max_error": max_error, "confidence": confidence}
+        options: dict[str, Any] = {"batch_size": self.batch_size, **goal}
         with stage("threshold"):
-            for number, (images, of_batch) in enumerate(checked_batches(inputs, batch_size)):
-                first = images if number == 0 else first
-                labels.append(of_batch)
-                if processes.mine(number):
-                    parts.append(self.scores(images.to(self.device)))
-            check_same(processes, self, labels, first)
-            # One that got no batch still has to know what scores are like.
-            scores = torch.cat(parts) if parts else self.scores(first[:1].to(self.device))[:0]
-            scores = processes.gather(scores, processes.numbers(len(scores)))
-            self.rejection.set(rejection_threshold(scores, rejection_rate))
+            self.rejection.set(calibrated_threshold(self, judge, inputs, labels, **options))
         return self
 
     def set_threshold(self, threshold: float | Tensor) -> None:
@@ -344,20 +362,33 @@ class DNR(nn.Module):
         """
         return self.rejection.append(self.scores(inputs))
 
-    def predict(self, inputs: Tensor) -> Tensor:
+    @overload
+    def predict(
+        self, inputs: Tensor | Iterable[Any], *, return_scores: Literal[False] = False
+    ) -> Tensor: ...
+
+    @overload
+    def predict(
+        self, inputs: Tensor | Iterable[Any], *, return_scores: Literal[True]
+    ) -> tuple[Tensor, Tensor]: ...
+
+    def predict(
+        self, inputs: Tensor | Iterable[Any], *, return_scores: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Predict labels or reject, batch by batch.
 
         Args:
-            inputs: Images in [0, 1], ``(n, ...)``.
+            inputs: Images in [0, 1], ``(n, ...)``, or a loader of batches (labels are ignored).
+            return_scores: Whether to return ``scores(inputs)``, ``(n, c)``, too.
 
         Returns:
-            0..c-1, or ``REJECT`` = -1, int64 ``(n,)``.
+            0..c-1, or ``REJECT`` = -1, int64 ``(n,)``; with ``return_scores`` also the scores.
 
         Raises:
             ValueError: If the images are empty, not floating point, outside [0, 1] or NaN.
             NotFittedError: If the classifier is not fitted or its threshold is not set.
         """
-        return predict_in_batches(self, inputs, self.batch_size, self.device)
+        return predict_in_batches(self, inputs, self.batch_size, self.device, return_scores)
 
     def _require_fit(self) -> None:
         if not (self.layers and self.svms.is_fitted):

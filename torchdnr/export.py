@@ -1,6 +1,8 @@
 """A fitted classifier as one program that needs this package no more: `torch.export` and ONNX."""
 
-import tempfile
+import os
+import re
+import uuid
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -100,12 +102,13 @@ def export_onnx(model: nn.Module, path: str | Path, images: Tensor, *, opset: in
 
     Input ``images (n, ...)``, outputs ``scores (n, c)``, ``labels (n,)`` and ``rejected (n,)`` as
     in ``Decision``; the file's metadata hold ``threshold`` and ``reject_label``. Weights of more
-    than 2 GiB go to a second file beside it, ``path`` with ``.data`` at the end. On NVIDIA
-    devices switch TF32 off, which onnxruntime has on: provider option ``{"use_tf32": 0}``.
+    than 2 GiB go to a second file beside it, named ``path``, eight characters and ``.data``; that
+    of an earlier export is removed. On NVIDIA devices switch TF32 off, which onnxruntime has on:
+    provider option ``{"use_tf32": 0}``.
 
     Args:
         model: As in ``export_program``.
-        path: File to write, whole or not at all.
+        path: File to write, whole or not at all, also where there are two.
         images: Example batch, as in ``export_program``.
         opset: Version of ONNX's operators, >= 18.
 
@@ -159,13 +162,20 @@ def _save_onnx(model: "Model", path: Path) -> None:
     from onnx_ir import save
 
     size = sum(value.const_value.nbytes for value in model.graph.initializers.values())
-    if size <= ONNX_FILE_LIMIT:
+    # Weights of an earlier export keep their name until no graph names them any more.
+    data = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.data")
+    try:
         with atomic_path(path) as temporary:
-            save(model, temporary)
-        return
-    with atomic_path(path) as temporary, tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        # The graph names the file of its weights: both get their names at last, the graph second.
-        data = Path(folder) / f"{path.name}.data"
-        save(model, Path(folder) / path.name, external_data=data.name)
-        data.replace(path.with_name(data.name))
-        (Path(folder) / path.name).replace(temporary)
+            if size <= ONNX_FILE_LIMIT:
+                save(model, temporary)
+            else:
+                save(model, temporary, external_data=data.name)
+                with data.open("rb") as written:
+                    os.fsync(written.fileno())  # before the graph that names it is there
+    except BaseException:
+        data.unlink(missing_ok=True)
+        raise
+    name = re.compile(re.escape(path.name) + r"\.([0-9a-f]{8}\.)?data")
+    for other in path.parent.iterdir():
+        if other != data and name.fullmatch(other.name):
+            other.unlink()

@@ -2,20 +2,30 @@
 
 import math
 import warnings
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Literal, Self, overload
 
 import torch
 from torch import Tensor, nn
 
-from torchdnr.arrays import as_images
+from torchdnr.arrays import as_data, as_labels
 from torchdnr.decisions import (
     NotFittedError,
-    check_images,
     class_scores,
     evaluation_mode,
     predict_labels,
 )
+from torchdnr.distributed import current
+from torchdnr.distributed.processes import warn_once
+from torchdnr.distributed.sharing import Batch, check_same, checked_batches
+from torchdnr.risk import threshold_at_error
+
+REJECTION_RATE = 0.10
+"""Share of clean inputs that ``calibrate`` rejects by default, that of the paper's experiments."""
+
+
+class CalibrationWarning(UserWarning):
+    """A threshold rejects more inputs than it was asked to, since their scores are equal."""
 
 
 def rejection_threshold(scores: Tensor, rejection_rate: float) -> Tensor:
@@ -29,15 +39,123 @@ def rejection_threshold(scores: Tensor, rejection_rate: float) -> Tensor:
         raise ValueError(f"scores must be (n, c) with n >= 1, got {tuple(scores.shape)}")
     if not 0.0 <= rejection_rate < 1.0:
         raise ValueError(f"rejection_rate must be in [0, 1), got {rejection_rate}")
-    best = scores.max(dim=1).values.sort().values
-    if not torch.isfinite(best).all():
-        raise ValueError("scores must be finite to set a threshold, got NaN or infinity")
+    best = _finite(scores.max(dim=1).values).sort().values
     rejected = math.floor(rejection_rate * len(best) + 1e-9)  # 0.29 * 100 is 28.999...
     if rejected == 0:
         return torch.nextafter(best[0], torch.full_like(best[0], -math.inf))
     last_rejected, first_accepted = best[rejected - 1], best[rejected]
     middle = last_rejected + (first_accepted - last_rejected) / 2
     return torch.where(middle < first_accepted, middle, last_rejected)
+
+
+Judge = Callable[[Tensor, Tensor | None], Tensor]
+"""Makes of images and labels, or None, what ``best_and_wrong`` does."""
+
+
+def calibrated_threshold(
+    model: nn.Module,
+    judge: Judge,
+    inputs: Tensor | Iterable[Any],
+    labels: Tensor | float | None,
+    *,
+    batch_size: int,
+    rejection_rate: float | None,
+    max_error: float | None,
+    confidence: float,
+) -> Tensor:
+    """Compute theta for ``calibrate``, whose arguments these are; all processes work together.
+
+    ``model`` has to be the same in all of them. Warns (``CalibrationWarning``) if a larger share is
+    rejected than was asked for.
+    """
+    if isinstance(labels, float | int):
+        labels, rejection_rate = None, labels
+    if rejection_rate is not None and max_error is not None:
+        raise ValueError("expected rejection_rate or max_error, got both: drop one")
+    inputs = as_data(inputs, model)
+    labels = None if labels is None else as_labels("labels", labels)
+    best, wrong = _outcomes(model, judge, inputs, labels, batch_size).unbind(dim=1)
+    if max_error is None:
+        rate = REJECTION_RATE if rejection_rate is None else rejection_rate
+        threshold = rejection_threshold(best[:, None], rate)
+        _warn_of_ties(best, threshold, rate)
+        return threshold
+    if wrong.isnan().any():
+        raise ValueError(
+            "max_error needs labels: calibrate(images, labels, max_error=...), or a loader that "
+            "yields (images, labels)"
+        )
+    return threshold_at_error(_finite(best), wrong, max_error, confidence)
+
+
+def _outcomes(
+    model: nn.Module,
+    judge: Judge,
+    inputs: Tensor | Iterable[Any],
+    labels: Tensor | None,
+    batch_size: int,
+) -> Tensor:
+    """Judge all images, each process some batches of them, ``(n, 2)``."""
+    processes = current()
+    if isinstance(inputs, Tensor):  # a batch for each process at least
+        batch_size = max(1, min(batch_size, math.ceil(len(inputs) / processes.count)))
+    all_labels, parts, first = [], [], torch.empty(0)  # there is a batch at least
+    for number, (images, of_batch) in enumerate(_labelled_batches(inputs, labels, batch_size)):
+        first = images if number == 0 else first
+        all_labels.append(of_batch)
+        if processes.mine(number):
+            parts.append(judge(images, of_batch))
+    check_same(processes, model, all_labels, first)
+    # One that got no batch still has to know what scores are like.
+    outcomes = torch.cat(parts) if parts else judge(first[:1], None)[:0]
+    return processes.gather(outcomes, processes.numbers(len(outcomes)))
+
+
+def best_and_wrong(scores: Tensor, labels: Tensor | None) -> Tensor:
+    """Return the best of the scores ``(n, c)``, and 1 if its class is wrong, else 0, ``(n, 2)``.
+
+    Without labels, NaN.
+    """
+    best, classes = scores.max(dim=1)
+    wrong = torch.full_like(best, math.nan) if labels is None else classes != labels.to(best.device)
+    return torch.stack([best, wrong.to(best)], dim=1)
+
+
+def _labelled_batches(
+    inputs: Tensor | Iterable[Any], labels: Tensor | None, batch_size: int
+) -> Iterator[Batch]:
+    """Yield checked batches with their labels or None, from tensors or a loader."""
+    batches = checked_batches(inputs, batch_size)
+    if labels is None:
+        yield from batches
+        return
+    if not isinstance(inputs, Tensor) or labels.shape != inputs.shape[:1]:
+        raise ValueError(
+            "labels must be (n,), one for each image of a tensor; got "
+            f"{tuple(labels.shape)} beside {getattr(inputs, 'shape', 'a loader')}"
+        )
+    for (images, _), part in zip(batches, labels.split(batch_size), strict=True):
+        yield images, part
+
+
+def _warn_of_ties(best: Tensor, threshold: Tensor, rate: float) -> None:
+    """Warn if a larger share of the best scores ``(n,)`` is rejected than was asked for."""
+    n, rejected = len(best), int((best <= threshold).sum())
+    if rejected > math.floor(rate * n + 1e-9):
+        equal = int((best == best[best <= threshold].max()).sum())
+        warn_once(
+            f"expected {rate:.1%} of {n} inputs to be rejected, got {rejected / n:.1%}: {equal} "
+            "of them have the same best score, and equal scores are rejected together; drop "
+            "repeated inputs, and see whether the features differ at all",
+            CalibrationWarning,
+            stacklevel=5,
+        )
+
+
+def _finite(scores: Tensor) -> Tensor:
+    if not torch.isfinite(scores).all():
+        raise ValueError("scores must be finite to set a threshold, got NaN or infinity")
+    return scores
 
 
 class Threshold(nn.Module):
@@ -90,15 +208,20 @@ class Threshold(nn.Module):
 
 
 def predict_in_batches(
-    model: nn.Module, inputs: Tensor, batch_size: int, device: torch.device | None = None
-) -> Tensor:
-    """Check images, and predict labels or ``REJECT`` batch by batch, ``(n,)``."""
-    inputs = as_images("inputs", inputs, model)
-    check_images("inputs", inputs)
+    model: nn.Module,
+    inputs: Tensor | Iterable[Any],
+    batch_size: int,
+    device: torch.device | None,
+    return_scores: bool,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Check images, and predict labels or ``REJECT`` ``(n,)``; on request scores ``(n, c)`` too."""
+    inputs = as_data(inputs, model)
     with torch.no_grad():
         # Called as a user calls it: after compile() it runs the compiled program.
-        output = torch.cat([model(batch.to(device)) for batch in inputs.split(batch_size)])
-    return predict_labels(output, reject=True)
+        batches = checked_batches(inputs, batch_size)
+        output = torch.cat([model(images.to(device)) for images, _ in batches])
+    labels = predict_labels(output, reject=True)
+    return (labels, output[:, :-1]) if return_scores else labels
 
 
 def spacing(values: Tensor) -> Tensor:
@@ -187,6 +310,12 @@ class WithReject(nn.Module):
 
         Warns (``UserWarning``) if a gradient leads to the class scores but not to the detector's.
         """
+        scores, suspicion = self._both(inputs)
+        self._num_classes = scores.shape[1]
+        return torch.cat([scores, self._column(scores, suspicion)[:, None]], dim=1)
+
+    def _both(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute class scores ``(n, c)`` and the detector's score ``(n,)``."""
         scores = class_scores(self.classifier(inputs))
         suspicion = self.score_fn(inputs)
         n = inputs.shape[0]  # not len: torch.export would fix it
@@ -203,10 +332,9 @@ class WithReject(nn.Module):
             warnings.warn(
                 "no gradient leads through score_fn, so gradient attacks cannot see the detector "
                 "and will overrate it; use its differentiable score, or attacks without gradients",
-                stacklevel=2,
+                stacklevel=3,
             )
-        self._num_classes = scores.shape[1]
-        return torch.cat([scores, self._column(scores, suspicion)[:, None]], dim=1)
+        return scores, suspicion
 
     def _column(self, scores: Tensor, suspicion: Tensor) -> Tensor:
         """Compute the column that is above the best score iff the detector rejects."""
@@ -218,17 +346,78 @@ class WithReject(nn.Module):
         lost = ~rejected & (column.detach() == best.detach())
         return torch.where(lost, column - spacing(best), column)
 
-    def predict(self, inputs: Tensor) -> Tensor:
+    @torch.no_grad()
+    def calibrate(
+        self,
+        inputs: Tensor | Iterable[Any],
+        labels: Tensor | float | None = None,
+        *,
+        rejection_rate: float | None = None,
+        max_error: float | None = None,
+        confidence: float = 0.95,
+    ) -> Self:
+        """Set the threshold on the detector's scores, by a share of rejects or by an error.
+
+        Args:
+            inputs: Images ``(n, ...)`` in [0, 1], or a loader of batches, as in ``DNR.calibrate``.
+            labels: ``(n,)``, for ``max_error``, unless the loader yields them. A number is taken
+                for ``rejection_rate``.
+            rejection_rate: Share to reject, in [0, 1); default 0.1.
+            max_error: Instead, the bound of the error among the accepted, as in ``DNR.calibrate``.
+            confidence: Probability that this bound holds, in (0, 1).
+
+        Returns:
+            The model itself.
+
+        Raises:
+            ValueError: If an argument is not as said above, or no threshold promises ``max_error``.
+
+        Warns:
+            CalibrationWarning: If equal scores make it reject more than ``rejection_rate``.
+        """
+
+        def judge(images: Tensor, of_batch: Tensor | None) -> Tensor:
+            scores, suspicion = self._both(images.to(self._device()))
+            wrong = best_and_wrong(scores, of_batch)[:, 1]
+            return torch.stack([-suspicion, wrong.to(suspicion)], dim=1)
+
+        goal = {"rejection_rate": rejection_rate, "max_error": max_error, "confidence": confidence}
+        options: dict[str, Any] = {"batch_size": self.batch_size, **goal}
+        with evaluation_mode(self):
+            theta = calibrated_threshold(self, judge, inputs, labels, **options)
+        # A score equal to theta is rejected, but one equal to a detector's threshold is accepted.
+        self.threshold = -torch.nextafter(theta, theta.new_tensor(math.inf)).item()
+        return self
+
+    def _device(self) -> torch.device | None:
+        """Return the device of the parameters, if there are any."""
+        return next((p.device for p in self.parameters()), None)
+
+    @overload
+    def predict(
+        self, inputs: Tensor | Iterable[Any], *, return_scores: Literal[False] = False
+    ) -> Tensor: ...
+
+    @overload
+    def predict(
+        self, inputs: Tensor | Iterable[Any], *, return_scores: Literal[True]
+    ) -> tuple[Tensor, Tensor]: ...
+
+    def predict(
+        self, inputs: Tensor | Iterable[Any], *, return_scores: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Predict labels or reject, batch by batch, in evaluation mode.
 
         Args:
-            inputs: Images in [0, 1], ``(n, ...)``.
+            inputs: Images in [0, 1], ``(n, ...)``, or a loader of batches (labels are ignored).
+            return_scores: Whether to return class scores ``(n, c)`` too.
 
         Returns:
-            0..c-1, or ``REJECT`` = -1, int64 ``(n,)``.
+            0..c-1, or ``REJECT`` = -1, int64 ``(n,)``; with ``return_scores`` also the scores.
 
         Raises:
             ValueError: If the images are empty, not floating point, outside [0, 1] or NaN.
         """
         with evaluation_mode(self):
-            return predict_in_batches(self, inputs, self.batch_size)
+            arguments = inputs, self.batch_size, self._device(), return_scores
+            return predict_in_batches(self, *arguments)

@@ -1,5 +1,6 @@
 """Tests of export_onnx: onnxruntime scores, rejects and labels as PyTorch does."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -90,9 +91,44 @@ def test_weights_too_large_for_one_file(tmp_path, monkeypatch):
     whole, expected = path.stat().st_size, runner(path)(images)["scores"]
     monkeypatch.setattr(torchdnr.export, "ONNX_FILE_LIMIT", 1000)
     export_onnx(model, path, images)
-    assert {entry.name for entry in tmp_path.iterdir()} == {"dnr.onnx", "dnr.onnx.data"}
+    graph, data = sorted(tmp_path.iterdir())
+    assert graph == path and re.fullmatch(r"dnr\.onnx\.[0-9a-f]{8}\.data", data.name)
     assert path.stat().st_size < whole
     assert torch.equal(runner(path)(images)["scores"], expected)
+    export_onnx(model, path, images)
+    assert len(list(tmp_path.iterdir())) == 2 and not data.exists()
+    monkeypatch.undo()
+    export_onnx(model, path, images)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_an_export_that_breaks_at_any_renaming_leaves_the_earlier_two_files(tmp_path, monkeypatch):
+    images = make_images(30)
+    first, second = small_dnr(images), small_dnr(images.flip(0))
+    path = tmp_path / "dnr.onnx"
+    monkeypatch.setattr(torchdnr.export, "ONNX_FILE_LIMIT", 1000)
+    export_onnx(first, path, images)
+    expected, files = runner(path)(images)["scores"], sorted(tmp_path.iterdir())
+    left = [0]  # renamings until one fails; 0: none does
+
+    def watch(event, arguments):
+        if event == "os.rename" and left[0] and str(tmp_path) in str(arguments[0]):
+            left[0] -= 1
+            if not left[0]:
+                raise OSError("the disk is gone")
+
+    sys.addaudithook(watch)
+    for number in range(1, 9):
+        left[0] = number
+        try:
+            export_onnx(second, path, images)
+        except OSError:
+            assert sorted(tmp_path.iterdir()) == files
+            assert torch.equal(runner(path)(images)["scores"], expected)
+        else:
+            break
+    left[0] = 0
+    assert number > 1 and not torch.equal(runner(path)(images)["scores"], expected)
 
 
 def test_failure_leaves_the_earlier_file(tmp_path, monkeypatch):

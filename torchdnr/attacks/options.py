@@ -13,6 +13,8 @@ from typing import Any, TypedDict, get_args
 from torch import Tensor
 from tqdm import tqdm
 
+from torchdnr.costs import progress_bar
+
 
 class SharedOptions(TypedDict, total=False):
     """Options of every attack.
@@ -97,7 +99,7 @@ class Options:
 
     def bar(self, steps: int, name: str) -> tqdm:
         """Begin the progress bar of a run."""
-        return tqdm(total=steps, disable=not self.progress, desc=name, leave=False)
+        return progress_bar(self.progress, total=steps, desc=name, leave=False)
 
 
 DEFAULTS: dict[str, Any] = {field.name: field.default for field in fields(Options)}

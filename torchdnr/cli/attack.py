@@ -24,7 +24,7 @@ def attack(options: argparse.Namespace, console: Console) -> None:
         classifiers = make_classifiers(job, console, processes)
         clean = summarise(job, classifiers)
         console.say(clean.text)
-        evaluation = Evaluation(job, settings, classifiers, clean.classifiers, processes, console)
+        evaluation = Evaluation(job, settings, classifiers, clean, processes, console)
         report = load_report(evaluation) if processes.first else None
         if processes.broadcast_text("done" if report else ""):
             console.say(f"the attacks are done already: this is {job.folder}/results.json")

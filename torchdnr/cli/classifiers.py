@@ -15,6 +15,7 @@ from torchdnr.distributed.processes import ALONE, Processes
 from torchdnr.dnr import DNR, NR
 from torchdnr.evaluation.judging import outputs
 from torchdnr.evaluation.metrics import accuracy_under_attack, rejection_rate, wilson_interval
+from torchdnr.evaluation.risk_coverage import RiskCoverage, risk_coverage
 from torchdnr.files import CheckpointError
 from torchdnr.models.backbones import load_weights
 from torchdnr.models.paper import load_network, save_network
@@ -27,12 +28,13 @@ BATCH_SIZE = 256
 class Summary:
     """How the classifiers do on clean images, in words and as JSON values by classifier.
 
-    These are its test accuracy, and if it rejects theta, the rates that theta reaches and what the
-    search chose; each rate with its 95 % interval.
+    These are its test accuracy and AURC, and if it rejects theta, the rates that theta reaches and
+    what the search chose; each rate with its 95 % interval. ``risks`` are the curves of the AURC.
     """
 
     text: str
     classifiers: dict[str, dict[str, Any]]
+    risks: dict[str, RiskCoverage]
 
 
 def make_classifiers(
@@ -109,10 +111,24 @@ def _rejecting(
     sizes = f"{len(job.splits.svm):,} images, theta on {len(job.splits.threshold):,} others"
     with console.stage(name, f"SVMs on {layers}, {sizes}"):
         model.fit(*job.images("svm"), progress=console.progress)
-        model.calibrate(job.images("threshold")[0], job.settings.rejection_rate)
+        _calibrate(model, job)
         if processes.first:
             model.save(path)
     return model
+
+
+def _calibrate(model: DNR | NR, job: Job) -> None:
+    (images, labels), settings = job.images("threshold"), job.settings
+    if settings.max_error is None:
+        model.calibrate(images, settings.rejection_rate)
+        return
+    goal = {"max_error": settings.max_error, "confidence": settings.confidence}
+    try:
+        model.calibrate(images, labels, **goal)
+    except ValueError as error:
+        raise ValueError(
+            f"{type(model).__name__}: {error} (--threshold-samples, --max-error, in another --run)"
+        ) from error
 
 
 @contextmanager
@@ -132,16 +148,24 @@ def summarise(job: Job, classifiers: dict[str, nn.Module]) -> Summary:
     test, labels = job.images("test")
     calibration = job.images("threshold")[0]
     entries: dict[str, dict[str, Any]] = {}
+    risks: dict[str, RiskCoverage] = {}
     for name, model in classifiers.items():
         reject = has_reject_column(model, None)
-        predicted = predict_labels(outputs(model, test, BATCH_SIZE), reject)
+        output = outputs(model, test, BATCH_SIZE)
+        predicted, risks[name] = (
+            predict_labels(output, reject),
+            risk_coverage(output, labels, reject),
+        )
         rates = {"test_accuracy": (accuracy_under_attack(predicted, labels, eps=0), len(labels))}
-        entries[name] = {}
+        entries[name] = {"aurc": risks[name].aurc}
         if isinstance(model, DNR | NR):
             before = predict_labels(outputs(model, calibration, BATCH_SIZE), reject)
             rates["calibration_rejection_rate"] = rejection_rate(before), len(before)
             rates["test_rejection_rate"] = rejection_rate(predicted), len(labels)
-            entries[name] = {"threshold": model.threshold.item(), "selection": model.selection}
+            entries[name] |= {"threshold": model.threshold.item(), "selection": model.selection}
+            error = risks[name].error
+            if error is not None and error.n:
+                rates["test_error_if_accepted"] = error.value, error.n
         for rate, (value, count) in rates.items():
             entries[name] |= {rate: value, f"{rate}_interval": list(wilson_interval(value, count))}
     accuracy = ", ".join(f"{name} {entry['test_accuracy']:.1%}" for name, entry in entries.items())
@@ -150,8 +174,13 @@ def summarise(job: Job, classifiers: dict[str, nn.Module]) -> Summary:
         for name, entry in entries.items()
         if "threshold" in entry
     )
+    wrong = ", ".join(
+        f"{name} {entry['test_error_if_accepted']:.1%}"
+        for name, entry in entries.items()
+        if "test_error_if_accepted" in entry
+    )
     text = (
         f"clean accuracy on {len(labels):,} test images (a reject is an error): {accuracy}; "
-        f"rejected of calibration and test: {rejected}"
+        f"rejected of calibration and test: {rejected}; wrong of the accepted: {wrong or '-'}"
     )
-    return Summary(text, entries)
+    return Summary(text, entries, risks)

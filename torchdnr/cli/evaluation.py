@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from torchdnr.attacks.line_search import line_search_pgd
+from torchdnr.cli.classifiers import Summary
 from torchdnr.cli.console import Console
 from torchdnr.cli.run_folder import Job
 from torchdnr.cli.settings import AttackSettings, in_words
@@ -38,7 +39,7 @@ class Evaluation:
     job: Job
     settings: AttackSettings
     classifiers: dict[str, nn.Module]
-    clean: dict[str, dict[str, Any]]  # how they do on clean images, from ``summarise``
+    clean: Summary  # how they do on clean images
     processes: Processes
     console: Console
 
@@ -49,7 +50,7 @@ class Evaluation:
             "run": self.job.settings.to_json(),
             "attack": settings.to_json(),
             "device": self.job.device.type,
-            "classifiers": self.clean,
+            "classifiers": self.clean.classifiers,
         }
         return json.loads(json.dumps(plain_json(identity)))  # tuples as lists, as in a file
 

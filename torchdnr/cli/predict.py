@@ -10,13 +10,13 @@ from typing import Any, TextIO
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from torchdnr.cli.console import Console, command
 from torchdnr.cli.network import choose_network
 from torchdnr.cli.options import add_device_options
 from torchdnr.cli.run_folder import find_device, read_settings
 from torchdnr.cli.settings import number
+from torchdnr.costs import progress_bar
 from torchdnr.data.readers import find_images, read_batches
 from torchdnr.decisions import REJECT, class_scores, predict_labels
 from torchdnr.dnr import DNR, NR
@@ -25,8 +25,9 @@ from torchdnr.models.paper import load_network
 
 _DESCRIPTION = """\
 Label image files with a classifier of a run folder that train.py made, or reject them. The data
-set is not needed. Images are read as those of folder: data sets are: the short side is resized to
-what the network takes, then the centre is cropped to a square. Writes a CSV file with a row per
+set is not needed. Images are read as those of folder: data sets are: turned as their EXIF data say,
+16-bit and floating-point values scaled to [0, 1], transparency on white; the short side is resized
+to what the network takes, then the centre is cropped to a square. Writes a CSV file with a row per
 image: file, label (empty if rejected), class (its number, -1 if rejected), rejected (0 or 1),
 best_label and best_score (the class with the highest score, rejected or not), threshold, which the
 best score must exceed. Exit status: 0; 1 if a file could not be read, which has no row; 2 error."""
@@ -90,7 +91,7 @@ def predict(options: argparse.Namespace, console: Console) -> int:
         print(f"cannot read {file}: {error}", file=sys.stderr)
 
     scores = [f"score {name}" for name in classes] if options.all_scores else []
-    bar = tqdm(total=len(files), unit="image", disable=not console.progress)
+    bar = progress_bar(console.progress, total=len(files), unit="image")
     with _open_table(options.csv) as table, bar:
         writer = csv.writer(table, lineterminator="\n")
         writer.writerow([*COLUMNS, *scores])

@@ -17,6 +17,7 @@ from torchdnr.evaluation.environment import describe_environment
 from torchdnr.evaluation.figures import (
     plot_curves,
     plot_examples,
+    plot_risk_coverage,
     plot_roc,
     plot_stratified,
     plot_threshold_sweep,
@@ -31,6 +32,7 @@ from torchdnr.evaluation.report.table import (
     save_csv,
     save_results,
 )
+from torchdnr.evaluation.risk_coverage import RiskCoverage
 from torchdnr.evaluation.stratified import StratifiedCurve
 from torchdnr.evaluation.threshold_sweep import ThresholdSweep
 from torchdnr.files import read_json
@@ -40,9 +42,12 @@ CAPTIONS = {
     "curve.png": "Accuracy under attack and rejection rate",
     "examples.png": "Adversarial examples",
     "roc.png": "Detection of adversarial images at every threshold",
+    "risk-coverage.png": "Wrong of the accepted clean images over the share accepted",
     "stratified.png": "Robustness where early rejection is an error",
     "sweep.png": "Accuracy under attack over the false rejection rate",
 }
+COVERAGES = 0.8, 0.9, 0.95, 1.0
+"""Shares of accepted clean images at which the report tells the error."""
 FILES = "report.html", RESULTS, "results.csv", *CAPTIONS
 
 
@@ -95,7 +100,7 @@ def write_report(
         checks=results["checks"],
         measures=measured,
         figures=figures,
-        tables=_tables(results),
+        tables=_risk_table(evaluation.clean.risks) | _tables(results),
         title=f"Security evaluation: {identity['run']['dataset']}",
         command=settings["command"],
     )
@@ -149,6 +154,8 @@ def _draw(
         drawn.append("examples.png")
     if _draw_roc(curves, measures, folder / "roc.png"):
         drawn.append("roc.png")
+    plot_risk_coverage(evaluation.clean.risks, folder / "risk-coverage.png")
+    drawn.append("risk-coverage.png")
     if stratified := results.get("stratified"):
         lines = {name: StratifiedCurve.from_dict(curve) for name, curve in stratified.items()}
         plot_stratified(lines, folder / "stratified.png")
@@ -197,6 +204,23 @@ def _draw_roc(
     if lines:
         plot_roc(lines, path)
     return bool(lines)
+
+
+def _risk_table(risks: Mapping[str, RiskCoverage]) -> dict[str, list[list[Any]]]:
+    """List the error among the accepted clean test images at some shares accepted."""
+    header = ["", "AURC, %", "accepted, %", "wrong of these, %"]
+    header += [f"wrong of {share:.0%} accepted, %" for share in COVERAGES]
+    rows = [
+        [
+            name,
+            f"{100 * risk.aurc:.2g}",
+            risk.accepted.to_dict() if risk.accepted else "-",
+            risk.error.to_dict() if risk.error else "-",
+            *(risk.at(share).to_dict() for share in COVERAGES),
+        ]
+        for name, risk in risks.items()
+    ]
+    return {"Risk and coverage, clean images": [header, *rows]}
 
 
 def _tables(results: Mapping[str, Mapping[str, Any]]) -> dict[str, list[list[Any]]]:

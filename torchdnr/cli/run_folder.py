@@ -26,6 +26,7 @@ from torchdnr.distributed.processes import ALONE, Processes, local_device
 from torchdnr.dnr import DNR
 from torchdnr.features.reductions import ReductionLike
 from torchdnr.files import digest, read_json, write_json
+from torchdnr.risk import fewest_accepted
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,7 +75,9 @@ def prepare(options: argparse.Namespace, console: Console, processes: Processes 
     choices |= given
     size = FOLDER_IMAGE_SIZE if choices["backbone"] is None else BACKBONE_IMAGE_SIZE
     image_size = choices["image_size"] or size
-    dataset = load_dataset(choices["dataset"], options.data_root, image_size=image_size)
+    dataset = load_dataset(
+        choices["dataset"], options.data_root, image_size=image_size, progress=console.progress
+    )
     shape = tuple(dataset.images_train.shape[1:])
     network = {name: choices[name] for name in ("backbone", "weights", "outputs")}
     preset = choose_network(dataset.name, shape, len(dataset.classes), **network)
@@ -226,6 +229,18 @@ def _check_samples(job: Job, folds: int) -> None:
     """Refuse samples or a rejection rate on which the SVMs or theta cannot be fitted."""
     if not 0 <= job.settings.rejection_rate < 1:
         raise ValueError(f"--rejection-rate must be in [0, 1), got {job.settings.rejection_rate}")
+    max_error, confidence = job.settings.max_error, job.settings.confidence
+    if max_error is not None:
+        if not 0 < max_error < 1 or not 0 < confidence < 1:
+            raise ValueError(
+                f"--max-error and --confidence must be in (0, 1), got {max_error} and {confidence}"
+            )
+        needed, given = fewest_accepted(max_error, 1 - confidence) + 1, len(job.splits.threshold)
+        if given < needed:
+            raise ValueError(
+                f"--max-error {max_error} with --confidence {confidence} takes --threshold-samples "
+                f"{needed} at least, even if none of them is wrong, got {given}"
+            )
     labels, classes = job.dataset.labels_train[job.splits.svm], job.dataset.classes
     counts = torch.bincount(labels, minlength=len(classes))
     if counts.min() < folds:

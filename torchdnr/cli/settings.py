@@ -209,8 +209,9 @@ class RunSettings(_Settings):
         metavar="NAME",
     )
     weights: str | None = option(
-        "weights of the backbone: a state dict in a file, or a name that torchvision has for it, "
-        "such as DEFAULT, to download. It is then trained only if --network-samples is given",
+        "weights of the backbone: a state dict in a file, .safetensors or of torch.save, or a name "
+        "that torchvision has for it, such as DEFAULT, to download; pickles are read by PyTorch's "
+        "restricted unpickler. It is then trained only if --network-samples is given",
         optional=True,
         metavar="FILE",
     )
@@ -260,6 +261,20 @@ class RunSettings(_Settings):
         default=0.1,
         type=float,
         metavar="R",
+    )
+    max_error: float | None = option(
+        "instead of --rejection-rate, the bound of the error among accepted images, in (0, 1): as "
+        "few are rejected as it takes to promise it of all images like those of the data set",
+        optional=True,
+        type=float,
+        metavar="E",
+    )
+    confidence: float = option(
+        "probability that this bound holds, in (0, 1)",
+        default=0.95,
+        optional=True,
+        type=float,
+        metavar="P",
     )
     # No options of the command line:
     test_samples: int = 0

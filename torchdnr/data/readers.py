@@ -1,26 +1,21 @@
 """Read images and labels: from an npz file, a folder of classes, or single image files."""
 
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torchvision import datasets
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
-from tqdm import tqdm
+
+from torchdnr.costs import progress_bar
+from torchdnr.data.image_files import MODES, UNREADABLE, open_image
+from torchdnr.distributed.processes import warn_once
 
 MAX_CHANNELS = 4  # tells NCHW from NHWC
-
-UNREADABLE = OSError, ValueError, SyntaxError, Image.DecompressionBombError
-"""What Pillow raises for a file that is no image, a damaged one, or one of too many pixels."""
-
-_MODES = {1: "L", 3: "RGB"}
-"""Pillow's name for images of so many channels."""
 
 
 def read_npz(path: Path) -> tuple[Any, ...]:
@@ -111,12 +106,15 @@ def _check_classes(path: Path, parts: dict[str, Tensor]) -> int:
     return c
 
 
-def read_folder(path: Path, image_size: int) -> tuple[Any, ...]:
+def read_folder(path: Path, image_size: int, progress: bool = True) -> tuple[Any, ...]:
     """Read ``train/CLASS/*`` and ``val/CLASS/*`` into memory; warn about unreadable files.
+
+    Images are opened by ``open_image``.
 
     Args:
         path: The folder that holds ``train`` and ``val``.
         image_size: Side of the squares, in pixels, >= 1: short side resized, centre cropped.
+        progress: Whether to show progress bars.
 
     Returns:
         Class names, then for ``train`` and for ``val``: images ``(n, 3, image_size, image_size)``,
@@ -133,15 +131,17 @@ def read_folder(path: Path, image_size: int) -> tuple[Any, ...]:
             raise FileNotFoundError(
                 f"no folder {path / part}; expected {path} to hold train/CLASS/* and val/CLASS/*"
             )
-    train, test = (datasets.ImageFolder(path / part) for part in ("train", "val"))
+    train, test = (
+        datasets.ImageFolder(path / part, loader=open_image) for part in ("train", "val")
+    )
     if train.classes != test.classes or len(train.classes) < 2:
         raise ValueError(
             f"{path}: train/ and val/ must have the same class folders, at least two, got "
             f"{train.classes[:20]} and {test.classes[:20]}; make them equal"
         )
     crop = square_crop(image_size)
-    parts = [_read_images(folder, crop, image_size) for folder in (train, test)]
-    return tuple(train.classes), *parts[0], *parts[1]
+    first, second = (_read_images(f, crop, image_size, progress) for f in (train, test))
+    return tuple(train.classes), *first, *second
 
 
 def square_crop(image_size: int) -> Callable[[Any], Tensor]:
@@ -150,12 +150,13 @@ def square_crop(image_size: int) -> Callable[[Any], Tensor]:
 
 
 def _read_images(
-    folder: datasets.ImageFolder, crop: Callable[[Any], Tensor], image_size: int
+    folder: datasets.ImageFolder, crop: Callable[[Any], Tensor], image_size: int, progress: bool
 ) -> tuple[Tensor, Tensor]:
     images = torch.empty(len(folder.samples), 3, image_size, image_size, dtype=torch.uint8)
     labels: list[int] = []
     unreadable = []
-    for file, label in tqdm(folder.samples, desc=str(folder.root), unit="image"):
+    bar = progress_bar(progress, folder.samples, desc=str(folder.root), unit="image")
+    for file, label in bar:
         try:
             images[len(labels)] = crop(folder.loader(file))
         except UNREADABLE as error:
@@ -163,7 +164,7 @@ def _read_images(
         else:
             labels.append(label)
     if unreadable:
-        warnings.warn(
+        warn_once(
             f"{len(unreadable)} of {len(folder.samples)} images in {folder.root} are unreadable "
             f"and left out, first: {unreadable[0]}",
             stacklevel=4,
@@ -210,7 +211,7 @@ def read_batches(
     [0, 1], k >= 1; calls ``unreadable`` with the others, and why.
     """
     channels, height, width = shape
-    if channels not in _MODES or height != width:
+    if channels not in MODES or height != width:
         raise ValueError(
             f"image files are read as squares of 1 or 3 channels, but the network takes "
             f"{tuple(shape)}; call the classifier from Python instead"
@@ -220,8 +221,7 @@ def read_batches(
         images, read = [], []
         for file in files[start : start + batch_size]:
             try:
-                with Image.open(file) as opened:
-                    images.append(crop(opened.convert(_MODES[channels])))
+                images.append(crop(open_image(file, channels)))
             except UNREADABLE as error:
                 unreadable(file, error)
             else:

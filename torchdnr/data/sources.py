@@ -1,6 +1,9 @@
 """Data sets by name, and seeded disjoint splits of them."""
 
+import sys
+from contextlib import nullcontext, redirect_stderr
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 
 import torch
@@ -67,7 +70,9 @@ class Splits:
     test: Tensor
 
 
-def load_dataset(source: str, root: str | Path = "data", *, image_size: int = 224) -> Dataset:
+def load_dataset(
+    source: str, root: str | Path = "data", *, image_size: int = 224, progress: bool = True
+) -> Dataset:
     """Load a data set by its name.
 
     Args:
@@ -78,6 +83,7 @@ def load_dataset(source: str, root: str | Path = "data", *, image_size: int = 22
         root: Folder for downloads.
         image_size: For ``folder:`` only, >= 1: the short side of an image is resized to it, then
             the centre is cropped to a square.
+        progress: Whether to show progress bars.
 
     Returns:
         The data set.
@@ -92,11 +98,11 @@ def load_dataset(source: str, root: str | Path = "data", *, image_size: int = 22
     if source == "mnist-5k":
         return _load_mnist_5k()
     if source in ("mnist", "cifar10"):
-        return _load_torchvision(source, Path(root))
+        return _load_torchvision(source, Path(root), progress)
     if kind == "npz" and path:
         return Dataset(Path(path).stem, *read_npz(Path(path)))
     if kind == "folder" and path:
-        return Dataset(Path(path).name, *read_folder(Path(path), image_size))
+        return Dataset(Path(path).name, *read_folder(Path(path), image_size, progress))
     raise ValueError(f"no data set {source!r}; choose from: {', '.join(SOURCES)}")
 
 
@@ -168,10 +174,12 @@ def _load_mnist_5k() -> Dataset:
     return Dataset("mnist-5k", tuple("0123456789"), pixels, torch.from_numpy(labels).long())
 
 
-def _load_torchvision(source: str, root: Path) -> Dataset:
+def _load_torchvision(source: str, root: Path, progress: bool) -> Dataset:
     make = datasets.MNIST if source == "mnist" else datasets.CIFAR10
+    shown = progress and sys.stderr.isatty()  # torchvision always draws its bars
     try:
-        train, test = (make(root, train=train, download=True) for train in (True, False))
+        with nullcontext() if shown else redirect_stderr(StringIO()):
+            train, test = (make(root, train=train, download=True) for train in (True, False))
     except (OSError, RuntimeError) as error:
         raise ConnectionError(
             f"cannot download {source} to {root}: {error}; connect to a network, put its files "

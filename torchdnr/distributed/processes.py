@@ -4,6 +4,7 @@ What is exchanged are plain tensors: gloo carries those on the CPU, NCCL those o
 """
 
 import os
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -143,6 +144,16 @@ def alone() -> Iterator[None]:
         yield
     finally:
         _IS_ALONE.reset(token)
+
+
+def warn_once(message: str, category: type[Warning] = UserWarning, *, stacklevel: int) -> None:
+    """Warn of what all processes see alike: of those that share the work, only the first does."""
+    if (
+        _IS_ALONE.get()
+        or not (dist.is_available() and dist.is_initialized())
+        or not dist.get_rank()
+    ):
+        warnings.warn(message, category, stacklevel=stacklevel + 1)
 
 
 def local_device(device: torch.device) -> torch.device:

@@ -16,6 +16,7 @@ from torchdnr.evaluation.detection import (
 from torchdnr.evaluation.figures import (
     plot_curves,
     plot_examples,
+    plot_risk_coverage,
     plot_roc,
     plot_stratified,
     plot_threshold_sweep,
@@ -49,6 +50,7 @@ from torchdnr.evaluation.report.table import (
     save_csv,
     save_results,
 )
+from torchdnr.evaluation.risk_coverage import RiskCoverage, risk_coverage
 from torchdnr.evaluation.roc import ROC, auroc, auroc_difference, fpr_at_tpr, roc_curve
 from torchdnr.evaluation.security import security_evaluation, security_evaluations
 from torchdnr.evaluation.stratified import ALPHAS, StratifiedCurve, stratified_curve
@@ -71,6 +73,7 @@ __all__ = [
     "Detection",
     "Estimate",
     "Measures",
+    "RiskCoverage",
     "SecurityCurve",
     "StratifiedCurve",
     "ThresholdSweep",
@@ -94,12 +97,14 @@ __all__ = [
     "median_of",
     "plot_curves",
     "plot_examples",
+    "plot_risk_coverage",
     "plot_roc",
     "plot_stratified",
     "plot_threshold_sweep",
     "predict_labels",
     "rejection_rate",
     "rejection_scores",
+    "risk_coverage",
     "robust_error",
     "robust_errors",
     "roc_curve",

@@ -220,10 +220,12 @@ def median_evasion_norm(curve: SecurityCurve, *, confidence: float = 0.95) -> Es
 
 
 def most_telling_eps(curve: SecurityCurve) -> float | None:
-    """Return the positive eps at which accuracy is nearest to one half; None if there is none."""
-    positive = [
-        (abs(rate - 0.5), eps)
-        for rate, eps in zip(curve.accuracy, curve.eps, strict=True)
-        if eps > 0
-    ]
-    return min(positive)[1] if positive else None
+    """Return the positive eps at which accuracy is nearest to one half; None if there is none.
+
+    There most is at stake. Among equals it is the largest.
+    """
+    positive = [pair for pair in zip(curve.eps, curve.accuracy, strict=True) if pair[0] > 0]
+    if not positive:
+        return None
+    # Rounded: 0.3 and 0.7 are equally near.
+    return min(positive, key=lambda pair: (round(abs(pair[1] - 0.5), 9), -pair[0]))[0]

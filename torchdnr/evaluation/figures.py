@@ -22,6 +22,7 @@ from torchdnr.files import atomic_path
 if TYPE_CHECKING:  # a curve can draw itself
     from torchdnr.evaluation.curve import Predictions, SecurityCurve
     from torchdnr.evaluation.detection import Detection
+    from torchdnr.evaluation.risk_coverage import RiskCoverage
     from torchdnr.evaluation.stratified import StratifiedCurve
     from torchdnr.evaluation.threshold_sweep import ThresholdSweep
 
@@ -274,6 +275,40 @@ def plot_roc(detections: Mapping[str, Detection], path: str | Path) -> None:
     axes.set_aspect("equal")
     _legend(figure, axes.get_legend_handles_labels()[0])
     _footnote(figure, "Marker: the threshold in use. Bars and brackets: 95 % confidence intervals.")
+    _save(figure, path)
+
+
+def plot_risk_coverage(curves: Mapping[str, RiskCoverage], path: str | Path) -> None:
+    """Draw the error among accepted inputs over the share accepted; a marker stands at each theta.
+
+    Args:
+        curves: Classifier name to its curve.
+        path: Image file, of a type that its suffix names; replaced atomically.
+
+    Raises:
+        ValueError: If there is no curve.
+
+    Source: Geifman and El-Yaniv, "Selective classification for deep neural networks" (2017).
+    """
+    if not curves:
+        raise ValueError("curves is empty: give at least one")
+    figure = Figure(figsize=(6.2, 4.6), layout="constrained")
+    axes = figure.subplots()
+    for index, (name, curve) in enumerate(curves.items()):
+        colour, label = COLOURS[index % len(COLOURS)], f"{name}: AURC {curve.aurc:.2g}"
+        x, y = curve.coverage.tolist(), curve.risk.tolist()
+        axes.plot(x, y, color=colour, linewidth=1.8, label=label)
+        accepted, error = curve.accepted, curve.error
+        if accepted is not None and error is not None and error.n:
+            x = [accepted.value, accepted.value]
+            axes.plot(x, [error.low, error.high], color=colour, linewidth=1.1)
+            _draw_estimates(axes, x[:1], [error], index, band=False)
+    top = max(curve.risk.max().item() for curve in curves.values())
+    _style(axes, "share accepted (clean inputs)", "wrong of the accepted")
+    axes.set_xlim(0, 1)
+    axes.set_ylim(0, min(1, 1.1 * top + 0.01))
+    axes.legend(loc="upper left", fontsize=11, frameon=False)
+    _footnote(figure, "Marker: the threshold in use, with its 95 % confidence interval.")
     _save(figure, path)
 
 

@@ -23,6 +23,7 @@ from torchdnr.attacks.checks import (
 )
 from torchdnr.attacks.objectives import decision_objective
 from torchdnr.attacks.target import Target, check_classes
+from torchdnr.costs import progress_bar
 from torchdnr.decisions import evaluation_mode, has_reject_column
 from torchdnr.distributed.processes import ALONE, Processes
 from torchdnr.evaluation.checkpoint import Checkpoint, attack_paths, behaviour, fingerprint
@@ -216,14 +217,14 @@ def security_evaluations(
                 jobs.append(_Job(name, key, attack, task, counted, clean, steps))
         results: dict[int, _Result] = {}
         mine = [number for number in range(len(jobs)) if processes.mine(number)]
-        with tqdm(total=len(eps) * len(mine), unit="step", disable=not progress) as bar:
+        with progress_bar(progress, total=len(eps) * len(mine), unit="step") as bar:
             for number in mine:
                 results[number] = _attack_at_every_eps(jobs[number], eps, bar)
         processes.wait()
         for number, job in enumerate(jobs):
             job.steps.share(processes, processes.owner(number), _steps(job.attack, eps), inputs)
             if number not in results:  # another process ran it: only judged here
-                results[number] = _attack_at_every_eps(job, eps, tqdm(disable=True))
+                results[number] = _attack_at_every_eps(job, eps, progress_bar(False))
     return {
         name: _worst_case(
             eps,

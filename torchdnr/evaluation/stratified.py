@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from torchdnr.attacks.checks import checked_inputs
 from torchdnr.attacks.lowest_confidence import lowest_confidence
+from torchdnr.costs import progress_bar
 from torchdnr.decisions import REJECT, evaluation_mode, has_reject_column, is_evasion
 from torchdnr.evaluation.judging import Task, increasing, judge, keep_inside, stacked
 from torchdnr.evaluation.metrics import Estimate, share, to_plain
@@ -139,7 +139,7 @@ def stratified_curve(
             points, _ = keep_inside(task, points.to(inputs), eps, "adversarial")
             evading = evading | is_evasion(judge(task, points).predictions, labels)
         lowest, within = inputs.clone(), []
-        for alpha in tqdm(alphas, desc=name, unit="alpha", disable=not progress):
+        for alpha in progress_bar(progress, alphas, desc=name, unit="alpha"):
             radius, rows = alpha * eps, (~rejected).nonzero()[:, 0]
             if radius > 0 and reject and len(rows):
                 part = replace(task, inputs=inputs[rows], labels=labels[rows])

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from torchdnr.attacks.checks import checked_inputs
 from torchdnr.attacks.view import ModelView
+from torchdnr.costs import progress_bar
 from torchdnr.decisions import evaluation_mode, has_reject_column, is_evasion, split_scores
 from torchdnr.evaluation.judging import (
     Task,
@@ -180,7 +181,7 @@ def threshold_sweep(
         ]
         again: list[list[DecisionRates]] | None = None
         if attack is not None:
-            with tqdm(total=len(thetas) * len(eps), desc=name, disable=not progress) as bar:
+            with progress_bar(progress, total=len(thetas) * len(eps), desc=name) as bar:
                 again = _attack_again(task, attack, pools, eps, thetas, rates_at, bar)
     return ThresholdSweep(
         name=name,

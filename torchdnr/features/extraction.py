@@ -4,7 +4,6 @@
 """
 
 import hashlib
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from itertools import chain
@@ -13,11 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from torchdnr.arrays import ArrayLike, as_features, as_labels
+from torchdnr.costs import progress_bar
 from torchdnr.decisions import evaluation_mode
 from torchdnr.distributed import current
+from torchdnr.distributed.processes import warn_once
 from torchdnr.distributed.sharing import (
     Batch,
     ShardedFeatures,
@@ -101,7 +101,7 @@ def extract(
             run["widened"] = widen
             rows = stack.enter_context(FeatureStore(folder, run, n))
         batches = data.split(batch_size) if isinstance(data, Tensor) else data
-        for batch in tqdm(batches, desc="features", unit="batch", disable=not progress):
+        for batch in progress_bar(progress, batches, desc="features", unit="batch"):
             images, *rest = batch if isinstance(batch, Sequence) else (batch,)
             count, images_seen = count + 1, images_seen + len(images)
             if rest:
@@ -198,7 +198,7 @@ def prepare_features(features: LayerFeatures, batches: Sequence[Tensor]) -> Laye
         fresh.sizes[name] = {"output": shape, "features": values.shape[1]}
     for name, distortion in distortions(fresh).items():
         if distortion["rms"] > DISTORTION_LIMIT:
-            warnings.warn(
+            warn_once(
                 f"the projection of layer {name!r} changes the distances of "
                 f"{distortion['pairs']} pairs of images by {distortion['rms']:.0%} (root mean "
                 f"square; at most {distortion['max']:.0%}), expected up to "

@@ -76,7 +76,8 @@ def load_weights(backbone: nn.Module, name: str, weights: str | Path) -> None:
         name: As there.
         weights: Name of weights that torchvision has of it, such as ``DEFAULT``, downloaded on
             first use; or a file with a state dict of the torchvision model: ``.safetensors``, or
-            what ``torch.save`` wrote, of which nothing but tensors is read.
+            what ``torch.save`` wrote. The latter is a pickle, as are torchvision's; they are read
+            by PyTorch's restricted unpickler, which makes tensors and plain containers only.
 
     Raises:
         ConnectionError: If a download fails.
@@ -122,7 +123,12 @@ def _check_outputs(outputs: Sequence[int], classes: int, total: int) -> None:
 
 def _download(weights: models.WeightsEnum) -> Mapping[str, Tensor]:
     try:
-        return weights.get_state_dict(progress=False, check_hash=True)
+        return weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"what was downloaded from {weights.url} must be tensors alone, got "
+            f"{str(error).splitlines()[0]}; delete that file"
+        ) from error
     except (OSError, RuntimeError) as error:
         raise ConnectionError(
             f"cannot download {weights.url}: {error}; connect to a network, or give a file"

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from torchdnr.costs import progress_bar
 from torchdnr.decisions import class_scores
 from torchdnr.files import (
     CheckpointError,
@@ -137,8 +138,8 @@ def train_network(
     done = resume(net, optimizer, Path(checkpoint), run) if checkpoint else 0
     steps = math.ceil(len(images) / settings.batch_size)
     net.train()
-    with tqdm(
-        total=settings.epochs * steps, initial=done * steps, disable=not progress, unit="batch"
+    with progress_bar(
+        progress, total=settings.epochs * steps, initial=done * steps, unit="batch"
     ) as bar:
         for epoch in range(done, settings.epochs):
             bar.set_description(f"epoch {epoch + 1}/{settings.epochs}")

@@ -7,7 +7,6 @@ With b = y * alpha every problem on the same samples has the same quadratic form
 Labels, C, weights and held-out samples (C = 0) change only y and the bounds.
 """
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
@@ -15,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from torchdnr.distributed.processes import warn_once
 from torchdnr.svm.kernel_rows import KernelRows
 
 
@@ -194,7 +194,7 @@ def warn_if_not_converged(solution: DualSolution, tol: float) -> None:
         return
     named = ", ".join(f"{k} (violation {solution.violation[k]:.2g})" for k in failed[:10])
     more = f" and {len(failed) - 10} more" if len(failed) > 10 else ""
-    warnings.warn(
+    warn_once(
         f"{len(failed)} of {len(solution.converged)} dual problems did not reach a KKT violation "
         f"of {tol:g}: {named}{more}. Raise max_steps, lower C, or scale the features.",
         ConvergenceWarning,

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from torchdnr.arrays import ArrayLike, as_labels
+from torchdnr.costs import progress_bar
 from torchdnr.distributed.sharing import ShardedFeatures
 from torchdnr.kernels.any_kernel import gamma_for_variance
 from torchdnr.svm.checks import check_labels, checked_features, checked_sample_weight
@@ -146,7 +146,7 @@ def grid_search(
     kernels = _Kernels(features, distances, c * folds, memory_limit)
     accuracy = torch.zeros(len(Cs), len(gammas), dtype=torch.float64)
     best, chosen, start, not_converged = (-1, 0, 0), (Cs[0], gammas[0]), None, 0
-    bar = tqdm(total=len(Cs) * len(gammas), desc=description, unit="point", disable=not progress)
+    bar = progress_bar(progress, total=len(Cs) * len(gammas), desc=description, unit="point")
     with bar:
         for column, gamma in enumerate(gammas):
             fits = FoldedFits(kernels.rows(gamma), labels, c, fold, tol, class_weight, weight)

@@ -1,6 +1,5 @@
 """`SVMStack`: an SVM on the features of each layer, and one more that combines their scores."""
 
-import warnings
 from collections.abc import Collection, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from torchdnr.costs import stage
+from torchdnr.distributed.processes import warn_once
 from torchdnr.distributed.sharing import ShardedFeatures
 from torchdnr.svm.compression import WARN_BELOW, CompressionWarning, stack_losses
 from torchdnr.svm.model_selection import grid_search, out_of_fold_scores
@@ -203,7 +203,7 @@ class SVMStack(nn.Module):
         losses = stack_losses(self.named(), svms, features)
         name, final = list(losses.items())[-1]
         if min(final["r2"], final["label_agreement"]) < WARN_BELOW:
-            warnings.warn(
+            warn_once(
                 f"the compressed scores of {name!r} keep {final['label_agreement']:.1%} of the "
                 f"labels and R^2 {final['r2']:.3f}: use more prototypes, or attack it before you "
                 "trust it",

@@ -12,7 +12,7 @@ from torchdnr.attacks.objectives import find_objective
 from torchdnr.attacks.target import Target
 from torchdnr.decisions import is_evasion, predict_labels
 from torchdnr.evaluation.checks.result import CannotRun, Finding, Status
-from torchdnr.evaluation.curve import SecurityCurve
+from torchdnr.evaluation.curve import SecurityCurve, most_telling_eps
 from torchdnr.evaluation.judging import Task, outputs
 from torchdnr.evaluation.line_up import Attack
 
@@ -116,18 +116,13 @@ class Context(Task):
 
 
 def choose_eps(curve: SecurityCurve, eps: float | None) -> int:
-    """Choose where in the curve attacks are compared: where its accuracy is nearest to one half.
-
-    There most is at stake; among equals the largest.
-    """
-    positive = [index for index, value in enumerate(curve.eps) if value > 0]
-    if not positive:
+    """Choose where in the curve attacks are compared: at ``eps``, or the most telling one."""
+    telling = most_telling_eps(curve)
+    if telling is None:
         raise ValueError("curve has no eps > 0: evaluate the model under attack first")
-    if eps is None:
-        return min(positive, key=lambda i: (abs(curve.accuracy[i] - 0.5), -curve.eps[i]))
-    if eps not in [curve.eps[i] for i in positive]:
+    if eps is not None and eps not in [value for value in curve.eps if value > 0]:
         raise ValueError(f"eps must be one of those of the curve, {curve.eps}, got {eps}")
-    return curve.eps.index(eps)
+    return curve.eps.index(telling if eps is None else eps)
 
 
 def evades_at(context: Context, points: Tensor, rows: Tensor) -> Tensor:

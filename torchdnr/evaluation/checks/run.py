@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from torchdnr.attacks.checks import (
     check_count,
@@ -19,6 +18,7 @@ from torchdnr.attacks.checks import (
 from torchdnr.attacks.objectives import decision_objective
 from torchdnr.attacks.starts import assigned_classes
 from torchdnr.attacks.target import Target, check_classes
+from torchdnr.costs import progress_bar
 from torchdnr.decisions import class_scores, evaluation_mode, has_reject_column, predict_labels
 from torchdnr.evaluation.checks import curve as curves
 from torchdnr.evaluation.checks import model as models
@@ -189,7 +189,7 @@ def run_checks(
             options=counts,
             seed=seed,
         )
-        bar = tqdm(chosen.items(), desc="checks", unit="check", disable=not progress)
+        bar = progress_bar(progress, chosen.items(), desc="checks", unit="check")
         checks = [_run(name, check, context) for name, check in bar]
     settings = {**counts, "eps": context.eps, "norm": float(norm), "bounds": list(bounds)}
     settings |= {"unevaded": len(context.rows), "batch_size": batch_size, "seed": seed}

@@ -258,6 +258,7 @@ def _classifiers(clean: Mapping[str, Mapping[str, Any]]) -> str:
         "test_accuracy": "accuracy, %",
         "test_rejection_rate": "rejected, %",
         "calibration_rejection_rate": "rejected where theta was set, %",
+        "test_error_if_accepted": "wrong of the accepted, %",
     }
     rows = []
     for name, entry in clean.items():
