@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils import backend_registration
@@ -176,9 +177,27 @@ class _Module(backend_registration._DummyBackendModule):
 _registered = []
 
 
+def on_accelerator(function):
+    """Wrap a function of tensors: it runs on the accelerator, where it may not make the host wait.
+
+    Called inside ``accelerator()``, with tensors of the CPU, it returns such tensors.
+    """
+
+    def call(*args):
+        device = torch.device(KIND, 0)
+        args = [arg.to(device) if isinstance(arg, torch.Tensor) else arg for arg in args]
+        result = function(*args)
+        assert not waits, waits
+        return tree_map(torch.Tensor.cpu, result)
+
+    return call
+
+
 @contextmanager
 def accelerator() -> Iterator[torch.device]:
     """Plug the accelerator in, and count its waits from 0."""
+    if not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"):
+        pytest.skip("needs PyTorch 2.10, whose devices may be made in Python")
     if not _registered:  # once per process
         backend_registration._setup_privateuseone_for_python_backend(KIND, backend_module=_Module())
         library = torch.library.Library("_", "IMPL")
