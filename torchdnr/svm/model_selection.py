@@ -87,6 +87,7 @@ def grid_search(
     folds: int = 5,
     seed: int = 0,
     tol: float = 1e-3,
+    max_steps: int = 1_000_000,
     distances: Tensor | None = None,
     memory_limit: int | None = None,
     progress: bool = False,
@@ -106,6 +107,7 @@ def grid_search(
         folds: Number of stratified folds.
         seed: Of the folds.
         tol: Largest KKT violation accepted.
+        max_steps: Steps per problem before it is given up with a warning, as in ``RBFSVM``.
         distances: Squared distances between all features, ``(n, n)``, if they are at hand; of
             sharded features those to this process's rows, ``(n, k)``.
         memory_limit: Bytes that the search may take beyond its inputs; default 4 GiB.
@@ -136,7 +138,7 @@ def grid_search(
     bar = tqdm(total=len(Cs) * len(gammas), desc=description, unit="point", disable=not progress)
     with bar:
         for column, gamma in enumerate(gammas):
-            fits = FoldedFits(kernels.rows(gamma), labels, c, fold, tol)
+            fits = FoldedFits(kernels.rows(gamma), labels, c, fold, tol, max_steps)
             for row, C in enumerate(Cs):  # ascending: each C starts from the one before
                 scores = fits.advance(C)
                 hits = int((scores.argmax(dim=1) == labels).sum())
@@ -146,7 +148,7 @@ def grid_search(
                 bar.update()
             not_converged += fits.not_converged
     C, gamma = chosen
-    svm = RBFSVM(C, gamma, tol=tol).fit(
+    svm = RBFSVM(C, gamma, tol=tol, max_steps=max_steps).fit(
         features,
         labels,
         distances=kernels.distances,
@@ -206,9 +208,16 @@ class FoldedFits:
     """One-vs-rest problems on all samples, and without each fold: held-out samples have C = 0."""
 
     def __init__(
-        self, rows: KernelRows, labels: Tensor, num_classes: int, fold: Tensor, tol: float
+        self,
+        rows: KernelRows,
+        labels: Tensor,
+        num_classes: int,
+        fold: Tensor,
+        tol: float,
+        max_steps: int = 1_000_000,
     ) -> None:
-        self._rows, self._fold, self._tol = rows, fold, tol
+        self._rows, self._fold = rows, fold
+        self._stop: dict[str, Any] = {"tol": tol, "max_steps": max_steps}
         self._folds, self._classes = int(fold.max()) + 1, num_classes
         self._targets = one_vs_rest(labels, num_classes)
         kept = fold.unsqueeze(1) != torch.arange(self._folds, device=fold.device)
@@ -222,13 +231,13 @@ class FoldedFits:
         """Fit with a larger C than before; return out-of-fold scores, float64 ``(n, c)``."""
         last, targets = self._last, self._targets.repeat(1, self._folds)
         start = None if last is None else self._stretched(last[0], C / last[2])
-        whole = solve_dual(self._rows, self._targets, C * self._share, tol=self._tol, initial=start)
+        whole = solve_dual(self._rows, self._targets, C * self._share, **self._stop, initial=start)
         limits = C * self._kept
         start = self._without_folds(whole, targets, limits)
         if last is not None:  # where nothing was at a bound, a larger C changes nothing
             _, parts, last_C = last
             start = torch.where(_at_bound(parts, last_C).any(dim=0), start, parts.dual_coef)
-        parts = solve_dual(self._rows, targets, limits, tol=self._tol, initial=start)
+        parts = solve_dual(self._rows, targets, limits, **self._stop, initial=start)
         self._last = whole, parts, C
         self.not_converged += int((~parts.converged).sum() + (~whole.converged).sum())
         scores = parts.scores.view(len(targets), self._folds, self._classes)
