@@ -48,6 +48,7 @@ class KernelSum:
     vectors: Tensor
     coefficients: Tensor
     center: Tensor
+    block_elements: int = BLOCK_ELEMENTS
 
     @classmethod
     def of(cls, svm: "RBFSVM") -> "KernelSum":
@@ -58,8 +59,8 @@ class KernelSum:
 
     @property
     def block_rows(self) -> int:
-        """Rows of features in a block."""
-        return max(1, BLOCK_ELEMENTS // sum(self.vectors.shape))
+        """Rows of features in a block, whose matrices have ``block_elements`` at the most."""
+        return max(1, self.block_elements // sum(self.vectors.shape))
 
     def matrix(self, inputs: Tensor, vectors: Tensor) -> Tensor:
         """Evaluate the kernel, ``(n, m)``."""

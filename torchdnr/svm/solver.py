@@ -5,6 +5,7 @@ two-variable updates take over. One product with the kernel then updates the gra
 samples. Every problem has its own state, and its answer does not depend on its neighbours.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -135,6 +136,7 @@ class SolverState:
 
     ``goal`` is the violation at which a problem is done, and ``damping`` the proximal term of its
     next Newton steps; ``failures`` counts its Newton blocks in a row that were not solved.
+    ``solve`` improves problems on their working sets; whatever it returns is checked.
     """
 
     rows: KernelRows
@@ -147,6 +149,7 @@ class SolverState:
     steps: Tensor
     damping: Tensor
     failures: Tensor
+    solve: Callable[..., tuple[Tensor, Tensor, Tensor]] = newton_blocks
 
     @classmethod
     def start(
@@ -219,7 +222,7 @@ def _newton_update(state: SolverState, running: Tensor, violation: Tensor, fresh
         local = Points(*(t * valid for t in points.of(batch).at(samples)))
         kernels = kernels.double() if bool(double[batch[0]]) else kernels
         dtype, damping = kernels.dtype, state.damping[problems]
-        solution, solved, steps = newton_blocks(
+        solution, solved, steps = state.solve(
             kernels,
             Points(*(t.to(dtype) for t in local)),
             intercept[batch].to(dtype),
