@@ -55,7 +55,8 @@ class KernelSum:
         """Copy what an SVM scores with."""
         tensors = (svm.support_vectors, svm.dual_coef, svm.center)
         kernel = deepcopy(cast(Kernel, svm.kernel)).double().requires_grad_(False)
-        return cls(kernel, *(tensor.detach().double() for tensor in tensors))
+        vectors, coefficients, center = (tensor.detach().double() for tensor in tensors)
+        return cls(kernel, vectors, coefficients, center)
 
     @property
     def block_rows(self) -> int:
