@@ -2,24 +2,24 @@
 
 import sys
 import warnings
-from contextlib import contextmanager
-from unittest import mock
 
 import torch
 from gpytorch.kernels import MaternKernel
 from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.flop_counter import FlopCounterMode
 
 from torchdnr import DNR, NR
 from torchdnr.distributed import alone, current, joined
 from torchdnr.distributed.sharing import Partition, ShardedFeatures
 from torchdnr.files import save_tensors
 from torchdnr.svm import RBFSVM, grid_search, out_of_fold_scores, solve_dual
-from torchdnr.svm import solver as descent
+from torchdnr.svm.dual import certify, dual_bounds
 from torchdnr.svm.gram import rbf_rows
-from torchdnr.svm.kernel_rows import KernelRows
 from torchdnr.svm.memory_plan import FeaturePlan, MemoryPlan
 from torchdnr.svm.multiclass import one_vs_rest
+from torchdnr.svm.solver import SolverState, descend
 
+aten = torch.ops.aten
 GIVEN = {"conv": (3.0, 0.05), "logits": (10.0, 0.5), "combiner": (1.0, 0.2)}
 FINE = 1e-6
 """Tolerance of the fits: what they find then hardly depends on the way there."""
@@ -92,21 +92,17 @@ def features_in_files(folder):
     model = NR(small_net(), "conv", hyperparameters={"conv": (1.0, 0.1)}, tol=FINE)
     model.fit(*images(60, 3), features_folder=f"{folder}/features")
     again = NR(small_net(), "conv", hyperparameters={"conv": (1.0, 0.1)}, tol=FINE)
-    with mock.patch.object(type(again.net), "forward", side_effect=_first_call_only(again.net)):
-        again.fit(*images(60, 3), features_folder=f"{folder}/features")
-    both = {"first": state(model), "again": state(again)}
-    return {f"{k} {name}": v for k, found in both.items() for name, v in found.items()}
+    calls = []
 
-
-def _first_call_only(net):
-    forward, calls = net.forward, []
-
-    def call(inputs):
+    def first_only(_net, inputs):
         calls.append(inputs)
         assert len(calls) == 1, "the features are in the folder"  # the first looks at the sizes
-        return forward(inputs)
 
-    return call
+    hook = again.net.register_forward_pre_hook(first_only)
+    again.fit(*images(60, 3), features_folder=f"{folder}/features")
+    hook.remove()
+    both = {"first": state(model), "again": state(again)}
+    return {f"{k} {name}": v for k, found in both.items() for name, v in found.items()}
 
 
 def rows_that_give_way(folder):
@@ -128,8 +124,13 @@ def mostly_at_the_bounds(folder):
 
 def two_variable_updates(folder):
     x, y = points(80, 3)
-    with mock.patch.object(descent, "newton_blocks", _unsolved):
-        return _machine(RBFSVM(1.0, 0.1, tol=FINE).fit(shared(x), y))
+    rows, targets = rbf_rows(shared(x), 0.1, x.mean(dim=0)), one_vs_rest(y, 3).double()
+    lower, upper = dual_bounds(targets, torch.ones_like(targets))
+    state = SolverState.start(rows, targets, lower, upper, None, FINE / 2, 1_000_000)
+    state.solve = _unsolved
+    descend(state)
+    found = state.dual_coef.T.contiguous()
+    return _solution(certify(rows, targets, lower, upper, found, tol=FINE, steps=state.steps))
 
 
 def _unsolved(kernels, points, *_):
@@ -194,36 +195,19 @@ FITS = {
 COARSE = coarse_tolerance.__name__
 
 
-@contextmanager
-def counted():
-    """Count the kernel values that this process evaluates, and the work that its blocks are."""
-    work = {"kernel values": 0, "blocks": 0}
-    start, solve = KernelRows.__init__, descent.newton_blocks
-
-    def counting(self, evaluate, *args, **kwargs):
-        def counted_evaluate(index):
-            rows = evaluate(index)
-            work["kernel values"] += rows.numel()
-            return rows
-
-        start(self, counted_evaluate, *args, **kwargs)
-
-    def counting_solve(kernels, *args):
-        work["blocks"] += kernels.numel() * kernels.shape[1]
-        return solve(kernels, *args)
-
-    with (
-        mock.patch.object(KernelRows, "__init__", counting),
-        mock.patch.object(descent, "newton_blocks", counting_solve),
-    ):
-        yield work
-
-
 def make(name, folder):
-    """Make a fit, and count what it took."""
-    with counted() as work:
+    """Make a fit, and count the operations of its matrix products.
+
+    Those of single matrices are kernel values and products with them; the blocks come in batches.
+    """
+    with FlopCounterMode(display=False) as counter:
         found = FITS[name](folder)
-    return found | {f"work {what}": torch.tensor(count) for what, count in work.items()}
+    count = counter.get_flop_counts()["Global"]
+    work = {
+        "kernel": count.get(aten.mm, 0) + count.get(aten.addmm, 0),
+        "blocks": count.get(aten.bmm, 0),
+    }
+    return found | {f"work {what}": torch.tensor(operations) for what, operations in work.items()}
 
 
 def refused(processes):

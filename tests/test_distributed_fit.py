@@ -31,7 +31,7 @@ TORCHRUN = [
     *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"),
     *("--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "--"),
 ]
-WORK = "work kernel values", "work blocks"
+WORK = "work kernel", "work blocks"
 
 
 def environment(**more):
@@ -181,6 +181,7 @@ def making(tmp_path_factory):
     np.savez(path, x_train=x.numpy(), y_train=y[:150])
     return [
         *("--dataset", f"npz:{path}", "--device", "cpu", "--epochs", "1", "--layers", "logits"),
+        *("--C-grid", "1", "--gamma-grid", "1"),  # nothing to choose from
         *("--network-samples", "60", "--svm-samples", "30", "--threshold-samples", "30"),
         *("--lr", "0.05", "--train-batch-size", "16"),
     ]
@@ -205,7 +206,7 @@ def start_two(script, arguments):
 def made_by_one(making, tmp_path_factory):
     """The run folder that one process makes."""
     folder = tmp_path_factory.mktemp("run")
-    assert small_train.main(["--quiet", *making, "--run", str(folder)]) == 0
+    assert small_train.train.main(["--quiet", *making, "--run", str(folder)]) == 0
     return folder
 
 

@@ -203,6 +203,10 @@ def _test_size(dataset: Dataset, sizes: Mapping[str, int]) -> int:
 
 def _check_network(job: Job) -> DNR:
     """Refuse a network that cannot be read or trained before the work; return its unfitted DNR."""
+    for name, values in job.settings.grids.items():
+        if min(values) <= 0:
+            flag = f"--{name.replace('_', '-')}"
+            raise ValueError(f"{flag} must hold numbers > 0, got {in_words(values)}; leave out 0")
     net = job.build_network()
     model = DNR(net, job.layers(net))  # raises for an unknown layer
     image, _ = job.dataset.select(torch.arange(1))
