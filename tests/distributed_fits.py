@@ -2,11 +2,12 @@
 
 import sys
 import warnings
+from contextlib import contextmanager
+from unittest import mock
 
 import torch
 from gpytorch.kernels import MaternKernel
 from torch.utils.data import DataLoader, TensorDataset
-from torch.utils.flop_counter import FlopCounterMode
 
 from torchdnr import DNR, NR
 from torchdnr.distributed import alone, current, joined
@@ -15,11 +16,11 @@ from torchdnr.files import save_tensors
 from torchdnr.svm import RBFSVM, grid_search, out_of_fold_scores, solve_dual
 from torchdnr.svm.dual import certify, dual_bounds
 from torchdnr.svm.gram import rbf_rows
+from torchdnr.svm.kernel_rows import KernelRows
 from torchdnr.svm.memory_plan import FeaturePlan, MemoryPlan
 from torchdnr.svm.multiclass import one_vs_rest
 from torchdnr.svm.solver import SolverState, descend
 
-aten = torch.ops.aten
 GIVEN = {"conv": (3.0, 0.05), "logits": (10.0, 0.5), "combiner": (1.0, 0.2)}
 FINE = 1e-6
 """Tolerance of the fits: what they find then hardly depends on the way there."""
@@ -195,19 +196,41 @@ FITS = {
 COARSE = coarse_tolerance.__name__
 
 
-def make(name, folder):
-    """Make a fit, and count the operations of its matrix products.
+@contextmanager
+def counted():
+    """Count the kernel values that this process evaluates, and the work that its blocks are."""
+    work = {"kernel values": 0, "blocks": 0}
+    start_rows, start_state = KernelRows.__init__, SolverState.start
 
-    Those of single matrices are kernel values and products with them; the blocks come in batches.
-    """
-    with FlopCounterMode(display=False) as counter:
+    def counting_rows(self, evaluate, *args, **kwargs):
+        def counted_evaluate(index):
+            rows = evaluate(index)
+            work["kernel values"] += rows.numel()
+            return rows
+
+        start_rows(self, counted_evaluate, *args, **kwargs)
+
+    def counting_state(*args):
+        def counted_solve(kernels, *more):
+            work["blocks"] += kernels.numel() * kernels.shape[1]
+            return solve(kernels, *more)
+
+        state = start_state(*args)
+        solve, state.solve = state.solve, counted_solve
+        return state
+
+    with (
+        mock.patch.object(KernelRows, "__init__", counting_rows),
+        mock.patch.object(SolverState, "start", counting_state),
+    ):
+        yield work
+
+
+def make(name, folder):
+    """Make a fit, and count what it took."""
+    with counted() as work:
         found = FITS[name](folder)
-    count = counter.get_flop_counts()["Global"]
-    work = {
-        "kernel": count.get(aten.mm, 0) + count.get(aten.addmm, 0),
-        "blocks": count.get(aten.bmm, 0),
-    }
-    return found | {f"work {what}": torch.tensor(operations) for what, operations in work.items()}
+    return found | {f"work {what}": torch.tensor(count) for what, count in work.items()}
 
 
 def refused(processes):

@@ -31,7 +31,7 @@ TORCHRUN = [
     *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"),
     *("--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "--"),
 ]
-WORK = "work kernel", "work blocks"
+WORK = "work kernel values", "work blocks"
 
 
 def environment(**more):
