@@ -21,6 +21,7 @@ PACKAGE = str(Path(__file__).parents[1] / "torchdnr")
 
 waits: Counter[str] = Counter()
 """Waits of the host by "operation file:line", the innermost line of the package."""
+_lacking: list[torch.dtype] = []
 
 # Their result is a number, or has a size that depends on the values.
 READING = {"_local_scalar_dense", "equal", "is_nonzero", "nonzero", "masked_select", "bincount"}
@@ -111,6 +112,8 @@ def _call(func, args, kwargs):
     def wrap(leaf):
         if not isinstance(leaf, torch.Tensor) or isinstance(leaf, DeviceTensor) or not makes_ours:
             return leaf
+        if leaf.dtype in _lacking:
+            raise TypeError(f"{KIND}:0 has no {leaf.dtype}")
         known = wrappers.get(id(leaf))  # what is changed in place stays itself
         return DeviceTensor(leaf) if known is None else known
 
@@ -166,15 +169,21 @@ class _Factories(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+_plugged = []  # the library that serves the operations, for life; and whether it is plugged in
+
+
+def _is_plugged():
+    return _plugged[-1:] == [True]
+
+
 class _Module(backend_registration._DummyBackendModule):
-    def synchronize(self, device=None):
-        pass
-
-    def get_amp_supported_dtype(self):
-        return [torch.float16, torch.bfloat16]
+    is_available = staticmethod(_is_plugged)
+    synchronize = staticmethod(lambda: None)
 
 
-_registered = []
+class _Hook(backend_registration._DummyPrivateUse1Hook):
+    def is_available(self):
+        return _is_plugged()
 
 
 def on_accelerator(function):
@@ -194,19 +203,24 @@ def on_accelerator(function):
 
 
 @contextmanager
-def accelerator() -> Iterator[torch.device]:
+def accelerator(*, float64=True) -> Iterator[torch.device]:
     """Plug the accelerator in, and count its waits from 0."""
     if not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"):
         pytest.skip("needs PyTorch 2.10, whose devices may be made in Python")
-    if not _registered:  # once per process
-        backend_registration._setup_privateuseone_for_python_backend(KIND, backend_module=_Module())
+    if not _plugged:  # once per process
+        backend_registration._setup_privateuseone_for_python_backend(
+            KIND, backend_module=_Module(), hook=_Hook()
+        )
         library = torch.library.Library("_", "IMPL")
         library.fallback(lambda op, *args, **kwargs: _call(op, args, kwargs), "PrivateUse1")
-        _registered.append(library)
+        _plugged.append(library)
     waits.clear()
+    _lacking[:] = [] if float64 else [torch.float64]
+    _plugged.append(True)
     torch.Generator = DeviceGenerator
     try:
         with _Factories():
             yield torch.device(KIND, 0)
     finally:
         torch.Generator = CPU_GENERATOR
+        _plugged.pop()

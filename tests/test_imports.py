@@ -7,6 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FLOORS = (  # from the ground up; parts on the same floor do not know one another
+    {"devices"},
     {"decisions", "files", "costs"},
     {"kernels"},
     {"data", "distributed"},

@@ -164,7 +164,8 @@ class DNR(nn.Module):
         """Fit the SVMs on clean images; the network itself is not trained.
 
         Features of all layers that together take more than ``memory_limit`` bytes (4 GiB if it was
-        not set; on a GPU only if it was) go to files and are fitted on from there, on the CPU.
+        not set; on a GPU only if it was) go to files and are fitted on from there, on the CPU. It
+        fits there too where the device of the network has no float64, as Apple's (MPS).
 
         Several processes share the work where ``torch.distributed`` is set up, unless this is
         called ``with torchdnr.distributed.alone():``. All call it with the same network and the

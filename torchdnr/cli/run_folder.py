@@ -22,6 +22,7 @@ from torchdnr.cli.settings import (
     option_fields,
 )
 from torchdnr.data.sources import Dataset, Splits, load_dataset, split
+from torchdnr.devices import default_device
 from torchdnr.distributed.processes import ALONE, Processes, local_device
 from torchdnr.dnr import DNR
 from torchdnr.features.reductions import ReductionLike
@@ -145,11 +146,12 @@ def check_agreement(folder: Path, earlier: RunSettings, given: Mapping[str, Any]
 
 
 def find_device(name: str | None) -> torch.device:
-    """Find the device of this name; without a name a GPU if there is any, else the CPU."""
-    if name is None:
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+    """Find the device of this name; without a name a GPU if there is any, else the CPU.
+
+    Without a name it is the accelerator that PyTorch finds, if that computes in float64.
+    """
     try:
-        device = local_device(torch.device(name))
+        device = local_device(torch.device(name) if name else default_device())
         torch.ones(1, device=device).sum().item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]

@@ -6,7 +6,7 @@ cancellation of large norms, and a row's distances depend on no other row of its
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -36,13 +36,16 @@ def full_precision(device: torch.device) -> Iterator[None]:
     """
     mkldnn = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # torch does not type it
     modules: tuple[Any, ...] = (torch.backends.cuda.matmul, mkldnn)
-    if torch.compiler.is_compiling():
+    if compiling := torch.compiler.is_compiling():
         modules = ()
+    autocast: AbstractContextManager[Any] = nullcontext()
+    if compiling or torch.is_autocast_enabled(device.type):  # not all kinds of device have it
+        autocast = torch.autocast(device.type, enabled=False)
     lowered = [(m, m.fp32_precision) for m in modules if m.fp32_precision not in ("ieee", "none")]
     try:
         for module, _ in lowered:
             module.fp32_precision = "ieee"
-        with torch.autocast(device.type, enabled=False):
+        with autocast:
             yield
     finally:
         for module, precision in lowered:

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from torchdnr.devices import has_float64
 from torchdnr.distributed.sharing import ShardedFeatures
 from torchdnr.kernels.row_blocks import all_finite
 
@@ -19,8 +20,18 @@ def check_features(features: Tensor | ShardedFeatures) -> None:
         raise ValueError(
             f"features must be float32 or float64, got {local.dtype}: call .float() first"
         )
+    check_device(local.device)
     if not ShardedFeatures.of(features).partition.processes.all(all_finite(local)):
         raise ValueError("features must be finite, got NaN or infinity: check network and inputs")
+
+
+def check_device(device: torch.device) -> None:
+    """Refuse a device that does not compute in float64, as the solver does."""
+    if not has_float64(device):
+        raise ValueError(
+            f"SVMs are fitted in float64, which {device} does not have: call .cpu() first, and "
+            "move what was fitted back"
+        )
 
 
 def check_labels(labels: Tensor, n: int, num_classes: int | None = None) -> int:

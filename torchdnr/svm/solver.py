@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from torchdnr.svm.checks import check_device
 from torchdnr.svm.dual import (
     DualSolution,
     Points,
@@ -56,7 +57,7 @@ SMALL_SET = 256
 """Samples up to which float64 costs next to nothing. Float32 is too coarse for the last steps where
 many samples are at a small bound: its sums are off by more than what is left to gain."""
 FALLBACK_SET, FALLBACK_STEPS = 256, 1024
-BLOCK_ELEMENTS = {"cpu": 2**22, "cuda": 2**27}
+BLOCK_ELEMENTS, CPU_BLOCK_ELEMENTS = 2**27, 2**22
 """Entries of the matrices that are factored together: on a CPU only small ones gain from it."""
 PADDING = 0.75
 """Least share of the largest working set of a batch that the smallest one fills."""
@@ -103,6 +104,7 @@ def solve_dual(
     Kunisch, SIAM J. Optim. 13 (2002).
     """
     if isinstance(kernel, Tensor):
+        check_device(kernel.device)
         _check_kernel(kernel)
         kernel = KernelRows.dense(kernel)
     limits = _check_problems(kernel, targets, C)
@@ -275,7 +277,8 @@ def _choose_blocks(
 
 def _batches(sizes: Tensor, double: Tensor, rows: KernelRows) -> list[tuple[Tensor, int]]:
     """Group problems of one precision and similar size, largest first."""
-    limit = min(BLOCK_ELEMENTS[rows.store.device.type], rows.largest_set**2)
+    on_cpu = rows.store.device.type == "cpu"
+    limit = min(CPU_BLOCK_ELEMENTS if on_cpu else BLOCK_ELEMENTS, rows.largest_set**2)
     batches = []
     for kind in (~double, double):
         members = kind.nonzero().squeeze(1)
