@@ -295,7 +295,8 @@ def _spent(job: _Job) -> dict[str, float]:
 
 def _evasion_norm(task: Task, judged: Judged) -> Tensor:
     """Return the norm of each perturbation that evades, infinite elsewhere."""
-    return judged.size.masked_fill(~is_evasion(judged.predictions, task.labels), math.inf)
+    evades = is_evasion(judged.predictions, task.labels).to(judged.size.device)
+    return judged.size.masked_fill(~evades, math.inf)
 
 
 def _predictions(task: Task, eps: list[float], judged: list[Judged]) -> dict[str, Any]:
