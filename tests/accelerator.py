@@ -14,7 +14,6 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils import backend_registration
-from torch.utils._pytree import tree_leaves, tree_map
 
 KIND = "pretend"
 PACKAGE = str(Path(__file__).parents[1] / "torchdnr")
@@ -85,29 +84,41 @@ def _wait(what):
     waits[f"{what} {file}:{frame.f_lineno}"] += 1
 
 
+def _map(change, value):
+    """Change what is in a value, which may be nested lists."""
+    if isinstance(value, tuple | list):
+        return type(value)(_map(change, item) for item in value)
+    return change(value)
+
+
+def _to_host(leaf):
+    if isinstance(leaf, DeviceTensor):
+        return leaf.host
+    return torch.device("cpu") if isinstance(leaf, torch.device) and is_ours(leaf) else leaf
+
+
 def _call(func, args, kwargs):
     """Run an operation of PyTorch on the CPU, once it is allowed and its waits are counted."""
     name = func._schema.name.removeprefix("aten::")
-    leaves = tree_leaves((args, kwargs))
-    ours = [leaf for leaf in leaves if isinstance(leaf, DeviceTensor)]
+    tensors = []
+    _map(lambda leaf: tensors.append(leaf) if isinstance(leaf, torch.Tensor) else None, list(args))
+    tensors += [value for value in kwargs.values() if isinstance(value, torch.Tensor)]
+    ours = [tensor for tensor in tensors if isinstance(tensor, DeviceTensor)]
     if name.removeprefix("sym_") in METADATA:
         return getattr(ours[0].host, name.removeprefix("sym_"))(*args[1:])
     device = kwargs.get("device")
     makes_ours = is_ours(device) if device is not None else bool(ours)
-    _refuse_mixtures(name, leaves, ours)
-    _count_waits(name, args, kwargs, leaves, ours)
-    wrappers = {id(tensor.host): tensor for tensor in ours}
-
-    def to_host(leaf):
-        if isinstance(leaf, DeviceTensor):
-            return leaf.host
-        return torch.device("cpu") if isinstance(leaf, torch.device) and is_ours(leaf) else leaf
-
-    result = func(*tree_map(to_host, args), **tree_map(to_host, kwargs))
+    _refuse_mixtures(name, tensors, ours)
+    _count_waits(name, args, kwargs, ours)
+    result = func(
+        *(_map(_to_host, arg) for arg in args),
+        **{key: _map(_to_host, value) for key, value in kwargs.items()},
+    )
     if name in ("copy_", "_copy_from"):
         return args[0] if name == "copy_" else args[1]
-    if name == "_to_copy" and result is to_host(args[0]):
+    if name == "_to_copy" and result is _to_host(args[0]):
         result = result.clone()
+    wrappers = {id(tensor.host): tensor for tensor in ours}
 
     def wrap(leaf):
         if not isinstance(leaf, torch.Tensor) or isinstance(leaf, DeviceTensor) or not makes_ours:
@@ -117,13 +128,11 @@ def _call(func, args, kwargs):
         known = wrappers.get(id(leaf))  # what is changed in place stays itself
         return DeviceTensor(leaf) if known is None else known
 
-    return tree_map(wrap, result)
+    return _map(wrap, result)
 
 
-def _refuse_mixtures(name, leaves, ours):
-    plain = [
-        leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.device.type == "cpu"
-    ]
+def _refuse_mixtures(name, tensors, ours):
+    plain = [tensor for tensor in tensors if not isinstance(tensor, DeviceTensor)]
     # Numbers may be anywhere; a copy is there to cross over; indices are taken from the CPU.
     if ours and any(t.ndim for t in plain) and name not in COPYING | INDEXING:
         raise RuntimeError(
@@ -131,7 +140,7 @@ def _refuse_mixtures(name, leaves, ours):
         )
 
 
-def _count_waits(name, args, kwargs, leaves, ours):
+def _count_waits(name, args, kwargs, ours):
     if name in COPYING:
         source, target = (args[1], args[0]) if name == "copy_" else (args[0], kwargs.get("device"))
         target = target.device if isinstance(target, torch.Tensor) else target
@@ -144,7 +153,7 @@ def _count_waits(name, args, kwargs, leaves, ours):
     elif ours and name == "repeat_interleave" and kwargs.get("output_size") is None:
         _wait(name)
     elif ours and name in INDEXING:
-        indices = [leaf for leaf in tree_leaves(args[1]) if isinstance(leaf, torch.Tensor)]
+        indices = [index for index in args[1] if index is not None]
         if any(index.dtype in (torch.bool, torch.uint8) for index in indices):
             _wait("boolean index")
         elif any(index.device.type == "cpu" and index.ndim for index in indices):
@@ -197,7 +206,7 @@ def on_accelerator(function):
         args = [arg.to(device) if isinstance(arg, torch.Tensor) else arg for arg in args]
         result = function(*args)
         assert not waits, waits
-        return tree_map(torch.Tensor.cpu, result)
+        return _map(torch.Tensor.cpu, result)
 
     return call
 

@@ -68,6 +68,7 @@ def on_cpu():
 def test_a_classifier_is_fitted_used_saved_and_loaded_on_any_device(on_cpu, tmp_path, float64):
     with accelerator(float64=float64) as device:
         model, images, _ = on(device)
+        assert any("svm/newton.py" in what for what in waits) == float64  # else on the CPU
         parts = {**dict(model.named_parameters()), **dict(model.named_buffers())}
         assert {tensor.device for tensor in parts.values()} == {device}
         output, labels = model(images), model.predict(images)
@@ -82,14 +83,17 @@ def test_a_classifier_is_fitted_used_saved_and_loaded_on_any_device(on_cpu, tmp_
     torch.testing.assert_close(output.detach().cpu(), on_cpu[1], rtol=0, atol=1e-2)
 
 
-def test_a_classifier_fitted_on_the_cpu_moves_to_a_device_and_is_compressed_there(on_cpu):
+@pytest.mark.filterwarnings("ignore::torchdnr.svm.compression.CompressionWarning")
+@pytest.mark.parametrize("float64", [True, False])
+def test_a_classifier_fitted_on_the_cpu_moves_to_a_device_and_is_compressed_there(on_cpu, float64):
     model, expected = on_cpu
     smaller = model.compress(IMAGES, factor=2, steps=2, joint_steps=2).calibrate(IMAGES, 0.2)
     try:
-        with accelerator() as device:
+        with accelerator(float64=float64) as device:
             there = model.to(device)
             torch.testing.assert_close(there(IMAGES.to(device)).cpu(), expected, rtol=0, atol=1e-4)
             again = there.compress(IMAGES.to(device), factor=2, steps=2, joint_steps=2)
+            assert again.threshold.device == again.base_svms[0].center.device == device
             scores = again.scores(IMAGES.to(device)).cpu()
     finally:
         model.to("cpu")
@@ -167,6 +171,7 @@ def test_a_step_of_the_line_search_waits_twice(norm):
     assert many - few <= 2 * 3, dict(waits)
 
 
+@pytest.mark.slow
 def test_the_search_by_squares_waits_once_in_some_tens_of_queries():
     with accelerator() as device:
         given = WithTheta().to(device), IMAGES[:2].to(device), LABELS[:2].to(device), 1.0
@@ -174,6 +179,7 @@ def test_the_search_by_squares_waits_once_in_some_tens_of_queries():
     assert many - few <= 1, dict(waits)
 
 
+@pytest.mark.slow
 def test_attacks_on_a_classifier_of_svms_mix_no_devices():
     with accelerator() as device:
         model, images, labels = on(device, NR)
@@ -191,7 +197,7 @@ def test_attacks_on_a_classifier_of_svms_mix_no_devices():
         assert few == many
 
 
-@pytest.mark.parametrize("float64", [True, False])
+@pytest.mark.parametrize("float64", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_a_security_evaluation_runs_on_any_device(float64):
     with accelerator(float64=float64) as device:
         model, images, labels = on(device, NR)

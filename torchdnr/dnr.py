@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from copy import copy
+from copy import copy, deepcopy
 from pathlib import Path
 from typing import Any, Self
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from torchdnr.costs import stage
 from torchdnr.decisions import NotFittedError
+from torchdnr.devices import has_float64
 from torchdnr.distributed import current
 from torchdnr.distributed.sharing import check_same, checked_batches
 from torchdnr.features.choice import default_layers
@@ -415,8 +416,12 @@ class DNR(nn.Module):
         model.features = self.features  # with the reductions as they were drawn
         with stage("compression"):
             options: Any = {"steps": steps, "joint_steps": joint_steps, "smoothness": smoothness}
-            svms = compress_stack(self.svms.named(), features, sizes, **options)
-            model.svms = self.svms.compressed(svms, features)
+            original = self.svms
+            if not has_float64(self.device):
+                original = deepcopy(original).to("cpu")
+                features = {name: rows.cpu() for name, rows in features.items()}
+            svms = compress_stack(original.named(), features, sizes, **options)
+            model.svms = original.compressed(svms, features).to(self.device)
         model.rejection.to(self.threshold)
         model.training = self.training
         return model
