@@ -14,11 +14,12 @@ from torchdnr.distributed import alone, current, joined
 from torchdnr.distributed.sharing import Partition, ShardedFeatures
 from torchdnr.files import save_tensors
 from torchdnr.svm import RBFSVM, grid_search, out_of_fold_scores, solve_dual
-from torchdnr.svm import solver as descent
+from torchdnr.svm.dual import certify, dual_bounds
 from torchdnr.svm.gram import rbf_rows
 from torchdnr.svm.kernel_rows import KernelRows
 from torchdnr.svm.memory_plan import FeaturePlan, MemoryPlan
 from torchdnr.svm.multiclass import one_vs_rest
+from torchdnr.svm.solver import SolverState, descend
 
 GIVEN = {"conv": (3.0, 0.05), "logits": (10.0, 0.5), "combiner": (1.0, 0.2)}
 FINE = 1e-6
@@ -92,21 +93,17 @@ def features_in_files(folder):
     model = NR(small_net(), "conv", hyperparameters={"conv": (1.0, 0.1)}, tol=FINE)
     model.fit(*images(60, 3), features_folder=f"{folder}/features")
     again = NR(small_net(), "conv", hyperparameters={"conv": (1.0, 0.1)}, tol=FINE)
-    with mock.patch.object(type(again.net), "forward", side_effect=_two_calls_only(again.net)):
-        again.fit(*images(60, 3), features_folder=f"{folder}/features")
-    both = {"first": state(model), "again": state(again)}
-    return {f"{k} {name}": v for k, found in both.items() for name, v in found.items()}
+    calls = []
 
-
-def _two_calls_only(net):
-    forward, calls = net.forward, []
-
-    def call(inputs):
+    def two_only(_net, inputs):
         calls.append(inputs)
         assert len(calls) <= 2, "the features are in the folder"  # these two try the layers
-        return forward(inputs)
 
-    return call
+    hook = again.net.register_forward_pre_hook(two_only)
+    again.fit(*images(60, 3), features_folder=f"{folder}/features")
+    hook.remove()
+    both = {"first": state(model), "again": state(again)}
+    return {f"{k} {name}": v for k, found in both.items() for name, v in found.items()}
 
 
 def rows_that_give_way(folder):
@@ -128,8 +125,13 @@ def mostly_at_the_bounds(folder):
 
 def two_variable_updates(folder):
     x, y = points(80, 3)
-    with mock.patch.object(descent, "newton_blocks", _unsolved):
-        return _machine(RBFSVM(1.0, 0.1, tol=FINE).fit(shared(x), y))
+    rows, targets = rbf_rows(shared(x), 0.1, x.mean(dim=0)), one_vs_rest(y, 3).double()
+    lower, upper = dual_bounds(targets, torch.ones_like(targets))
+    state = SolverState.start(rows, targets, lower, upper, None, FINE / 2, 1_000_000)
+    state.solve = _unsolved
+    descend(state)
+    found = state.dual_coef.T.contiguous()
+    return _solution(certify(rows, targets, lower, upper, found, tol=FINE, steps=state.steps))
 
 
 def _unsolved(kernels, points, *_):
@@ -203,23 +205,28 @@ COARSE = coarse_tolerance.__name__
 def counted():
     """Count the kernel values that this process evaluates, and the work that its blocks are."""
     work = {"kernel values": 0, "blocks": 0}
-    start, solve = KernelRows.__init__, descent.newton_blocks
+    start_rows, start_state = KernelRows.__init__, SolverState.start
 
-    def counting(self, evaluate, *args, **kwargs):
+    def counting_rows(self, evaluate, *args, **kwargs):
         def counted_evaluate(index):
             rows = evaluate(index)
             work["kernel values"] += rows.numel()
             return rows
 
-        start(self, counted_evaluate, *args, **kwargs)
+        start_rows(self, counted_evaluate, *args, **kwargs)
 
-    def counting_solve(kernels, *args):
-        work["blocks"] += kernels.numel() * kernels.shape[1]
-        return solve(kernels, *args)
+    def counting_state(*args):
+        def counted_solve(kernels, *more):
+            work["blocks"] += kernels.numel() * kernels.shape[1]
+            return solve(kernels, *more)
+
+        state = start_state(*args)
+        solve, state.solve = state.solve, counted_solve
+        return state
 
     with (
-        mock.patch.object(KernelRows, "__init__", counting),
-        mock.patch.object(descent, "newton_blocks", counting_solve),
+        mock.patch.object(KernelRows, "__init__", counting_rows),
+        mock.patch.object(SolverState, "start", counting_state),
     ):
         yield work
 

@@ -6,11 +6,14 @@ import importlib
 import importlib.util
 import json
 import os
+import resource
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
-from functools import partial
+import threading
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -18,14 +21,10 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 
-import torchdnr.cli.classifiers
-import torchdnr.cli.evaluation
-import torchdnr.cli.report
-import torchdnr.evaluation.checkpoint
-import torchdnr.evaluation.security
-import torchdnr.models.training
+import torchdnr
 from torchdnr.cli.options import attack_parser, train_parser
 from torchdnr.cli.settings import SPLIT_SIZES, AttackSettings, RunSettings
+from torchdnr.models import MNISTNet, load_network
 
 ROOT = Path(__file__).parents[1]
 FILES = {
@@ -51,29 +50,6 @@ def _script(name):
 train, attack = _script("train"), _script("attack")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _short():
-    """Shorten the attacks, which have tests of their own, and use one thread on tiny data."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    steps = {
-        "line-search-pgd": {"steps": 2},
-        "boundary-walk": {"steps": 6},
-        "apgd": {"steps": 3},
-    }
-    few = {"noise_draws": 2, "only": ["deterministic", "noise control"]}
-    with pytest.MonkeyPatch.context() as patch:
-        for name, options in (
-            ("build_line_up", {"own_options": steps}),
-            ("line_search_pgd", {"steps": 2}),
-            ("run_checks", few),
-        ):
-            original = getattr(torchdnr.cli.evaluation, name)
-            patch.setattr(torchdnr.cli.evaluation, name, partial(original, **options))
-        yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory):
     """An npz pool of 180 digits 0, 1 and 2, enlarged to the 28 x 28 pixels of Table I's network."""
@@ -93,7 +69,10 @@ def _making(digits, run):
     ]
 
 
-ATTACKING = ["--samples", "4", "--eps", "0", "2", "1", "--examples", "2", "--check-samples", "2"]
+ATTACKING = [
+    *("--samples", "4", "--eps", "0", "2", "1", "--steps", "3", "--examples", "2"),
+    *("--check-samples", "2", "--only-checks", "deterministic", "noise control"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -162,21 +141,17 @@ def test_nr_takes_over_what_the_search_found_for_dnr(finished):
     assert found["NR"]["selection"]["logits"] == {key: of_dnr[key] for key in ("C", "gamma")}
 
 
-def test_rerun_is_quick_and_shows_the_same_table(run, monkeypatch, capsys):
-    def refuse(*_, **__):
-        raise AssertionError("done once more")
-
-    monkeypatch.setattr(torchdnr.cli.classifiers, "train_network", refuse)
-    monkeypatch.setattr(torchdnr.cli.evaluation, "security_evaluations", refuse)
-    monkeypatch.setattr(torchdnr.cli.evaluation, "run_checks", refuse)
-    before = (run / "results.json").read_bytes()
+def test_rerun_is_quick_and_shows_the_same_table(run, capsys):
+    finished = [path for path in run.iterdir() if path.name != "settings.json"]
+    before = [path.stat().st_mtime_ns for path in finished]
     # options of the run folder need not be repeated, only those of the attack
     assert attack.main(["--run", str(run), *ATTACKING]) == 0
     out, err = capsys.readouterr()
     assert "worst case" in out and out.count("8-bit images\n") == 1
     assert "line-search PGD" in out and "DNR" in out
     assert "done already" in err and f"risk-coverage.png: in {run}" in err
-    assert (run / "results.json").read_bytes() == before
+    assert [path.stat().st_mtime_ns for path in finished] == before
+    assert {path.name for path in run.iterdir()} == FILES
     assert train.main(["--run", str(run)]) == 0
     assert "clean accuracy" in capsys.readouterr().err
 
@@ -188,43 +163,47 @@ def test_results_without_figures_are_drawn_again(run):
     assert (run / "curve.png").exists() and _results(run) == before
 
 
-def _interrupt(monkeypatch, owner, name, call, after=False):
-    """Make the given call of a function raise what Ctrl-C raises."""
-    original, calls = getattr(owner, name), []
+@contextmanager
+def _stopping_at(path):
+    """Press Ctrl-C, so to speak, as soon as a file is there."""
+    ended = threading.Event()
 
-    def stopping(*arguments, **options):
-        calls.append(name)
-        if len(calls) == call and not after:
-            raise KeyboardInterrupt
-        result = original(*arguments, **options)
-        if len(calls) == call:
-            raise KeyboardInterrupt
-        return result
+    def watch():
+        while not path.exists():
+            if ended.wait(1e-3):
+                return
+        os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(owner, name, stopping)
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        watcher.join()
 
 
 @pytest.mark.slow
 def test_stopped_in_every_stage_and_resumed_equals_never_stopped(
-    digits, finished, tmp_path, monkeypatch, capsys
+    digits, finished, tmp_path, capsys
 ):
     run = tmp_path / "run"
     command = ["--quiet", *_making(digits, run), *ATTACKING]
     stops = [
-        (torchdnr.models.training, "save_state", 2, True, {"training.safetensors"}),
-        (torchdnr.RBFSVM, "fit", 2, False, {"network.safetensors"}),
-        (torchdnr.NR, "calibrate", 1, False, {"dnr.safetensors"}),
-        (torchdnr.evaluation.checkpoint.Checkpoint, "add", 5, True, {"nr.safetensors"}),
-        (torchdnr.cli.evaluation, "run_checks", 2, False, {"checks-dnn.json"}),
-        (torchdnr.cli.report, "save_results", 1, False, {"curve.png", "report.html"}),
+        "training.safetensors",
+        "network.safetensors",
+        "dnr.safetensors",
+        "nr.safetensors",
+        "attack-dnn-boundary-walk.safetensors",
+        "checks-dnn.json",
+        "curve.png",
     ]
-    for owner, name, call, after, files in stops:
-        with monkeypatch.context() as patch:
-            _interrupt(patch, owner, name, call, after)
+    for stop in stops:
+        with _stopping_at(run / stop):
             assert attack.main(command) == 130
         assert "the same command goes on" in capsys.readouterr().err
         there = {path.name for path in run.iterdir()}
-        assert files <= there and "results.json" not in there
+        assert stop in there and "results.json" not in there
         assert not any(name.endswith(".tmp") for name in there)
     assert attack.main(command) == 0
     assert _results(run) == _results(finished)
@@ -292,6 +271,7 @@ def test_data_that_have_changed_are_refused(digits, run, tmp_path, capsys):
         (["--device", "abacus"], "no device 'abacus' here"),
         (["--rejection-rate", "1"], r"--rejection-rate must be in [0, 1)"),
         (["--lr", "-1"], "expected lr > 0"),
+        (["--C-grid", "1", "0"], "--C-grid must hold numbers > 0, got 1 0"),
         (["--samples", "31"], "--samples must be at most the 30 test images"),
         (["--dataset", "npz:nowhere.npz"], "no file nowhere.npz"),
         (["--dataset", "fashion"], "no data set 'fashion'; choose from"),
@@ -412,27 +392,29 @@ def test_failed_checks_stand_above_the_table(run, capsys):
     assert "FAIL noise control: Noise evades. Attack harder." in above
 
 
-def test_a_further_attack_leaves_what_the_others_found(run, monkeypatch, capsys):
+def test_a_further_attack_leaves_what_the_others_found(run, capsys):
     before = {path.name: path.read_bytes() for path in run.glob("attack-*")}
     arguments = ["--quiet", "--run", str(run), *ATTACKING, "--no-checks"]
-    assert attack.main([*arguments, "--attack", "default", "pgd", "--steps", "2"]) == 0
+    assert attack.main([*arguments, "--attack", "default", "pgd"]) == 0
     assert {name: (run / name).read_bytes() for name in before} == before
     curves = json.loads((run / "results.json").read_text())["curves"]
     assert all("PGD" in curve["attacks"] for curve in curves.values())
     assert "checks: none were made" in capsys.readouterr().out
 
 
-def test_a_report_that_fails_leaves_the_earlier_one(run, monkeypatch, capsys):
-    def full(*_, **__):
-        raise OSError(28, "No space left on device", "curve.png")
-
+def test_a_report_that_fails_leaves_the_earlier_one(run, capsys):
     names = "report.html", "results.json", "results.csv", "curve.png"
     before = {name: (run / name).read_bytes() for name in names}
-    monkeypatch.setattr(torchdnr.cli.report, "plot_curves", full)
     arguments = ["--quiet", "--run", str(run), *ATTACKING, "--no-checks"]
-    assert attack.main(arguments) == 2
-    assert "No space left" in capsys.readouterr().err
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before["curve.png"]) // 2, limits[1]))
+    try:
+        assert attack.main(arguments) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "File too large" in capsys.readouterr().err
     assert {name: (run / name).read_bytes() for name in names} == before
+    assert not any(path.suffix == ".tmp" for path in run.iterdir())
 
 
 def test_every_file_of_the_report_tells_the_same(finished):
@@ -485,7 +467,7 @@ def test_the_command_of_the_report_makes_the_same_settings(finished):
 
 
 def test_stratified_curve_and_threshold_sweep_on_request(run, capsys):
-    options = ["--quiet", "--run", str(run), *ATTACKING, "--no-checks", "--steps", "2"]
+    options = ["--quiet", "--run", str(run), *ATTACKING, "--no-checks"]
     options += ["--attack", "line-search-pgd"]
     assert attack.main([*options, "--stratified", "--sweep"]) == 0
     content = json.loads((run / "results.json").read_text())
@@ -592,6 +574,18 @@ def test_splits_fit_the_data_sets_of_the_paper():
     for source, available in {"mnist-5k": 5_000, "mnist": 60_000, "cifar10": 50_000}.items():
         sizes = SPLIT_SIZES[source]
         assert sum(sizes) <= available - (1_300 if source == "mnist-5k" else 0)
+
+
+def test_the_search_chooses_from_the_given_grids(digits, tmp_path):
+    run, grids = tmp_path / "run", ["--C-grid", "3", "5", "--gamma-grid", "0.5"]
+    making = _making(digits, run)
+    making[making.index("--epochs") + 1] = "1"
+    assert train.main(["--quiet", *making, *grids]) == 0
+    net = load_network(MNISTNet(num_classes=3), run / "network.safetensors")
+    searched = torchdnr.DNR.load(run / "dnr.safetensors", net).selection.values()
+    assert len(searched) == 3 and all(chosen["C_grid"] == [3, 5] for chosen in searched)
+    assert all(len(chosen["gamma_grid"]) == 1 for chosen in searched)
+    assert json.loads((run / "settings.json").read_text())["C_grid"] == [3, 5]
 
 
 def test_classifiers_without_the_settings_they_were_made_with_are_refused(run, capsys):

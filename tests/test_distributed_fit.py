@@ -182,6 +182,7 @@ def making(tmp_path_factory):
     np.savez(path, x_train=x.numpy(), y_train=y[:150])
     return [
         *("--dataset", f"npz:{path}", "--device", "cpu", "--epochs", "1", "--layers", "logits"),
+        *("--C-grid", "1", "--gamma-grid", "1"),  # nothing to choose from
         *("--network-samples", "60", "--svm-samples", "30", "--threshold-samples", "30"),
         *("--lr", "0.05", "--train-batch-size", "16"),
     ]
@@ -206,7 +207,7 @@ def start_two(script, arguments):
 def made_by_one(making, tmp_path_factory):
     """The run folder that one process makes."""
     folder = tmp_path_factory.mktemp("run")
-    assert small_train.main(["--quiet", *making, "--run", str(folder)]) == 0
+    assert small_train.train.main(["--quiet", *making, "--run", str(folder)]) == 0
     return folder
 
 

@@ -7,7 +7,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FLOORS = (  # from the ground up; parts on the same floor do not know one another
-    {"arrays", "decisions", "files", "costs", "risk"},
+    {"arrays", "devices", "files", "risk"},
+    {"decisions", "costs"},
     {"kernels"},
     {"distributed"},
     {"data", "attacks"},

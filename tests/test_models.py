@@ -1,9 +1,11 @@
+from pathlib import Path
+
 import pytest
+import safetensors.torch
 import torch
 
-import torchdnr.models.training as training_checkpoint
 from torchdnr.features.layers import LayerFeatures
-from torchdnr.files import CheckpointError, DamagedFileError, load_tensors, save_tensors
+from torchdnr.files import CheckpointError, DamagedFileError, load_tensors
 from torchdnr.models import (
     CIFAR10_LAYERS,
     MNIST_LAYERS,
@@ -14,6 +16,7 @@ from torchdnr.models import (
 )
 from torchdnr.models.training import (
     CIFAR10_TRAINING,
+    KIND,
     MNIST_TRAINING,
     TrainingSettings,
     train_network,
@@ -148,23 +151,20 @@ def test_stopped_run_ends_as_an_unstopped_one(tmp_path, stop_at):
 
 
 def test_stop_during_the_write_keeps_the_last_epoch(tmp_path, monkeypatch):
-    path = tmp_path / "checkpoint"
+    path, whole, writes = tmp_path / "checkpoint", safetensors.torch.serialize_file, []
 
-    def save_then_die(target, tensors, metadata, kind):
-        if metadata["epochs_done"] == 3:
-            monkeypatch.setattr("safetensors.torch.serialize_file", die)
-        save_tensors(target, tensors, metadata, kind)
-
-    def die(_, temporary, **__):
-        temporary.write_bytes(b"half")
+    def die_at_the_third(tensors, temporary, **options):
+        writes.append(temporary)
+        if len(writes) < 3:
+            return whole(tensors, temporary, **options)
+        Path(temporary).write_bytes(b"half")
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(training_checkpoint, "save_tensors", save_then_die)
+        patch.setattr("safetensors.torch.serialize_file", die_at_the_third)
         with pytest.raises(KeyboardInterrupt):
             train(small_net(), path)
-    monkeypatch.undo()
-    assert load_tensors(path, kind=training_checkpoint.KIND)[1]["epochs_done"] == 2
+    assert load_tensors(path, kind=KIND)[1]["epochs_done"] == 2
     assert same(train(small_net(), path).state_dict(), train(small_net()).state_dict())
 
 

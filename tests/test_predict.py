@@ -2,9 +2,12 @@
 
 import csv
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -102,16 +105,16 @@ def test_table_tells_what_the_classifier_says(finished, photographs, tmp_path, k
     assert {float(row["threshold"]) for row in rows} == {model.threshold.item()}
 
 
-def test_channels_last_changes_the_network_and_nothing_else(
-    finished, photographs, tmp_path, monkeypatch
-):
-    used, rows = [], predict._rows
-    monkeypatch.setattr(predict, "_rows", lambda m, *more: used.append(m) or rows(m, *more))
+def test_channels_last_changes_the_network_and_nothing_else(finished, photographs, tmp_path):
     asked = ["--run", str(finished), str(photographs[0]), "--device", "cpu", "--quiet"]
     for name, extra in (("plain", []), ("last", ["--channels-last"])):
         assert predict.main([*asked, "--csv", str(tmp_path / name), *extra]) == 0
-    weights = [model.net.conv2.weight for model in used]
-    assert [w.is_contiguous(memory_format=torch.channels_last) for w in weights] == [False, True]
+        model = predict.load_classifier(
+            finished, "DNR", torch.device("cpu"), channels_last=bool(extra)
+        )
+        weight = model.net.conv2.weight
+        assert weight.is_contiguous(memory_format=torch.channels_last) == bool(extra)
+        assert weight.is_contiguous() != bool(extra)
     for plain, last in zip(*(table(tmp_path / name) for name in ("plain", "last")), strict=True):
         score = float(plain.pop("best_score"))
         assert float(last.pop("best_score")) == pytest.approx(score, rel=1e-3, abs=1e-3)
@@ -198,12 +201,16 @@ def test_module_on_the_command_line(finished, photographs):
     assert len(done.stdout.splitlines()) == 13
 
 
-def test_a_stopped_call_says_that_it_starts_again(run, photographs, monkeypatch, capsys):
-    def stop(*arguments):
-        raise KeyboardInterrupt
+def test_a_stopped_call_says_that_it_starts_again(run, photographs, capsys):
+    images, pipe, path = photographs[0], run / "endless.png", run / "labels.csv"
+    os.mkfifo(pipe)
 
-    monkeypatch.setattr(predict, "_rows", stop)
-    path = run / "labels.csv"
-    assert predict.main([str(photographs[0]), "--run", str(run), "--csv", str(path)]) == 130
+    def stop_once_it_is_read():
+        with pipe.open("wb"):  # waits until the command reads it
+            os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=stop_once_it_is_read, daemon=True).start()
+    asked = [str(images / "00.PNG"), str(pipe), "--batch-size", "1", "--csv", str(path)]
+    assert predict.main([*asked, "--run", str(run), "--device", "cpu"]) == 130
     assert capsys.readouterr().err.endswith("stopped; the same command starts again\n")
-    assert not path.exists()
+    assert not path.exists() and not list(run.glob("*.tmp"))

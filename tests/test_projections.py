@@ -4,20 +4,25 @@ import math
 
 import pytest
 import torch
+from accelerator import accelerator, on_accelerator
 from hypothesis import given
 from hypothesis import strategies as st
 from property_examples import up_to
 
-from torchdnr.attacks.projections import project, project_box, project_l2
+from torchdnr.attacks import projections
+from torchdnr.attacks.projections import project, project_box
 
 BOUNDS = (0.0, 1.0)
 
 
-@pytest.fixture(params=["looks", "never looks"])
-def path(request, monkeypatch):
-    """Both ways through the code: that of a CPU, and that of a device where a look waits."""
-    if request.param == "never looks":
-        monkeypatch.setattr("torchdnr.attacks.projections.reading_is_free", lambda _: False)
+@pytest.fixture(params=["cpu", "accelerator"])
+def project_l2(request):
+    """The projection on a CPU, and on a device where a look at a value makes the host wait."""
+    if request.param == "cpu":
+        yield projections.project_l2
+    else:
+        with accelerator():
+            yield on_accelerator(projections.project_l2)
 
 
 def by_bisection(points, center, eps):
@@ -50,13 +55,13 @@ def test_project_l2_matches_bisection(seed, d, spread, heavy):
     step = torch.randn(8, d, generator=generator).double()
     points = center + spread * (step**5 if heavy else step)
     eps = 2 * torch.rand(8, generator=generator).double() * math.sqrt(d) / 4
-    projected = project_l2(points, center, eps, BOUNDS)
+    projected = projections.project_l2(points, center, eps, BOUNDS)
     assert (projected >= 0).all() and (projected <= 1).all()
     assert ((projected - center).norm(dim=1) <= eps + 1e-15).all()
     torch.testing.assert_close(projected, by_bisection(points, center, eps), atol=1e-12, rtol=0)
 
 
-def test_project_l2_matches_a_general_solver(path):
+def test_project_l2_matches_a_general_solver(project_l2):
     from scipy.optimize import minimize
 
     center, points = torch.rand(1, 6).double(), 3 * torch.randn(1, 6).double()
@@ -74,7 +79,7 @@ def test_project_l2_matches_a_general_solver(path):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("eps", [0.1, 1.0, 3.0])
-def test_budget_holds_in_float64_and_projecting_twice_changes_nothing(dtype, eps, path):
+def test_budget_holds_in_float64_and_projecting_twice_changes_nothing(dtype, eps, project_l2):
     center = torch.rand(50, 3, 8, 8, dtype=dtype)
     points = center + 10 * torch.randn_like(center)
     once = project_l2(points, center, eps, BOUNDS)
@@ -83,21 +88,21 @@ def test_budget_holds_in_float64_and_projecting_twice_changes_nothing(dtype, eps
     assert torch.equal(project_l2(once, center, eps, BOUNDS), once)
 
 
-def test_points_inside_are_unchanged(path):
+def test_points_inside_are_unchanged(project_l2):
     center = torch.rand(20, 5)
     points = (center + 0.01 * torch.randn(20, 5)).clamp(0, 1)
     assert torch.equal(project_l2(points, center, 0.5, BOUNDS), points)
     assert torch.equal(project_l2(center, center, 0.0, BOUNDS), center)
 
 
-def test_each_row_has_its_own_eps_and_zero_and_infinity_are_allowed(path):
+def test_each_row_has_its_own_eps_and_zero_and_infinity_are_allowed(project_l2):
     center, points = torch.full((3, 4), 0.5), torch.full((3, 4), 5.0)
     projected = project_l2(points, center, torch.tensor([0.0, 0.5, math.inf]), BOUNDS)
     expected = torch.tensor([[0.5] * 4, [0.75] * 4, [1.0] * 4])
     torch.testing.assert_close(projected, expected, atol=1e-6, rtol=0)
 
 
-def test_huge_and_tiny_steps(path):
+def test_huge_and_tiny_steps(project_l2):
     center = torch.full((2, 4), 0.5)
     points = center + torch.tensor([[1e30], [1e-30]])
     expected = torch.tensor([[0.65], [0.5]]).expand(2, 4)
@@ -112,7 +117,7 @@ def test_project_names_the_norms_it_knows():
 
 
 @pytest.mark.parametrize("scale", [1e-6, 1e-3, 1.0, 1e6])
-def test_project_l2_in_float32_is_the_nearest_point_but_for_rounding(scale, path):
+def test_project_l2_in_float32_is_the_nearest_point_but_for_rounding(scale, project_l2):
     center = torch.rand(40, 50).round(decimals=1).clamp(0, 1)
     points = center + scale * torch.randn(40, 50) ** 3
     eps = (points.clamp(0, 1) - center).norm(dim=1) * torch.rand(40)
@@ -123,14 +128,14 @@ def test_project_l2_in_float32_is_the_nearest_point_but_for_rounding(scale, path
 
 
 @pytest.mark.parametrize("eps", [1e-3, 1e-2, 0.1])
-def test_small_budgets_hold_in_float64_too(eps, path):
+def test_small_budgets_hold_in_float64_too(eps, project_l2):
     center = torch.rand(1000, 784)
     projected = project_l2(center + torch.randn(1000, 784), center, eps, BOUNDS)
     norms = (projected.double() - center.double()).norm(dim=1)
     assert (norms <= eps).all() and (norms >= eps * (1 - 1e-5) - 3e-7).all()
 
 
-def test_project_l2_of_a_row_does_not_depend_on_the_others(path):
+def test_project_l2_of_a_row_does_not_depend_on_the_others(project_l2):
     center = torch.rand(30, 20)
     points = center + torch.randn(30, 20)
     eps = 2 * torch.rand(30)
@@ -142,9 +147,10 @@ def test_project_l2_of_a_row_does_not_depend_on_the_others(path):
         )
 
 
-def test_both_ways_through_the_code_end_at_the_same_points(monkeypatch):
+def test_both_ways_through_the_code_end_at_the_same_points():
     center = torch.rand(60, 30)
     points, eps = center + torch.randn(60, 30), 3 * torch.rand(60)
-    looking = project_l2(points, center, eps, BOUNDS)
-    monkeypatch.setattr("torchdnr.attacks.projections.reading_is_free", lambda _: False)
-    torch.testing.assert_close(project_l2(points, center, eps, BOUNDS), looking)
+    on_cpu = projections.project_l2(points, center, eps, BOUNDS)
+    with accelerator():
+        elsewhere = on_accelerator(projections.project_l2)(points, center, eps, BOUNDS)
+    torch.testing.assert_close(elsewhere, on_cpu)

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from torchdnr.devices import synchronize, take_peak_memory_mib
+
 
 @dataclass
 class Cost:
@@ -66,10 +68,9 @@ class _Recorder:
 
     def measure(self) -> None:
         """Wait for a GPU, and count its largest memory since the last call for all open stages."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-            peak = torch.cuda.max_memory_allocated(self.device) / 2**20
-            torch.cuda.reset_peak_memory_stats(self.device)
+        synchronize(self.device)
+        peak = take_peak_memory_mib(self.device)
+        if peak is not None:
             self.open = [max(earlier, peak) for earlier in self.open]
 
 
@@ -114,7 +115,7 @@ def stage(name: str) -> Iterator[None]:
         cost.seconds += time.perf_counter() - began
         cost.calls += 1
         peak, after = recorder.open.pop(), process_peak_mib()
-        if recorder.device.type == "cuda":
+        if recorder.device.type != "cpu":
             cost.peak_memory_mib = max(peak, cost.peak_memory_mib or 0)
         else:  # known only if it rose, as the system keeps that of earlier work
             cost.peak_memory_mib = None if after == before else after

@@ -1,7 +1,7 @@
 """Deep Neural Rejection (DNR) and Neural Rejection (NR)."""
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from copy import copy
+from copy import copy, deepcopy
 from pathlib import Path
 from typing import Any, Literal, Self, overload
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torchdnr.arrays import ArrayLike, as_data, as_images
 from torchdnr.costs import stage
 from torchdnr.decisions import NotFittedError
+from torchdnr.devices import has_float64
 from torchdnr.distributed import current
 from torchdnr.distributed.sharing import checked_batches
 from torchdnr.features.choice import default_layers
@@ -188,7 +189,8 @@ class DNR(nn.Module):
         """Fit the SVMs on clean images; the network itself is not trained.
 
         Features of all layers that together take more than ``memory_limit`` bytes (4 GiB if it was
-        not set; on a GPU only if it was) go to files and are fitted on from there, on the CPU.
+        not set; on a GPU only if it was) go to files and are fitted on from there, on the CPU. It
+        fits there too where the device of the network has no float64, as Apple's (MPS).
 
         Several processes share the work where ``torch.distributed`` is set up, unless this is
         called ``with torchdnr.distributed.alone():``. All call it with the same network and the
@@ -476,8 +478,12 @@ class DNR(nn.Module):
         model.features = self.features  # with the reductions as they were drawn
         with stage("compression"):
             options: Any = {"steps": steps, "joint_steps": joint_steps, "smoothness": smoothness}
-            svms = compress_stack(self.svms.named(), features, sizes, **options)
-            model.svms = self.svms.compressed(svms, features)
+            original = self.svms
+            if not has_float64(self.device):
+                original = deepcopy(original).to("cpu")
+                features = {name: rows.cpu() for name, rows in features.items()}
+            svms = compress_stack(original.named(), features, sizes, **options)
+            model.svms = original.compressed(svms, features).to(self.device)
         model.rejection.to(self.threshold)
         model.training = self.training
         return model

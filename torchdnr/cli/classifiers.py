@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,8 @@ def make_classifiers(
     with processes.first_alone():  # it trains the network, which the others then load
         net = _network(job, console)
     layers, seed = job.layers(net), job.settings.seed
-    dnr = _rejecting(job, console, processes, net, DNR, lambda: DNR(net, layers, seed=seed))
+    build_dnr = partial(DNR, net, layers, seed=seed, **job.settings.grids)
+    dnr = _rejecting(job, console, processes, net, DNR, build_dnr)
 
     def build_nr() -> NR:
         # NR is the same SVM as DNR's on that layer, on the same images and folds: its search

@@ -152,6 +152,7 @@ class Evaluation:
                 init_inputs=self.job.images("svm")[0],
                 batch_size=self.settings.batch_size,
                 progress=self.console.progress,
+                **self._options("steps"),
             )
             for name, model in self.classifiers.items()
         }
@@ -212,6 +213,7 @@ class Evaluation:
             levels=self.settings.levels,
             surrogate=self.classifiers["DNN"] if curve.rejects else None,
             batch_size=self.settings.batch_size,
+            only=self.settings.only_checks,
             samples=self.settings.check_samples,
             recorded=max(1, self.settings.check_samples // 4),  # one by one, hence few
             seed=self.job.settings.seed,

@@ -85,7 +85,9 @@ def _add_common_options(parser: argparse.ArgumentParser) -> None:
 
 def add_device_options(option: Callable[..., argparse.Action]) -> None:
     """Add the options for the device and the network's memory format, by ``add_argument``."""
-    option("--device", help="cpu, cuda or cuda:N (default: cuda if there is one, else cpu)")
+    option(
+        "--device", help="cpu, cuda, cuda:N, xpu, ... (default: a GPU if there is one, else cpu)"
+    )
     option(
         "--channels-last",
         action="store_true",

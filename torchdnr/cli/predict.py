@@ -63,7 +63,9 @@ def predict_parser(prog: str = PROG) -> argparse.ArgumentParser:
     return parser
 
 
-def load_classifier(folder: Path, name: str, device: torch.device) -> nn.Module:
+def load_classifier(
+    folder: Path, name: str, device: torch.device, *, channels_last: bool = False
+) -> nn.Module:
     """Load DNR, NR or DNN of a run folder, without the data that it was made with."""
     settings = read_settings(folder)
     network = {part: getattr(settings, part) for part in ("backbone", "weights", "outputs")}
@@ -73,16 +75,17 @@ def load_classifier(folder: Path, name: str, device: torch.device) -> nn.Module:
     if name != "DNN":
         kind = DNR if name == "DNR" else NR
         model = kind.load(folder / f"{name.lower()}.safetensors", net)
-    return model.to(device).eval()
+    model = model.to(device).eval()
+    return model.to(memory_format=torch.channels_last) if channels_last else model
 
 
 def predict(options: argparse.Namespace, console: Console) -> int:
     """Label the images, and write the table; return how many files could not be read."""
     files = find_images(options.images)
     settings, device = read_settings(options.run), find_device(options.device)
-    model = load_classifier(options.run, options.classifier, device)
-    if options.channels_last:
-        model = model.to(memory_format=torch.channels_last)
+    model = load_classifier(
+        options.run, options.classifier, device, channels_last=options.channels_last
+    )
     classes, images_read, rejected, unreadable = settings.classes, 0, 0, 0
 
     def count_unreadable(file: Path, error: Exception) -> None:

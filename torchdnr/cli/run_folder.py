@@ -22,6 +22,7 @@ from torchdnr.cli.settings import (
     option_fields,
 )
 from torchdnr.data.sources import Dataset, Splits, load_dataset, split
+from torchdnr.devices import default_device
 from torchdnr.distributed.processes import ALONE, Processes, local_device
 from torchdnr.dnr import DNR
 from torchdnr.features.reductions import ReductionLike
@@ -148,11 +149,12 @@ def check_agreement(folder: Path, earlier: RunSettings, given: Mapping[str, Any]
 
 
 def find_device(name: str | None) -> torch.device:
-    """Find the device of this name; without a name a GPU if there is any, else the CPU."""
-    if name is None:
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+    """Find the device of this name; without a name a GPU if there is any, else the CPU.
+
+    Without a name it is the accelerator that PyTorch finds, if that computes in float64.
+    """
     try:
-        device = local_device(torch.device(name))
+        device = local_device(torch.device(name) if name else default_device())
         torch.ones(1, device=device).sum().item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
@@ -206,6 +208,10 @@ def _test_size(dataset: Dataset, sizes: Mapping[str, int]) -> int:
 
 def _check_network(job: Job) -> DNR:
     """Refuse a network that cannot be read or trained before the work; return its unfitted DNR."""
+    for name, values in job.settings.grids.items():
+        if min(values) <= 0:
+            flag = f"--{name.replace('_', '-')}"
+            raise ValueError(f"{flag} must hold numbers > 0, got {in_words(values)}; leave out 0")
     net = job.build_network()
     model = DNR(net, job.layers(net))  # raises for an unknown layer
     image, _ = job.dataset.select(torch.arange(1))

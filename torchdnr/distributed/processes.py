@@ -110,7 +110,9 @@ class Processes:
             return tensor
         tensor = tensor.contiguous()
         with _peers_needed():
-            if tensor.is_cuda:  # NCCL would wait for a process that is gone, gloo notices it
+            if (
+                tensor.device.type != "cpu"
+            ):  # NCCL would wait for a process that is gone, gloo notices it
                 dist.all_reduce(torch.zeros(1))
             collective(tensor)
         return tensor
@@ -161,19 +163,20 @@ def local_device(device: torch.device) -> torch.device:
 
     Raises ``ValueError`` if this machine has more processes than GPUs, or one GPU was asked for.
     """
-    if device.type != "cuda" or not _is_distributed():
+    if device.type == "cpu" or not _is_distributed():
         return device
-    local, available = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    available = torch.get_device_module(device).device_count()
     if device.index is not None:
         raise ValueError(
-            f"several processes need a GPU each, got the one device {device}; ask for cuda"
+            f"several processes need a GPU each, got the one device {device}; ask for {device.type}"
         )
     if local >= available:
         raise ValueError(
             f"several processes need a GPU each, got {available} for process {local}; lower "
             "--nproc-per-node, or run on --device cpu"
         )
-    return torch.device("cuda", local)
+    return torch.device(device.type, local)
 
 
 @contextmanager
@@ -183,14 +186,14 @@ def joined(device: torch.device) -> Iterator[Processes]:
         yield ALONE
         return
     backend = "gloo"
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        backend = "cpu:gloo,cuda:nccl"
+    if device.type != "cpu":
+        torch.accelerator.set_device_index(device.index)
+        backend = f"cpu:gloo,{device.type}:{dist.get_default_backend_for_device(device)}"
     dist.init_process_group(backend, timeout=TIMEOUT)
     try:
         processes = current()
         processes.wait()
-        if device.type == "cuda":  # what does not work is to fail now, not after the attacks
+        if device.type != "cpu":  # what does not work is to fail now, not after the attacks
             processes.broadcast(torch.zeros(1, device=device))
         yield processes
     finally:

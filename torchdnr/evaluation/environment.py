@@ -6,19 +6,20 @@ from pathlib import Path
 
 import torch
 
+from torchdnr.devices import device_name
+
 
 def describe_environment(device: torch.device | str) -> dict[str, object]:
     """Describe versions, and the hardware around a device, to be stored beside the results."""
     device = torch.device(device)
-    on_cuda = device.type == "cuda"
     return {
         "torchdnr": version("torchdnr"),
         "torch": torch.__version__,
         "torchvision": version("torchvision"),
-        "cuda": torch.version.cuda if on_cuda else None,
+        "cuda": torch.version.cuda if device.type == "cuda" else None,
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
-        "device": torch.cuda.get_device_name(device) if on_cuda else str(device),
+        "device": device_name(device),
         "processor": _processor(),
         "threads": torch.get_num_threads(),
     }

@@ -22,6 +22,7 @@ from torchdnr.decisions import (
     predict_labels,
     split_scores,
 )
+from torchdnr.devices import has_float64
 
 TOLERANCE = 1e-5  # of float32 arithmetic, relative to the larger of eps and 1
 
@@ -195,8 +196,11 @@ def judge(task: Task, points: Tensor) -> Judged:
 
 
 def norms(task: Task, points: Tensor) -> Tensor:
-    """Compute the norm of each perturbation in float64, ``(n,)``."""
-    pairs = zip(points.split(task.batch_size), task.inputs.split(task.batch_size), strict=True)
+    """Compute the norm of each perturbation in float64, ``(n,)``; on the CPU if it has to be."""
+    inputs = task.inputs
+    if not has_float64(inputs.device):
+        points, inputs = points.cpu(), inputs.cpu()
+    pairs = zip(points.split(task.batch_size), inputs.split(task.batch_size), strict=True)
     moved = ((new.double() - old.double()).flatten(1) for new, old in pairs)
     return torch.cat([torch.linalg.vector_norm(part, task.norm, dim=1) for part in moved])
 
@@ -226,7 +230,8 @@ def checked_points(points: Tensor, inputs: Tensor, name: str) -> Tensor:
 
 def in_ball(task: Task, points: Tensor, eps: float) -> Tensor:
     """Tell which points lie within ``eps`` of their inputs, up to rounding, bool ``(n,)``."""
-    return norms(task, points) <= eps + TOLERANCE * max(1.0, eps)  # false for NaN
+    near = norms(task, points) <= eps + TOLERANCE * max(1.0, eps)  # false for NaN
+    return near.to(points.device)
 
 
 def in_box(task: Task, points: Tensor) -> Tensor:

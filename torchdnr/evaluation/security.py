@@ -25,6 +25,7 @@ from torchdnr.attacks.objectives import decision_objective
 from torchdnr.attacks.target import Target, check_classes
 from torchdnr.costs import progress_bar
 from torchdnr.decisions import evaluation_mode, has_reject_column
+from torchdnr.devices import synchronize
 from torchdnr.distributed.processes import ALONE, Processes
 from torchdnr.evaluation.checkpoint import Checkpoint, attack_paths, behaviour, fingerprint
 from torchdnr.evaluation.curve import PER_EPS, AttackCurve, Predictions, SecurityCurve
@@ -319,8 +320,7 @@ def _steps(attack: Attack, eps: list[float]) -> list[str]:
 
 def _spent(job: _Job) -> dict[str, float]:
     """Return the time, and the input rows that the model has seen so far."""
-    if job.task.inputs.device.type == "cuda":
-        torch.cuda.synchronize(job.task.inputs.device)  # kernels run on after their call
+    synchronize(job.task.inputs.device)  # kernels run on after their call
     rows = {"forwards": job.model.forwards, "backwards": job.model.backwards}
     return {"seconds": time.perf_counter(), **rows}
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from torchdnr.arrays import ArrayLike, as_features, as_labels
 from torchdnr.costs import progress_bar
 from torchdnr.decisions import evaluation_mode
+from torchdnr.devices import has_float64
 from torchdnr.distributed import current
 from torchdnr.distributed.processes import warn_once
 from torchdnr.distributed.sharing import (
@@ -270,8 +271,9 @@ def training_features(
             "labels must come once: fit(images, labels), or fit(loader) with a loader that "
             f"yields (images, labels); got {'none' if labels is None else 'both'}"
         )
-    if not processes.all(all(rows.is_cuda for rows in features.values())):
-        # The features of one at least are on the CPU, perhaps mapped from files.
+    stay = all(rows.device.type != "cpu" for rows in features.values()) and has_float64(device)
+    if not processes.all(stay):
+        # Those of one process at least are on the CPU, perhaps mapped from files, or have to be.
         features = {name: rows.cpu() for name, rows in features.items()}
     sharded = {name: ShardedFeatures.from_local(rows, processes) for name, rows in features.items()}
     first = next(iter(sharded.values()))

@@ -6,7 +6,7 @@ cancellation of large norms, and a row's distances depend on no other row of its
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from threading import RLock
 from typing import Any
 
@@ -46,6 +46,9 @@ def full_precision(device: torch.device) -> Iterator[None]:
         with torch.autocast(device.type, enabled=False):
             yield
         return
+    autocast: AbstractContextManager[Any] = nullcontext()
+    if torch.is_autocast_enabled(device.type):  # not all kinds of device have it
+        autocast = torch.autocast(device.type, enabled=False)
     mkldnn = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # torch does not type it
     block = object()
     with _SWITCHES:
@@ -56,7 +59,7 @@ def full_precision(device: torch.device) -> Iterator[None]:
         if _LOWERED:  # by this block, or by one of another thread that may end before it
             _BLOCKS.add(block)
     try:
-        with torch.autocast(device.type, enabled=False):
+        with autocast:
             yield
     finally:
         if block in _BLOCKS:

@@ -251,7 +251,23 @@ def _random_numbers(seed: int, device: torch.device) -> Iterator[None]:
         if on_gpu:  # this GPU only: torch.manual_seed would reseed the others for good
             with torch.cuda.device(device):
                 torch.cuda.manual_seed(seed)
+        with _other_random_numbers(seed, device):
+            yield
+
+
+@contextmanager
+def _other_random_numbers(seed: int, device: torch.device) -> Iterator[None]:
+    """Seed the generator of a device that is neither a CPU nor a GPU of CUDA, if it has one."""
+    module = torch.get_device_module(device)
+    if device.type in ("cpu", "cuda") or not hasattr(module, "get_rng_state"):
         yield
+        return
+    state = module.get_rng_state()
+    module.manual_seed(seed)
+    try:
+        yield
+    finally:
+        module.set_rng_state(state)
 
 
 def describe_run(

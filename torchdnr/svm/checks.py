@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from torchdnr.arrays import ArrayLike, as_features
+from torchdnr.devices import has_float64
 from torchdnr.distributed.sharing import ShardedFeatures
 from torchdnr.kernels.row_blocks import all_finite
 
@@ -22,9 +23,19 @@ def checked_features(features: ArrayLike | ShardedFeatures) -> Tensor | ShardedF
         raise ValueError(
             f"features must be float32 or float64, got {local.dtype}: call .float() first"
         )
+    check_device(local.device)
     if not ShardedFeatures.of(features).partition.processes.all(all_finite(local)):
         raise ValueError("features must be finite, got NaN or infinity: check network and inputs")
     return features
+
+
+def check_device(device: torch.device) -> None:
+    """Refuse a device that does not compute in float64, as the solver does."""
+    if not has_float64(device):
+        raise ValueError(
+            f"SVMs are fitted in float64, which {device} does not have: call .cpu() first, and "
+            "move what was fitted back"
+        )
 
 
 def check_labels(labels: Tensor, n: int, num_classes: int | None = None) -> int:

@@ -49,18 +49,20 @@ class KernelSum:
     vectors: Tensor
     coefficients: Tensor
     center: Tensor
+    block_elements: int = BLOCK_ELEMENTS
 
     @classmethod
     def of(cls, svm: "RBFSVM") -> "KernelSum":
         """Copy what an SVM scores with."""
         tensors = (svm.support_vectors, svm.dual_coef, svm.center)
         kernel = deepcopy(cast(Kernel, svm.kernel)).double().requires_grad_(False)
-        return cls(kernel, *(tensor.detach().double() for tensor in tensors))
+        vectors, coefficients, center = (tensor.detach().double() for tensor in tensors)
+        return cls(kernel, vectors, coefficients, center)
 
     @property
     def block_rows(self) -> int:
-        """Rows of features in a block."""
-        return max(1, BLOCK_ELEMENTS // sum(self.vectors.shape))
+        """Rows of features in a block, whose matrices have ``block_elements`` at the most."""
+        return max(1, self.block_elements // sum(self.vectors.shape))
 
     def matrix(self, inputs: Tensor, vectors: Tensor) -> Tensor:
         """Evaluate the kernel, ``(n, m)``."""

@@ -76,7 +76,8 @@ class KernelRows:
         self.store = torch.empty(self.capacity, held, dtype=like.dtype, device=like.device)
         self._slot_of = torch.full((n,), -1, dtype=torch.int64, device=like.device)
         self._sample_in = torch.zeros(self.capacity, dtype=torch.int64, device=like.device)
-        self._last_use = torch.zeros(self.capacity, dtype=torch.int64, device=like.device)
+        # One more than there are: where a sample has no slot, -1 is the last.
+        self._last_use = torch.zeros(self.capacity + 1, dtype=torch.int64, device=like.device)
         self._filled, self._time, self.evaluated = 0, 0, 0
 
     @classmethod
@@ -107,7 +108,7 @@ class KernelRows:
         self._time += 1
         wanted = index.unique()
         slots = self._slot_of[wanted]
-        self._last_use[slots[slots >= 0]] = self._time
+        self._last_use[slots] = self._time
         missing = wanted[slots < 0]
         if len(missing):
             self._add(missing)

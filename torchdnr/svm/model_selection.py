@@ -96,6 +96,7 @@ def grid_search(
     tol: float = 1e-3,
     class_weight: ClassWeight | None = None,
     sample_weight: ArrayLike | None = None,
+    max_steps: int = 1_000_000,
     distances: Tensor | None = None,
     memory_limit: int | None = None,
     progress: bool = False,
@@ -117,6 +118,7 @@ def grid_search(
         tol: Largest KKT violation accepted.
         class_weight: Factors of C by class, as in ``RBFSVM``; ``"balanced"`` in every fold.
         sample_weight: Factor >= 0 of C per sample, ``(n,)``, and its share in the accuracy.
+        max_steps: Steps per problem before it is given up with a warning, as in ``RBFSVM``.
         distances: Squared distances between all features, ``(n, n)``, if they are at hand; of
             sharded features those to this process's rows, ``(n, k)``.
         memory_limit: Bytes that the search may take beyond its inputs; default 4 GiB.
@@ -149,7 +151,9 @@ def grid_search(
     bar = progress_bar(progress, total=len(Cs) * len(gammas), desc=description, unit="point")
     with bar:
         for column, gamma in enumerate(gammas):
-            fits = FoldedFits(kernels.rows(gamma), labels, c, fold, tol, class_weight, weight)
+            fits = FoldedFits(
+                kernels.rows(gamma), labels, c, fold, tol, max_steps, class_weight, weight
+            )
             for row, C in enumerate(Cs):  # ascending: each C starts from the one before
                 scores = fits.advance(C)
                 right = scores.argmax(dim=1) == labels
@@ -160,7 +164,7 @@ def grid_search(
                 bar.update()
             not_converged += fits.not_converged
     C, gamma = chosen
-    svm = RBFSVM(C, gamma, tol=tol, class_weight=class_weight).fit(
+    svm = RBFSVM(C, gamma, tol=tol, max_steps=max_steps, class_weight=class_weight).fit(
         features,
         labels,
         sample_weight=weight,
@@ -219,7 +223,9 @@ def out_of_fold_scores(
     fold = stratified_folds(labels, folds, seed)
     kernels = _Kernels(features, distances, c * folds, memory_limit)
     weight = checked_sample_weight(sample_weight, labels, c)
-    fits = FoldedFits(kernels.rows(gamma), labels, c, fold, tol, class_weight, weight)
+    fits = FoldedFits(
+        kernels.rows(gamma), labels, c, fold, tol, class_weight=class_weight, weight=weight
+    )
     scores = fits.advance(C)
     return scores.to(kernels.features.local)
 
@@ -234,10 +240,12 @@ class FoldedFits:
         num_classes: int,
         fold: Tensor,
         tol: float,
+        max_steps: int = 1_000_000,
         class_weight: ClassWeight | None = None,
         weight: Tensor | None = None,
     ) -> None:
-        self._rows, self._fold, self._tol = rows, fold, tol
+        self._rows, self._fold = rows, fold
+        self._stop: dict[str, Any] = {"tol": tol, "max_steps": max_steps}
         self._folds, self._classes = int(fold.max()) + 1, num_classes
         self._targets = one_vs_rest(labels, num_classes)
         factors = checked_class_weight(class_weight)
@@ -259,14 +267,14 @@ class FoldedFits:
         last, targets = self._last, self._targets.repeat(1, self._folds)
         start = None if last is None else self._stretched(last[0], C / last[2])
         limits = C * self._share * self._bounds
-        whole = solve_dual(self._rows, self._targets, limits, tol=self._tol, initial=start)
+        whole = solve_dual(self._rows, self._targets, limits, **self._stop, initial=start)
         limits = C * self._part_bounds
         start = self._without_folds(whole, targets, limits)
         if last is not None:  # where nothing was at a bound, a larger C changes nothing
             _, parts, last_C = last
             at_bound = _at_bound(parts, last_C * self._part_bounds)
             start = torch.where(at_bound.any(dim=0), start, parts.dual_coef)
-        parts = solve_dual(self._rows, targets, limits, tol=self._tol, initial=start)
+        parts = solve_dual(self._rows, targets, limits, **self._stop, initial=start)
         self._last = whole, parts, C
         self.not_converged += int((~parts.converged).sum() + (~whole.converged).sum())
         scores = parts.scores.view(len(targets), self._folds, self._classes)

@@ -48,8 +48,8 @@ def newton_blocks(
     waited = torch.zeros_like(steps)
     rows = torch.arange(len(best), device=best.device)
     for _ in range(MAX_STEPS):
-        up, low = _guess_sets(point, slope, intercept, points)
-        point, slope, intercept, sound = _newton_step(kernels, points, damping, up, low)
+        up, low, width = _guess_sets(point, slope, intercept, points)
+        point, slope, intercept, sound = _newton_step(kernels, points, damping, up, low, width)
         bad = _count_violations(point, slope, intercept, points, up, low, tol)
         done = bad == 0
         better = sound & (bad < fewest[rows])
@@ -59,7 +59,7 @@ def newton_blocks(
         steps[rows] += 1
         solved[rows] |= better & done
         more = (waited[rows] < PATIENCE) & (steps[rows] < max_steps)
-        keep = (sound & ~done & more).nonzero().squeeze(1)  # a sync per Newton step
+        keep = (sound & ~done & more).nonzero().squeeze(1)  # the second sync of a Newton step
         if len(keep) == 0:
             break
         if len(keep) < len(rows):
@@ -76,20 +76,26 @@ def multiply(kernels: Tensor, vectors: Tensor) -> Tensor:
 
 def _guess_sets(
     point: Tensor, slope: Tensor, intercept: Tensor, points: Points
-) -> tuple[Tensor, Tensor]:
-    """Predict which samples sit at the upper and which at the lower bound; never all of them."""
+) -> tuple[Tensor, Tensor, int]:
+    """Predict which samples sit at the upper and which at the lower bound; never all of them.
+
+    Returns the most samples between their bounds, too.
+    """
     lower, upper = points.lower, points.upper
     target = point - slope / JUMP
     shift = intercept.unsqueeze(1) / JUMP
     up = target - shift >= upper
     low = (target - shift <= lower) & ~up
-    stuck = (up | low).all(dim=1)
-    if stuck.any():  # a level at which the sum is kept leaves some sample between its bounds
+    free = (~(up | low)).sum(dim=1)
+    least, most = torch.stack([free.amin(), free.amax()]).tolist()  # a sync: the systems' size
+    if least == 0:  # a level at which the sum is kept leaves some sample between its bounds
+        stuck = free == 0
         level = _balancing_shift(target[stuck], lower[stuck], upper[stuck], point[stuck].sum(1))
         moved = target[stuck] - level.unsqueeze(1)
         up[stuck], low[stuck] = moved >= upper[stuck], moved <= lower[stuck]
         low[stuck] &= ~up[stuck]
-    return up, low
+        most = int((~(up | low)).sum(dim=1).amax())
+    return up, low, max(1, most)
 
 
 def _balancing_shift(target: Tensor, lower: Tensor, upper: Tensor, total: Tensor) -> Tensor:
@@ -104,14 +110,13 @@ def _balancing_shift(target: Tensor, lower: Tensor, upper: Tensor, total: Tensor
 
 
 def _newton_step(
-    kernels: Tensor, points: Points, damping: Tensor, up: Tensor, low: Tensor
+    kernels: Tensor, points: Points, damping: Tensor, up: Tensor, low: Tensor, width: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Put samples at their bounds and solve for the free ones and the intercept."""
     gradient, dual_coef, lower, upper = points
     free = ~(up | low)
     change = torch.where(up, upper, torch.where(low, lower, dual_coef)) - dual_coef
     pulled = gradient + multiply(kernels, change)
-    width = max(1, int(free.sum(dim=1).max()))  # a sync: the size of the systems
     index = free.to(torch.uint8).sort(dim=1, descending=True, stable=True).indices[:, :width]
     real = free.gather(1, index)
     matrix = _gather_square(kernels, index)

@@ -5,12 +5,14 @@ two-variable updates take over. One product with the kernel then updates the gra
 samples. Every problem has its own state, and its answer does not depend on its neighbours.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from torchdnr.arrays import as_features
+from torchdnr.svm.checks import check_device
 from torchdnr.svm.dual import (
     DualSolution,
     Points,
@@ -56,7 +58,7 @@ SMALL_SET = 256
 """Samples up to which float64 costs next to nothing. Float32 is too coarse for the last steps where
 many samples are at a small bound: its sums are off by more than what is left to gain."""
 FALLBACK_SET, FALLBACK_STEPS = 256, 1024
-BLOCK_ELEMENTS = {"cpu": 2**22, "cuda": 2**27}
+BLOCK_ELEMENTS, CPU_BLOCK_ELEMENTS = 2**27, 2**22
 """Entries of the matrices that are factored together: on a CPU only small ones gain from it."""
 PADDING = 0.75
 """Least share of the largest working set of a batch that the smallest one fills."""
@@ -104,6 +106,7 @@ def solve_dual(
     """
     if not isinstance(kernel, KernelRows):
         matrix = as_features("kernel", kernel)
+        check_device(matrix.device)
         targets = as_features("targets", targets, matrix)
         _check_kernel(matrix)
         kernel = KernelRows.dense(matrix)
@@ -138,6 +141,7 @@ class SolverState:
 
     ``goal`` is the violation at which a problem is done, and ``damping`` the proximal term of its
     next Newton steps; ``failures`` counts its Newton blocks in a row that were not solved.
+    ``solve`` improves problems on their working sets; whatever it returns is checked.
     """
 
     rows: KernelRows
@@ -150,6 +154,7 @@ class SolverState:
     steps: Tensor
     damping: Tensor
     failures: Tensor
+    solve: Callable[..., tuple[Tensor, Tensor, Tensor]] = newton_blocks
 
     @classmethod
     def start(
@@ -222,7 +227,7 @@ def _newton_update(state: SolverState, running: Tensor, violation: Tensor, fresh
         local = Points(*(t * valid for t in points.of(batch).at(samples)))
         kernels = kernels.double() if bool(double[batch[0]]) else kernels
         dtype, damping = kernels.dtype, state.damping[problems]
-        solution, solved, steps = newton_blocks(
+        solution, solved, steps = state.solve(
             kernels,
             Points(*(t.to(dtype) for t in local)),
             intercept[batch].to(dtype),
@@ -275,7 +280,8 @@ def _choose_blocks(
 
 def _batches(sizes: Tensor, double: Tensor, rows: KernelRows) -> list[tuple[Tensor, int]]:
     """Group problems of one precision and similar size, largest first."""
-    limit = min(BLOCK_ELEMENTS[rows.store.device.type], rows.largest_set**2)
+    on_cpu = rows.store.device.type == "cpu"
+    limit = min(CPU_BLOCK_ELEMENTS if on_cpu else BLOCK_ELEMENTS, rows.largest_set**2)
     batches = []
     for kind in (~double, double):
         members = kind.nonzero().squeeze(1)
