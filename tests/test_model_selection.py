@@ -108,7 +108,10 @@ def chosen_by_hand(search, n, scale):
         for column, gamma in enumerate(search.gamma_grid)
         if search.accuracy[row, column] >= top - (top * (1 - top) / n) ** 0.5
     ]
-    far = lambda value: round(abs(math.log(value)), 9)  # noqa: E731
+
+    def far(value):
+        return round(abs(math.log(value)), 9)
+
     return min(good, key=lambda point: (far(point[0]), far(point[1] / scale), point[0], -point[1]))
 
 

@@ -133,7 +133,7 @@ def grid_search(
         SelectionWarning: If all points are equally good, or only points at an end of a grid are.
 
     Source: the one-standard-error rule of Breiman et al., "Classification and regression trees",
-    1984, Sec. 3.4.3; which of the points to take: ``benchmarks/svm/selection.py``.
+    1984, Sec. 3.4.3.
     """
     check_features(features)
     c, labels = check_labels(labels, len(features)), labels.long()
