@@ -1,4 +1,7 @@
 import json
+import math
+import warnings
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -9,9 +12,18 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import PredefinedSplit, cross_val_predict
 from sklearn.multiclass import OneVsRestClassifier
 from sklearn.svm import SVC
+from torch import nn
 
+from torchdnr import DNR, REJECT
 from torchdnr.kernels import scale_gamma, squared_distances
-from torchdnr.svm import RBFSVM, ConvergenceWarning, grid_search, out_of_fold_scores, solve_dual
+from torchdnr.svm import (
+    RBFSVM,
+    ConvergenceWarning,
+    SelectionWarning,
+    grid_search,
+    out_of_fold_scores,
+    solve_dual,
+)
 from torchdnr.svm.model_selection import stratified_folds
 from torchdnr.svm.multiclass import one_vs_rest
 
@@ -84,21 +96,81 @@ def test_the_accuracy_table_is_that_of_scikit_learn_on_the_same_folds(dtype, dev
             expected[row, column] = (torch.tensor(predicted) == y).double().mean()
     assert expected.max() - expected.min() > 0.1  # the comparison means something
     torch.testing.assert_close(search.accuracy, expected, atol=1.01 / len(x), rtol=0)
-    best = max(  # ties: the smallest C, then the largest gamma
-        (round(len(x) * search.accuracy[row, column].item()), -row, column)
-        for row in range(len(search.C_grid))
-        for column in range(len(search.gamma_grid))
-    )
-    row, column = -best[1], best[2]
-    assert (search.C, search.gamma) == (search.C_grid[row], search.gamma_grid[column])
-    assert search.accuracy[row, column] == search.accuracy.max()
+    assert search.accuracy[search.C_grid.index(search.C)].max() == search.accuracy.max()
 
 
-def test_ties_go_to_the_smallest_C_and_then_to_the_largest_gamma():
-    x = torch.cat([torch.randn(20, 2) - 20, torch.randn(20, 2) + 20])
-    search = grid_search(x, (x[:, 0] > 0).long(), C_grid=[1, 10], gamma_grid=[0.1, 0.3], folds=4)
-    assert (search.accuracy == 1).all()
-    assert search.C == 1.0 and search.gamma == pytest.approx(0.3 * scale_gamma(x))
+def chosen_by_hand(search, n, scale):
+    """Return what the rule of grid_search says, from its table alone."""
+    top = search.accuracy.max().item()
+    good = [
+        (C, gamma)
+        for row, C in enumerate(search.C_grid)
+        for column, gamma in enumerate(search.gamma_grid)
+        if search.accuracy[row, column] >= top - (top * (1 - top) / n) ** 0.5
+    ]
+
+    def far(value):
+        return round(abs(math.log(value)), 9)
+
+    return min(good, key=lambda point: (far(point[0]), far(point[1] / scale), point[0], -point[1]))
+
+
+@pytest.mark.parametrize("noise", [0.4, 0.8, 1.2])
+def test_of_points_within_one_standard_error_the_one_nearest_C_1_and_gamma_scale_is_chosen(noise):
+    x, y = digits(noise=noise)
+    search = grid_search(x, y, folds=3)
+    expected = chosen_by_hand(search, len(x), scale_gamma(x))
+    assert (search.C, search.gamma) == pytest.approx(expected, rel=1e-6)
+    assert f"C = {search.C:g}, gamma = {search.gamma:g}" in search.reason
+
+
+def two_clouds(distance):
+    """Return 40 samples of two classes, that many standard deviations apart."""
+    x = torch.randn(40, 2, generator=torch.Generator().manual_seed(0))
+    x[20:, 0] += distance
+    return x, torch.arange(40) // 20
+
+
+def test_where_the_whole_grid_ties_C_is_1_and_a_warning_says_that_nothing_else_decided():
+    x, y = two_clouds(40)
+    with pytest.warns(SelectionWarning, match="does not tell its points apart: 20 of 20") as record:
+        search = grid_search(x, y, folds=4)
+    assert (search.accuracy == 1).all() and record[0].filename == __file__
+    assert search.C == 1.0 and search.gamma == pytest.approx(scale_gamma(x))
+
+
+def test_a_best_point_at_an_end_of_its_grid_is_warned_of():
+    x, y = digits()
+    with pytest.warns(SelectionWarning, match="end of the gamma grid alone, .*extend gamma_grid"):
+        grid_search(x, y, C_grid=[1.0, 10.0], gamma_grid=[0.5, 60.0, 200.0], folds=3)
+    with warnings.catch_warnings():  # a grid of two has nothing but ends
+        warnings.simplefilter("error")
+        grid_search(x, y, C_grid=[1.0, 10.0], gamma_grid=[0.5, 200.0], folds=3)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_noise_is_rejected_where_classes_are_so_far_apart_that_every_point_of_the_grid_ties(seed):
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(600) % 4
+    images = 0.3 * torch.rand(600, 1, 8, 8, generator=generator)
+    for image, label in zip(images, labels.tolist(), strict=True):  # a bright quarter each
+        image[0, label // 2 * 4 :, label % 2 * 4 :][:4, :4] += 0.6
+    torch.manual_seed(seed)
+    net = nn.Sequential(OrderedDict(conv=nn.Conv2d(1, 8, 3), act=nn.ReLU(), flat=nn.Flatten()))
+    net.add_module("fc1", nn.Linear(288, 32))
+    net.add_module("act1", nn.ReLU())
+    net.add_module("fc2", nn.Linear(32, 4))
+    optimiser = torch.optim.Adam(net.parameters(), 1e-2)
+    for _ in range(40):
+        loss = nn.functional.cross_entropy(net(images[:300]), labels[:300])
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    noise = torch.rand(1000, 1, 8, 8, generator=generator)
+    with pytest.warns(SelectionWarning):
+        model = DNR(net.eval(), ["act1", "fc2"]).fit(images[:300], labels[:300])
+    model.calibrate(images[300:], 0.10)
+    assert (model.predict(noise) == REJECT).all()
 
 
 def test_the_result_can_be_written_as_json_and_given_distances_change_nothing():

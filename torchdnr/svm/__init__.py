@@ -2,7 +2,12 @@
 
 from torchdnr.decisions import NotFittedError
 from torchdnr.svm.dual import Certificate, ConvergenceWarning, DualSolution
-from torchdnr.svm.model_selection import GridSearch, grid_search, out_of_fold_scores
+from torchdnr.svm.model_selection import (
+    GridSearch,
+    SelectionWarning,
+    grid_search,
+    out_of_fold_scores,
+)
 from torchdnr.svm.rbf_svm import RBFSVM
 from torchdnr.svm.solver import solve_dual
 
@@ -13,6 +18,7 @@ __all__ = [
     "DualSolution",
     "GridSearch",
     "NotFittedError",
+    "SelectionWarning",
     "grid_search",
     "out_of_fold_scores",
     "solve_dual",

@@ -1,8 +1,10 @@
 """Model selection for RBF-SVMs: stratified folds, a grid over (C, gamma), out-of-fold scores."""
 
+import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,6 +34,10 @@ GAMMA_GRID = (0.0625, 0.25, 1.0, 4.0)
 """Multiples of gamma = "scale", so that one grid fits any layer."""
 
 
+class SelectionWarning(UserWarning):
+    """A grid of hyper-parameters leaves open which of its points is the best."""
+
+
 @dataclass(frozen=True)
 class GridSearch:
     """Result of a search over (C, gamma).
@@ -42,6 +48,7 @@ class GridSearch:
         C_grid: Values of C tried.
         gamma_grid: Absolute values of gamma tried.
         accuracy: Cross-validated accuracy, ``(len(C_grid), len(gamma_grid))``.
+        reason: Why this point was chosen, a sentence.
         not_converged: Dual problems that missed the tolerance, over the whole search.
         svm: The fit of the chosen point on all samples.
     """
@@ -51,6 +58,7 @@ class GridSearch:
     C_grid: tuple[float, ...]
     gamma_grid: tuple[float, ...]
     accuracy: Tensor
+    reason: str
     not_converged: int
     svm: RBFSVM
 
@@ -104,9 +112,11 @@ def grid_search(
 ) -> GridSearch:
     """Search for the (C, gamma) of the best cross-validated accuracy, and fit it on all samples.
 
-    Ties are broken towards the smallest C, then the largest gamma: among equally accurate
-    machines the most regularised, and of these the one whose scores fall off fastest away from
-    the data, which is what rejection is for.
+    Points within one standard error of the best accuracy are held for equally good. Of these the
+    one nearest C = 1 is chosen, then nearest gamma = "scale", on a logarithmic scale: a rejecting
+    classifier is the harder to evade the nearer it is to them. A much larger C fits single samples,
+    a much smaller one accepts noise; a large gamma makes narrow peaks, on whose slopes little is
+    needed to reach another class.
 
     Args:
         features: ``(n, d)``, or ``ShardedFeatures`` as in ``RBFSVM.fit``.
@@ -133,6 +143,10 @@ def grid_search(
 
     Warns:
         ConvergenceWarning: For each grid point with problems that missed ``tol``.
+        SelectionWarning: If all points are equally good, or only points at an end of a grid are.
+
+    Source: the one-standard-error rule of Breiman et al., "Classification and regression trees",
+    1984, Sec. 3.4.3.
     """
     features = ShardedFeatures.of(checked_features(features))
     labels = as_labels("labels", labels, features.local.device)
@@ -143,11 +157,14 @@ def grid_search(
     if not Cs or not gammas or min(*Cs, *gammas) <= 0.0:
         raise ValueError(f"grids must hold numbers > 0, got C {C_grid} and gamma {gamma_grid}")
     weight = checked_sample_weight(sample_weight, labels, c)
-    total = len(labels) if weight is None else weight.sum().item()
+    each = torch.ones_like(labels, dtype=torch.float64) if weight is None else weight
+    # Unequal weights tell as much as so many equal ones: Kish's effective sample size.
+    samples = (each.sum().square() / each.square().sum()).item()
     fold = stratified_folds(labels, folds, seed)
     kernels = _Kernels(features, distances, c * folds, memory_limit)
     accuracy = torch.zeros(len(Cs), len(gammas), dtype=torch.float64)
-    best, chosen, start, not_converged = (-1, 0, 0), (Cs[0], gammas[0]), None, 0
+    points: list[_Point] = []
+    not_converged = 0
     bar = progress_bar(progress, total=len(Cs) * len(gammas), desc=description, unit="point")
     with bar:
         for column, gamma in enumerate(gammas):
@@ -157,22 +174,75 @@ def grid_search(
             for row, C in enumerate(Cs):  # ascending: each C starts from the one before
                 scores = fits.advance(C)
                 right = scores.argmax(dim=1) == labels
-                hits = (right if weight is None else weight * right).sum().item()
-                accuracy[row, column] = hits / total
-                if (hits, -row, column) > best:
-                    best, chosen, start = (hits, -row, column), (C, gamma), fits.whole_start()
+                share = ((each * right).sum() / each.sum()).item()
+                accuracy[row, column] = share
+                rank = -_octaves(C), -_octaves(gamma / scale), -C, gamma
+                points = _contenders([*points, _Point(share, rank, C, gamma, fits.whole_start())])
                 bar.update()
             not_converged += fits.not_converged
-    C, gamma = chosen
+    best, reason = _choose(points, accuracy, Cs, gammas, samples)
+    C, gamma = best.C, best.gamma
     svm = RBFSVM(C, gamma, tol=tol, max_steps=max_steps, class_weight=class_weight).fit(
         features,
         labels,
         sample_weight=weight,
         distances=kernels.distances,
-        initial=start,
+        initial=best.start,
         memory_limit=kernels.limit,  # without the share of the distances
     )
-    return GridSearch(C, gamma, Cs, gammas, accuracy, not_converged, svm)
+    return GridSearch(C, gamma, Cs, gammas, accuracy, reason, not_converged, svm)
+
+
+class _Point(NamedTuple):
+    """A point of the grid, and where a fit on all samples can start from."""
+
+    accuracy: float
+    rank: tuple[float, ...]  # of equally good points the one with the largest is chosen
+    C: float
+    gamma: float
+    start: Tensor | None
+
+
+def _octaves(ratio: float) -> float:
+    """Distance from 1 on a logarithmic scale, the same of a number and its inverse."""
+    return round(abs(math.log2(ratio)), 9)
+
+
+def _contenders(points: list[_Point]) -> list[_Point]:
+    """Drop the points that cannot be chosen: another is as accurate, and ranks higher."""
+    return [
+        p for p in points if not any(q.accuracy >= p.accuracy and q.rank > p.rank for q in points)
+    ]
+
+
+def _choose(
+    points: list[_Point], accuracy: Tensor, Cs: Sequence[float], gammas: Sequence[float], n: float
+) -> tuple[_Point, str]:
+    """Choose one of the equally good points, and say why; warn where the grid leaves it open."""
+    top = accuracy.max().item()
+    least = top - math.sqrt(top * (1.0 - top) / n)
+    best = max((p for p in points if p.accuracy >= least), key=lambda point: point.rank)
+    good = accuracy >= least
+    count, total = int(good.sum()), good.numel()
+    reason = (
+        f"{count} of {total} points are within one standard error of the best cross-validated "
+        f"accuracy, {top:.1%}; C = {best.C:g}, gamma = {best.gamma:g} is of these the one nearest "
+        'C = 1, then nearest gamma = "scale"'
+    )
+    if count == total > 1:
+        _warn(f"the grid does not tell its points apart: {reason}; more samples may")
+    for name, grid, rows in (("C", Cs, good.any(dim=1)), ("gamma", gammas, good.any(dim=0))):
+        only = grid[int(rows.int().argmax())]
+        if len(grid) > 2 and rows.sum() == 1 and only in (grid[0], grid[-1]):
+            _warn(
+                f"the best accuracy, {top:.1%}, is reached at an end of the {name} grid alone, "
+                f"{only:g} in {grid[0]:g}..{grid[-1]:g}: extend {name}_grid"
+            )
+    return best, reason
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, SelectionWarning, stacklevel=5)  # where grid_search was called
 
 
 @torch.no_grad()
