@@ -17,7 +17,7 @@ from torchdnr.attacks.directions import STEP_FADE, cosine, unit
 from torchdnr.attacks.options import SharedOptions, resolve
 from torchdnr.attacks.problem import problem
 from torchdnr.attacks.projections import Region, per_row, project, random_points
-from torchdnr.attacks.target import choose, evaluate, slope_at
+from torchdnr.attacks.target import choose, evaluate, slope_at, without_blocked
 
 _FIRST = 0.5  # first step relative to eps, by default
 
@@ -100,7 +100,8 @@ def lowest_confidence(
                 slope = slope_at(target, points, labels, region.bounds)
                 best = choose(slope.values < best.values, slope.points, best)
                 velocity = momentum * velocity + slope.direction
-                direction = velocity.sign() if region.norm == math.inf else unit(velocity)[0]
+                direction = without_blocked(velocity, points, region.bounds)
+                direction = direction.sign() if region.norm == math.inf else unit(direction)[0]
                 size = cosine(step, steps, 1.0, STEP_FADE) * first
                 points = project(points + per_row(size, points) * direction, *region)
                 bar.update()

@@ -16,10 +16,10 @@ from torchdnr.attacks.projections import UNBOUNDED, Bounds, per_row, project, ro
 from torchdnr.attacks.target import (
     Points,
     Target,
-    blocked_out,
     evaluate,
     input_gradient,
     keep_better,
+    without_blocked,
 )
 from torchdnr.decisions import split_scores, succeeds, true_and_best_other
 
@@ -141,12 +141,12 @@ def _slopes_at(
             scores, threshold = split_scores(output, target.reject)
             by_class = paper_objective(scores, threshold, classes, target.targeted)
             gradient = input_gradient(by_class, chunk, retain=threshold is not None)
-            down_class = down_rejection = unit(blocked_out(-gradient, box))[0]
+            down_class = down_rejection = unit(without_blocked(-gradient, chunk.detach(), box))[0]
             if threshold is not None:
                 true, other = true_and_best_other(scores, classes)
                 by_rejection = threshold - (true if target.targeted else other)
                 gradient = input_gradient(by_rejection, chunk)
-                down_rejection = unit(blocked_out(-gradient, box))[0]
+                down_rejection = unit(without_blocked(-gradient, chunk.detach(), box))[0]
         values = decision_objective(scores, threshold, classes, target.targeted)
         values = torch.where(values.isnan(), torch.inf, values)
         evading = succeeds(output, classes, target.reject, target.targeted)

@@ -12,7 +12,6 @@ from torchdnr.attacks.projections import (
     UNBOUNDED,
     Bounds,
     Region,
-    free_coordinates,
     per_row,
     project,
     rows_of,
@@ -148,7 +147,10 @@ def slope_at(target: Target, points: Tensor, labels: Tensor, bounds: Bounds = UN
 
     The gradient of an RBF score vanishes far from the support vectors, so its direction counts and
     its length does not; very short or long ones are scaled by their largest entry before squaring.
-    It is the gradient by the coordinates that ``bounds`` let move; the others are zero in it.
+    Coordinates in which ``bounds`` let a point move no further downhill are zero in it: a step
+    along them would be lost in the projection, and in l2 take up most of the length of the step.
+
+    Source: for l1, Croce and Hein, "Mind the box", ICML 2021.
     """
     parts: list[tuple[Tensor, ...]] = []
     size = target.batch_size
@@ -159,7 +161,8 @@ def slope_at(target: Target, points: Tensor, labels: Tensor, bounds: Bounds = UN
             output = target.output(chunk)
             value = _objective(target, output, chunk_labels)
             descent = input_gradient(-value, chunk)
-        descent = blocked_out(descent, rows_of(bounds, slice(begin, begin + size)))
+        chunk, box = chunk.detach(), rows_of(bounds, slice(begin, begin + size))
+        descent = without_blocked(descent, chunk, box)
         value = value.detach()
         if target.objective in NEGATIVE_IF_SUCCESSFUL:
             evading = value < 0
@@ -171,10 +174,11 @@ def slope_at(target: Target, points: Tensor, labels: Tensor, bounds: Bounds = UN
     return Slope(points, *map(torch.cat, zip(*parts, strict=True)))
 
 
-def blocked_out(descent: Tensor, bounds: Bounds) -> Tensor:
-    """Set what the bounds do not let move to zero."""
-    free = free_coordinates(bounds)
-    return descent if free is None else torch.where(free, descent, 0)
+def without_blocked(direction: Tensor, points: Tensor, bounds: Bounds) -> Tensor:
+    """Set the coordinates to zero that point out of the box where a point is at its edge."""
+    low, high = bounds
+    blocked = (direction > 0) & (points >= high) | (direction < 0) & (points <= low)
+    return torch.where(blocked, 0, direction)
 
 
 def input_gradient(value: Tensor, points: Tensor, *, retain: bool = False) -> Tensor:
