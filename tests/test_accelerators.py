@@ -23,10 +23,10 @@ from torchdnr.attacks import (
     square,
     transfer,
 )
-from torchdnr.devices import default_device, has_float64
 from torchdnr.evaluation import security_evaluation
 from torchdnr.evaluation.line_up import build_line_up
 from torchdnr.models.training import TrainingSettings, train_network
+from torchdnr.resources import default_device, has_float64
 from torchdnr.svm import grid_search, solve_dual
 
 

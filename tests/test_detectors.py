@@ -9,7 +9,7 @@ from torch import nn
 from torchdnr.attacks import evades, line_search_pgd
 from torchdnr.attacks.objectives import decision_objective
 from torchdnr.decisions import REJECT
-from torchdnr.rejection import WithReject, spacing
+from torchdnr.rejection.detector import WithReject, spacing
 
 
 class Columns(nn.Module):

@@ -7,8 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FLOORS = (  # from the ground up; parts on the same floor do not know one another
-    {"arrays", "devices", "files", "risk"},
-    {"decisions", "costs"},
+    {"arrays", "decisions", "files", "resources"},
     {"kernels"},
     {"distributed"},
     {"data", "attacks"},

@@ -7,7 +7,7 @@ import torch
 from scipy import stats
 
 from torchdnr import NR, WithReject
-from torchdnr.risk import error_bound, threshold_at_error
+from torchdnr.rejection.risk import error_bound, threshold_at_error
 
 DRAWS = 1000
 # Violations that 1,000 draws may show, with probability 0.999, of a promise that holds in 95 %.

@@ -17,7 +17,7 @@ MIB = 2**20
 MEASURED = """
 import resource
 import torch
-from torchdnr.costs import process_peak_mib
+from torchdnr.resources import process_peak_mib
 from torchdnr.svm import RBFSVM
 torch.set_num_threads(1)
 torch.manual_seed(0)
@@ -32,7 +32,7 @@ print(len(svm.support_vectors), process_peak_mib(), held)
 MANY_CLASSES = """
 import resource
 import torch
-from torchdnr.costs import process_peak_mib
+from torchdnr.resources import process_peak_mib
 from torchdnr.svm import RBFSVM
 torch.set_num_threads(1)
 torch.manual_seed(0)

@@ -9,9 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from torchdnr.arrays import ArrayLike, as_data, as_images
-from torchdnr.costs import stage
 from torchdnr.decisions import NotFittedError
-from torchdnr.devices import has_float64
 from torchdnr.distributed import current
 from torchdnr.distributed.sharing import checked_batches
 from torchdnr.features.choice import default_layers
@@ -26,12 +24,13 @@ from torchdnr.features.network import (
 from torchdnr.features.reductions import ReductionLike, reduction_metadata, reductions_of_file
 from torchdnr.files import CheckpointError, load_tensors, save_tensors
 from torchdnr.kernels.rbf import full_precision
-from torchdnr.rejection import (
+from torchdnr.rejection.threshold import (
     Threshold,
     best_and_wrong,
     calibrated_threshold,
     predict_in_batches,
 )
+from torchdnr.resources import has_float64, stage
 from torchdnr.svm.compression import SMOOTHNESS, STEPS, compress_stack, stack_losses
 from torchdnr.svm.model_selection import C_GRID, GAMMA_GRID
 from torchdnr.svm.multiclass import ClassWeight, checked_class_weight
@@ -278,7 +277,7 @@ class DNR(nn.Module):
         ``calibrate(images, 0.05)`` rejects 5 % of them. ``calibrate(images, labels,
         max_error=0.01)`` rejects as few as it takes for a promise: with probability ``confidence``
         over the draw of these images, at most 1 % of all images like them that are accepted are
-        wrong. It does not hold for images from elsewhere, nor under attack. See ``torchdnr.risk``.
+        wrong; see ``rejection.risk``. It does not hold for images from elsewhere, nor under attack.
 
         Several processes share the work where ``torch.distributed`` is set up, unless this is
         called ``with torchdnr.distributed.alone():``. All call it with the same images, each scores

@@ -48,11 +48,11 @@ from torch import Tensor, nn
 from benchmarks.common import RESULTS, busy_cores, load_samples, stamp, timed
 from torchdnr import DNR
 from torchdnr.attacks import OBJECTIVES, evades, line_search_pgd, split_scores
-from torchdnr.costs import record_costs, stage
 from torchdnr.evaluation.environment import describe_environment
 from torchdnr.evaluation.judging import CountedModel
 from torchdnr.files import atomic_write_bytes
 from torchdnr.kernels import rbf_gamma
+from torchdnr.resources import record_costs, stage
 
 WORKER = Path(__file__).with_name("secml_worker.py")
 EPS = (1.0, 3.0)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torchvision.transforms import v2
 
-from torchdnr.costs import process_peak_mib
 from torchdnr.data import Dataset, load_dataset
+from torchdnr.resources import process_peak_mib
 from torchdnr.svm import RBFSVM
 from torchdnr.svm.kernel_rows import KernelRows
 

@@ -19,7 +19,6 @@ import torchdnr
 from benchmarks.paper.settings import Protocol, Variant
 from torchdnr import DNR, NR, __version__
 from torchdnr.attacks import line_search_pgd
-from torchdnr.costs import Cost, record_costs, stage
 from torchdnr.data import Dataset, Splits, split
 from torchdnr.decisions import has_reject_column
 from torchdnr.evaluation import SecurityCurve, build_line_up, predict_labels
@@ -32,6 +31,7 @@ from torchdnr.evaluation.threshold_sweep import threshold_sweep, thresholds_at_r
 from torchdnr.files import digest, plain_json, read_json, save_tensors, write_json
 from torchdnr.models import load_network, save_network
 from torchdnr.models.training import train_network
+from torchdnr.resources import Cost, record_costs, stage
 
 BATCH_SIZE = 256
 REJECTION_RATE = 0.10

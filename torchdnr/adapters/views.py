@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from torchdnr.attacks.view import ModelView
 from torchdnr.decisions import has_reject_column, split_scores
-from torchdnr.rejection import spacing
+from torchdnr.rejection.detector import spacing
 
 
 def require(module: str, package: str) -> ModuleType:

@@ -13,7 +13,7 @@ from typing import Any, TypedDict, get_args
 from torch import Tensor
 from tqdm import tqdm
 
-from torchdnr.costs import progress_bar
+from torchdnr.resources import progress_bar
 
 
 class SharedOptions(TypedDict, total=False):

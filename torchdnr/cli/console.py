@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import torch
 
-from torchdnr.costs import process_peak_mib
+from torchdnr.resources import process_peak_mib
 
 FAILED = 2
 STOPPED = 130  # the shell's code for a command stopped by Ctrl-C

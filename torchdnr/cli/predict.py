@@ -16,12 +16,12 @@ from torchdnr.cli.network import choose_network
 from torchdnr.cli.options import add_device_options
 from torchdnr.cli.run_folder import find_device, read_settings
 from torchdnr.cli.settings import number
-from torchdnr.costs import progress_bar
 from torchdnr.data.readers import find_images, read_batches
 from torchdnr.decisions import REJECT, class_scores, predict_labels
 from torchdnr.dnr import DNR, NR
 from torchdnr.files import atomic_path
 from torchdnr.models.paper import load_network
+from torchdnr.resources import progress_bar
 
 _DESCRIPTION = """\
 Label image files with a classifier of a run folder that train.py made, or reject them. The data

@@ -9,7 +9,6 @@ from typing import Any
 from torchdnr.cli.evaluation import Evaluation
 from torchdnr.cli.options import option_words
 from torchdnr.cli.settings import AttackSettings
-from torchdnr.costs import process_peak_mib
 from torchdnr.evaluation.checks.result import ORDER, broken_off
 from torchdnr.evaluation.curve import SecurityCurve, most_telling_eps
 from torchdnr.evaluation.detection import Measures
@@ -36,6 +35,7 @@ from torchdnr.evaluation.risk_coverage import RiskCoverage
 from torchdnr.evaluation.stratified import StratifiedCurve
 from torchdnr.evaluation.threshold_sweep import ThresholdSweep
 from torchdnr.files import read_json
+from torchdnr.resources import process_peak_mib
 
 RESULTS = "results.json"  # written last: where it is there, all is done
 CAPTIONS = {

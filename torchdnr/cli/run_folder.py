@@ -22,12 +22,12 @@ from torchdnr.cli.settings import (
     option_fields,
 )
 from torchdnr.data.sources import Dataset, Splits, load_dataset, split
-from torchdnr.devices import default_device
 from torchdnr.distributed.processes import ALONE, Processes, local_device
 from torchdnr.dnr import DNR
 from torchdnr.features.reductions import ReductionLike
 from torchdnr.files import digest, read_json, write_json
-from torchdnr.risk import fewest_accepted
+from torchdnr.rejection.risk import fewest_accepted
+from torchdnr.resources import default_device
 
 
 @dataclass(frozen=True, eq=False)

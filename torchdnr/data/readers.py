@@ -11,9 +11,9 @@ from torchvision import datasets
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
 
-from torchdnr.costs import progress_bar
 from torchdnr.data.image_files import MODES, UNREADABLE, open_image
 from torchdnr.distributed.processes import warn_once
+from torchdnr.resources import progress_bar
 
 MAX_CHANNELS = 4  # tells NCHW from NHWC
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from torchdnr.devices import device_name
+from torchdnr.resources import device_name
 
 
 def describe_environment(device: torch.device | str) -> dict[str, object]:

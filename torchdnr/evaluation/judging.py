@@ -22,7 +22,7 @@ from torchdnr.decisions import (
     predict_labels,
     split_scores,
 )
-from torchdnr.devices import has_float64
+from torchdnr.resources import has_float64
 
 TOLERANCE = 1e-5  # of float32 arithmetic, relative to the larger of eps and 1
 

@@ -23,9 +23,7 @@ from torchdnr.attacks.checks import (
 )
 from torchdnr.attacks.objectives import decision_objective
 from torchdnr.attacks.target import Target, check_classes
-from torchdnr.costs import progress_bar
 from torchdnr.decisions import evaluation_mode, has_reject_column
-from torchdnr.devices import synchronize
 from torchdnr.distributed.processes import ALONE, Processes
 from torchdnr.evaluation.checkpoint import Checkpoint, attack_paths, behaviour, fingerprint
 from torchdnr.evaluation.curve import PER_EPS, AttackCurve, Predictions, SecurityCurve
@@ -41,6 +39,7 @@ from torchdnr.evaluation.judging import (
     worse,
 )
 from torchdnr.evaluation.line_up import Attack, default_line_up
+from torchdnr.resources import progress_bar, synchronize
 
 
 def security_evaluation(

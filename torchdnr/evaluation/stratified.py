@@ -11,10 +11,10 @@ from torch import Tensor
 
 from torchdnr.attacks.checks import checked_inputs
 from torchdnr.attacks.lowest_confidence import lowest_confidence
-from torchdnr.costs import progress_bar
 from torchdnr.decisions import REJECT, evaluation_mode, has_reject_column, is_evasion
 from torchdnr.evaluation.judging import Task, increasing, judge, keep_inside, stacked
 from torchdnr.evaluation.metrics import Estimate, share, to_plain
+from torchdnr.resources import progress_bar
 
 ALPHAS = 0.0, 0.01, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.5, 1.0
 

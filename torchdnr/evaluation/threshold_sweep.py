@@ -12,7 +12,6 @@ from tqdm import tqdm
 
 from torchdnr.attacks.checks import checked_inputs
 from torchdnr.attacks.view import ModelView
-from torchdnr.costs import progress_bar
 from torchdnr.decisions import evaluation_mode, has_reject_column, is_evasion, split_scores
 from torchdnr.evaluation.judging import (
     Task,
@@ -24,6 +23,7 @@ from torchdnr.evaluation.judging import (
 )
 from torchdnr.evaluation.metrics import DecisionRates, Estimate, Plain, decision_rates
 from torchdnr.rejection import rejection_threshold
+from torchdnr.resources import progress_bar
 
 
 class WithThreshold(ModelView):

@@ -14,9 +14,7 @@ import torch
 from torch import Tensor
 
 from torchdnr.arrays import ArrayLike, as_features, as_labels
-from torchdnr.costs import progress_bar
 from torchdnr.decisions import evaluation_mode
-from torchdnr.devices import has_float64
 from torchdnr.distributed import current
 from torchdnr.distributed.processes import warn_once
 from torchdnr.distributed.sharing import (
@@ -31,6 +29,7 @@ from torchdnr.features.layers import LayerFeatures
 from torchdnr.features.reductions import PAIRED, Project, Reduction, prepare_reduction
 from torchdnr.features.storage import FeatureStore, LayerFiles, RowsInMemory, temporary_files
 from torchdnr.files import digest
+from torchdnr.resources import has_float64, progress_bar
 from torchdnr.svm.checks import check_labels, checked_sample_weight
 from torchdnr.svm.memory_plan import MEMORY_LIMIT
 

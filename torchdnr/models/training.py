@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from torchdnr.costs import progress_bar
 from torchdnr.decisions import class_scores
 from torchdnr.files import (
     CheckpointError,
@@ -23,6 +22,7 @@ from torchdnr.files import (
     save_tensors,
 )
 from torchdnr.models.paper import Network
+from torchdnr.resources import progress_bar
 
 SCHEDULES = "constant", "one-cycle"
 RISE = 0.3  # share of the steps over which "one-cycle" rises

@@ -4,9 +4,9 @@ import torch
 from torch import Tensor
 
 from torchdnr.arrays import ArrayLike, as_features
-from torchdnr.devices import has_float64
 from torchdnr.distributed.sharing import ShardedFeatures
 from torchdnr.kernels.row_blocks import all_finite
+from torchdnr.resources import has_float64
 
 SYMMETRY = 1e-4
 """Largest difference across the diagonal of a Gram matrix, relative to its largest entry."""

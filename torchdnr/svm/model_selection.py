@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from torchdnr.arrays import ArrayLike, as_labels
-from torchdnr.costs import progress_bar
 from torchdnr.distributed.sharing import ShardedFeatures
 from torchdnr.kernels.any_kernel import gamma_for_variance
+from torchdnr.resources import progress_bar
 from torchdnr.svm.checks import check_labels, checked_features, checked_sample_weight
 from torchdnr.svm.dual import DualSolution, dual_bounds
 from torchdnr.svm.gram import all_distances, planned_rows
@@ -180,7 +180,7 @@ def grid_search(
                 points = _contenders([*points, _Point(share, rank, C, gamma, fits.whole_start())])
                 bar.update()
             not_converged += fits.not_converged
-    best, reason = _choose(points, accuracy, Cs, gammas, samples)
+    best, reason = _choose(points, accuracy, Cs, gammas, samples, description)
     C, gamma = best.C, best.gamma
     svm = RBFSVM(C, gamma, tol=tol, max_steps=max_steps, class_weight=class_weight).fit(
         features,
@@ -216,7 +216,12 @@ def _contenders(points: list[_Point]) -> list[_Point]:
 
 
 def _choose(
-    points: list[_Point], accuracy: Tensor, Cs: Sequence[float], gammas: Sequence[float], n: float
+    points: list[_Point],
+    accuracy: Tensor,
+    Cs: Sequence[float],
+    gammas: Sequence[float],
+    n: float,
+    name: str,
 ) -> tuple[_Point, str]:
     """Choose one of the equally good points, and say why; warn where the grid leaves it open."""
     top = accuracy.max().item()
@@ -230,12 +235,12 @@ def _choose(
         'C = 1, then nearest gamma = "scale"'
     )
     if count == total > 1:
-        _warn(f"the grid does not tell its points apart: {reason}; more samples may")
+        _warn(f"{name}: the grid does not tell its points apart: {reason}; more samples may")
     for name, grid, rows in (("C", Cs, good.any(dim=1)), ("gamma", gammas, good.any(dim=0))):
         only = grid[int(rows.int().argmax())]
         if len(grid) > 2 and rows.sum() == 1 and only in (grid[0], grid[-1]):
             _warn(
-                f"the best accuracy, {top:.1%}, is reached at an end of the {name} grid alone, "
+                f"{name}: the best accuracy, {top:.1%}, is reached at an end of the {name} grid alone, "
                 f"{only:g} in {grid[0]:g}..{grid[-1]:g}: extend {name}_grid"
             )
     return best, reason

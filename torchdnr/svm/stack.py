@@ -9,9 +9,9 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from torchdnr.costs import stage
 from torchdnr.distributed.processes import warn_once
 from torchdnr.distributed.sharing import ShardedFeatures
+from torchdnr.resources import stage
 from torchdnr.svm.compression import WARN_BELOW, CompressionWarning, stack_losses
 from torchdnr.svm.model_selection import grid_search, out_of_fold_scores
 from torchdnr.svm.multiclass import CheckedWeight

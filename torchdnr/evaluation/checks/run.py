@@ -18,7 +18,6 @@ from torchdnr.attacks.checks import (
 from torchdnr.attacks.objectives import decision_objective
 from torchdnr.attacks.starts import assigned_classes
 from torchdnr.attacks.target import Target, check_classes
-from torchdnr.costs import progress_bar
 from torchdnr.decisions import class_scores, evaluation_mode, has_reject_column, predict_labels
 from torchdnr.evaluation.checks import curve as curves
 from torchdnr.evaluation.checks import model as models
@@ -28,6 +27,7 @@ from torchdnr.evaluation.checks.result import CannotRun, Check, CheckReport, Fin
 from torchdnr.evaluation.curve import SecurityCurve
 from torchdnr.evaluation.judging import CountedModel, outputs
 from torchdnr.evaluation.line_up import ATTACKS, DEFAULT_ATTACKS, Attack, default_line_up
+from torchdnr.resources import progress_bar
 
 CHECKS: dict[str, Callable[[Context], Finding]] = {
     "differentiable": models.check_differentiable,

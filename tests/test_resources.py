@@ -6,7 +6,7 @@ from small_process import run_apart
 from torch import nn
 
 from torchdnr import DNR
-from torchdnr.costs import Cost, record_costs, stage
+from torchdnr.resources import Cost, record_costs, stage
 
 
 def test_nothing_is_recorded_unless_asked_for():
@@ -29,7 +29,7 @@ def test_one_name_is_one_entry():
 
 MEASURED = """
 import torch
-from torchdnr.costs import process_peak_mib, record_costs, stage
+from torchdnr.resources import process_peak_mib, record_costs, stage
 
 def fill(mib):
     return torch.ones(mib * 2**18).sum()  # freed at once
