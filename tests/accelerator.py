@@ -185,12 +185,12 @@ def _is_plugged():
     return _plugged[-1:] == [True]
 
 
-class _Module(backend_registration._DummyBackendModule):
+class _Module(getattr(backend_registration, "_DummyBackendModule", object)):
     is_available = staticmethod(_is_plugged)
     synchronize = staticmethod(lambda: None)
 
 
-class _Hook(backend_registration._DummyPrivateUse1Hook):
+class _Hook(getattr(backend_registration, "_DummyPrivateUse1Hook", object)):
     def is_available(self):
         return _is_plugged()
 
@@ -211,18 +211,23 @@ def on_accelerator(function):
     return call
 
 
+def register():
+    """Make the accelerator known to PyTorch, before its first backward pass counts the devices."""
+    if _plugged or not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"):
+        return
+    backend_registration._setup_privateuseone_for_python_backend(
+        KIND, backend_module=_Module(), hook=_Hook()
+    )
+    library = torch.library.Library("_", "IMPL")
+    library.fallback(lambda op, *args, **kwargs: _call(op, args, kwargs), "PrivateUse1")
+    _plugged.append(library)
+
+
 @contextmanager
 def accelerator(*, float64=True) -> Iterator[torch.device]:
     """Plug the accelerator in, and count its waits from 0."""
-    if not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"):
+    if not _plugged:
         pytest.skip("needs PyTorch 2.10, whose devices may be made in Python")
-    if not _plugged:  # once per process
-        backend_registration._setup_privateuseone_for_python_backend(
-            KIND, backend_module=_Module(), hook=_Hook()
-        )
-        library = torch.library.Library("_", "IMPL")
-        library.fallback(lambda op, *args, **kwargs: _call(op, args, kwargs), "PrivateUse1")
-        _plugged.append(library)
     waits.clear()
     _lacking[:] = [] if float64 else [torch.float64]
     _plugged.append(True)
