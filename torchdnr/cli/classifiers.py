@@ -113,6 +113,9 @@ def _rejecting(
     sizes = f"{len(job.splits.svm):,} images, theta on {len(job.splits.threshold):,} others"
     with console.stage(name, f"SVMs on {layers}, {sizes}"):
         model.fit(*job.images("svm"), progress=console.progress)
+        for svm, chosen in model.selection.items():
+            if "reason" in chosen:
+                console.say(f"    {svm}: {chosen['reason']}")
         _calibrate(model, job)
         if processes.first:
             model.save(path)

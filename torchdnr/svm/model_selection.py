@@ -236,12 +236,12 @@ def _choose(
     )
     if count == total > 1:
         _warn(f"{name}: the grid does not tell its points apart: {reason}; more samples may")
-    for name, grid, rows in (("C", Cs, good.any(dim=1)), ("gamma", gammas, good.any(dim=0))):
+    for axis, grid, rows in (("C", Cs, good.any(dim=1)), ("gamma", gammas, good.any(dim=0))):
         only = grid[int(rows.int().argmax())]
         if len(grid) > 2 and rows.sum() == 1 and only in (grid[0], grid[-1]):
             _warn(
-                f"{name}: the best accuracy, {top:.1%}, is reached at an end of the {name} grid alone, "
-                f"{only:g} in {grid[0]:g}..{grid[-1]:g}: extend {name}_grid"
+                f"{name}: the best accuracy, {top:.1%}, is at an end of the {axis} grid alone, "
+                f"{only:g} in {grid[0]:g}..{grid[-1]:g}: extend {axis}_grid"
             )
     return best, reason
 
