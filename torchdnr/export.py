@@ -97,7 +97,14 @@ def export_program(model: nn.Module, images: Tensor) -> torch.export.ExportedPro
             ) from error
 
 
-def export_onnx(model: nn.Module, path: str | Path, images: Tensor, *, opset: int = 18) -> None:
+def export_onnx(
+    model: nn.Module,
+    path: str | Path,
+    images: Tensor,
+    *,
+    opset: int = 18,
+    external_data: bool | None = None,
+) -> None:
     """Export a fitted classifier with a reject option to an ONNX file, for any number of images.
 
     Input ``images (n, ...)``, outputs ``scores (n, c)``, ``labels (n,)`` and ``rejected (n,)`` as
@@ -111,6 +118,7 @@ def export_onnx(model: nn.Module, path: str | Path, images: Tensor, *, opset: in
         path: File to write, whole or not at all, also where there are two.
         images: Example batch, as in ``export_program``.
         opset: Version of ONNX's operators, >= 18.
+        external_data: Whether weights go to the second file; None: if they take more than 2 GiB.
 
     Raises:
         ImportError: If onnx or onnxscript is not installed.
@@ -142,7 +150,7 @@ def export_onnx(model: nn.Module, path: str | Path, images: Tensor, *, opset: in
     onnx_model.metadata_props["reject_label"] = str(REJECT)
     if isinstance(threshold := getattr(model, "threshold", None), Tensor | float):
         onnx_model.metadata_props["threshold"] = repr(float(threshold))
-    _save_onnx(onnx_model, Path(path))
+    _save_onnx(onnx_model, Path(path), external_data)
 
 
 def _name_batch_axis(model: "Model") -> None:
@@ -158,7 +166,7 @@ def _name_batch_axis(model: "Model") -> None:
             value.shape = Shape([BATCH_AXIS if size == made_up else size for size in sizes])
 
 
-def _save_onnx(model: "Model", path: Path) -> None:
+def _save_onnx(model: "Model", path: Path, external_data: bool | None) -> None:
     from onnx_ir import save
 
     size = sum(value.const_value.nbytes for value in model.graph.initializers.values())
@@ -166,7 +174,7 @@ def _save_onnx(model: "Model", path: Path) -> None:
     data = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.data")
     try:
         with atomic_path(path) as temporary:
-            if size <= ONNX_FILE_LIMIT:
+            if not (size > ONNX_FILE_LIMIT if external_data is None else external_data):
                 save(model, temporary)
             else:
                 save(model, temporary, external_data=data.name)

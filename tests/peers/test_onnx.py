@@ -13,7 +13,6 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from small_models import fading, fitted, make_images, options, small_dnr
 from test_deployment import assert_decides_alike
 
-import torchdnr.export
 from torchdnr import DNR, export_onnx
 from torchdnr.models import MNISTNet
 
@@ -83,31 +82,28 @@ def test_names_shapes_and_metadata(tmp_path):
     assert runner(path)(bad)["rejected"].all()
 
 
-def test_weights_too_large_for_one_file(tmp_path, monkeypatch):
+def test_weights_in_a_file_of_their_own(tmp_path):
     images = make_images(30)
     model = small_dnr(images)
     path = tmp_path / "dnr.onnx"
     export_onnx(model, path, images)
     whole, expected = path.stat().st_size, runner(path)(images)["scores"]
-    monkeypatch.setattr(torchdnr.export, "ONNX_FILE_LIMIT", 1000)
-    export_onnx(model, path, images)
+    export_onnx(model, path, images, external_data=True)
     graph, data = sorted(tmp_path.iterdir())
     assert graph == path and re.fullmatch(r"dnr\.onnx\.[0-9a-f]{8}\.data", data.name)
     assert path.stat().st_size < whole
     assert torch.equal(runner(path)(images)["scores"], expected)
-    export_onnx(model, path, images)
+    export_onnx(model, path, images, external_data=True)
     assert len(list(tmp_path.iterdir())) == 2 and not data.exists()
-    monkeypatch.undo()
     export_onnx(model, path, images)
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_an_export_that_breaks_at_any_renaming_leaves_the_earlier_two_files(tmp_path, monkeypatch):
+def test_an_export_that_breaks_at_any_renaming_leaves_the_earlier_two_files(tmp_path):
     images = make_images(30)
     first, second = small_dnr(images), small_dnr(images.flip(0))
     path = tmp_path / "dnr.onnx"
-    monkeypatch.setattr(torchdnr.export, "ONNX_FILE_LIMIT", 1000)
-    export_onnx(first, path, images)
+    export_onnx(first, path, images, external_data=True)
     expected, files = runner(path)(images)["scores"], sorted(tmp_path.iterdir())
     left = [0]  # renamings until one fails; 0: none does
 
@@ -121,7 +117,7 @@ def test_an_export_that_breaks_at_any_renaming_leaves_the_earlier_two_files(tmp_
     for number in range(1, 9):
         left[0] = number
         try:
-            export_onnx(second, path, images)
+            export_onnx(second, path, images, external_data=True)
         except OSError:
             assert sorted(tmp_path.iterdir()) == files
             assert torch.equal(runner(path)(images)["scores"], expected)
