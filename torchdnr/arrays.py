@@ -1,6 +1,6 @@
 """Arrays of other libraries and lists of numbers as tensors: the one place where they come in."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from itertools import chain
 from numbers import Number
 from typing import Any
@@ -91,8 +91,9 @@ def as_data(value: ArrayLike | Iterable[Any], model: object = None) -> Tensor | 
     """Convert images as ``as_images`` does; return a tensor or a loader of batches as it is."""
     if isinstance(value, Tensor):
         return value
-    is_array = hasattr(value, "__array__") or isinstance(_first(value), Number)
-    return as_images("inputs", value, model) if is_array else value
+    is_loader = isinstance(value, Iterable) and not isinstance(value, str | Mapping)
+    is_array = hasattr(value, "__array__") or isinstance(_first(value), Number | str)
+    return value if is_loader and not is_array else as_images("inputs", value, model)
 
 
 def as_labels(name: str, value: ArrayLike, device: torch.device | None = None) -> Tensor:

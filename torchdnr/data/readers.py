@@ -155,7 +155,9 @@ def _read_images(
     images = torch.empty(len(folder.samples), 3, image_size, image_size, dtype=torch.uint8)
     labels: list[int] = []
     unreadable = []
-    bar = progress_bar(progress, folder.samples, desc=str(folder.root), unit="image")
+    bar = progress_bar(
+        progress, folder.samples, desc=f"reading {Path(folder.root).name}", unit="image"
+    )
     for file, label in bar:
         try:
             images[len(labels)] = crop(folder.loader(file))

@@ -326,7 +326,8 @@ def _spent(job: _Job) -> dict[str, float]:
 
 def _evasion_norm(task: Task, judged: Judged) -> Tensor:
     """Return the norm of each perturbation that evades, infinite elsewhere."""
-    return judged.size.masked_fill(~task.succeeds(judged.predictions), math.inf)
+    evades = task.succeeds(judged.predictions).to(judged.size.device)
+    return judged.size.masked_fill(~evades, math.inf)
 
 
 def _as_image(task: Task, points: Tensor) -> Tensor:

@@ -134,6 +134,7 @@ class WithReject(nn.Module):
         lost = ~rejected & (column.detach() == best.detach())
         return torch.where(lost, column - spacing(best), column)
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def calibrate(
         self,

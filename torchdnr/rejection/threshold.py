@@ -145,7 +145,7 @@ def _warn_of_ties(best: Tensor, threshold: Tensor, rate: float) -> None:
             "of them have the same best score, and equal scores are rejected together; drop "
             "repeated inputs, and see whether the features differ at all",
             CalibrationWarning,
-            stacklevel=5,
+            stacklevel=6,  # where calibrate was called, two decorators above it
         )
 
 
