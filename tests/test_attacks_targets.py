@@ -101,3 +101,42 @@ def test_an_evaluation_with_a_mask_changes_nothing_else_and_so_do_its_checks():
     assert "within a mask" in checks["unbounded attack"].message
     for name in ("single step", "converged", "noise control", "stored points", "silent success"):
         assert checks[name].status == "pass", checks[name]
+
+
+def test_targets_and_masks_may_be_arrays_or_lists_everywhere():
+    model, inputs, labels, pool = toy()
+    targets, mask = torch.where(labels == 1, 2, 1), torch.ones_like(inputs[0], dtype=torch.bool)
+    mask.flatten()[0] = False
+    line_up = build_line_up(["pgd"], pool)
+
+    def curve(**options):
+        return security_evaluation(
+            model, inputs, labels, [0, 0.4], attacks=line_up, progress=False, **options
+        )
+
+    expected = curve(targets=targets, mask=mask).adversarial[1]
+    for kind in (torch.Tensor.numpy, torch.Tensor.tolist):
+        got = curve(targets=kind(targets), mask=kind(mask)).adversarial[1]
+        assert torch.equal(got, expected)
+    one = curve(targets=1).adversarial[1]
+    assert torch.equal(curve(targets=torch.tensor(1).numpy()[()]).adversarial[1], one)
+    with pytest.raises(ValueError, match="below the 3 classes"):
+        curve(targets=7)
+
+
+class NoEmptyBatch(torch.nn.Module):
+    """A network that cannot reshape a batch of no images, and never errs."""
+
+    def forward(self, images):
+        flat = images.view(images.shape[0], -1)
+        return torch.stack([flat.sum(dim=1) * 0 + 1, flat.sum(dim=1) * 0], dim=1)
+
+
+@pytest.mark.parametrize("attack", [fmn, boundary_walk])
+@pytest.mark.parametrize("levels", [None, 256])
+def test_a_network_is_never_called_without_images(attack, levels):
+    inputs = torch.full((3, 1, 4, 4), 128 / 255)
+    labels = torch.zeros(3, dtype=torch.int64)
+    with pytest.warns(UserWarning, match="found no evading point for 3 of 3"):
+        points = attack(NoEmptyBatch(), inputs, labels, inputs, levels=levels)
+    assert torch.equal(points, inputs)

@@ -1,6 +1,7 @@
 """Image files are read as what they show, whatever mode, depth and orientation they have."""
 
 import re
+import struct
 
 import numpy as np
 import pytest
@@ -65,7 +66,7 @@ def test_a_grey_ramp_of_any_depth_has_its_true_values(tmp_path, image, kind, cha
         (RAMP.numpy() * 2, r"floating point, expected values in \[0, 1\], got 0 to 2"),
         (RAMP.numpy() * np.nan, "got nan to nan"),
         (RAMP.numpy() - 0.5, "got -0.5 to 0.5"),
-        ((RAMP * 1e6).int().numpy(), "32-bit integers, whose largest value is unknown"),
+        ((RAMP * 1e6).int().numpy(), "integers, expected unsigned ones of at most 16 bits, got"),
     ],
 )
 def test_a_file_of_unknown_scale_is_unreadable_with_the_reason(tmp_path, array, reason):
@@ -132,3 +133,47 @@ def test_ink_comes_out_as_the_colour_it_prints(tmp_path, kind):
     Image.new("CMYK", (SIDE, SIDE), (0, 255, 255, 0)).save(path)  # magenta and yellow: red
     red, green, blue = read(path, 3).mean((1, 2)).tolist()
     assert red > 0.98 and max(green, blue) < 0.02
+
+
+def tiff(path, values, bits, white_is_zero=False, signed=False):
+    """Write a grey TIFF of any depth, as Pillow does not."""
+    tags = [(256, 3, SIDE), (257, 3, SIDE), (258, 3, bits), (259, 3, 1)]
+    tags += [(262, 3, 0 if white_is_zero else 1), (273, 4, 8), (277, 3, 1), (278, 3, SIDE)]
+    tags += [(279, 4, len(values)), *([(339, 3, 2)] if signed else [])]
+    entries = b"".join(
+        struct.pack("<HHI", tag, kind, 1) + struct.pack("<HH" if kind == 3 else "<I", *number)
+        for tag, kind, value in tags
+        for number in [(value, 0) if kind == 3 else (value,)]
+    )
+    head = b"II*\0" + struct.pack("<I", 8 + len(values)) + values
+    path.write_bytes(head + struct.pack("<H", len(tags)) + entries + bytes(4))
+
+
+def twelve_bits():
+    numbers = (RAMP * 4095).round().int().flatten().tolist()
+    pairs = zip(numbers[::2], numbers[1::2], strict=True)
+    return b"".join((a << 12 | b).to_bytes(3, "big") for a, b in pairs)
+
+
+def test_a_tiff_of_12_bits_is_scaled_from_4095(tmp_path):
+    tiff(tmp_path / "a.tif", twelve_bits(), 12)
+    torch.testing.assert_close(read(tmp_path / "a.tif")[0], RAMP, atol=1 / 255, rtol=0)
+
+
+def test_a_tiff_of_16_bits_whose_white_is_zero_is_no_negative(tmp_path):
+    tiff(tmp_path / "a.tif", (65535 - DEEP).astype("<u2").tobytes(), 16, white_is_zero=True)
+    torch.testing.assert_close(read(tmp_path / "a.tif")[0], RAMP, atol=1 / 255, rtol=0)
+
+
+def test_integers_of_unknown_range_are_counted_with_a_reason(tmp_path):
+    tiff(tmp_path / "a.tif", (DEEP // 2).astype("<i2").tobytes(), 16, signed=True)
+    Image.fromarray(DEEP.astype(np.int32) * 1000).save(tmp_path / "b.im")
+    for name in ("a.tif", "b.im"):
+        reason = read(tmp_path / name, expected_problems=1)
+        assert "integers, expected unsigned ones of at most 16 bits" in reason
+
+
+def test_what_is_transparent_in_16_bits_of_grey_shows_white(tmp_path):
+    deep().save(tmp_path / "a.png", transparency=0)
+    pixels = read(tmp_path / "a.png")[0].flatten()
+    assert pixels[0] == 1 and pixels[1] < 0.01

@@ -213,3 +213,11 @@ def test_goals_that_are_unclear_are_refused(kind):
     for goal in ({"max_error": 0.0}, {"max_error": math.nan}, {"max_error": 0.2, "confidence": 1}):
         with pytest.raises(ValueError, match=r"(max_error|confidence) must be in \(0, 1\)"):
             model.calibrate(inputs, labels, **goal)
+
+
+def test_how_many_inputs_it_would_take_is_said_at_once_where_they_are_many():
+    best = torch.cat([torch.ones(10001), torch.zeros(50)])
+    wrong = torch.zeros(10051, dtype=torch.bool)
+    wrong[:1000] = True  # 9.999 % of those that can be accepted
+    with pytest.raises(ValueError, match=r"pass about \d{9,} inputs or more"):
+        threshold_at_error(best, wrong, 0.1)

@@ -101,6 +101,39 @@ def test_extra_state_belongs_to_the_network(images, tmp_path, state, other):
     assert_saved_for(model, images, copy.deepcopy(net), different, tmp_path / "dnr")
 
 
+class Unwilling:
+    def __getstate__(self):
+        raise RuntimeError("no state")
+
+
+def holds_itself():
+    state = {}
+    state["itself"] = state
+    return state
+
+
+@pytest.mark.parametrize("state", [Unwilling(), holds_itself()], ids=["unwilling", "itself"])
+def test_state_without_a_fingerprint_is_warned_of_and_no_fit_is_lost(images, tmp_path, state):
+    net = network_with(state)
+    with pytest.warns(UserWarning, match="fit goes on, but save will raise this"):
+        model = fitted(NR(net, "conv", **options("conv")), images)
+    with pytest.raises(TypeError, match="fingerprint"):
+        model.save(tmp_path / "nr")
+
+
+def test_tensors_of_odd_kinds_have_fingerprints():
+    values = torch.tensor([1 + 2j, 3 - 4j])
+    assert digest({"a": values.conj()}) == digest({"a": values.conj().resolve_conj()})
+    assert digest({"a": values.conj()}) != digest({"a": values})
+    with pytest.raises(TypeError, match="without values"):
+        digest({"a": torch.empty(2, device="meta")})
+
+
+def test_the_fingerprint_of_a_set_is_that_of_its_members():
+    assert digest({"a": {digest, fitted}}) == digest({"a": {fitted, digest}})
+    assert digest({"a": {digest}}) != digest({"a": {fitted}})
+
+
 def test_old_fingerprints_of_tensors_stay():
     # Written by version 0.1, whose files must still load.
     state = {"b": torch.arange(6.0).view(2, 3).T, "a": torch.tensor(3), "empty": torch.zeros(0, 4)}

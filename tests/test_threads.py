@@ -231,6 +231,16 @@ def test_a_copy_made_while_others_score_scores_the_same(classifiers):
         assert torch.equal(got, expected)
 
 
+def test_a_copy_made_while_others_score_keeps_none_of_their_hooks(classifiers):
+    model, images = classifiers["DNR"].eval(), make_images(6)
+
+    def copied(number):
+        return copy.deepcopy(model) if number % 5 == 0 else model(images)
+
+    copies = at_once(copied, range(200), 4)[::5]
+    assert not any(module._forward_hooks for one in copies for module in one.modules())
+
+
 @pytest.mark.parametrize("training", [False, True])
 def test_a_compiled_classifier_scores_in_threads_as_in_one(classifiers, training):
     torch.compiler.reset()
@@ -238,3 +248,24 @@ def test_a_compiled_classifier_scores_in_threads_as_in_one(classifiers, training
     compiled = torch.compile(model, backend="aot_eager")
     assert_as_from_one_thread(model, torch.no_grad()(compiled), 4, batches())
     torch.compiler.reset()
+
+
+class InAThreadOfItsOwn(nn.Module):
+    """A network that runs its layers elsewhere, as ``nn.DataParallel`` does on several GPUs."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, images):
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(self.net, images).result()
+
+
+def test_a_network_may_run_its_layers_in_a_thread_of_its_own(classifiers):
+    net, images = network().eval(), make_images(42)
+    layers = [f"net.{name}" for name in LAYERS]
+    inside = fitted(DNR(InAThreadOfItsOwn(net), layers, **options(*layers, "combiner")), images)
+    expected = fitted(DNR(net, LAYERS, **options(*LAYERS, "combiner")), images)
+    with torch.no_grad():
+        assert torch.equal(inside.scores(images), expected.scores(images))

@@ -185,11 +185,6 @@ def evades(output: Tensor, labels: Tensor, reject: bool) -> Tensor:
     return succeeds(output, labels, reject)
 
 
-_MODES = RLock()
-_SWITCHED: dict[int, int] = {}
-"""How many blocks of ``evaluation_mode``, in all threads, need a module off, by its id."""
-
-
 @contextmanager
 def evaluation_mode(model: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """Put the modules of ``model`` that are training into evaluation mode, and exactly those back.

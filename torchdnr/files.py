@@ -118,7 +118,7 @@ def digest(state: Mapping[str, Any]) -> str:
     """Compute a fingerprint of a state dict: of its names, and of what they hold.
 
     Of dense tensors that is dtype, shape and values, on any device and in any memory layout; of
-    anything else, such as the extra state of a module, what pickle would store.
+    anything else, such as the extra state of a module, the parts that pickle would take it into.
 
     Args:
         state: Values by name.
@@ -127,18 +127,24 @@ def digest(state: Mapping[str, Any]) -> str:
         SHA-256 as 64 hexadecimal digits; the order of the names does not matter.
 
     Raises:
-        TypeError: If a value cannot be taken apart, such as a lock or an open file.
+        TypeError: If a value cannot be taken apart, such as a lock, an open file, or one that
+            holds itself.
     """
     fingerprint = hashlib.sha256()
     for name in sorted(state):
-        for part in _parts(name, state[name]):
-            fingerprint.update(part)
+        try:
+            for part in _parts(name, state[name]):
+                fingerprint.update(part)
+        except RecursionError as error:
+            raise TypeError(f"{name!r} of the state dict holds itself: no fingerprint") from error
     return fingerprint.hexdigest()
 
 
 def _parts(name: str, value: Any) -> Iterator[bytes | memoryview]:  # noqa: ANN401
     """Yield the bytes that tell a named value of a state dict from others."""
     if isinstance(value, Tensor):
+        if value.is_meta:
+            raise TypeError(f"{name!r} of the state dict is a tensor without values (meta)")
         yield from _tensor_parts(name, value.detach().cpu())
     elif value is None or isinstance(value, str | bytes | int | float | complex):
         yield f"{name} {value!r};".encode()
@@ -151,11 +157,13 @@ def _parts(name: str, value: Any) -> Iterator[bytes | memoryview]:  # noqa: ANN4
     elif isinstance(value, Mapping):
         yield from _parts(name, sorted(value.items(), key=lambda item: repr(item[0])))
     elif isinstance(value, Set):
-        yield from _parts(name, sorted(map(repr, value)))
+        yield from _parts(name, sorted(digest({"": member}) for member in value))
     else:
         try:
             reduced = value.__reduce_ex__(2)
-        except TypeError as error:
+        except RecursionError:
+            raise
+        except Exception as error:  # of any class: the code is that of the value
             raise TypeError(f"{name!r} of the state dict has no fingerprint: {error}") from error
         if not isinstance(reduced, str):  # the last two are iterators
             reduced = [*reduced[:3], *(list(items or ()) for items in reduced[3:5])]
@@ -171,7 +179,7 @@ def _tensor_parts(name: str, tensor: Tensor) -> Iterator[bytes | memoryview]:
     elif tensor.layout != torch.strided:
         yield from _parts(f"{name} {tensor.layout}", tensor.to_dense())
     else:
-        tensor = tensor.contiguous()
+        tensor = tensor.resolve_conj().resolve_neg().contiguous()
         yield f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode()
         yield tensor.reshape(-1).view(torch.uint8).numpy().data
 

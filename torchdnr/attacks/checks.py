@@ -1,9 +1,11 @@
 """Checks of the arguments of an attack, made once per call."""
 
+from numbers import Integral
+
 import torch
 from torch import Tensor
 
-from torchdnr.arrays import ArrayLike, as_images, as_labels
+from torchdnr.arrays import ArrayLike, as_images, as_labels, as_tensor
 from torchdnr.attacks.projections import check_norm
 from torchdnr.decisions import check_images
 
@@ -104,6 +106,14 @@ def check_count(name: str, value: int, smallest: int) -> None:
         raise ValueError(f"{name} must be >= {smallest}, got {value}")
 
 
+def as_targets(targets: ArrayLike | None, device: torch.device) -> int | Tensor | None:
+    """Convert targets: one class for all becomes an int, anything else a tensor."""
+    if targets is None or isinstance(targets, Integral):
+        return targets if targets is None else int(targets)
+    targets = as_labels("targets", targets, device)
+    return int(targets) if targets.ndim == 0 and not targets.is_floating_point() else targets
+
+
 def check_targets(targets: int | Tensor | None, labels: Tensor) -> Tensor | None:
     """Return the target of each input, ``(n,)``; ValueError if one is no class or the true one.
 
@@ -124,10 +134,12 @@ def check_targets(targets: int | Tensor | None, labels: Tensor) -> Tensor | None
     return targets
 
 
-def check_mask(mask: Tensor | None, inputs: Tensor) -> Tensor | None:
+def check_mask(mask: ArrayLike | None, inputs: Tensor) -> Tensor | None:
     """Return a mask as bool like the inputs, None where it changes nothing; else ValueError."""
     if mask is None:
         return None
+    if not isinstance(mask, Tensor):
+        mask = as_tensor("mask", mask).to(inputs.device)
     try:
         mask = mask.expand(inputs.shape)
     except (RuntimeError, AttributeError):

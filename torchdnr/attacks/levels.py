@@ -54,6 +54,8 @@ def best_on_levels(
     allow.
     """
     center = region.center
+    if len(center) == 0:  # not all networks take an empty batch
+        return points
     best = evaluate(target, center, labels).clone()
     rows = torch.arange(len(labels), device=labels.device)
     for scale in _SCALES:

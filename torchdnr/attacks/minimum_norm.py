@@ -105,8 +105,8 @@ def nearest_evading(
             nearer = reached.norms < norms[reached.owner]
             owner = reached.owner[nearer]
             best[owner], norms[owner] = reached.points[nearer], reached.norms[nearer]
-        if options.levels is not None:
-            found = norms.isfinite().nonzero()[:, 0]
+        found = norms.isfinite().nonzero()[:, 0] if options.levels is not None else rows[:0]
+        if len(found):
             part = problem.rows(rows[found])._replace(region=whole.rows(found))
             best[found] = part.on_levels(best[found])
             lost = evaluate(target, best[found], classes[found]).values >= 0

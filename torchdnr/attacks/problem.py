@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from torchdnr.arrays import as_features, as_labels, as_tensor
+from torchdnr.arrays import as_features, as_labels
 from torchdnr.attacks.checks import (
+    as_targets,
     check_count,
     check_eps,
     check_levels,
@@ -75,11 +76,10 @@ def _converted(options: Options, inputs: Tensor) -> Options:
     }
     for name in {"start", "init_inputs"} & converted.keys():
         converted[name] = as_features(name, converted[name], inputs)
-    for name in {"targets", "init_labels"} & converted.keys():
-        if not isinstance(converted[name], int):  # one class for all
-            converted[name] = as_labels(name, converted[name], inputs.device)
-    if "mask" in converted:
-        converted["mask"] = as_tensor("mask", converted["mask"]).to(inputs.device)
+    if "init_labels" in converted:
+        converted["init_labels"] = as_labels("init_labels", converted["init_labels"], inputs.device)
+    if "targets" in converted:
+        converted["targets"] = as_targets(converted["targets"], inputs.device)
     return replace(options, **converted)
 
 

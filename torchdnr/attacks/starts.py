@@ -117,9 +117,13 @@ def evading_starts(
     nearest, usable = nearest_other_class(center, labels, *pool, neighbours, target.targeted)
     owner, column = usable.nonzero(as_tuple=True)
     sample = nearest[owner, column]
+    if len(sample) == 0:  # not all networks take an empty batch
+        return owner, center[:0]
     points = project_box(pool.samples[sample], rows_of(bounds, owner))  # a mask leaves a part of it
     good = evaluate(target, points, labels[owner]).values < 0
     owner, sample, points = owner[good], sample[good], points[good]
+    if len(sample) == 0:
+        return owner, points
     points = bisect(target, labels[owner], center[owner], points, LINE_HALVINGS)
     distance = lengths(points, center[owner], norm)
     leaders = keep_nearest(owner * (pool.classes.max() + 1) + pool.classes[sample], distance, 1)

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from torchdnr.arrays import as_features
 from torchdnr.attacks.checks import (
+    as_targets,
     check_count,
     check_levels,
     check_mask,
@@ -166,7 +167,8 @@ def security_evaluations(
         init_inputs = as_features("init_inputs", init_inputs, inputs)
         check_pool(init_inputs, None, inputs, bounds)
     check_count("batch_size", batch_size, 1)
-    check_targets(targets, labels)
+    targets = as_targets(targets, inputs.device)
+    classes = check_targets(targets, labels)
     check_levels(levels, inputs, bounds)
     mask = check_mask(mask, inputs)
     jobs: list[_Job] = []
@@ -206,6 +208,8 @@ def security_evaluations(
             }
             target = Target(counted, decision_objective, rejects, batch_size)
             check_classes(target, inputs, labels)
+            if classes is not None:
+                check_classes(target, inputs, classes)
             clean, output = judge(task, inputs), behaviour(task)
             known = fingerprint(task, model, init_inputs)
             paths = attack_paths((checkpoints or {}).get(name), line_up)

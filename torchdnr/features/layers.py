@@ -3,8 +3,9 @@
 import difflib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from threading import get_ident
-from typing import Any, cast
+from copy import deepcopy
+from threading import RLock, get_ident
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -62,6 +63,17 @@ class LayerFeatures(nn.Module):
         self.reductions = nn.ModuleList(build_reduction(r, seed) for r in self.given.values())
         self.sizes: dict[str, dict[str, Any]] = {}
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """Copy it without the hooks of calls that are under way in other threads."""
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        with _HOOKS:
+            copied.__setstate__(deepcopy(self.__dict__, memo))
+        for module in copied.net.modules():
+            for key in [key for key in module._forward_hooks if isinstance(key, _Key)]:
+                del module._forward_hooks[key]
+        return copied
+
     def describe(self) -> str:
         """Return a line per layer: name, output, reduction, number of features where known."""
         lines = []
@@ -97,24 +109,27 @@ class LayerFeatures(nn.Module):
         """
         if not self.layers:
             raise RuntimeError("no layers are chosen yet; name some, or call fit, which does")
-        captured: dict[str, Tensor] = {}
+        runs: dict[int, dict[str, Tensor]] = {}  # outputs by layer, of each thread
         hooked = _traced_hook if torch.compiler.is_dynamo_compiling() else _thread_hook
         with ExitStack() as stack:
             stack.enter_context(evaluation_mode(self.net))
+            stack.enter_context(_calling())
             for name, reduction in zip(self.layers, self.reductions, strict=True):
                 # Looked up at each call: a deep copy of this module then hooks its own layers.
                 layer = self.net.get_submodule(name)
                 memory_format = torch.preserve_format
                 if isinstance(reduction, Reduction):
                     memory_format = reduction.memory_format
-                stack.enter_context(hooked(layer, _capture(name, captured, memory_format)))
+                stack.enter_context(hooked(layer, _capture(name, runs, memory_format)))
             self.net(inputs)
+        captured = _of_this_call(runs)
         missing = [name for name in self.layers if name not in captured]
         if missing:
             raise RuntimeError(
                 f"layers {missing} did not run in the forward pass; expected every layer to be "
                 "called, not only its weights used by a parent or by compiled code; choose other "
-                "layers, or pass the network before torch.compile"
+                "layers, or pass the network before torch.compile; a network that runs layers in "
+                "threads of its own has to be called by one thread at a time"
             )
         for name, reduction in zip(self.layers, self.reductions, strict=True):
             if isinstance(reduction, Reduction):  # others may know where the samples are
@@ -155,31 +170,71 @@ def _suggest(name: object, names: list[str]) -> str:
     )
 
 
+_HOOKS = RLock()
+"""Held while hooks change, and while a classifier is copied."""
+
+
+class _Key:
+    """Key of a hook of ours among those of a layer."""
+
+
+_CALLERS: dict[int, int] = {}
+"""Threads that are in a forward pass for features, and how many passes deep."""
+
+
 @contextmanager
-def _thread_hook(layer: nn.Module, hook: Callable[..., None]) -> Iterator[None]:
-    """Hook a layer for the calls of this thread: others may run the same network meanwhile.
-
-    Without ``register_forward_hook``, which may give two threads the same key.
-    """
-    thread, key = get_ident(), cast(int, object())
-
-    def hook_of_thread(*call: Any) -> None:  # noqa: ANN401 - a module, its inputs and its output
-        if get_ident() == thread:
-            hook(*call)
-
-    layer._forward_hooks[key] = hook_of_thread
+def _calling() -> Iterator[None]:
+    """Count this thread among the callers."""
+    if torch.compiler.is_dynamo_compiling():
+        yield
+        return
+    thread = get_ident()
+    _CALLERS[thread] = _CALLERS.get(thread, 0) + 1
     try:
         yield
     finally:
-        del layer._forward_hooks[key]
+        _CALLERS[thread] -= 1
+        if not _CALLERS[thread]:
+            del _CALLERS[thread]
+
+
+def _of_this_call(runs: dict[int, dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Choose the run of this thread, or else that of the one thread that the network ran in."""
+    if torch.compiler.is_dynamo_compiling():
+        return runs[0]
+    others = [run for thread, run in runs.items() if thread != get_ident()]
+    return runs.get(get_ident()) or (others[0] if len(others) == 1 else {})
 
 
 @contextmanager
-def _traced_hook(layer: nn.Module, hook: Callable[..., None]) -> Iterator[None]:
+def _thread_hook(layer: nn.Module, capture: Callable[[int, Any], None]) -> Iterator[None]:
+    """Hook a layer, but for the calls of other callers, who run the same network meanwhile.
+
+    Without ``register_forward_hook``, which may give two threads the same key.
+    """
+    thread, key = get_ident(), cast(int, _Key())
+
+    def hook(_module: nn.Module, _inputs: object, output: Any) -> None:  # noqa: ANN401
+        # A network that is compiled by itself cannot ask for its thread.
+        this = thread if torch.compiler.is_dynamo_compiling() else get_ident()
+        if this == thread or this not in _CALLERS:
+            capture(this, output)
+
+    with _HOOKS:
+        layer._forward_hooks[key] = hook
+    try:
+        yield
+    finally:
+        with _HOOKS:
+            del layer._forward_hooks[key]
+
+
+@contextmanager
+def _traced_hook(layer: nn.Module, capture: Callable[[int, Any], None]) -> Iterator[None]:
     """Hook a layer while a program is traced: `torch.compile` cannot trace a registration."""
     hooks = layer._forward_hooks
     key: Any = f"torchdnr {len(hooks)}"  # torch's own keys are numbers
-    layer._forward_hooks = {**hooks, key: hook}
+    layer._forward_hooks = {**hooks, key: lambda _module, _inputs, output: capture(0, output)}
     try:
         yield
     finally:
@@ -187,9 +242,9 @@ def _traced_hook(layer: nn.Module, hook: Callable[..., None]) -> Iterator[None]:
 
 
 def _capture(
-    name: str, captured: dict[str, Tensor], memory_format: torch.memory_format
-) -> Callable[[nn.Module, Any, Any], None]:
-    def hook(_module: nn.Module, _inputs: object, output: object) -> None:
+    name: str, runs: dict[int, dict[str, Tensor]], memory_format: torch.memory_format
+) -> Callable[[int, Any], None]:
+    def capture(thread: int, output: Any) -> None:  # noqa: ANN401 - what the layer returns
         if isinstance(output, tuple | list) and output:
             output = output[0]
         if not isinstance(output, Tensor):
@@ -197,9 +252,9 @@ def _capture(
                 f"layer {name!r} must return a tensor, or a tuple that starts with one, "
                 f"got {type(output).__name__}; choose a layer inside it"
             )
-        captured[name] = output.clone(memory_format=memory_format)
+        runs.setdefault(thread, {})[name] = output.clone(memory_format=memory_format)
 
-    return hook
+    return capture
 
 
 def _check_rows(name: str, output: Tensor, n: int) -> None:

@@ -1,11 +1,11 @@
 """The network that a file of a classifier belongs to, in a wrapper (`nn.DataParallel`) or not."""
 
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
+from torchdnr.distributed.processes import warn_once
 from torchdnr.files import check_tensors, digest
 
 WRAPPERS = "module", "_orig_mod"
@@ -34,12 +34,13 @@ def has_digest(net: nn.Module, expected: str) -> bool:
 
 def warn_unless_savable(kind: str, own_state: Mapping[str, Any], net: nn.Module) -> None:
     """Warn before a fit of what ``save`` will refuse: state that no file holds or knows again."""
-    others = {name: v for name, v in net.state_dict().items() if not isinstance(v, Tensor)}
+    state = net.state_dict().items()
+    others = {name: v for name, v in state if not isinstance(v, Tensor) or v.is_meta}
     try:
         check_tensors(own_state, f"this {kind}")
         digest(others)
     except TypeError as error:
-        warnings.warn(f"{error}; fit goes on, but save will raise this", stacklevel=3)
+        warn_once(f"{error}; fit goes on, but save will raise this", stacklevel=3)
 
 
 def with_names_of(net: nn.Module, metadata: Mapping[str, Any]) -> dict[str, Any]:

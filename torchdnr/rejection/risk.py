@@ -18,6 +18,7 @@ Pearson, "The use of confidence or fiducial limits", Biometrika 26 (1934).
 """
 
 import math
+from statistics import NormalDist
 
 import torch
 from torch import Tensor
@@ -170,9 +171,9 @@ def _why_none(
     head += f": of the {m} of {n} inputs with the highest scores {errors} are wrong"
     if errors >= max_error * m:
         return f"{head}, and more inputs like these would not help; pass a larger max_error"
-    level, needed = 0.0, m
-    while binomial_cdf(math.ceil(errors / m * needed), needed, max_error) > level:
-        needed += max(1, needed // 20)
+    needed, spread = m, math.sqrt(max_error * (1 - max_error)) / (max_error - errors / m)
+    for _ in range(5):  # by the normal distribution; the level depends on the number, hardly
         level = left / len(_starts(needed, max_error, left))
+        needed = max(m, math.ceil((NormalDist().inv_cdf(1 - level) * spread) ** 2))
     needed = math.ceil(needed * n / m)
     return f"{head}; pass about {needed} inputs or more, or a larger max_error"

@@ -1,7 +1,6 @@
 """Model selection for RBF-SVMs: stratified folds, a grid over (C, gamma), out-of-fold scores."""
 
 import math
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from torchdnr.arrays import ArrayLike, as_labels
+from torchdnr.distributed.processes import warn_once
 from torchdnr.distributed.sharing import ShardedFeatures
 from torchdnr.kernels.any_kernel import gamma_for_variance
 from torchdnr.resources import progress_bar
@@ -176,7 +176,7 @@ def grid_search(
                 right = scores.argmax(dim=1) == labels
                 share = ((each * right).sum() / each.sum()).item()
                 accuracy[row, column] = share
-                rank = -_octaves(C), -_octaves(gamma / scale), -C, gamma
+                rank = -_octaves(C), -_octaves(gamma / scale), C, gamma
                 points = _contenders([*points, _Point(share, rank, C, gamma, fits.whole_start())])
                 bar.update()
             not_converged += fits.not_converged
@@ -225,7 +225,8 @@ def _choose(
 ) -> tuple[_Point, str]:
     """Choose one of the equally good points, and say why; warn where the grid leaves it open."""
     top = accuracy.max().item()
-    least = top - math.sqrt(top * (1.0 - top) / n)
+    likely = (top * n + 2.0) / (n + 4.0)  # Agresti and Coull's: at 100 % the error is not 0
+    least = top - math.sqrt(likely * (1.0 - likely) / (n + 4.0))
     best = max((p for p in points if p.accuracy >= least), key=lambda point: point.rank)
     good = accuracy >= least
     count, total = int(good.sum()), good.numel()
@@ -247,7 +248,7 @@ def _choose(
 
 
 def _warn(message: str) -> None:
-    warnings.warn(message, SelectionWarning, stacklevel=5)  # where grid_search was called
+    warn_once(message, SelectionWarning, stacklevel=5)  # where grid_search was called
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torchdnr.arrays import as_features
 from torchdnr.attacks.checks import (
     check_count,
     check_levels,
@@ -150,6 +151,7 @@ def run_checks(
     norm = curve.norm if norm is None else norm
     inputs, labels = checked_inputs(inputs, labels, norm, bounds, model)
     if init_inputs is not None:
+        init_inputs = as_features("init_inputs", init_inputs, inputs)
         check_pool(init_inputs, None, inputs, bounds)
     _check_curve(curve, inputs, labels, norm)
     check_levels(levels, inputs, bounds)
