@@ -94,6 +94,7 @@ def attack() -> Stack:
         np.savez(f"{folder}/images.npz", **data)
         settings = "--attack pgd --steps 2 --eps 1 --samples 3 --epochs 1 --no-checks --quiet"
         parts = "--network-samples 30 --svm-samples 30 --threshold-samples 30 --layers logits"
+        parts += " --C-grid 1 10 --gamma-grid 1"
         argv = [*settings.split(), *parts.split(), "--device", "cpu"]
         argv += ["--dataset", f"npz:{folder}/images.npz", "--run", f"{folder}/run"]
         return calls_down_to(lambda: script.main(argv), _runs(descend_steadily.__code__))

@@ -64,7 +64,7 @@ def on_cpu():
     return model, model(images).detach()
 
 
-@pytest.mark.parametrize("float64", [True, False])
+@pytest.mark.parametrize("float64", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_a_classifier_is_fitted_used_saved_and_loaded_on_any_device(on_cpu, tmp_path, float64):
     with accelerator(float64=float64) as device:
         model, images, _ = on(device)

@@ -81,6 +81,7 @@ def test_an_evaluation_with_a_target_counts_what_is_accepted_as_it(tensor):
         run_checks(model, inputs, labels, curve, progress=False)
 
 
+@pytest.mark.slow
 def test_an_evaluation_with_a_mask_changes_nothing_else_and_so_do_its_checks():
     model = Bumps(gamma=6.0, theta=0.2, d=8).eval()
     inputs, labels = model.samples(40)

@@ -66,6 +66,7 @@ def _making(digits, run):
         *("--dataset", f"npz:{digits}", "--run", str(run), "--device", "cpu", "--epochs", "4"),
         *("--network-samples", "80", "--svm-samples", "40", "--threshold-samples", "30"),
         *("--lr", "0.05", "--train-batch-size", "16", "--layers", "relu_fc2", "logits"),
+        *("--C-grid", "1", "10", "--gamma-grid", "1"),
     ]
 
 
@@ -466,6 +467,7 @@ def test_the_command_of_the_report_makes_the_same_settings(finished):
     assert options.attacks == settings["attack"]["attacks"]
 
 
+@pytest.mark.slow
 def test_stratified_curve_and_threshold_sweep_on_request(run, capsys):
     options = ["--quiet", "--run", str(run), *ATTACKING, "--no-checks"]
     options += ["--attack", "line-search-pgd"]

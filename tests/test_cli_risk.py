@@ -49,6 +49,7 @@ def test_max_error_sets_theta_by_the_error_among_the_accepted(made, capsys):
     assert "was made with --max-error 0.1 (given: 0.2)" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_report_tells_the_error_among_the_accepted(made):
     options, folder = made
     asked = [*options, "--run", str(folder / "attacked"), *GOAL]

@@ -280,6 +280,7 @@ with joined(torch.device("cpu")) as processes:
 """
 
 
+@pytest.mark.slow
 def test_of_several_processes_the_first_warns_and_another_only_of_its_own(tmp_path):
     script, folder = tmp_path / "warning.py", tmp_path / "folder"
     script.write_text(WARNING)

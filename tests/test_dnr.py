@@ -235,7 +235,7 @@ def test_hyperparameters_are_searched_for_what_is_not_given(net):
         assert found["gamma"] in found["gamma_grid"] and found["gamma"] == svm.gamma
         assert np.shape(found["accuracy"]) == (2, 2)
         assert 0.5 / svm.kernel.lengthscale.item() ** 2 == pytest.approx(svm.gamma, rel=1e-5)
-    assert (model.scores(test).argmax(1) == labels).double().mean() > 0.97
+    assert (model.scores(test).argmax(1) == labels).double().mean() > 0.95
     again = DNR(net, ["pool", "head"], hyperparameters={"pool": (10.0, 0.1)}, **options)
     assert torch.equal(again.fit(x, y).scores(test), model.scores(test))
 

@@ -116,7 +116,9 @@ def chosen_by_hand(search, n, scale):
     return min(good, key=lambda point: (far(point[0]), far(point[1] / scale), -point[0], -point[1]))
 
 
-@pytest.mark.parametrize("noise", [0.4, 0.8, 1.2])
+@pytest.mark.parametrize(
+    "noise", [0.8, *(pytest.param(n, marks=pytest.mark.slow) for n in (0.4, 1.2))]
+)
 def test_of_points_within_one_standard_error_the_one_nearest_C_1_and_gamma_scale_is_chosen(noise):
     x, y = digits(noise=noise)
     search = grid_search(x, y, folds=3)
@@ -149,7 +151,7 @@ def test_a_best_point_at_an_end_of_its_grid_is_warned_of():
         grid_search(x, y, C_grid=[1.0, 10.0], gamma_grid=[0.5, 200.0], folds=3)
 
 
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_noise_is_rejected_where_classes_are_so_far_apart_that_every_point_of_the_grid_ties(seed):
     generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(600) % 4
@@ -169,7 +171,9 @@ def test_noise_is_rejected_where_classes_are_so_far_apart_that_every_point_of_th
         optimiser.step()
     noise = torch.rand(1000, 1, 8, 8, generator=generator)
     with pytest.warns(SelectionWarning):
-        model = DNR(net.eval(), ["act1", "fc2"]).fit(images[:300], labels[:300])
+        model = DNR(net.eval(), ["act1", "fc2"], folds=2, gamma_grid=[1.0]).fit(
+            images[:300], labels[:300]
+        )
     model.calibrate(images[300:], 0.10)
     assert (model.predict(noise) == REJECT).all()
 

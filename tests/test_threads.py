@@ -20,7 +20,7 @@ from torchdnr.kernels.rbf import full_precision
 from torchdnr.svm import RBFSVM
 
 LAYERS = ["norm", "logits"]
-CALLS = 200
+CALLS = 100
 
 
 @pytest.fixture(autouse=True)
@@ -81,7 +81,7 @@ def assert_as_from_one_thread(model, function, threads, items):
     assert not any(module._forward_hooks for module in model.modules())
 
 
-@pytest.mark.parametrize("threads", [4, 8])
+@pytest.mark.parametrize("threads", [pytest.param(4, marks=pytest.mark.slow), 8])
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("kind", ["DNR", "NR"])
 def test_scores_are_those_of_one_thread(classifiers, kind, training, threads):

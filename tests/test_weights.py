@@ -163,6 +163,7 @@ def test_equal_weights_change_nothing_and_doubled_ones_are_doubled_images(data):
     )
 
 
+@pytest.mark.slow
 def test_weights_go_with_a_loader_in_its_order(data):
     images, labels, weight = data
     loader = list(zip(images.double().split(16), labels.split(16), strict=True))
