@@ -124,7 +124,7 @@ def test_of_points_within_one_standard_error_the_one_nearest_C_1_and_gamma_scale
     search = grid_search(x, y, folds=3)
     expected = chosen_by_hand(search, len(x), scale_gamma(x))
     assert (search.C, search.gamma) == pytest.approx(expected, rel=1e-6)
-    assert f"C = {search.C:g}, gamma = {search.gamma:g}" in search.reason
+    assert search.reason.startswith(f"C = {search.C:g}, gamma = {search.gamma:.4g}, ")
 
 
 def two_clouds(distance):
@@ -136,7 +136,9 @@ def two_clouds(distance):
 
 def test_where_the_whole_grid_ties_C_is_1_and_a_warning_says_that_nothing_else_decided():
     x, y = two_clouds(40)
-    with pytest.warns(SelectionWarning, match="does not tell its points apart: 20 of 20") as record:
+    with pytest.warns(
+        SelectionWarning, match="does not tell its points apart: .* of 20 in 20"
+    ) as record:
         search = grid_search(x, y, folds=4)
     assert (search.accuracy == 1).all() and record[0].filename == __file__
     assert search.C == 1.0 and search.gamma == pytest.approx(scale_gamma(x))

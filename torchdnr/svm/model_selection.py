@@ -231,9 +231,8 @@ def _choose(
     good = accuracy >= least
     count, total = int(good.sum()), good.numel()
     reason = (
-        f"{count} of {total} points are within one standard error of the best cross-validated "
-        f"accuracy, {top:.1%}; C = {best.C:g}, gamma = {best.gamma:g} is of these the one nearest "
-        'C = 1, then nearest gamma = "scale"'
+        f'C = {best.C:g}, gamma = {best.gamma:.4g}, the nearest to C = 1 and gamma = "scale" of '
+        f"{count} in {total} points within one standard error of the best accuracy, {top:.1%}"
     )
     if count == total > 1:
         _warn(f"{name}: the grid does not tell its points apart: {reason}; more samples may")
