@@ -64,7 +64,9 @@ def evading(net, points, labels):
         return evades(net(points), labels, False)
 
 
-@pytest.mark.parametrize("norm", [1, 2, math.inf])
+@pytest.mark.parametrize(
+    "norm", [2, *(pytest.param(norm, marks=pytest.mark.slow) for norm in (1, math.inf))]
+)
 @pytest.mark.parametrize("attack", [boundary_walk, fmn])
 def test_no_nearest_evasion_is_lost_in_a_file(attack, norm):
     net, images, labels, pool = digits()
@@ -92,7 +94,9 @@ ATTACKS = {
 }
 
 
-@pytest.mark.parametrize("norm", EPS)
+@pytest.mark.parametrize(
+    "norm", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in EPS if n != 2)]
+)
 @pytest.mark.parametrize("name", ATTACKS)
 def test_points_on_levels_keep_to_ball_and_mask_and_evade_nearly_as_often(name, norm):
     net, images, labels, _ = digits()

@@ -25,7 +25,7 @@ from torchdnr.decisions import REJECT
 from torchdnr.evaluation import security_evaluation
 from torchdnr.evaluation.line_up import build_line_up
 
-NORMS = (1, 2, math.inf)
+QUICK = [math.inf, *(pytest.param(norm, marks=pytest.mark.slow) for norm in (1, 2))]
 ATTACKS = {
     "pgd": pgd,
     "apgd": apgd,
@@ -46,7 +46,7 @@ def reach(inputs, norm):
     return torch.linalg.vector_norm(torch.maximum(inputs, 1 - inputs).flatten(1), norm, dim=1)
 
 
-@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("norm", QUICK)
 @pytest.mark.parametrize("name", ATTACKS)
 def test_an_eps_beyond_the_box_gives_the_points_of_an_eps_at_its_edge(name, norm):
     model = Bumps().eval()
@@ -58,7 +58,7 @@ def test_an_eps_beyond_the_box_gives_the_points_of_an_eps_at_its_edge(name, norm
         assert torch.equal(attack(eps=eps), at_edge)
 
 
-@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("norm", QUICK)
 def test_transfer_and_the_search_for_rejection_reach_as_far_whatever_lies_beyond(norm):
     model = Bumps().eval()
     inputs, labels = model.samples(10)

@@ -32,6 +32,7 @@ def made(tmp_path_factory):
     ], folder
 
 
+@pytest.mark.slow
 def test_max_error_sets_theta_by_the_error_among_the_accepted(made, capsys):
     options, folder = made
     asked = [*options, "--run", str(folder / "run")]

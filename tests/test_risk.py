@@ -90,7 +90,11 @@ def test_the_true_error_exceeds_the_bound_in_at_most_5_percent_of_draws(
 
 @pytest.mark.parametrize(
     ("scores", "error", "share"),
-    [(SCORES, falling, 0.95), (TIED, falling, 0.92), (SCORES, confident_errors, 0.95)],
+    [
+        (TIED, falling, 0.92),
+        pytest.param(SCORES, falling, 0.95, marks=pytest.mark.slow),
+        pytest.param(SCORES, confident_errors, 0.95, marks=pytest.mark.slow),
+    ],
 )
 def test_nearly_as_many_are_accepted_as_if_the_true_error_were_known(scores, error, share):
     population = Population(scores, error)

@@ -143,6 +143,7 @@ def test_images_of_weight_0_are_as_good_as_removed(data):
     torch.testing.assert_close(model.scores(images.double()), without.scores(images.double()))
 
 
+@pytest.mark.slow
 def test_equal_weights_change_nothing_and_doubled_ones_are_doubled_images(data):
     images, labels, _ = data
     plain = searched(images, labels)
