@@ -80,14 +80,14 @@ def class_scores(output: Any) -> Tensor:  # noqa: ANN401 - what networks return 
     Raises:
         TypeError: If it is none of these.
     """
-    found = output
+    scores = output
     if isinstance(output, Mapping):
-        found = output.get("logits", output.get("out"))
+        scores = output.get("logits", output.get("out"))
     elif not isinstance(output, Tensor):
         first = output[0] if isinstance(output, tuple | list) and output else None
-        found = getattr(output, "logits", first)
-    if isinstance(found, Tensor):
-        return found
+        scores = getattr(output, "logits", first)
+    if isinstance(scores, Tensor):
+        return scores
     got = f"{type(output).__name__}"
     if isinstance(output, Mapping):
         got += f" with keys {list(output)}"
@@ -102,8 +102,8 @@ def class_scores(output: Any) -> Tensor:  # noqa: ANN401 - what networks return 
 
 def method_of(model: object, name: str) -> Callable[..., Any] | None:
     """Return a method of a model; None without one, also where a layer has the name."""
-    found = getattr(model, name, None)
-    return None if isinstance(found, nn.Module) else found
+    attribute = getattr(model, name, None)
+    return None if isinstance(attribute, nn.Module) else attribute
 
 
 def predict_labels(output: Tensor, reject: bool) -> Tensor:

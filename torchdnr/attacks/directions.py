@@ -42,6 +42,13 @@ def _unit_of_any(flat: Tensor) -> tuple[Tensor, Tensor]:
     return flat / torch.where(length > 0, length, 1), length * largest
 
 
+def without_blocked(direction: Tensor, points: Tensor, bounds: Bounds) -> Tensor:
+    """Set the coordinates to zero that point out of the box where a point is at its edge."""
+    low, high = bounds
+    blocked = (direction > 0) & (points >= high) | (direction < 0) & (points <= low)
+    return torch.where(blocked, 0, direction)
+
+
 def steepest(
     direction: Tensor,
     points: Tensor,
@@ -62,8 +69,7 @@ def steepest(
         return direction
     if norm == math.inf:
         return direction.sign()
-    blocked = (direction > 0) & (points >= bounds[1]) | (direction < 0) & (points <= bounds[0])
-    size = torch.where(blocked, 0, direction).flatten(1).abs()
+    size = without_blocked(direction, points, bounds).flatten(1).abs()
     d = size.shape[1]
     count = (torch.as_tensor(share, dtype=size.dtype, device=size.device) * d).long().clamp(1, d)
     ordered = size.sort(dim=1, descending=True).values

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from torchdnr.arrays import as_images
 from torchdnr.attacks.checks import check_steps
-from torchdnr.attacks.directions import STEP_FADE, cosine, unit
+from torchdnr.attacks.directions import STEP_FADE, cosine, unit, without_blocked
 from torchdnr.attacks.options import SharedOptions, resolve
 from torchdnr.attacks.problem import problem
 from torchdnr.attacks.projections import Region, per_row, project, random_points
-from torchdnr.attacks.target import choose, evaluate, slope_at, without_blocked
+from torchdnr.attacks.target import choose, evaluate, slope_at
 
 _FIRST = 0.5  # first step relative to eps, by default
 

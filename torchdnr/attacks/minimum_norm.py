@@ -105,12 +105,12 @@ def nearest_evading(
             nearer = reached.norms < norms[reached.owner]
             owner = reached.owner[nearer]
             best[owner], norms[owner] = reached.points[nearer], reached.norms[nearer]
-        found = norms.isfinite().nonzero()[:, 0] if options.levels is not None else rows[:0]
-        if len(found):
-            part = problem.rows(rows[found])._replace(region=whole.rows(found))
-            best[found] = part.on_levels(best[found])
-            lost = evaluate(target, best[found], classes[found]).values >= 0
-            norms[found[lost]] = torch.inf
+        evading = norms.isfinite().nonzero()[:, 0] if options.levels is not None else rows[:0]
+        if len(evading):
+            part = problem.rows(rows[evading])._replace(region=whole.rows(evading))
+            best[evading] = part.on_levels(best[evading])
+            lost = evaluate(target, best[evading], classes[evading]).values >= 0
+            norms[evading[lost]] = torch.inf
         nearest[rows], without = best, without + (~norms.isfinite()).sum()
     if without:
         warnings.warn(

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from torchdnr.attacks.checks import check_steps
-from torchdnr.attacks.directions import steepest, step_sizes, unit
+from torchdnr.attacks.directions import steepest, step_sizes, unit, without_blocked
 from torchdnr.attacks.fixed_eps import Run, best_within
 from torchdnr.attacks.objectives import decision_objective, paper_objective
 from torchdnr.attacks.options import FixedEpsOptions, resolve
@@ -19,7 +19,6 @@ from torchdnr.attacks.target import (
     evaluate,
     input_gradient,
     keep_better,
-    without_blocked,
 )
 from torchdnr.decisions import split_scores, succeeds, true_and_best_other
 

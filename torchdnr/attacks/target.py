@@ -6,7 +6,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from torchdnr.attacks.directions import unit
+from torchdnr.attacks.directions import unit, without_blocked
 from torchdnr.attacks.objectives import NEGATIVE_IF_SUCCESSFUL, ObjectiveFunction
 from torchdnr.attacks.projections import (
     UNBOUNDED,
@@ -172,13 +172,6 @@ def slope_at(target: Target, points: Tensor, labels: Tensor, bounds: Bounds = UN
     if len(parts) == 1:
         return Slope(points, *parts[0])
     return Slope(points, *map(torch.cat, zip(*parts, strict=True)))
-
-
-def without_blocked(direction: Tensor, points: Tensor, bounds: Bounds) -> Tensor:
-    """Set the coordinates to zero that point out of the box where a point is at its edge."""
-    low, high = bounds
-    blocked = (direction > 0) & (points >= high) | (direction < 0) & (points <= low)
-    return torch.where(blocked, 0, direction)
 
 
 def input_gradient(value: Tensor, points: Tensor, *, retain: bool = False) -> Tensor:
