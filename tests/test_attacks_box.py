@@ -15,6 +15,7 @@ from torchdnr.attacks import (
     multi_target,
     orthogonal_pgd,
     pgd,
+    primal_dual,
     smoothed_pgd,
 )
 from torchdnr.decisions import evades
@@ -67,7 +68,7 @@ def test_attacks_within_eps_move_the_pixels_that_the_box_lets_move(attack, norm)
 
 
 @pytest.mark.parametrize("norm", [2, math.inf])
-@pytest.mark.parametrize("attack", [boundary_walk, fmn, ddn])
+@pytest.mark.parametrize("attack", [boundary_walk, fmn, ddn, primal_dual])
 def test_minimum_norm_attacks_find_the_nearest_evasion_where_most_pixels_are_black(attack, norm):
     if attack is ddn and norm != 2:
         pytest.skip("ddn knows the l2 norm alone")

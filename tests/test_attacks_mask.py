@@ -21,6 +21,7 @@ from torchdnr.attacks import (
     noise,
     orthogonal_pgd,
     pgd,
+    primal_dual,
     smoothed_pgd,
     square,
     transfer,
@@ -50,7 +51,7 @@ FIXED_EPS = {
     ),
     "random starts": partial(pgd, random_start=True, restarts=2),
 }
-NEAREST = {"walk": boundary_walk, "fmn": fmn, "ddn": ddn}
+NEAREST = {"walk": boundary_walk, "fmn": fmn, "ddn": ddn, "primal-dual": primal_dual}
 NEAREST_BY_NORM = [(name, norm) for name in NEAREST for norm in NORMS if name != "ddn" or norm == 2]
 
 

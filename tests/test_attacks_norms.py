@@ -7,7 +7,16 @@ import torch
 from attack_toys import NORMS, RBFMap
 from test_attacks import problem
 
-from torchdnr.attacks import apgd, boundary_walk, ddn, evades, fmn, line_search_pgd, pgd
+from torchdnr.attacks import (
+    apgd,
+    boundary_walk,
+    ddn,
+    evades,
+    fmn,
+    line_search_pgd,
+    pgd,
+    primal_dual,
+)
 from torchdnr.attacks.directions import steepest
 from torchdnr.attacks.projections import Region, random_points
 from torchdnr.decisions import succeeds
@@ -32,6 +41,7 @@ ATTACKS = {
     "apgd": fixed(apgd),
     "line_search_pgd": fixed(line_search_pgd),
     "fmn": minimum(fmn),
+    "primal-dual": minimum(primal_dual),
     "ddn": minimum(ddn),
     "boundary_walk": minimum(boundary_walk),
 }

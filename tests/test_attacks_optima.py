@@ -17,6 +17,7 @@ from torchdnr.attacks import (
     multi_target,
     orthogonal_pgd,
     pgd,
+    primal_dual,
     square,
     transfer,
 )
@@ -26,6 +27,7 @@ MINIMUM_NORM = {
     "boundary walk": boundary_walk,
     "FMN": partial(fmn, steps=200, starts=20, neighbours=60, step_size=0.2),
     "DDN": partial(ddn, steps=200, starts=20, neighbours=60),
+    "primal-dual": partial(primal_dual, starts=20, neighbours=60),
 }
 FIXED_EPS = {
     "PGD": partial(pgd, restarts=2),

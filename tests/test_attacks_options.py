@@ -22,6 +22,7 @@ from torchdnr.attacks import (
     noise,
     orthogonal_pgd,
     pgd,
+    primal_dual,
     smoothed_pgd,
     square,
     transfer,
@@ -32,7 +33,7 @@ from torchdnr.attacks.options import DEFAULTS, options_of, resolve
 MODEL = Bumps().eval()
 INPUTS, LABELS = MODEL.samples(3)
 FIXED_EPS = [apgd, line_search_pgd, noise, orthogonal_pgd, pgd, smoothed_pgd, square]
-MINIMUM_NORM = [boundary_walk, ddn, fmn]
+MINIMUM_NORM = [boundary_walk, ddn, fmn, primal_dual]
 ATTACKS = [*FIXED_EPS, *MINIMUM_NORM, lowest_confidence]
 each = pytest.mark.parametrize("attack", ATTACKS, ids=lambda attack: attack.__name__)
 

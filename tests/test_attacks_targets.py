@@ -14,6 +14,7 @@ from torchdnr.attacks import (
     fmn,
     line_search_pgd,
     pgd,
+    primal_dual,
     square,
 )
 from torchdnr.decisions import predict_labels
@@ -29,6 +30,7 @@ ATTACKS = {
     "ensemble": EnsembleAttack({"pgd": pgd, "apgd": apgd}),
     "walk": boundary_walk,
     "fmn": fmn,
+    "primal-dual": primal_dual,
 }
 
 
@@ -41,7 +43,7 @@ def toy():
 @pytest.mark.parametrize("name", ATTACKS)
 def test_one_class_for_all_is_that_class_for_each_and_its_own_samples_are_left(name):
     model, inputs, labels, pool = toy()
-    last = pool if name in ("walk", "fmn") else 0.4
+    last = pool if name in ("walk", "fmn", "primal-dual") else 0.4
     own = labels == 1
     assert own.any() and not own.all()
     for_all = ATTACKS[name](model, inputs, labels, last, targets=1)
@@ -133,7 +135,7 @@ class NoEmptyBatch(torch.nn.Module):
         return torch.stack([flat.sum(dim=1) * 0 + 1, flat.sum(dim=1) * 0], dim=1)
 
 
-@pytest.mark.parametrize("attack", [fmn, boundary_walk])
+@pytest.mark.parametrize("attack", [fmn, boundary_walk, primal_dual])
 @pytest.mark.parametrize("levels", [None, 256])
 def test_a_network_is_never_called_without_images(attack, levels):
     inputs = torch.full((3, 1, 4, 4), 128 / 255)

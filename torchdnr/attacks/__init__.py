@@ -20,6 +20,7 @@ from torchdnr.attacks.objectives import OBJECTIVES
 from torchdnr.attacks.options import EvasionOptions, FixedEpsOptions, SharedOptions
 from torchdnr.attacks.orthogonal import orthogonal_pgd
 from torchdnr.attacks.pgd import pgd
+from torchdnr.attacks.primal_dual import primal_dual
 from torchdnr.attacks.projections import project, project_box, project_l1, project_l2, project_linf
 from torchdnr.attacks.smoothing import smoothed_pgd
 from torchdnr.attacks.square import square
@@ -44,6 +45,7 @@ __all__ = [
     "noise",
     "orthogonal_pgd",
     "pgd",
+    "primal_dual",
     "project",
     "project_box",
     "project_l1",

@@ -24,11 +24,14 @@ from torchdnr.attacks.starts import bisect, keep_nearest, lengths
 from torchdnr.attacks.target import slope_at
 
 # The schedule is a function of the step alone, never of their number: more steps only add to it.
-_FIRST_CYCLE = 100  # steps of the first cosine cycle; each later one is twice as long
-_STEP_SIZE = (0.4, 0.004)  # first and last step of a cycle, relative to the best norm so far
-_SHRINKAGE = (0.05, 0.001)  # the same for the relative change of the radius
-_MAX_RATE = 0.3  # largest relative change of the radius in one step
+_SEARCH = 60  # steps from every start; then cycles of 20, 40, 80, ... polish the best point
+_POLISH = 20
 _HALVE_AT = (15, 30, 45)  # steps after which the farther half of each input's starts is dropped
+# First and last of a cosine, relative to the best norm so far: step size and change of the radius.
+_SEARCH_SIZE, _SEARCH_SHRINKAGE = (1.0, 4.0, 0.5), (0.2, 0.002)
+_LAST_SIZE = 0.01
+_POLISH_SIZE, _POLISH_SHRINKAGE = (0.1, 0.001), (0.01, 0.0002)
+_MAX_RATE = 0.4  # largest relative change of the radius in one step
 _HALVINGS = 10  # bisections towards the input at the end of a cycle
 
 
@@ -39,8 +42,8 @@ def boundary_walk(
     init_inputs: Tensor,
     *,
     eps: float | Tensor | None = None,
-    steps: int = 100,
-    neighbours: int = 60,
+    steps: int = 80,
+    neighbours: int = 40,
     starts: int = 20,
     **shared: Unpack[EvasionOptions],
 ) -> Tensor:
@@ -121,29 +124,32 @@ def _walk(run: NearRun, *, steps: int) -> Nearest:
     state = _Walks(run.owner, run.first, length, torch.zeros_like(length), run.first, length)
     starts = run.starts
     for step in range(steps if len(run.owner) else 0):
-        if step in _HALVE_AT:
-            starts = (starts + 1) // 2
+        if step in (*_HALVE_AT, _SEARCH):
+            starts = 1 if step == _SEARCH else (starts + 1) // 2
             state = state.rows(keep_nearest(state.owner, state.best_norm, starts))
-        size, shrinkage, first, last = _schedule(step)
+        size, shrinkage, first = _schedule(step, run.restart)
         if first:
             state = state._replace(point=state.best, radius=state.best_norm)
         state = _step(run, state, size, shrinkage)
-        if last:  # move the best points straight towards the inputs while they evade
-            center, labels = run.region.center[state.owner], run.labels[state.owner]
-            best = bisect(run.target, labels, center, state.best, _HALVINGS)
-            state = state._replace(best=best, best_norm=lengths(best, center, run.region.norm))
         run.bar.update()
-    nearest = state.rows(keep_nearest(state.owner, state.best_norm, 1))
-    return Nearest(nearest.owner, nearest.best, nearest.best_norm)
+    state = state.rows(keep_nearest(state.owner, state.best_norm, 1))
+    # The best points move straight towards the inputs for as long as they evade.
+    center, labels = run.region.center[state.owner], run.labels[state.owner]
+    best = bisect(run.target, labels, center, state.best, _HALVINGS)
+    return Nearest(state.owner, best, lengths(best, center, run.region.norm))
 
 
-def _schedule(step: int) -> tuple[float, float, bool, bool]:
-    """Return step size, shrinkage, and whether the step begins and ends a cycle."""
-    begin, length = 0, _FIRST_CYCLE
-    while step >= begin + length:
-        begin, length = begin + length, 2 * length
-    size, shrinkage = (cosine(step - begin, length, *ends) for ends in (_STEP_SIZE, _SHRINKAGE))
-    return size, shrinkage, step == begin, step == begin + length - 1
+def _schedule(step: int, restart: int) -> tuple[float, float, bool]:
+    """Return step size, shrinkage, and whether the step begins a cycle."""
+    if step < _SEARCH:
+        largest = _SEARCH_SIZE[restart % len(_SEARCH_SIZE)]
+        ends, length = ((largest, _LAST_SIZE), _SEARCH_SHRINKAGE), _SEARCH
+    else:
+        step, length, ends = step - _SEARCH, _POLISH, (_POLISH_SIZE, _POLISH_SHRINKAGE)
+        while step >= length:
+            step, length = step - length, 2 * length
+    size, shrinkage = (cosine(step, length, *pair) for pair in ends)
+    return size, shrinkage, step == 0
 
 
 def _step(run: NearRun, state: _Walks, size: float, shrinkage: float) -> _Walks:

@@ -17,6 +17,7 @@ from torchdnr.attacks.problem import problem
 from torchdnr.attacks.projections import Region, per_row
 from torchdnr.attacks.target import Points, Target, best_trials, better, put, slope_at
 
+_USEFUL = 2  # longest step tried but one, relative to eps: all longer ones project almost alike
 _PATIENCE = 3  # consecutive small changes that end a descent
 
 STEP_SIZES = {1: 1.0, 2: 0.1, math.inf: 0.005}
@@ -39,11 +40,12 @@ def line_search_pgd(
 ) -> Tensor:
     """Minimise the objective within ``eps`` of each input.
 
-    Each step follows the normalised gradient and tries ``step_size * 2^k`` for k = 0..doublings,
-    and halved steps where none of them improves; every trial is projected on ball and box and the
-    best one is the next point. A sample stops when no trial improves, or when three steps in a row
-    change its objective by no more than ``tol`` of all its descent. It then leaves the batch, and,
-    without restarts, its result does not depend, but for rounding, on which samples shared it.
+    Each step follows the normalised gradient and tries ``step_size * 2^k`` for k = 0..doublings, of
+    those beyond twice the largest eps the last alone, and halved steps where none of them
+    improves; every trial is projected on ball and box and the best one is the next point. A sample
+    stops when no trial improves, or when three steps in a row change its objective by no more than
+    ``tol`` of all its descent. It then leaves the batch, and, without restarts and with one eps,
+    its result does not depend, but for rounding, on which samples shared it.
 
     What is returned is the best point evaluated: an evading point (accepted and wrong) beats any
     other, then the lower objective counts. More steps, or a start, never make it worse.
@@ -86,6 +88,9 @@ def line_search_pgd(
         exponents = torch.arange(-halvings, doublings + 1).to(attacked.region.center)
         sizes = smallest * torch.exp2(exponents)
         first, shorter = sizes[halvings:], sizes[:halvings]
+        useful = first <= _USEFUL * attacked.region.eps.amax()
+        useful[-1:] = True
+        first = first[useful]
         descend = partial(_descend, first=first, shorter=shorter, steps=steps, tol=tol)
         return best_within(attacked, descend, steps=steps, name="line search", after_evasion=True)
 

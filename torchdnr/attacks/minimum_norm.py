@@ -49,6 +49,7 @@ class NearRun(NamedTuple):
     owner: Tensor  # the input that each start belongs to, (r,)
     first: Tensor  # where to start, (r, ...)
     starts: int  # of one input, at the most
+    restart: int  # number of this run
     bar: tqdm  # to be updated once per step
 
 
@@ -101,7 +102,9 @@ def nearest_evading(
                 every = torch.arange(len(center), device=center.device)
                 owner, first = torch.cat([every, owner]), torch.cat([elsewhere, first])
             with options.bar(steps, name) as bar:
-                reached = descend(NearRun(target, whole, classes, owner, first, starts, bar))
+                reached = descend(
+                    NearRun(target, whole, classes, owner, first, starts, restart, bar)
+                )
             nearer = reached.norms < norms[reached.owner]
             owner = reached.owner[nearer]
             best[owner], norms[owner] = reached.points[nearer], reached.norms[nearer]

@@ -18,6 +18,7 @@ from torchdnr.attacks.noise import noise
 from torchdnr.attacks.options import options_of
 from torchdnr.attacks.orthogonal import orthogonal_pgd
 from torchdnr.attacks.pgd import pgd
+from torchdnr.attacks.primal_dual import primal_dual
 from torchdnr.attacks.smoothing import smoothed_pgd
 from torchdnr.attacks.square import square
 from torchdnr.attacks.transfer import transfer
@@ -114,6 +115,12 @@ ATTACKS = {
     ),
     "pgd": Entry("PGD", pgd, "plain projected descent"),
     "fmn": Entry("FMN", fmn, "nearest evasion: a radius that adapts", minimum_norm=True),
+    "primal-dual": Entry(
+        "primal-dual",
+        primal_dual,
+        "nearest evasion: pull to the image against push into a class",
+        minimum_norm=True,
+    ),
     "ddn": Entry(
         "DDN",
         ddn,
