@@ -28,7 +28,9 @@ _SEARCH = 60  # steps from every start; then cycles of 20, 40, 80, ... polish th
 _POLISH = 20
 _HALVE_AT = (15, 30, 45)  # steps after which the farther half of each input's starts is dropped
 # Relative to the best norm so far, first and last of a cosine: step, and change of the radius.
-_FIRST_SIZES, _LAST_SIZE = (1.0, 4.0, 0.5), 0.01  # the first one of each restart in turn
+# The first step, by norm, is that of each restart in turn.
+_FIRST_SIZES = {1: (0.5, 1.0, 0.2), 2: (1.0, 4.0, 0.5), math.inf: (1.0, 0.3, 4.0)}
+_LAST_SIZE = 0.01
 _SHRINKAGE = (0.2, 0.002)
 _POLISH_SIZE, _POLISH_SHRINKAGE = (0.1, 0.001), (0.01, 0.0002)
 _MAX_RATE = 0.4  # largest relative change of the radius in one step
@@ -57,7 +59,7 @@ def boundary_walk(
 
     Where the walk ends depends on where it starts and on how long its first steps are, more than on
     how many it takes. So many starts are walked for a while, and restarts begin with other steps
-    too: as long as the best norm, then four times as long, then half as long. After 60 steps the
+    too: in l2 as long as the best norm, then 4 times as long, then half as long. After 60 steps the
     best point alone is polished, in cycles of 20, 40, 80, ... steps: more are never worse, and 80,
     120, 200, ... make the best use of them. Each step is one forward and backward of every start
     still walked; with the defaults an input costs about 590 of them, plus some 290 forwards.
@@ -78,7 +80,7 @@ def boundary_walk(
         neighbours: Pool samples tried per input, half of them the nearest of each of the nearest
             classes.
         starts: Starts per input, of different classes as far as there are; half of them are dropped
-            after 15, 30 and 45 steps, and all but one after 60.
+            after 15, 30 and 45 steps, all but one after 60.
         **shared: See ``EvasionOptions``.
 
     Returns:
@@ -125,32 +127,33 @@ def _walk(run: NearRun, *, steps: int) -> Nearest:
     state = _Walks(run.owner, run.first, length, torch.zeros_like(length), run.first, length)
     starts = run.starts
     for step in range(steps if len(run.owner) else 0):
-        if step in (*_HALVE_AT, _SEARCH):
-            starts = 1 if step == _SEARCH else (starts + 1) // 2
+        if step in _HALVE_AT:
+            starts = (starts + 1) // 2
             state = state.rows(keep_nearest(state.owner, state.best_norm, starts))
-        size, shrinkage, first = _schedule(step, run.restart)
-        if first:
-            state = state._replace(point=state.best, radius=state.best_norm)
+        size, shrinkage, left = _schedule(step, run)
         state = _step(run, state, size, shrinkage)
+        if left == 0:  # only the best goes on, straight towards the input while it evades
+            state = state.rows(keep_nearest(state.owner, state.best_norm, 1))
+            center, labels = run.region.center[state.owner], run.labels[state.owner]
+            best = bisect(run.target, labels, center, state.best, _HALVINGS)
+            norms = lengths(best, center, run.region.norm)
+            state = state._replace(point=best, radius=norms, best=best, best_norm=norms)
         run.bar.update()
-    state = state.rows(keep_nearest(state.owner, state.best_norm, 1))
-    # The best points move straight towards the inputs for as long as they evade.
-    center, labels = run.region.center[state.owner], run.labels[state.owner]
-    best = bisect(run.target, labels, center, state.best, _HALVINGS)
-    return Nearest(state.owner, best, lengths(best, center, run.region.norm))
+    nearest = state.rows(keep_nearest(state.owner, state.best_norm, 1))
+    return Nearest(nearest.owner, nearest.best, nearest.best_norm)
 
 
-def _schedule(step: int, restart: int) -> tuple[float, float, bool]:
-    """Return step size, shrinkage, and whether the step begins a cycle."""
+def _schedule(step: int, run: NearRun) -> tuple[float, float, int]:
+    """Return step size, shrinkage, and how many steps of the cycle are left after this one."""
     if step < _SEARCH:
-        first = _FIRST_SIZES[restart % len(_FIRST_SIZES)]
-        ends, length = ((first, _LAST_SIZE), _SHRINKAGE), _SEARCH
+        sizes = _FIRST_SIZES[run.region.norm]
+        ends, length = ((sizes[run.restart % len(sizes)], _LAST_SIZE), _SHRINKAGE), _SEARCH
     else:
         step, length, ends = step - _SEARCH, _POLISH, (_POLISH_SIZE, _POLISH_SHRINKAGE)
         while step >= length:
             step, length = step - length, 2 * length
     size, shrinkage = (cosine(step, length, *pair) for pair in ends)
-    return size, shrinkage, step == 0
+    return size, shrinkage, length - 1 - step
 
 
 def _step(run: NearRun, state: _Walks, size: float, shrinkage: float) -> _Walks:

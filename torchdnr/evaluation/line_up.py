@@ -106,8 +106,8 @@ ATTACKS = {
         boundary_walk,
         "a walk to the image from accepted ones",
         minimum_norm=True,
-        # Other starts lead to other valleys: of sixty digits two to four more within eps 1.5.
-        options={"restarts": 1},
+        # Other starts and other first steps lead to other valleys, more of them than more starts.
+        options={"starts": 8, "neighbours": 20, "restarts": 2},
     ),
     "apgd": Entry("APGD", apgd, "descent with momentum and steps that adapt"),
     "apgd-multi-target": Entry(
