@@ -145,6 +145,9 @@ def test_a_minimum_norm_attack_runs_once_and_counts_where_its_norm_allows(data):
         assert evasion_rate(predictions, labels) == pytest.approx(expected.float().mean().item())
     best = torch.where(clean_error, 0.0, torch.where(evades, norm, torch.inf)).double()
     assert torch.allclose(curve.evasion_norm, best)
+    evaded = best.isfinite()
+    assert torch.equal(curve.nearest[~evaded], inputs[~evaded])
+    assert torch.allclose((curve.nearest - inputs).norm(dim=1)[evaded].double(), best[evaded])
     assert curve.median_evasion_norm == best.median()
 
 
@@ -321,7 +324,7 @@ def test_json_round_trip(data, tmp_path):
     for rate in ("accuracy", "rejection_rate", "evasion_rate", "accuracy_interval"):
         assert getattr(loaded, rate) == getattr(curve, rate)
     assert torch.equal(loaded.evasion_norm, curve.evasion_norm)
-    assert loaded.adversarial is None
+    assert loaded.adversarial is None and loaded.nearest is None
     assert loaded.settings["seed"] == 3 and loaded.settings["radius"] == "inf"
     for name, attack in curve.attacks.items():
         other = loaded.attacks[name]

@@ -120,6 +120,8 @@ class SecurityCurve(Predictions):
         environment: Versions and hardware.
         seconds: Time in the attacks, including what a resumed run had spent before.
         adversarial: Worst-case points on the CPU, ``(len(eps), n, ...)``; never in the JSON.
+        nearest: Nearest evading points on the CPU, ``(n, ...)``, at the norms ``evasion_norm``; the
+            input where there is none; never in the JSON.
         rounded: What is predicted once these points are rounded to 8 bits, as in an image file.
     """
 
@@ -132,6 +134,7 @@ class SecurityCurve(Predictions):
     environment: dict[str, Any]
     seconds: float
     adversarial: Tensor | None = None
+    nearest: Tensor | None = None
     rounded: Predictions | None = None
 
     @property
@@ -140,11 +143,11 @@ class SecurityCurve(Predictions):
         return median_of(self.evasion_norm).value
 
     def to_dict(self) -> dict[str, Any]:
-        """Convert to numbers, lists and dictionaries: everything but ``adversarial``."""
+        """Convert to numbers, lists and dictionaries: everything but the points."""
         shared = "eps", "labels", "targets"
         attacks = {name: _plain(curve, *shared) for name, curve in self.attacks.items()}
         rounded = None if self.rounded is None else _plain(self.rounded, *shared)
-        content = _plain(self, "adversarial") | {"attacks": attacks, "rounded": rounded}
+        content = _plain(self, "adversarial", "nearest") | {"attacks": attacks, "rounded": rounded}
         return {"format": FORMAT, **content, "median_evasion_norm": self.median_evasion_norm}
 
     @classmethod
@@ -165,8 +168,9 @@ class SecurityCurve(Predictions):
                 name: AttackCurve(**_fields(AttackCurve, {**attack, **shared}))
                 for name, attack in content["attacks"].items()
             }
-            whole = {**content, "attacks": attacks, "adversarial": None, "rounded": rounded}
-            return cls(**_fields(cls, {**whole, "norm": float(content["norm"])}))
+            whole = {**content, "attacks": attacks, "rounded": rounded}
+            whole |= {"adversarial": None, "nearest": None, "norm": float(content["norm"])}
+            return cls(**_fields(cls, whole))
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"not a security curve, {error!r}: evaluate the model again") from None
 
@@ -176,7 +180,7 @@ class SecurityCurve(Predictions):
 
     @classmethod
     def load(cls, path: str | Path) -> SecurityCurve:
-        """Read a curve written by ``save``; ``adversarial`` is None."""
+        """Read a curve written by ``save``; ``adversarial`` and ``nearest`` are None."""
         return cls.from_dict(read_json(path))
 
     def plot(self, path: str | Path) -> None:

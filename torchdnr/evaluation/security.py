@@ -22,6 +22,7 @@ from torchdnr.attacks.checks import (
     check_targets,
     checked_inputs,
 )
+from torchdnr.attacks.minimum_norm import Kept
 from torchdnr.attacks.objectives import decision_objective
 from torchdnr.attacks.target import Target, check_classes
 from torchdnr.decisions import evaluation_mode, has_reject_column
@@ -253,11 +254,11 @@ class _Job:
 
 
 class _Result(NamedTuple):
-    """One attack over all eps: its curve, its points, and the smallest norms that evade."""
+    """One attack over all eps: its curve, its points, and the nearest of them that evade."""
 
     curve: AttackCurve
     judged: list[Judged]
-    evasion_norm: Tensor
+    nearest: Kept
 
 
 def _attack_at_every_eps(job: _Job, eps: list[float], bar: tqdm) -> _Result:
@@ -274,7 +275,7 @@ def _attack_at_every_eps(job: _Job, eps: list[float], bar: tqdm) -> _Result:
     bar.set_description(job.classifier)
     judged: list[Judged] = []
     costs: list[dict[str, Any]] = []
-    norms = [_evasion_norm(task, job.clean)]
+    kept = _keep(task, _none_kept(task), job.clean)
     last, nearest = job.clean, None  # nearest: points of a minimum-norm attack
     for value in eps:
         bar.set_postfix_str(f"{job.name}, eps {value:g}")
@@ -297,13 +298,13 @@ def _attack_at_every_eps(job: _Job, eps: list[float], bar: tqdm) -> _Result:
             costs[-1] |= {**steps.costs[step], "violations": violations}
             if attack.minimum_norm:
                 nearest = points
-                norms.append(_evasion_norm(task, judge(task, nearest)))
+                kept = _keep(task, kept, judge(task, nearest))
         if value > 0:
             if nearest is not None:
                 points = task.inside(nearest, value)
             last = judge(task, points)
         judged.append(last)
-        norms.append(_evasion_norm(task, last))
+        kept = _keep(task, kept, last)
         bar.update()
     per_eps: dict[str, Any] = {key: [cost[key] for cost in costs] for key in PER_EPS}
     curve = AttackCurve(
@@ -312,7 +313,7 @@ def _attack_at_every_eps(job: _Job, eps: list[float], bar: tqdm) -> _Result:
         **per_eps,
         settings=dict(attack.settings),
     )
-    return _Result(curve, judged, torch.stack(norms).amin(dim=0))
+    return _Result(curve, judged, kept)
 
 
 def _steps(attack: Attack, eps: list[float]) -> list[str]:
@@ -328,10 +329,16 @@ def _spent(job: _Job) -> dict[str, float]:
     return {"seconds": time.perf_counter(), **rows}
 
 
-def _evasion_norm(task: Task, judged: Judged) -> Tensor:
-    """Return the norm of each perturbation that evades, infinite elsewhere."""
-    evades = task.succeeds(judged.predictions).to(judged.size.device)
-    return judged.size.masked_fill(~evades, math.inf)
+def _none_kept(task: Task) -> Kept:
+    """Return the inputs, on the CPU, at an infinite norm: nothing evades yet."""
+    norms = torch.full((len(task.inputs),), math.inf, dtype=torch.float64)
+    return Kept(task.inputs.cpu(), norms)
+
+
+def _keep(task: Task, kept: Kept, judged: Judged) -> Kept:
+    """Keep what evades and is nearer."""
+    evades = task.succeeds(judged.predictions)
+    return kept.update(judged.points, judged.size.cpu(), evades.cpu())
 
 
 def _as_image(task: Task, points: Tensor) -> Tensor:
@@ -365,6 +372,9 @@ def _worst_case(
             for result in results:
                 worst = worse(job.task, worst, result.judged[index])
         judged.append(worst)
+    nearest = _none_kept(job.task)
+    for result in results:
+        nearest = nearest.update(*result.nearest, result.nearest.norms.isfinite())
     rounded = [judge(job.task, _as_image(job.task, entry.points)) for entry in judged]
     return SecurityCurve(
         **_predictions(job.task, eps, judged),
@@ -373,9 +383,10 @@ def _worst_case(
         norm=float(job.task.norm),
         rejects=job.task.reject,
         attacks={job.name: result.curve for job, result in attacks},
-        evasion_norm=torch.stack([result.evasion_norm for result in results]).amin(dim=0).cpu(),
+        evasion_norm=nearest.norms,
         settings=settings,
         environment=describe_environment(job.task.inputs.device),
         seconds=sum(sum(result.curve.seconds) for result in results),
         adversarial=torch.stack([entry.points for entry in judged]),
+        nearest=nearest.points,
     )
