@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from inspect import signature
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -19,7 +20,7 @@ from torchdnr.attacks.options import options_of
 from torchdnr.attacks.orthogonal import orthogonal_pgd
 from torchdnr.attacks.pgd import pgd
 from torchdnr.attacks.primal_dual import primal_dual
-from torchdnr.attacks.smoothing import smoothed_pgd
+from torchdnr.attacks.smoothing import FACTORS, smoothed_pgd
 from torchdnr.attacks.square import square
 from torchdnr.attacks.transfer import transfer
 from torchdnr.decisions import method_of
@@ -37,33 +38,81 @@ _GIVEN = {
 }
 
 
+class Passes(NamedTuple):
+    """Inputs sent through a model, per input that is attacked or in all."""
+
+    forwards: float
+    backwards: float
+
+
+_UNKNOWN = Passes(100, 100)  # those of an attack that does not tell
+
+
 @dataclass(frozen=True)
 class Attack:
     """An attack of the line-up.
 
     Attributes:
         run: ``run(model, inputs, labels, eps, start) -> points``, each within ``eps`` of its
-            input. It is called with the samples that do not evade at a smaller eps; ``start``
-            holds their points there, at first the inputs themselves. Of ``mask``, ``targets`` and
-            ``levels`` it is given by name what the evaluation has, for these samples.
+            input, from ``start``. Of ``mask``, ``targets`` and ``levels`` it is given by name what
+            the evaluation has, for these samples, and with a ``pool`` its classes ``init_labels``.
         minimum_norm: Whether the points are the nearest evading ones, whatever their norm: ``run``
             is called once, with an infinite ``eps``, and serves every eps.
+        every_eps: Whether it is called at every eps, with the samples that do not evade at a
+            smaller one and their points there, at first the inputs, so that it has a curve of its
+            own. Otherwise, beside minimum-norm attacks, it only looks for points nearer than those
+            of the others: ``eps`` is ``(n,)`` then, just below the smallest norm of each sample.
         settings: Every option that changes the points, seed included: stored with the results,
-            and a checkpoint is only resumed if they are the same.
+            and what a checkpoint has of it is only used if they are the same.
         needs: Name of a method without which a model cannot be attacked like this: it is left out.
-        fingerprint: Digests of the tensors that the points depend on beside the inputs; a
-            checkpoint is only resumed if they are the same too.
+        fingerprint: Digests of the tensors that the points depend on beside the inputs, for the
+            same purpose.
+        pool: Inputs from which it starts, ``(m, ...)``, if it takes the classes that the model
+            assigns to them, ``init_labels``: they are then found once, not in each call.
+        passes: About how many one call takes per sample, to estimate the time beforehand.
     """
 
     run: Callable[..., Tensor]
     minimum_norm: bool = False
+    every_eps: bool = True
     settings: Mapping[str, Any] = field(default_factory=dict)
     needs: str | None = None
     fingerprint: Mapping[str, str] = field(default_factory=dict)
+    pool: Tensor | None = None
+    passes: Passes = _UNKNOWN
 
     def fits(self, model: object) -> bool:
         """Tell whether a model has what the attack needs."""
         return self.needs is None or method_of(model, self.needs) is not None
+
+
+def _descents(options: Mapping[str, Any], forwards: int = 1, backwards: int = 1) -> Passes:
+    """Count a descent from the input, one from the pool, and the restarts.
+
+    ``forwards`` and ``backwards`` are those of a step.
+    """
+    steps = options["steps"] * (2 + options["restarts"])
+    return Passes(steps * forwards + 14, steps * backwards)
+
+
+def _near_descents(options: Mapping[str, Any]) -> Passes:
+    """Count descents from the input and from each start, and what finds the starts."""
+    starts = options["starts"] * (1 + options["restarts"])
+    steps = options["steps"] * (1 + starts)
+    return Passes(steps + 2 * options["neighbours"] + 30 * starts, steps)
+
+
+def _walks(options: Mapping[str, Any]) -> Passes:
+    """Count walks, most of which end early, and what finds their starts."""
+    rounds, starts = 1 + options["restarts"], options["starts"]
+    steps = options["steps"] * starts / 3
+    return Passes(rounds * (steps + options["neighbours"] + 9 * starts), rounds * steps)
+
+
+def _line_searches(options: Mapping[str, Any]) -> Passes:
+    """Count descents that stop halfway on average, with the trials of each step."""
+    steps = options["steps"] * (2 + options["restarts"]) / 2
+    return Passes(steps * (2 + options["doublings"]), steps)
 
 
 class Entry(NamedTuple):
@@ -73,10 +122,12 @@ class Entry(NamedTuple):
     attack: Callable[..., Tensor]
     help: str
     minimum_norm: bool = False  # whether it finds the nearest evading points
+    every_eps: bool = False  # see ``Attack``
     options: Mapping[str, Any] = MappingProxyType({})  # where they are not the defaults
     inner: Callable[..., Tensor] | None = None  # run within it, whose options it has as well
     without: frozenset[str] = frozenset()  # options, inner or shared, that it cannot be given
     needs: str | None = None  # see ``Attack``
+    passes: Callable[[Mapping[str, Any]], Passes] = _descents  # ``Attack.passes`` by its options
 
     @property
     def defaults(self) -> dict[str, Any]:
@@ -99,7 +150,9 @@ ATTACKS = {
         LINE_SEARCH_PGD,
         line_search_pgd,
         "the paper's: descent with a line search, from the image and from another class",
+        every_eps=True,
         options={"objective": "paper"},
+        passes=_line_searches,
     ),
     "boundary-walk": Entry(
         BOUNDARY_WALK,
@@ -108,18 +161,30 @@ ATTACKS = {
         minimum_norm=True,
         # Other starts and other first steps lead to other valleys, more of them than more starts.
         options={"starts": 8, "neighbours": 20, "restarts": 2},
+        passes=_walks,
     ),
     "apgd": Entry("APGD", apgd, "descent with momentum and steps that adapt"),
     "apgd-multi-target": Entry(
-        "multi-target APGD", multi_target, "APGD towards each other class in turn", inner=apgd
+        "multi-target APGD",
+        multi_target,
+        "APGD towards each other class in turn",
+        inner=apgd,
+        passes=partial(_descents, forwards=9, backwards=9),  # of ten classes
     ),
     "pgd": Entry("PGD", pgd, "plain projected descent"),
-    "fmn": Entry("FMN", fmn, "nearest evasion: a radius that adapts", minimum_norm=True),
     "primal-dual": Entry(
         "primal-dual",
         primal_dual,
         "nearest evasion: pull to the image against push into a class",
         minimum_norm=True,
+        passes=_near_descents,
+    ),
+    "fmn": Entry(
+        "FMN",
+        fmn,
+        "nearest evasion: a radius that adapts",
+        minimum_norm=True,
+        passes=_near_descents,
     ),
     "ddn": Entry(
         "DDN",
@@ -127,30 +192,49 @@ ATTACKS = {
         "nearest evasion: direction, then norm; l2 only",
         minimum_norm=True,
         without=frozenset({"norm"}),
+        passes=_near_descents,
     ),
     "selective-pgd": Entry(
         "selective PGD",
         orthogonal_pgd,
         "first to another class, then to be accepted",
         options={"projected": "none", "selective": True},
+        passes=partial(_descents, backwards=2),
     ),
     "orthogonal-pgd": Entry(
         "orthogonal PGD",
         orthogonal_pgd,
         "to another class and to be accepted at once, along gradients that do not disturb",
+        passes=partial(_descents, backwards=2),
     ),
     "smoothed-pgd": Entry(
-        "smoothed PGD", smoothed_pgd, "on wider kernels first, for NR and DNR", needs="smoothed"
+        "smoothed PGD",
+        smoothed_pgd,
+        "on wider kernels first, for NR and DNR",
+        needs="smoothed",
+        passes=partial(_descents, forwards=len(FACTORS), backwards=len(FACTORS)),
     ),
-    "square": Entry("Square", square, "random search, without gradients"),
+    "square": Entry(
+        "Square",
+        square,
+        "random search, without gradients",
+        passes=lambda options: Passes(options["queries"] * (2 + options["restarts"]), 0),
+    ),
     "transfer": Entry(
         "transfer",
         transfer,
         "made on the network, tried on the others",
         inner=pgd,
-        without=frozenset({"objective"}),  # it goes through several of its own
+        # it goes through several objectives of its own, and the classes are another model's
+        without=frozenset({"objective", "init_labels"}),
+        passes=partial(_descents, forwards=2, backwards=2),  # of the network, for two objectives
     ),
-    "noise": Entry("noise", noise, "random points: what any attack has to beat"),
+    "noise": Entry(
+        "noise",
+        noise,
+        "random points: what any attack has to beat",
+        passes=lambda options: Passes(options["draws"] * (2 + options["restarts"]), 0),
+    ),
 }
 """Attacks by the names that the command line knows, in the order in which they run."""
 
@@ -258,7 +342,16 @@ def build_line_up(
         if entry.inner is not None:
             extra["attack"] = entry.inner
         run = _runner(entry, {**settings, **extra})
-        line_up[entry.label] = Attack(run, entry.minimum_norm, settings, entry.needs, fingerprint)
+        line_up[entry.label] = Attack(
+            run,
+            entry.minimum_norm,
+            entry.every_eps,
+            settings,
+            entry.needs,
+            fingerprint,
+            passes=entry.passes(settings),
+            pool=init_inputs if {"init_inputs", "init_labels"} <= entry.accepts else None,
+        )
     return line_up
 
 
@@ -271,11 +364,11 @@ def _runner(entry: Entry, options: Mapping[str, Any]) -> Callable[..., Tensor]:
         model: Callable[[Tensor], Tensor],
         inputs: Tensor,
         labels: Tensor,
-        eps: float,
+        eps: float | Tensor,
         start: Tensor,
-        **given: Any,  # noqa: ANN401 - mask, targets, levels
+        **given: Any,  # noqa: ANN401 - mask, targets, levels, init_labels
     ) -> Tensor:
         given |= {key: {"eps": eps, "start": start}[key] for key in names}
-        return entry.attack(model=model, inputs=inputs, labels=labels, **options, **given)
+        return entry.attack(model=model, inputs=inputs, labels=labels, **{**options, **given})
 
     return run
