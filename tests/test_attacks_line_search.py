@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from attack_toys import RBFMap
 from test_attacks import problem
 
 from torchdnr.attacks import OBJECTIVES, evades, line_search_pgd, split_scores
+from torchdnr.evaluation.judging import CountedModel
 
 
 def measure(model, points, labels, objective):
@@ -113,3 +115,19 @@ def test_no_forward_is_larger_than_the_batch_size():
     labels = torch.zeros(9, dtype=torch.int64)
     line_search_pgd(model, inputs, labels, 0.3, init_inputs=torch.rand(20, 1), batch_size=16)
     assert max(sizes) <= 16
+
+
+def test_an_early_stop_finds_the_same_evasions_for_fewer_forwards():
+    toy = RBFMap(seed=3)
+    inputs, labels, pool = toy.samples(n=24)
+    evading, forwards = [], []
+    for early_stop in (False, True):
+        model = CountedModel(toy)
+        points = line_search_pgd(
+            model, inputs, labels, 0.1, init_inputs=pool, early_stop=early_stop, step_size=0.01
+        )
+        evading.append(evades(toy(points), labels, True))
+        forwards.append(model.forwards)
+    assert evading[0].any() and not evading[0].all()
+    assert torch.equal(*evading)
+    assert forwards[1] < 0.9 * forwards[0]

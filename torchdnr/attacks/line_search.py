@@ -15,7 +15,7 @@ from torchdnr.attacks.objectives import find_objective
 from torchdnr.attacks.options import FixedEpsOptions, resolve
 from torchdnr.attacks.problem import problem
 from torchdnr.attacks.projections import Region, per_row
-from torchdnr.attacks.target import Points, Target, best_trials, better, put, slope_at
+from torchdnr.attacks.target import Points, Target, best_trials, better, put, slope_at, unsolved
 
 _USEFUL = 2  # longest step tried but one, relative to eps: all longer ones project almost alike
 _PATIENCE = 3  # consecutive small changes that end a descent
@@ -36,6 +36,7 @@ def line_search_pgd(
     doublings: int = 10,
     halvings: int = 5,
     tol: float = 1e-3,
+    early_stop: bool = False,
     **shared: Unpack[FixedEpsOptions],
 ) -> Tensor:
     """Minimise the objective within ``eps`` of each input.
@@ -65,6 +66,8 @@ def line_search_pgd(
         doublings: Times the step is doubled.
         halvings: Times the step is halved where no larger one improves.
         tol: Change of the objective that counts as small, relative to the descent so far.
+        early_stop: Whether a sample stops once it evades, instead of going on to lower the
+            objective: the same evasions for fewer passes, of less confidence.
         **shared: See ``FixedEpsOptions``.
 
     Returns:
@@ -91,11 +94,16 @@ def line_search_pgd(
         useful = first <= _USEFUL * attacked.region.eps.amax()
         useful[-1:] = True
         first = first[useful]
-        descend = partial(_descend, first=first, shorter=shorter, steps=steps, tol=tol)
-        return best_within(attacked, descend, steps=steps, name="line search", after_evasion=True)
+        sizes = {"first": first, "shorter": shorter}
+        descend = partial(_descend, **sizes, steps=steps, tol=tol, early_stop=early_stop)
+        return best_within(
+            attacked, descend, steps=steps, name="line search", after_evasion=not early_stop
+        )
 
 
-def _descend(run: Run, *, first: Tensor, shorter: Tensor, steps: int, tol: float) -> Points:
+def _descend(
+    run: Run, *, first: Tensor, shorter: Tensor, steps: int, tol: float, early_stop: bool
+) -> Points:
     """Descend from the first points and return the best point evaluated, row by row.
 
     The steps ``first`` are tried together, the ``shorter`` ones where none of those improves.
@@ -103,7 +111,8 @@ def _descend(run: Run, *, first: Tensor, shorter: Tensor, steps: int, tol: float
     target, labels = run.target, run.labels
     current, best = run.first.clone(), run.first.clone()
     small = torch.zeros_like(labels)  # small changes in a row
-    running = torch.arange(len(labels), device=labels.device)
+    every = torch.arange(len(labels), device=labels.device)
+    running = unsolved(best) if early_stop else every
     for _ in range(steps):
         if len(running) == 0:
             break
@@ -127,7 +136,10 @@ def _descend(run: Run, *, first: Tensor, shorter: Tensor, steps: int, tol: float
         small[running] = torch.where(slow, small[running] + 1, 0)
         # A row that did not move would repeat this step. Selecting the others waits for the
         # device, once per step, and saves a dozen forwards of every row that has stopped.
-        running = running[moved & (small[running] < _PATIENCE)]
+        going = moved & (small[running] < _PATIENCE)
+        if early_stop:
+            going = going & ~best.evading[running]
+        running = running[going]
         run.bar.update()
     return best
 

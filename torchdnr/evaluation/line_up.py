@@ -110,9 +110,9 @@ def _walks(options: Mapping[str, Any]) -> Passes:
 
 
 def _line_searches(options: Mapping[str, Any]) -> Passes:
-    """Count descents that stop halfway on average, with the trials of each step."""
+    """Count descents that stop halfway on average, with the trials of each step, half of all."""
     steps = options["steps"] * (2 + options["restarts"]) / 2
-    return Passes(steps * (2 + options["doublings"]), steps)
+    return Passes(steps * (2 + options["doublings"] / 2), steps)
 
 
 class Entry(NamedTuple):
@@ -151,7 +151,7 @@ ATTACKS = {
         line_search_pgd,
         "the paper's: descent with a line search, from the image and from another class",
         every_eps=True,
-        options={"objective": "paper"},
+        options={"objective": "paper", "early_stop": True},
         passes=_line_searches,
     ),
     "boundary-walk": Entry(
@@ -160,7 +160,7 @@ ATTACKS = {
         "a walk to the image from accepted ones",
         minimum_norm=True,
         # Other starts and other first steps lead to other valleys, more of them than more starts.
-        options={"starts": 8, "neighbours": 20, "restarts": 2},
+        options={"starts": 8, "neighbours": 16, "restarts": 2},
         passes=_walks,
     ),
     "apgd": Entry("APGD", apgd, "descent with momentum and steps that adapt"),
