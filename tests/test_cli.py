@@ -553,7 +553,8 @@ def test_two_processes_report_what_one_does(run, digits, tmp_path):
     for path in [*run.glob("attack-*"), *run.glob("checks-*"), run / "results.json"]:
         path.unlink()
     other = Path(shutil.copytree(run, tmp_path / "other"))
-    options = [*ATTACKING, "--no-checks", "--attack", "line-search-pgd", "pgd", "--steps", "2"]
+    options = [*ATTACKING, "--no-checks", "--attack", "line-search-pgd", "fmn", "pgd"]
+    options += ["--steps", "2", "--samples", "20"]  # two shares
     assert attack.main(["--quiet", "--run", str(run), *options]) == 0
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]

@@ -13,7 +13,9 @@ from torchdnr.evaluation import (
     LINE_SEARCH_PGD,
     Attack,
     AttackCurve,
+    Refinement,
     SecurityCurve,
+    attack_costs,
     format_table,
     load_results,
     measure,
@@ -379,6 +381,36 @@ def test_the_table_for_programs_has_a_row_per_classifier_attack_and_eps(tmp_path
         assert (float(row["accuracy_low"]), float(row["accuracy_high"])) == (low, high)
         assert float(row["seconds"]) == (3.0 if row["attack"] == "worst case" else 1.5)
         assert row["norm"] == "2" and row["samples"] == "50"
+
+
+def test_every_report_tells_what_attacks_added_below_the_norms_found(tmp_path):
+    curve = make_curve()
+    curve.refinements["APGD"] = Refinement(
+        tried=41, nearer=3, seconds=7.0, forwards=900, backwards=800, violations=2
+    )
+    curves = {"DNR": curve}
+    text = "APGD: nearer on 3 of the 41 samples tried below the norms found"
+    cost = "(7 s, 900 forwards, 800 backwards)"
+    warning = "APGD left the ball or the box 2 times"
+    table = format_table(curves)
+    assert all(part in table for part in (text, cost, f"WARNING: {warning}"))
+    assert "APGD" not in table.splitlines()[0]  # it has no column
+    save_html(
+        tmp_path / "report.html", curves, settings={}, checks={}, measures={}, figures={},
+        title="t", command="c",
+    )  # fmt: skip
+    page = Page((tmp_path / "report.html").read_text()).text
+    assert all(part in page for part in (text, cost, warning))
+    row = attack_costs(curves)[-1]
+    assert (row["attack"], row["tried"], row["nearer"], row["violations"]) == ("APGD", 41, 3, 2)
+    assert row["forwards_per_sample"] == 18 and "evasion" not in row
+    save_csv(tmp_path / "results.csv", curves)
+    with (tmp_path / "results.csv").open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["attack"] == "worst case"]
+    first = next(index for index, eps in enumerate(EPS) if eps > 0)
+    expected = [3.0 + 7.0 * (index == first) for index in range(len(EPS))]
+    assert [float(row["seconds"]) for row in rows] == expected
+    plot_curves(curves, tmp_path / "curve.png", attack="APGD")  # draws what there is
 
 
 def test_measures_of_an_evaluation(tmp_path):

@@ -154,7 +154,7 @@ class Cascade:
     def _below(self, name: str) -> tuple[Tensor, dict[str, int]]:
         """Attack below the smallest norms, and again below what is reached, while it succeeds.
 
-        From the inputs: a descent that starts at the nearest point mostly stays in its valley. The
+        It starts at the inputs: from the nearest points it was measured to evade no more. The
         points are its nearest that evade; of a sample where none does, that of its one try.
         """
         best, rows = self.task.inputs.cpu().clone(), self.nearest.norms.nonzero()[:, 0]

@@ -58,15 +58,15 @@ class Attack:
             the evaluation has, for these samples, and with a ``pool`` its classes ``init_labels``.
         minimum_norm: Whether the points are the nearest evading ones, whatever their norm: ``run``
             is called once, with an infinite ``eps``, and serves every eps.
-        every_eps: Whether it is called at every eps, with the samples that do not evade at a
-            smaller one and their points there, at first the inputs, so that it has a curve of its
-            own. Otherwise, beside minimum-norm attacks, it only looks for points nearer than those
-            of the others: ``eps`` is ``(n,)`` then, just below the smallest norm of each sample.
         settings: Every option that changes the points, seed included: stored with the results,
             and what a checkpoint has of it is only used if they are the same.
         needs: Name of a method without which a model cannot be attacked like this: it is left out.
         fingerprint: Digests of the tensors that the points depend on beside the inputs, for the
             same purpose.
+        every_eps: Whether it is called at every eps, with the samples that do not evade at a
+            smaller one and their points there, at first the inputs, so that it has a curve of its
+            own. Otherwise, beside minimum-norm attacks, it only looks for points nearer than those
+            of the others: ``eps`` is ``(n,)`` then, just below the smallest norm of each sample.
         pool: Inputs from which it starts, ``(m, ...)``, if it takes the classes that the model
             assigns to them, ``init_labels``: they are then found once, not in each call.
         passes: About how many one call takes per sample, to estimate the time beforehand.
@@ -74,10 +74,10 @@ class Attack:
 
     run: Callable[..., Tensor]
     minimum_norm: bool = False
-    every_eps: bool = True
     settings: Mapping[str, Any] = field(default_factory=dict)
     needs: str | None = None
     fingerprint: Mapping[str, str] = field(default_factory=dict)
+    every_eps: bool = True
     pool: Tensor | None = None
     passes: Passes = _UNKNOWN
 
@@ -345,10 +345,10 @@ def build_line_up(
         line_up[entry.label] = Attack(
             run,
             entry.minimum_norm,
-            entry.every_eps,
             settings,
             entry.needs,
             fingerprint,
+            entry.every_eps,
             passes=entry.passes(settings),
             pool=init_inputs if {"init_inputs", "init_labels"} <= entry.accepts else None,
         )

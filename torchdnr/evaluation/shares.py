@@ -1,7 +1,7 @@
 """The samples dealt to processes in shares, each of which runs every attack on its own."""
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -85,8 +85,10 @@ def run_shares(
     processes: Processes,
     progress: bool,
     say: Callable[[str], object] | None,
-) -> list[dict[str, Step]]:
-    """Run the shares of this process; return the steps of all, per classifier."""
+) -> Iterator[dict[str, Step]]:
+    """Run the shares of this process; yield the steps of all, classifier by classifier."""
+    if not attacked:
+        return
     inputs = attacked[0].task.inputs
     shares = [rows.to(inputs.device) for rows in split_into_shares(len(inputs))]
     mine = {number: rows for number, rows in enumerate(shares) if processes.mine(number)}
@@ -101,14 +103,13 @@ def run_shares(
             for one, parts in zip(attacked, cascades, strict=True):
                 parts[number].run(partial(meter.finish, one.name))
     processes.wait()
-    steps = []
-    for parts in cascades:
+    while cascades:  # their points are let go of one by one
+        parts = cascades.pop(0)
         found = [
-            _from_owner(processes, number, parts.get(number), inputs[rows].cpu())
+            _from_owner(processes, number, parts.pop(number, None), inputs[rows].cpu())
             for number, rows in enumerate(shares)
         ]
-        steps.append({label: _joined(part[label] for part in found) for label in found[0]})
-    return steps
+        yield {label: _joined(part.pop(label) for part in found) for label in [*found[0]]}
 
 
 def _from_owner(
@@ -117,16 +118,11 @@ def _from_owner(
     """Give all processes, which call this together, the steps of the share of one of them."""
     owner, steps = processes.owner(number), {} if cascade is None else cascade.steps
     text = json.dumps({label: step.cost for label, step in steps.items()})
-    costs = json.loads(processes.broadcast_text(text, owner))
-    return {
-        label: Step(
-            processes.broadcast(
-                torch.empty_like(like) if cascade is None else steps[label].points, owner
-            ),
-            cost,
-        )
-        for label, cost in costs.items()
-    }
+    shared = {}
+    for label, cost in json.loads(processes.broadcast_text(text, owner)).items():
+        points = steps[label].points if steps else torch.empty_like(like)
+        shared[label] = Step(processes.broadcast(points, owner), cost)
+    return shared
 
 
 def _joined(parts: Iterable[Step]) -> Step:
