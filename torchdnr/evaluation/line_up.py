@@ -160,7 +160,7 @@ ATTACKS = {
         "a walk to the image from accepted ones",
         minimum_norm=True,
         # Other starts and other first steps lead to other valleys, more of them than more starts.
-        options={"starts": 8, "neighbours": 16, "restarts": 2},
+        options={"starts": 8, "neighbours": 20, "restarts": 2},
         passes=_walks,
     ),
     "apgd": Entry("APGD", apgd, "descent with momentum and steps that adapt"),
