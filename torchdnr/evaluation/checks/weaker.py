@@ -4,10 +4,8 @@ One step, noise, queries, transfer, attacks that ignore rejection or know a part
 only. If one evades a sample, the evaluation is not the worst case; most often gradients are masked.
 """
 
-from collections.abc import Callable
 from functools import partial
 from math import ceil
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -135,14 +133,15 @@ def check_components(context: Context) -> Finding:
 
     Source: Carlini et al., "On evaluating adversarial robustness" (ablation study).
     """
-    parts = _parts(context)
+    if not context.parts:
+        raise CannotRun("the model is not made of SVMs on the layers of a network")
     rows = context.unevaded()
     inputs, labels = context.inputs[rows], context.labels[rows]
     evaded = torch.zeros_like(rows, dtype=torch.bool)
     counts: dict[str, int | float] = {"samples": len(rows)}
     blind = []
     steps = context.options["steps"]
-    for name, part in parts.items():
+    for name, part in context.parts.items():
         target = Target(part, context.target("paper").objective, False, context.batch_size)
         vanished = int((slope_at(target, inputs, labels).length < TINY).sum())
         points = context.attack(pgd, rows, model=part, objective="paper", steps=steps)
@@ -154,7 +153,7 @@ def check_components(context: Context) -> Finding:
     count = int(evaded.sum())
     status, drop = drop_status(context, count, len(rows), SMALL_DROP)
     counts |= {"evaded": count, "accuracy_drop": drop}
-    by_part = ", ".join(f"{name} {counts[f'{name}: evaded alone']}" for name in parts)
+    by_part = ", ".join(f"{name} {counts[f'{name}: evaded alone']}" for name in context.parts)
     message = (
         f"Of {len(rows)} samples not evaded at eps = {context.eps:g} the parts alone are evaded "
         f"for: {by_part}; these points evade the whole for {count}."
@@ -164,19 +163,3 @@ def check_components(context: Context) -> Finding:
         message += f" Gradients vanish in: {', '.join(blind)}."
     advice = "Start the attacks from points against the parts; give a blind part a smaller gamma."
     return Finding(status, counts, message, advice)
-
-
-def _parts(context: Context) -> dict[str, Callable[[Tensor], Tensor]]:
-    """Collect the SVM of each layer, and the network if it classifies."""
-    needed = "base_svms", "layers", "features"
-    if not all(hasattr(context.original, name) for name in needed):
-        raise CannotRun("the model is not made of SVMs on the layers of a network")
-    model: Any = context.original
-
-    def on_layer(index: int, name: str) -> Callable[[Tensor], Tensor]:
-        return lambda inputs: model.base_svms[index](model.features(inputs)[name])
-
-    parts = {f"SVM on {name}": on_layer(i, name) for i, name in enumerate(model.layers)}
-    if context.surrogate is not None:
-        parts["network"] = context.surrogate
-    return parts
