@@ -1,18 +1,16 @@
-"""Finished steps of one attack on disk, and how a later run recognises them."""
+"""Finished steps of the attacks on disk, and how a later run recognises them."""
 
 import json
 import os
-import re
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from torchdnr.distributed.processes import Processes
 from torchdnr.evaluation.judging import Task, outputs
 from torchdnr.files import CheckpointError, digest, load_tensors, save_tensors
 
@@ -20,13 +18,24 @@ KIND = "torchdnr security evaluation"
 CLEAN_OUTPUT = "clean output"  # no step has this name
 
 
-class Checkpoint:
-    """Points and costs of the finished steps of an attack, in memory and, given a path, in a file.
+class Step(NamedTuple):
+    """What an attack, at one eps if it runs at every eps, has found, and what that cost.
 
-    Opening it reads the steps of an earlier run with the same settings (``fingerprint``, JSON
-    values) and the same model, which is recognised by its output, up to rounding. Any other file
-    there is moved aside with a warning, and the attack starts again. A file that cannot be written
-    is an OSError at once, not after the first step.
+    The cost are seconds, forwards, backwards, violations, and of an attack below the norms found
+    how many samples it ``tried``, and on how many it came ``nearer``.
+    """
+
+    points: Tensor  # on the CPU, (n, ...)
+    cost: dict[str, float]
+
+
+class Checkpoint:
+    """Steps of the attacks that are finished, in memory and, given a path, in a file.
+
+    Opening it reads the steps of an earlier run with the same ``fingerprint`` (JSON values) and the
+    same model, which is recognised by its output, up to rounding. Any other file there is moved
+    aside with a warning, and the attacks start again. A file that cannot be written is an OSError
+    at once, not after the first step. What else a step depends on is part of its name.
     """
 
     def __init__(
@@ -35,8 +44,7 @@ class Checkpoint:
         self.path = None if path is None else Path(path)
         self.fingerprint = json.dumps(fingerprint, sort_keys=True, default=str)
         self.output = output.cpu()
-        self.points: dict[str, Tensor] = {}
-        self.costs: dict[str, dict[str, float]] = {}
+        self.steps: dict[str, Step] = {}
         if self.path is not None:
             problem = self._read(self.path) if self.path.exists() else None
             if problem:
@@ -45,33 +53,22 @@ class Checkpoint:
                 warnings.warn(
                     f"{self.path} does not belong to this evaluation ({problem}): "
                     f"moved to {aside.name}, starting again",
-                    stacklevel=4,
+                    stacklevel=6,
                 )
             self._write()
 
-    def add(self, step: str, points: Tensor, cost: dict[str, float]) -> None:
-        """Keep the points and the cost of a finished step, and write the file."""
-        self.points[step] = points.cpu()
-        self.costs[step] = cost
+    def add(self, name: str, step: Step) -> None:
+        """Keep a finished step, and write the file."""
+        self.steps[name] = step
         self._write()
-
-    def share(self, processes: Processes, owner: int, steps: Iterable[str], like: Tensor) -> None:
-        """Give all processes, which call this together, the steps that their owner has finished.
-
-        The points have the shape, dtype and device of ``like``.
-        """
-        here = processes.rank == owner
-        for step in steps:
-            points = self.points[step].to(like.device) if here else torch.empty_like(like)
-            self.points[step] = processes.broadcast(points, owner).cpu()
-            cost = processes.broadcast_text(json.dumps(self.costs.get(step)), owner)
-            self.costs[step] = json.loads(cost)
 
     def _write(self) -> None:
         if self.path is None:
             return
-        metadata = {"fingerprint": self.fingerprint, "costs": self.costs}
-        save_tensors(self.path, {CLEAN_OUTPUT: self.output, **self.points}, metadata, KIND)
+        points = {name: step.points for name, step in self.steps.items()}
+        costs = {name: step.cost for name, step in self.steps.items()}
+        metadata = {"fingerprint": self.fingerprint, "costs": costs}
+        save_tensors(self.path, {CLEAN_OUTPUT: self.output, **points}, metadata, KIND)
 
     def _read(self, path: Path) -> str | None:
         """Read the file, or return why it cannot be used."""
@@ -80,9 +77,8 @@ class Checkpoint:
             output = tensors.pop(CLEAN_OUTPUT)
             costs = metadata["costs"]
             if metadata["fingerprint"] != self.fingerprint:
-                return "other inputs, eps or settings"
-            if costs.keys() != tensors.keys():
-                return "its steps and costs disagree"
+                return "other inputs or settings"
+            steps = {name: Step(points, costs[name]) for name, points in tensors.items()}
         except (CheckpointError, OSError, KeyError, TypeError, AttributeError) as error:
             return f"unreadable: {error}"
         # a tolerance, as another thread count or batch size rounds differently
@@ -91,49 +87,44 @@ class Checkpoint:
             output.double(), self.output.double(), rtol=0, atol=tolerance
         ):
             return "another model"
-        self.points, self.costs = dict(tensors), dict(costs)
+        self.steps = steps
         return None
 
 
-def attack_paths(path: str | Path | None, attacks: Iterable[str]) -> dict[str, Path | None]:
-    """Name a checkpoint for each attack: ``dnr.safetensors`` becomes ``dnr-boundary-walk...``.
+def share_path(path: str | Path | None, number: int, count: int) -> Path | None:
+    """Name the checkpoint of one share: ``dnr.safetensors`` becomes ``dnr-2-of-4.safetensors``.
 
-    A file each: attacks can be added to the line-up, and run in different processes, without any of
-    them touching what another has finished.
+    A file each: several processes write at the same time.
     """
-    names = list(attacks)
     if path is None:
-        return dict.fromkeys(names)
+        return None
     path = Path(path)
-    slugs = [re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") for name in names]
-    if len(set(slugs)) < len(slugs):
-        raise ValueError(f"attacks must differ in letters or digits of their names, got {names}")
-    return {
-        name: path.with_name(f"{path.stem}-{slug}{path.suffix}")
-        for name, slug in zip(names, slugs, strict=True)
-    }
+    return path.with_name(f"{path.stem}-{number + 1}-of-{count}{path.suffix}")
 
 
-def fingerprint(
-    task: Task, model: Callable[[Tensor], Tensor], init_inputs: Tensor | None
-) -> dict[str, Any]:
-    """Collect what the points of every attack depend on, as JSON values."""
-    tensors = {"inputs": task.inputs, "labels": task.labels}
-    if init_inputs is not None:
-        tensors["init_inputs"] = init_inputs
-    given = {name: value for name, value in task.given(torch.arange(len(task.inputs))).items()}
-    tensors |= {name: value for name, value in given.items() if isinstance(value, Tensor)}
+def fingerprint(task: Task, model: object) -> dict[str, Any]:
+    """Collect what the points of every attack depend on, as JSON values.
+
+    ``model`` is what identifies the model, as far as can be said.
+    """
+    given = task.given(torch.arange(len(task.inputs), device=task.inputs.device))
+    tensors = {name: value for name, value in given.items() if isinstance(value, Tensor)}
     return {
-        **{name: value for name, value in given.items() if not isinstance(value, Tensor)},
-        "tensors": digest(tensors),
+        **{name: value for name, value in given.items() if name not in tensors},
+        "tensors": digest({"inputs": task.inputs, "labels": task.labels, **tensors}),
         "norm": task.norm,
         "bounds": task.bounds,
         "reject": task.reject,
         "torchdnr": version("torchdnr"),
-        "model": [type(model).__qualname__, digest(model.state_dict())]
-        if isinstance(model, nn.Module)
-        else None,
+        "model": model,
     }
+
+
+def identity(model: Callable[[Tensor], Tensor]) -> list[str] | None:
+    """Return the class of a module and a digest of its weights; None for any other function."""
+    if not isinstance(model, nn.Module):
+        return None
+    return [type(model).__qualname__, digest(model.state_dict())]
 
 
 def behaviour(task: Task) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +103,30 @@ class AttackCurve(Predictions):
     settings: dict[str, Any] = field(default_factory=dict)
 
 
+@dataclass
+class Refinement:
+    """What one attack added below the norms that the others had found.
+
+    Attributes:
+        tried: Samples that it attacked just below the smallest norm that evades them so far, or,
+            where that is larger, at the largest eps.
+        nearer: Samples that it evaded there.
+        seconds: Time in the attack.
+        forwards: Input rows sent through the model.
+        backwards: Input rows sent back through the model.
+        violations: Points that left the ball or the box and were projected back.
+        settings: Options of the attack.
+    """
+
+    tried: int
+    nearer: int
+    seconds: float
+    forwards: int
+    backwards: int
+    violations: int
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
 @dataclass(eq=False)
 class SecurityCurve(Predictions):
     """Security evaluation of one classifier: the worst case per sample over all attacks.
@@ -113,7 +137,7 @@ class SecurityCurve(Predictions):
         name: Name of the classifier.
         norm: Norm of the perturbations: 1, 2 or infinity.
         rejects: Whether the classifier has a rejection option.
-        attacks: Each attack of the line-up alone, by name.
+        attacks: Each attack of the line-up that serves every eps, alone, by name.
         evasion_norm: Smallest norm at which each sample was evaded, at whatever eps;
             infinite where it never was; ``(n,)``.
         settings: Options of the evaluation, and what the caller added (seed, data set, ...).
@@ -122,6 +146,7 @@ class SecurityCurve(Predictions):
         adversarial: Worst-case points on the CPU, ``(len(eps), n, ...)``; never in the JSON.
         nearest: Nearest evading points on the CPU, ``(n, ...)``, at the norms ``evasion_norm``; the
             input where there is none; never in the JSON.
+        refinements: What the other attacks of the line-up added, by name.
         rounded: What is predicted once these points are rounded to 8 bits, as in an image file.
     """
 
@@ -136,6 +161,7 @@ class SecurityCurve(Predictions):
     adversarial: Tensor | None = None
     nearest: Tensor | None = None
     rounded: Predictions | None = None
+    refinements: dict[str, Refinement] = field(default_factory=dict)
 
     @property
     def median_evasion_norm(self) -> float:
@@ -147,7 +173,9 @@ class SecurityCurve(Predictions):
         shared = "eps", "labels", "targets"
         attacks = {name: _plain(curve, *shared) for name, curve in self.attacks.items()}
         rounded = None if self.rounded is None else _plain(self.rounded, *shared)
-        content = _plain(self, "adversarial", "nearest") | {"attacks": attacks, "rounded": rounded}
+        refinements = {name: asdict(refinement) for name, refinement in self.refinements.items()}
+        content = _plain(self, "adversarial", "nearest")
+        content |= {"attacks": attacks, "rounded": rounded, "refinements": refinements}
         return {"format": FORMAT, **content, "median_evasion_norm": self.median_evasion_norm}
 
     @classmethod
@@ -168,7 +196,9 @@ class SecurityCurve(Predictions):
                 name: AttackCurve(**_fields(AttackCurve, {**attack, **shared}))
                 for name, attack in content["attacks"].items()
             }
+            refinements = content.get("refinements", {}).items()  # none in an older file
             whole = {**content, "attacks": attacks, "rounded": rounded}
+            whole["refinements"] = {name: Refinement(**one) for name, one in refinements}
             whole |= {"adversarial": None, "nearest": None, "norm": float(content["norm"])}
             return cls(**_fields(cls, whole))
         except (KeyError, TypeError, AttributeError) as error:

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -147,18 +147,23 @@ class Task:
                 given[name] = value[rows] if isinstance(value, Tensor) else value
         return given
 
+    def part(self, rows: Tensor) -> "Task":
+        """Return the task of some samples alone."""
+        some: Any = {name: one[rows] for name, one in vars(self).items() if torch.is_tensor(one)}
+        return replace(self, **some)
+
     @property
     def box(self) -> Bounds:
         """The bounds, of each coordinate where there is a mask."""
         return masked_bounds(self.inputs, self.bounds, self.mask)
 
-    def region(self, eps: float, rows: Tensor | None = None) -> Region:
-        """Return ball and box of the samples, or of some of them."""
-        radius = torch.full_like(self.inputs.flatten(1)[:, 0], eps)
+    def region(self, eps: float | Tensor, rows: Tensor | None = None) -> Region:
+        """Return ball and box of the samples, or of some of them; ``eps`` may be ``(n,)``."""
+        radius = torch.zeros_like(self.inputs.flatten(1)[:, 0]) + eps
         whole = Region(self.inputs, radius, self.norm, self.box)
         return (whole if rows is None else whole.rows(rows)).within_reach()
 
-    def inside(self, points: Tensor, eps: float, rows: Tensor | None = None) -> Tensor:
+    def inside(self, points: Tensor, eps: float | Tensor, rows: Tensor | None = None) -> Tensor:
         """Move points, of all samples or of some, into ball and box, and on levels if any."""
         region = self.region(eps, rows)
         if self.levels is None:
@@ -228,9 +233,11 @@ def checked_points(points: Tensor, inputs: Tensor, name: str) -> Tensor:
     return points.detach().to(inputs)
 
 
-def in_ball(task: Task, points: Tensor, eps: float) -> Tensor:
+def in_ball(task: Task, points: Tensor, eps: float | Tensor) -> Tensor:
     """Tell which points lie within ``eps`` of their inputs, up to rounding, bool ``(n,)``."""
-    near = norms(task, points) <= eps + TOLERANCE * max(1.0, eps)  # false for NaN
+    size = norms(task, points)
+    limit = torch.as_tensor(eps).to(size)
+    near = size <= limit + TOLERANCE * limit.clamp_min(1)  # false for NaN
     return near.to(points.device)
 
 
@@ -240,7 +247,7 @@ def in_box(task: Task, points: Tensor) -> Tensor:
     return ((points >= low - TOLERANCE) & (points <= high + TOLERANCE)).flatten(1).all(dim=1)
 
 
-def keep_inside(task: Task, points: Tensor, eps: float, name: str) -> tuple[Tensor, int]:
+def keep_inside(task: Task, points: Tensor, eps: float | Tensor, name: str) -> tuple[Tensor, int]:
     """Project back, with a warning, what left the ball or the box, and count it.
 
     The warning calls the attack ``name``.
@@ -248,8 +255,9 @@ def keep_inside(task: Task, points: Tensor, eps: float, name: str) -> tuple[Tens
     outside = ~(in_ball(task, points, eps) & in_box(task, points))
     count = int(outside.sum())
     if count:
+        where = "below the norms found" if isinstance(eps, Tensor) else f"at eps = {eps:g}"
         warnings.warn(
-            f"{name} at eps = {eps:g}: {count} of {len(points)} points left the ball or the box "
+            f"{name} {where}: {count} of {len(points)} points left the ball or the box "
             "and were projected back; the attack does not keep to its constraints",
             stacklevel=3,
         )
@@ -259,17 +267,29 @@ def keep_inside(task: Task, points: Tensor, eps: float, name: str) -> tuple[Tens
 
 
 class CountedModel(ModelView):
-    """A model that counts the input rows sent ``forwards`` and ``backwards`` through it."""
+    """A model that counts the input rows sent ``forwards`` and ``backwards`` through it.
 
-    def __init__(self, model: Callable[[Tensor], Tensor]) -> None:
+    Each time ``told``, if any, is called with how many more of both there are.
+    """
+
+    def __init__(
+        self,
+        model: Callable[[Tensor], Tensor],
+        told: Callable[[int, int], object] | None = None,
+    ) -> None:
         super().__init__(model, self._count)
+        self.told = told
         self.forwards = self.backwards = 0
 
     def _count(self, inputs: Tensor, output: Tensor) -> Tensor:
         self.forwards += len(inputs)
+        if self.told is not None:
+            self.told(len(inputs), 0)
         if output.requires_grad:
             output.register_hook(partial(self._count_backwards, len(inputs)))
         return output
 
     def _count_backwards(self, rows: int, _: Tensor) -> None:
         self.backwards += rows
+        if self.told is not None:
+            self.told(0, rows)

@@ -36,29 +36,48 @@ _GIVEN = {
 }
 
 
+class Passes(NamedTuple):
+    """Inputs sent through a model, per input that is attacked or in all."""
+
+    forwards: float
+    backwards: float
+
+
+_UNKNOWN = Passes(100, 100)  # those of an attack that does not tell
+
+
 @dataclass(frozen=True)
 class Attack:
     """An attack of the line-up.
 
     Attributes:
         run: ``run(model, inputs, labels, eps, start) -> points``, each within ``eps`` of its
-            input. It is called with the samples that do not evade at a smaller eps; ``start``
-            holds their points there, at first the inputs themselves. Of ``mask``, ``targets`` and
-            ``levels`` it is given by name what the evaluation has, for these samples.
+            input, from ``start``. Of ``mask``, ``targets`` and ``levels`` it is given by name what
+            the evaluation has, for these samples, and with a ``pool`` its classes ``init_labels``.
         minimum_norm: Whether the points are the nearest evading ones, whatever their norm: ``run``
             is called once, with an infinite ``eps``, and serves every eps.
+        every_eps: Whether it is called at every eps, with the samples that do not evade at a
+            smaller one and their points there, at first the inputs, so that it has a curve of its
+            own. Otherwise, beside minimum-norm attacks, it only looks for points nearer than those
+            of the others: ``eps`` is ``(n,)`` then, just below the smallest norm of each sample.
         settings: Every option that changes the points, seed included: stored with the results,
-            and a checkpoint is only resumed if they are the same.
+            and what a checkpoint has of it is only used if they are the same.
         needs: Name of a method without which a model cannot be attacked like this: it is left out.
-        fingerprint: Digests of the tensors that the points depend on beside the inputs; a
-            checkpoint is only resumed if they are the same too.
+        fingerprint: Digests of the tensors that the points depend on beside the inputs, for the
+            same purpose.
+        pool: Inputs from which it starts, ``(m, ...)``, if it takes the classes that the model
+            assigns to them, ``init_labels``: they are then found once, not in each call.
+        passes: About how many one call takes per sample, to estimate the time beforehand.
     """
 
     run: Callable[..., Tensor]
     minimum_norm: bool = False
+    every_eps: bool = True
     settings: Mapping[str, Any] = field(default_factory=dict)
     needs: str | None = None
     fingerprint: Mapping[str, str] = field(default_factory=dict)
+    pool: Tensor | None = None
+    passes: Passes = _UNKNOWN
 
     def fits(self, model: object) -> bool:
         """Tell whether a model has what the attack needs."""
@@ -72,6 +91,7 @@ class Entry(NamedTuple):
     attack: Callable[..., Tensor]
     help: str
     minimum_norm: bool = False  # whether it finds the nearest evading points
+    every_eps: bool = False  # see ``Attack``
     options: Mapping[str, Any] = MappingProxyType({})  # where they are not the defaults
     inner: Callable[..., Tensor] | None = None  # run within it, whose options it has as well
     without: frozenset[str] = frozenset()  # options, inner or shared, that it cannot be given
@@ -98,6 +118,7 @@ ATTACKS = {
         LINE_SEARCH_PGD,
         line_search_pgd,
         "the paper's: descent with a line search, from the image and from another class",
+        every_eps=True,
         options={"objective": "paper"},
     ),
     "boundary-walk": Entry(
@@ -141,7 +162,8 @@ ATTACKS = {
         transfer,
         "made on the network, tried on the others",
         inner=pgd,
-        without=frozenset({"objective"}),  # it goes through several of its own
+        # it goes through several objectives of its own, and the classes are another model's
+        without=frozenset({"objective", "init_labels"}),
     ),
     "noise": Entry("noise", noise, "random points: what any attack has to beat"),
 }
@@ -251,7 +273,15 @@ def build_line_up(
         if entry.inner is not None:
             extra["attack"] = entry.inner
         run = _runner(entry, {**settings, **extra})
-        line_up[entry.label] = Attack(run, entry.minimum_norm, settings, entry.needs, fingerprint)
+        line_up[entry.label] = Attack(
+            run,
+            entry.minimum_norm,
+            entry.every_eps,
+            settings,
+            entry.needs,
+            fingerprint,
+            pool=init_inputs if {"init_inputs", "init_labels"} <= entry.accepts else None,
+        )
     return line_up
 
 
@@ -264,11 +294,11 @@ def _runner(entry: Entry, options: Mapping[str, Any]) -> Callable[..., Tensor]:
         model: Callable[[Tensor], Tensor],
         inputs: Tensor,
         labels: Tensor,
-        eps: float,
+        eps: float | Tensor,
         start: Tensor,
-        **given: Any,  # noqa: ANN401 - mask, targets, levels
+        **given: Any,  # noqa: ANN401 - mask, targets, levels, init_labels
     ) -> Tensor:
         given |= {key: {"eps": eps, "start": start}[key] for key in names}
-        return entry.attack(model=model, inputs=inputs, labels=labels, **options, **given)
+        return entry.attack(model=model, inputs=inputs, labels=labels, **{**options, **given})
 
     return run

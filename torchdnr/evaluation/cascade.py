@@ -1,0 +1,198 @@
+"""The attacks of a line-up on some samples: each goes on from what those before it have found."""
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchdnr.attacks.minimum_norm import Kept
+from torchdnr.evaluation.checkpoint import Checkpoint, Step
+from torchdnr.evaluation.judging import (
+    CountedModel,
+    Judged,
+    Task,
+    checked_points,
+    judge,
+    keep_inside,
+)
+from torchdnr.evaluation.line_up import Attack, Passes
+from torchdnr.resources import synchronize
+
+BELOW = 0.01
+"""How far below the smallest norm of a sample an attack is tried first, as a share of it."""
+_ATTACKED = 0.6  # share of the samples that an attack at every eps attacks, on average
+ROUNDS = 4  # tries of one attack: 1, 2, 4, 8 % below the last norm
+
+
+def refining(attacks: Mapping[str, Attack], every_eps: bool) -> set[str]:
+    """Name the attacks that only look for points nearer than those of the others."""
+    if every_eps or not any(attack.minimum_norm for attack in attacks.values()):
+        return set()  # there is no norm to go below
+    return {
+        name for name, attack in attacks.items() if not (attack.minimum_norm or attack.every_eps)
+    }
+
+
+def none_kept(task: Task) -> Kept:
+    """Return the inputs, on the CPU, at an infinite norm: nothing evades yet."""
+    norms = torch.full((len(task.inputs),), math.inf, dtype=torch.float64)
+    return Kept(task.inputs.cpu(), norms)
+
+
+def keep_nearer(task: Task, kept: Kept, judged: Judged) -> Kept:
+    """Keep what evades and is nearer."""
+    evades = task.succeeds(judged.predictions)
+    return kept.update(judged.points, judged.size.cpu(), evades.cpu())
+
+
+class Cascade:
+    """The attacks of a line-up on one share of the samples, one after the other.
+
+    Minimum-norm attacks run first, then those that run at every eps, each from its points at the
+    smaller eps. The others, ``refines``, are tried just below the smallest norm that evades each
+    sample so far, and lower while they succeed; where nothing evades, at the largest eps.
+
+    Steps that the checkpoint holds are judged, not run again. ``classes`` are those that the model
+    assigns to the pools of the attacks, by the ``id`` of the pool.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        attacks: Mapping[str, Attack],
+        eps: list[float],
+        refines: set[str],
+        classes: Mapping[int, Tensor],
+        checkpoint: Checkpoint,
+    ) -> None:
+        self.task, self.attacks, self.refines = task, attacks, refines
+        self.model = CountedModel(task.model)  # counts what the attacks do, not what is judged
+        self.classes, self.checkpoint = classes, checkpoint
+        self.sizes = [value for value in eps if value > 0]
+        self.nearest = none_kept(task)
+        self.steps: dict[str, Step] = {}
+        self.keys: dict[str, dict[str, str]] = {}  # by attack and step: its name in the checkpoint
+        order = sorted(attacks, key=lambda name: (name in refines, not attacks[name].minimum_norm))
+        for name in order if self.sizes else ():
+            attack, so_far = attacks[name], [*self.keys.values()]
+            known: dict[str, Any] = {"attack": attack.settings, **attack.fingerprint}
+            if attack.minimum_norm:
+                depends = {name: known}
+            elif name in refines:
+                depends = {name: {**known, "below": so_far, "eps": self.sizes[-1]}}
+            else:
+                depends = {
+                    step_at(name, value): {**known, "eps": self.sizes[: number + 1]}
+                    for number, value in enumerate(self.sizes)
+                }
+            self.keys[name] = {step: f"{step} {_short(on)}" for step, on in depends.items()}
+
+    def passes(self, name: str) -> Passes:
+        """Estimate the input rows that an attack will send through the model, if not yet done."""
+        left: float = sum(key not in self.checkpoint.steps for key in self.keys[name].values())
+        if len(self.keys[name]) > 1:  # what evades is not attacked at larger eps
+            left *= _ATTACKED
+        forwards, backwards = self.attacks[name].passes
+        rows = left * len(self.task.inputs)
+        return Passes(rows * forwards, rows * backwards)
+
+    def run(self, finished: Callable[[str], object]) -> dict[str, Step]:
+        """Run every attack; ``finished`` is told the name of each once it is done."""
+        self.nearest = keep_nearer(self.task, self.nearest, judge(self.task, self.task.inputs))
+        for name, keys in self.keys.items():
+            points = self.task.inputs
+            if name in self.refines:
+                points = self._step(name, name, partial(self._below, name))
+            elif self.attacks[name].minimum_norm:
+                points = self._step(name, name, partial(self._at, name, math.inf, points))
+            else:
+                for step, size in zip(keys, self.sizes, strict=True):
+                    points = self._step(name, step, partial(self._at, name, size, points))
+            finished(name)
+        return self.steps
+
+    def _step(
+        self, name: str, step: str, run: Callable[[], tuple[Tensor, dict[str, int]]]
+    ) -> Tensor:
+        """Take a step, or what the checkpoint holds of it, and note what is nearer."""
+        key = self.keys[name][step]
+        if key not in self.checkpoint.steps:
+            before = self._spent()
+            points, counts = run()
+            cost = {name: value - before[name] for name, value in self._spent().items()}
+            self.checkpoint.add(key, Step(points.cpu(), {**cost, **counts}))
+        self.steps[step] = found = self.checkpoint.steps[key]
+        points = found.points.to(self.task.inputs.device)
+        self.nearest = keep_nearer(self.task, self.nearest, judge(self.task, points))
+        return points
+
+    def _spent(self) -> dict[str, float]:
+        """Return the time, and the input rows that the model has seen so far."""
+        synchronize(self.task.inputs.device)  # kernels run on after their call
+        rows = {"forwards": self.model.forwards, "backwards": self.model.backwards}
+        return {"seconds": time.perf_counter(), **rows}
+
+    def _at(self, name: str, size: float, last: Tensor) -> tuple[Tensor, dict[str, int]]:
+        """Attack at one eps, from the last points, what does not evade there.
+
+        A point that evades stays inside every larger ball: neither accuracy nor rejection rate
+        depends on attacking it again; the time does.
+        """
+        wanted = ~self.task.succeeds(judge(self.task, last).predictions)
+        rows = (wanted | self.attacks[name].minimum_norm).nonzero()[:, 0]
+        if len(rows) == 0:  # not all networks take an empty batch
+            return last, {"violations": 0}
+        new, violations = self._attack(name, self.task.part(rows), size, last[rows])
+        return last.index_copy(0, rows, new), {"violations": violations}
+
+    def _below(self, name: str) -> tuple[Tensor, dict[str, int]]:
+        """Attack below the smallest norms, and again below what is reached, while it succeeds.
+
+        The points are its nearest that evade; of a sample where none does, that of its one try.
+        """
+        best, rows = self.task.inputs.cpu().clone(), self.nearest.norms.nonzero()[:, 0]
+        start, norms = self.nearest.points[rows], self.nearest.norms[rows]
+        counts = {"violations": 0, "tried": len(rows), "nearer": 0}
+        for number in range(ROUNDS):
+            if len(rows) == 0:
+                break
+            task = self.task.part(rows.to(self.task.inputs.device))
+            radius = norms * (1 - BELOW * 2**number)
+            eps = radius.clamp_max(self.sizes[-1]).to(task.inputs)
+            new, outside = self._attack(name, task, eps, task.inside(start.to(task.inputs), eps))
+            counts["violations"] += outside
+            judged = judge(task, new)
+            evades = task.succeeds(judged.predictions).cpu()
+            if number == 0:
+                best[rows], counts["nearer"] = judged.points, int(evades.sum())
+            rows, start, norms = rows[evades], judged.points[evades], judged.size.cpu()[evades]
+            best[rows] = start
+        return best, counts
+
+    def _attack(
+        self, name: str, task: Task, eps: float | Tensor, start: Tensor
+    ) -> tuple[Tensor, int]:
+        """Attack some samples; return points within their balls, and how many had left them."""
+        attack = self.attacks[name]
+        given = task.given(torch.arange(len(start), device=start.device))
+        if attack.pool is not None:
+            given["init_labels"] = self.classes[id(attack.pool)]
+        new = attack.run(self.model, task.inputs, task.labels, eps, start, **given)
+        return keep_inside(task, checked_points(new, task.inputs, name), eps, name)
+
+
+def step_at(name: str, size: float) -> str:
+    """Name the step that an attack takes at one eps."""
+    return f"{name} eps {size}"
+
+
+def _short(depends: Mapping[str, object]) -> str:
+    """Compute a fingerprint of JSON values: sixteen hex digits."""
+    text = json.dumps(depends, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

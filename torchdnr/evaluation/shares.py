@@ -1,0 +1,133 @@
+"""The samples dealt to processes in shares, each of which runs every attack on its own."""
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchdnr.arrays import as_features
+from torchdnr.attacks.checks import check_pool
+from torchdnr.attacks.objectives import decision_objective
+from torchdnr.attacks.starts import assigned_classes
+from torchdnr.attacks.target import Target
+from torchdnr.distributed.processes import Processes
+from torchdnr.evaluation.cascade import Cascade
+from torchdnr.evaluation.checkpoint import (
+    Checkpoint,
+    Step,
+    behaviour,
+    fingerprint,
+    identity,
+    share_path,
+)
+from torchdnr.evaluation.estimate import Meter, in_words
+from torchdnr.evaluation.judging import Judged, Task
+from torchdnr.evaluation.line_up import Attack
+
+_FEW, _MANY = 25, 256  # samples of a share, where there are four shares and where there are more
+
+
+@dataclass(frozen=True, eq=False)
+class Attacked:
+    """A classifier, and the attacks on it."""
+
+    name: str
+    task: Task
+    clean: Judged  # the inputs themselves
+    line_up: Mapping[str, Attack]
+    refines: set[str]  # attacks that only refine what others have found
+    eps: list[float]
+    settings: dict[str, Any]  # of the evaluation
+    checkpoint: str | Path | None
+
+    def assigned(self) -> dict[int, Tensor]:
+        """Find the classes that the model assigns to each pool, by the ``id`` of the pool."""
+        task, assigned = self.task, {}
+        target = Target(task.model, decision_objective, task.reject, task.batch_size)
+        for attack in self.line_up.values():
+            if attack.pool is not None and id(attack.pool) not in assigned:
+                pool = as_features("init_inputs", attack.pool, task.inputs)
+                check_pool(pool, None, task.inputs, task.bounds)
+                assigned[id(attack.pool)] = assigned_classes(target, pool)
+        return assigned
+
+    def cascades(self, shares: Mapping[int, Tensor], count: int) -> dict[int, Cascade]:
+        """Prepare the attacks on shares, by number, of ``count`` in all."""
+        known, assigned = identity(self.task.model), self.assigned() if shares else {}
+        cascades = {}
+        for number, rows in shares.items():
+            task = self.task.part(rows)
+            path = share_path(self.checkpoint, number, count)
+            steps = Checkpoint(path, fingerprint(task, known), behaviour(task))
+            given = self.line_up, self.eps, self.refines, assigned, steps
+            cascades[number] = Cascade(task, *given)
+        return cascades
+
+
+def split_into_shares(n: int) -> list[Tensor]:
+    """Divide n samples into shares, rows ``(k,)`` each, which are dealt to the processes in turn.
+
+    Their sizes depend on n alone, and so do the results: not on how many processes there are.
+    """
+    count = max(1, min(4, n // _FEW), -(-n // _MANY))
+    return list(torch.arange(n).tensor_split(count))
+
+
+def run_shares(
+    attacked: Sequence[Attacked],
+    processes: Processes,
+    progress: bool,
+    say: Callable[[str], object] | None,
+) -> list[dict[str, Step]]:
+    """Run the shares of this process; return the steps of all, per classifier."""
+    inputs = attacked[0].task.inputs
+    shares = [rows.to(inputs.device) for rows in split_into_shares(len(inputs))]
+    mine = {number: rows for number, rows in enumerate(shares) if processes.mine(number)}
+    cascades = [one.cascades(mine, len(shares)) for one in attacked]
+    with Meter(progress) as meter:
+        if say is not None or meter.shown:
+            for one, parts in zip(attacked, cascades, strict=True):
+                meter.announce(one.name, parts.values())
+            if say is not None and meter.seconds:
+                say(f"the attacks take {in_words(meter.seconds)}")
+        for number in mine:
+            for one, parts in zip(attacked, cascades, strict=True):
+                parts[number].run(partial(meter.finish, one.name))
+    processes.wait()
+    steps = []
+    for parts in cascades:
+        found = [
+            _from_owner(processes, number, parts.get(number), inputs[rows].cpu())
+            for number, rows in enumerate(shares)
+        ]
+        steps.append({label: _joined(part[label] for part in found) for label in found[0]})
+    return steps
+
+
+def _from_owner(
+    processes: Processes, number: int, cascade: Cascade | None, like: Tensor
+) -> dict[str, Step]:
+    """Give all processes, which call this together, the steps of the share of one of them."""
+    owner, steps = processes.owner(number), {} if cascade is None else cascade.steps
+    text = json.dumps({label: step.cost for label, step in steps.items()})
+    costs = json.loads(processes.broadcast_text(text, owner))
+    return {
+        label: Step(
+            processes.broadcast(
+                torch.empty_like(like) if cascade is None else steps[label].points, owner
+            ),
+            cost,
+        )
+        for label, cost in costs.items()
+    }
+
+
+def _joined(parts: Iterable[Step]) -> Step:
+    """Put the samples of all shares together, and add up what they cost."""
+    points, costs = zip(*parts, strict=True)
+    return Step(torch.cat(points), {key: sum(cost[key] for cost in costs) for key in costs[0]})
