@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from torchdnr.attacks.objectives import find_objective
+from torchdnr.attacks.starts import assigned_classes
 from torchdnr.attacks.target import Target
 from torchdnr.decisions import is_evasion, predict_labels
 from torchdnr.evaluation.checks.result import CannotRun, Finding, Status
@@ -32,7 +33,6 @@ class Context(Task):
     curve: SecurityCurve
     index: int  # where in ``curve.eps`` attacks are compared
     pool: Tensor  # inputs of all classes to start from, (m, ...)
-    pool_labels: Tensor  # classes that the model assigns to them, -1 where it rejects, (m,)
     attacks: Mapping[str, Attack]  # line-up of the evaluation
     surrogate: CountedModel | None  # undefended classifier, (n, ...) to (n, c)
     parts: Mapping[str, CountedModel]  # of the defence, each with scores of its own
@@ -129,11 +129,22 @@ class Context(Task):
 
         At the eps of the comparison if none is given; one of minimum norm has no bound.
         """
-        inputs = self.inputs[rows]
+        inputs, given = self.inputs[rows], self.given(rows)
+        if attack.pool is not None:
+            given["init_labels"] = self.classes(attack.pool)
         radius = math.inf if attack.minimum_norm else self.eps if eps is None else eps
         at = self.labels[rows], radius, inputs
-        points = attack.run(model or self.model, inputs, *at, **self.given(rows))
+        points = attack.run(model or self.model, inputs, *at, **given)
         return points.detach().to(inputs)
+
+    def classes(self, pool: Tensor) -> Tensor:
+        """Return the classes that the model assigns to samples, -1 where it rejects, ``(m,)``."""
+        known = self.cache.setdefault("classes", [])
+        for samples, classes in known:
+            if samples is pool or torch.equal(samples, pool):
+                return classes
+        known.append((pool, assigned_classes(self.target(), pool)))
+        return known[-1][1]
 
     def unevaded(self) -> Tensor:
         """Return the samples that the evaluation did not evade; there must be some."""

@@ -20,7 +20,8 @@ from torchdnr.evaluation.line_up import Attack
 
 NOT_CONVERGED = 0.05  # fall of the accuracy, by longer attacks, above which the check fails
 MORE = 2  # times the steps of the longer attack
-STARTS = 10  # of the longer boundary walk, the nearest evading point known among them
+STARTS = 5  # of the walk, the nearest evading point known among them
+NEIGHBOURS = 20  # of which the walk chooses its starts
 LAST = 0.1  # share of the forwards that counts as the end of an attack
 STILL_FALLING = 0.05  # share of the whole descent, or of the final norm, allowed at the end
 ON_LEVEL = 1e-2  # of a level: how far a point that rounding puts on it may be off
@@ -89,7 +90,7 @@ def check_converged(context: Context) -> Finding:
     Source: Carlini et al., "On evaluating adversarial robustness", 2019 (verify convergence).
     """
     rows = context.unevaded()
-    samples, classes = context.pool, context.pool_labels
+    samples, classes = context.pool, context.classes(context.pool)
     if context.curve.nearest is not None:
         nearest = context.curve.nearest.to(context.inputs)[rows]
         samples = torch.cat([samples, nearest])
@@ -100,7 +101,8 @@ def check_converged(context: Context) -> Finding:
     evaded = evades_at(context, points, rows)
     left = (~evaded).nonzero()[:, 0]
     if len(left):
-        points = context.attack(boundary_walk, rows[left], starts=STARTS, **starts)
+        starts |= {"neighbours": NEIGHBOURS, "starts": STARTS}
+        points = context.attack(boundary_walk, rows[left], **starts)
         evaded = evaded.index_copy(0, left, evades_at(context, points, rows[left]))
     advice = "Evaluate again with more steps, restarts and a larger pool of starts."
     return missed_evasions(context, "Longer attacks", evaded, advice, NOT_CONVERGED)

@@ -17,7 +17,6 @@ from torchdnr.attacks.checks import (
     checked_inputs,
 )
 from torchdnr.attacks.objectives import decision_objective
-from torchdnr.attacks.starts import assigned_classes
 from torchdnr.attacks.target import Target, check_classes
 from torchdnr.decisions import class_scores, evaluation_mode, has_reject_column
 from torchdnr.evaluation.checks import curve as curves
@@ -27,7 +26,7 @@ from torchdnr.evaluation.checks.context import Context, Model, choose_eps
 from torchdnr.evaluation.checks.result import CannotRun, Check, CheckReport, Finding
 from torchdnr.evaluation.curve import SecurityCurve
 from torchdnr.evaluation.judging import CountedModel
-from torchdnr.evaluation.line_up import ATTACKS, DEFAULT_ATTACKS, Attack, default_line_up
+from torchdnr.evaluation.line_up import Attack, default_line_up
 from torchdnr.resources import progress_bar
 
 CHECKS: dict[str, Callable[[Context], Finding]] = {
@@ -168,11 +167,8 @@ def run_checks(
     with evaluation_mode(counted), evaluation_mode(counted if surrogate is None else surrogate):
         target = Target(counted, decision_objective, reject, batch_size)
         classes = check_classes(target, inputs, labels)
-        pool_labels = assigned_classes(target, pool)
         if attacks is None:
-            starting = [key for key in DEFAULT_ATTACKS if "init_labels" in ATTACKS[key].accepts]
-            known = {key: {"init_labels": pool_labels} for key in starting}
-            attacks = default_line_up(pool, **shared, own_options=known)
+            attacks = default_line_up(pool, **shared)
         if surrogate is None:
             surrogate = _network(model, inputs, classes)
         undefended = None if surrogate is None else CountedModel(surrogate)
@@ -186,7 +182,6 @@ def run_checks(
             curve=curve,
             index=choose_eps(curve, eps),
             pool=pool,
-            pool_labels=pool_labels,
             attacks={name: attack for name, attack in attacks.items() if attack.fits(model)},
             surrogate=undefended,
             parts=_parts(model, undefended),
