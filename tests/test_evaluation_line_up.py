@@ -9,6 +9,7 @@ from torch import nn
 from torchdnr.evaluation import ATTACKS, build_line_up, default_line_up, security_evaluations
 from torchdnr.evaluation.judging import CountedModel
 from torchdnr.evaluation.line_up import DEFAULT_ATTACKS, choose_attacks
+from torchdnr.evaluation.report.table import total_costs
 
 QUICK = {name: {"steps": 4} for name, entry in ATTACKS.items() if "steps" in entry.accepts}
 QUICK |= {"square": {"queries": 9}, "noise": {"draws": 5}}
@@ -39,8 +40,9 @@ def data():
     return inputs, Disc()(inputs)[:, :3].argmax(dim=1).detach(), pool
 
 
+@pytest.mark.parametrize("every_eps", [False, True])
 @pytest.mark.parametrize("norm", [1, 2, math.inf])
-def test_every_attack_of_the_full_line_up_runs_within_its_budget(data, norm):
+def test_every_attack_of_the_full_line_up_runs_within_its_budget(data, norm, every_eps):
     inputs, labels, pool = data
     surrogate = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
     options = {"norm": norm, "surrogate": surrogate, "own_options": QUICK}
@@ -50,14 +52,21 @@ def test_every_attack_of_the_full_line_up_runs_within_its_budget(data, norm):
     eps = [0, 0.1, 0.6]
     curves = security_evaluations(
         {"disc": Disc(), "plain": surrogate}, inputs, labels, eps, norm=norm, attacks=attacks,
-        init_inputs=pool, progress=False,
+        init_inputs=pool, progress=False, every_eps=every_eps,
     )  # fmt: skip
     curve = curves["disc"]
-    assert list(curve.attacks) == list(attacks)
-    assert set(attacks) - set(curves["plain"].attacks) == {"smoothed PGD"}  # it has no kernels
-    for name, alone in curve.attacks.items():
-        assert sum(alone.violations) == 0 and sum(alone.forwards) > 0
-        assert (sum(alone.backwards) > 0) == (name not in ("Square", "noise", "transfer"))
+    lines = [
+        name for name, one in attacks.items() if every_eps or one.minimum_norm or one.every_eps
+    ]
+    assert list(curve.attacks) == lines
+    assert [*curve.refinements] == [name for name in attacks if name not in lines]
+    ran = curves["plain"].attacks.keys() | curves["plain"].refinements.keys()
+    assert set(attacks) - ran == {"smoothed PGD"}  # it has no kernels
+    assert every_eps == (lines == list(attacks))
+    for name, alone in (curve.attacks | curve.refinements).items():
+        spent, violations = total_costs(alone)
+        assert violations == 0 and spent["forwards"] > 0
+        assert (spent["backwards"] > 0) == (name not in ("Square", "noise", "transfer"))
         if "norm" in alone.settings:
             assert alone.settings["norm"] == norm
     for points, value in zip(curve.adversarial, eps, strict=True):

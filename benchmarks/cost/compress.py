@@ -179,7 +179,9 @@ def attack(
     found = {
         "eps": curve.eps,
         "norm": 2,
-        "attacks": {name: entry.settings for name, entry in curve.attacks.items()},
+        "attacks": {
+            name: entry.settings for name, entry in (curve.attacks | curve.refinements).items()
+        },
         **curve.rates(),
         "attack_accuracy": {name: entry.accuracy for name, entry in curve.attacks.items()},
         "median_evasion_norm": curve.median_evasion_norm,

@@ -60,14 +60,13 @@ class Evaluation:
         count = self.settings.samples  # any beginning of a split is a stratified sample of it
         return images[:count], labels[:count]
 
-    def line_up(self, progress: bool) -> dict[str, Attack]:
-        """Build the attacks, each with progress bars or without."""
+    def line_up(self) -> dict[str, Attack]:
+        """Build the attacks."""
         return build_line_up(
             self.settings.attacks,
             self.job.images("svm")[0],
             norm=self.settings.norm,
             batch_size=self.settings.batch_size,
-            progress=progress,
             surrogate=self.classifiers["DNN"],
             options=self._options("objective", "steps", "restarts"),
         )
@@ -80,7 +79,8 @@ class Evaluation:
             *self.images(),
             self.settings.eps,
             norm=self.settings.norm,
-            attacks=self.line_up(self.console.progress),
+            attacks=self.line_up(),
+            every_eps=self.settings.every_eps,
             init_inputs=self.job.images("svm")[0],
             levels=self.settings.levels,
             batch_size=self.settings.batch_size,
@@ -91,6 +91,7 @@ class Evaluation:
             },
             processes=self.processes,
             progress=self.console.progress,
+            say=lambda text: self.console.say(f"    {text}"),
         )
 
     def examine(self, curves: Mapping[str, SecurityCurve]) -> dict[str, dict[str, Any]]:
@@ -208,7 +209,7 @@ class Evaluation:
             self.classifiers[name],
             *self.images(),
             curve,
-            attacks=self.line_up(progress=False),
+            attacks=self.line_up(),
             init_inputs=self.job.images("svm")[0],
             levels=self.settings.levels,
             surrogate=self.classifiers["DNN"] if curve.rejects else None,

@@ -332,7 +332,7 @@ class RunSettings(_Settings):
 class AttackSettings(_Settings):
     """What the classifiers of a run folder are attacked with."""
 
-    added = "only_checks", "stratified", "sweep", "levels", "save_images"
+    added = "every_eps", "only_checks", "stratified", "sweep", "levels", "save_images"
 
     attacks: list[str] = option(
         "attacks to run, listed below; the worst of them counts, for each image. default: "
@@ -344,6 +344,14 @@ class AttackSettings(_Settings):
         nargs="+",
         metavar="NAME",
         choices=[DEFAULT, FULL, *ATTACKS],
+    )
+    every_eps: bool = option(
+        "run all attacks at every size of the perturbation, not only below the smallest that the "
+        "first of them found: a curve for each of them; takes several times as long",
+        default=False,
+        default_text="",
+        optional=True,
+        action="store_true",
     )
     norm: float = option(
         "how the size of a perturbation is measured: 1, the sum over all pixels; 2, their "

@@ -1,7 +1,12 @@
 """Evaluation of classifiers that may reject, under attack."""
 
 from torchdnr.decisions import predict_labels
-from torchdnr.evaluation.curve import AttackCurve, SecurityCurve, median_evasion_norm
+from torchdnr.evaluation.curve import (
+    AttackCurve,
+    Refinement,
+    SecurityCurve,
+    median_evasion_norm,
+)
 from torchdnr.evaluation.detection import (
     Detection,
     Measures,
@@ -73,6 +78,7 @@ __all__ = [
     "Detection",
     "Estimate",
     "Measures",
+    "Refinement",
     "RiskCoverage",
     "SecurityCurve",
     "StratifiedCurve",

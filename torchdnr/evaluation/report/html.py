@@ -9,7 +9,7 @@ from typing import Any
 
 from torchdnr.evaluation.checks.result import ORDER, broken_off
 from torchdnr.evaluation.curve import SecurityCurve
-from torchdnr.evaluation.report.table import attack_costs, each_line
+from torchdnr.evaluation.report.table import attack_costs, each_line, refinement_text, total_costs
 from torchdnr.files import atomic_write_bytes
 
 PAGE = Template("""\
@@ -63,7 +63,8 @@ EXPLANATIONS = {
     ),
     "attacks": (
         "Accuracy in percent if this were the only attack, in brackets the share rejected. The "
-        "worst case is lower than the best of them where they succeed on different images."
+        "worst case is lower than the best of them where they succeed on different images. Attacks "
+        "without a row ran only below the smallest change that the others had found for an image."
     ),
     "clean": (
         "On all test images, none of them attacked. A rejected image counts as an error. "
@@ -202,8 +203,8 @@ def _verdicts(curves: Mapping[str, SecurityCurve], checks: Checks) -> str:
             advice = f" <i>{_escape(entry['advice'])}</i>" if entry["advice"] else ""
             head = f"{entry['status']}: {_escape(entry['name'])}"
             items.append(_item(entry["status"], head, f". {_escape(entry['message'])}{advice}"))
-        for attack, alone in curve.attacks.items():
-            if count := sum(alone.violations):
+        for attack, alone in (curve.attacks | curve.refinements).items():
+            if count := total_costs(alone)[1]:
                 text = f"{attack} left the ball or the box {count} times and was projected back."
                 items.append(_item("fail", "constraints", f": {_escape(text)}"))
         if missing := curve.settings.get("left_out"):
@@ -250,6 +251,10 @@ def _attacks(curves: Mapping[str, SecurityCurve]) -> str:
             rows.append(row)
         header = ["attack", *(f"eps {eps:g}" for eps in curve.eps)]
         parts.append(f"<h3>{_escape(name)}</h3>{_table(header, rows)}")
+        parts += [
+            f"<p>{_escape(attack)}: {refinement_text(added)}.</p>"
+            for attack, added in curve.refinements.items()
+        ]
     return "".join(parts)
 
 

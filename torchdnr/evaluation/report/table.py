@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from torchdnr.evaluation.curve import Predictions, SecurityCurve
+from torchdnr.evaluation.curve import AttackCurve, Predictions, Refinement, SecurityCurve
 from torchdnr.evaluation.metrics import DecisionRates, to_plain
 from torchdnr.files import atomic_write_bytes, read_json, write_json
 
@@ -56,35 +56,41 @@ def attack_rates(
 
 
 def attack_costs(curves: Mapping[str, SecurityCurve]) -> list[dict[str, Any]]:
-    """Tabulate what each attack cost over all eps, and what it reached alone.
+    """Tabulate what each attack cost over all eps, and what it reached.
 
     Args:
         curves: Classifier name to its curve.
 
     Returns:
-        Rows with the classifier, the attack, its number of samples and of positive eps, seconds,
-        forwards and backwards in total and per sample, points that left their constraints, and
-        ``evasion``: the share accepted and wrong at the largest eps, with its interval.
+        Rows with the classifier, the attack, its number of samples, seconds, forwards and backwards
+        in total and per sample, and points that left their constraints. Of an attack that serves
+        every eps also the number of positive eps, and ``evasion`` at the largest: the share
+        accepted and wrong, with its interval. Of the others how many samples they ``tried`` below
+        the norms found, and on how many they came ``nearer``.
     """
     rows = []
     for name, curve in curves.items():
-        for attack, alone in curve.attacks.items():
-            samples = len(alone.labels)
-            spent = {key: sum(getattr(alone, key)) for key in COSTS}
-            rows.append(
-                {
-                    "classifier": name,
-                    "attack": attack,
-                    "samples": samples,
-                    "positive_eps": sum(eps > 0 for eps in alone.eps),
-                    **spent,
-                    **{f"{key}_per_sample": value / samples for key, value in spent.items()},
-                    "violations": sum(alone.violations),
-                    "largest_eps": alone.eps[-1],
-                    "evasion": alone.estimates()[-1].evasion.to_dict(),
-                }
-            )
+        samples = len(curve.labels)
+        for attack, alone in (curve.attacks | curve.refinements).items():
+            spent, violations = total_costs(alone)
+            row = {"classifier": name, "attack": attack, "samples": samples, **spent}
+            row |= {f"{key}_per_sample": value / samples for key, value in spent.items()}
+            row["violations"] = violations
+            if isinstance(alone, Refinement):
+                row |= {"tried": alone.tried, "nearer": alone.nearer}
+            else:
+                row["positive_eps"] = sum(eps > 0 for eps in alone.eps)
+                row["largest_eps"] = alone.eps[-1]
+                row["evasion"] = alone.estimates()[-1].evasion.to_dict()
+            rows.append(row)
     return rows
+
+
+def total_costs(attack: AttackCurve | Refinement) -> tuple[dict[str, float], int]:
+    """Return what an attack cost over all eps, and how many points left their constraints."""
+    if isinstance(attack, Refinement):
+        return {key: getattr(attack, key) for key in COSTS}, attack.violations
+    return {key: sum(getattr(attack, key)) for key in COSTS}, sum(attack.violations)
 
 
 def format_table(curves: Mapping[str, SecurityCurve]) -> str:
@@ -163,13 +169,23 @@ def _remarks(curves: Mapping[str, SecurityCurve]) -> list[str]:
         if missing := curve.settings.get("left_out"):
             names = ", ".join(missing)
             lines.append(f"  Note: left out, as the model lacks what they need: {names}.")
-        for attack, alone in curve.attacks.items():
-            if sum(alone.violations):
+        for attack, added in curve.refinements.items():
+            lines.append(f"  {attack}: {refinement_text(added)}.")
+        for attack, alone in (curve.attacks | curve.refinements).items():
+            if violations := total_costs(alone)[1]:
                 lines.append(
-                    f"  WARNING: {attack} left the ball or the box {sum(alone.violations)} times; "
+                    f"  WARNING: {attack} left the ball or the box {violations} times; "
                     "these points were projected back."
                 )
     return lines
+
+
+def refinement_text(added: Refinement) -> str:
+    """Say what an attack added below the norms that the others had found."""
+    return (
+        f"nearer on {added.nearer} of the {added.tried} samples tried below the norms found "
+        f"({added.seconds:.0f} s, {added.forwards:,} forwards, {added.backwards:,} backwards)"
+    )
 
 
 def save_results(
@@ -210,7 +226,8 @@ def save_csv(path: str | Path, curves: Mapping[str, SecurityCurve]) -> None:
     """Write a row per classifier, attack and eps, and for the worst case over the attacks.
 
     Rates are shares in [0, 1], low and high the ends of their 95 % confidence intervals. The cost
-    of a minimum-norm attack is in the row of its first positive eps; the worst case has the sum.
+    of a minimum-norm attack is in the row of its first positive eps; the worst case has the sum,
+    there that of the attacks below the norms found too.
 
     Args:
         path: File to write, atomically.
@@ -232,6 +249,8 @@ def _rows(
     classifier: str, attack: str, alone: Predictions, curve: SecurityCurve
 ) -> Iterator[dict[str, Any]]:
     attacks = [curve.attacks[attack]] if attack in curve.attacks else [*curve.attacks.values()]
+    more = [] if attack in curve.attacks else [*curve.refinements.values()]
+    first = next((eps for eps in alone.eps if eps > 0), None)
     for index, (eps, rates) in enumerate(zip(alone.eps, alone.estimates(), strict=True)):
         row = {"classifier": classifier, "attack": attack, "norm": f"{curve.norm:g}", "eps": eps}
         row |= {"samples": len(alone.labels), "mean_norm": alone.mean_norm[index]}
@@ -239,4 +258,7 @@ def _rows(
             rate = getattr(rates, name)
             column = name if name == "accuracy" else f"{name}_rate"
             row |= {column: rate.value, f"{name}_low": rate.low, f"{name}_high": rate.high}
-        yield row | {cost: sum(getattr(one, cost)[index] for one in attacks) for cost in COSTS}
+        for cost in COSTS:
+            row[cost] = sum(getattr(one, cost)[index] for one in attacks)
+            row[cost] += sum(getattr(one, cost) for one in more if eps == first)
+        yield row
