@@ -89,12 +89,10 @@ def run_checks(
     apply, or breaks off, is listed as "skipped" with its reason; one that breaks off also makes
     the report warn.
 
-    The cost is bounded. With S = ``samples``, R = ``recorded``, T = ``steps``, L layers, m samples
-    to start from, n inputs at k eps, and A forwards and B backwards of the line-up per sample, the
-    rows sent forwards are about
-    ``S (2 draws + noise_draws + queries + 11 T + 1900 + A) + R A + (k + 1) n + m``, those sent
-    backwards ``S (11 T + 1300 + B) + R B``; the report has the true numbers. Beside them
-    ``S T (L + 4)`` rows go both ways through the surrogate and the parts of the defence.
+    The checks go on from the points of the evaluation, and by default look at a tenth of its
+    samples, so that they cost about a tenth of it; the report has the cost of each. The literature
+    asks for more, ``draws=100``, ``noise_draws=10_000`` and ``queries=1000``, where nothing else
+    is at hand that could catch an evaluation that is too weak.
 
     Args:
         model: Maps inputs to scores ``(n, c)``, or ``(n, c + 1)`` with theta in the last column. A
@@ -116,8 +114,8 @@ def run_checks(
             classifies.
         reference: The most robust classifier known, for ``eps / 2``: its curve, or its robust
             accuracy by eps.
-        samples: Samples that the checks use.
-        recorded: Samples on which each attack is recorded, one by one.
+        samples: Samples that the checks use; None: a tenth of the inputs, 4 to 32.
+        recorded: Samples on which each attack is recorded; None: a third of these.
         steps: Steps of the attacks run here.
         draws: Points around each sample for the stability of the loss.
         noise_draws: Points of each ball for the noise control.
