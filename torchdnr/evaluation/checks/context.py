@@ -29,13 +29,12 @@ SMALL_DROP = 0.02  # fall of the accuracy, by an attack that ought to be weaker,
 class Context(Task):
     """One evaluation under examination."""
 
-    model: CountedModel
+    counters: list[CountedModel]  # whatever rows are sent through; the first is ``model``
     curve: SecurityCurve
     index: int  # where in ``curve.eps`` attacks are compared
     pool: Tensor  # inputs of all classes to start from, (m, ...)
     attacks: Mapping[str, Attack]  # line-up of the evaluation
-    surrogate: CountedModel | None  # undefended classifier, (n, ...) to (n, c)
-    parts: Mapping[str, CountedModel]  # of the defence, each with scores of its own
+    surrogate: Model | None  # undefended classifier, (n, ...) to (n, c)
     reference: SecurityCurve | Mapping[float, float] | None  # robust accuracy without rejection
     options: Mapping[str, int]  # samples, recorded, draws, noise_draws, steps, queries, passes
     seed: int  # of everything that is drawn
@@ -80,15 +79,16 @@ class Context(Task):
         return self.width * self.inputs[0].numel() ** (1 / self.norm)
 
     def spent(self) -> dict[str, Any]:
-        """Return the time, and the input rows that the model, surrogate and parts have seen."""
+        """Return the time, and the input rows that the model and what was counted have seen."""
         synchronize(self.inputs.device)  # kernels run on after their call
-        models = {id(model): model for model in (self.model, self.surrogate, *self.parts.values())}
-        counted = [model for model in models.values() if model is not None]
-        return {
-            "seconds": time.perf_counter(),
-            "forwards": sum(model.forwards for model in counted),
-            "backwards": sum(model.backwards for model in counted),
-        }
+        forwards = sum(model.forwards for model in self.counters)
+        backwards = sum(model.backwards for model in self.counters)
+        return {"seconds": time.perf_counter(), "forwards": forwards, "backwards": backwards}
+
+    def counted(self, model: Model) -> Model:
+        """Count the rows that are sent through another model too."""
+        self.counters.append(CountedModel(model))
+        return self.counters[-1]
 
     def generator(self) -> torch.Generator:
         """Return a fresh generator on the device of the inputs."""

@@ -169,7 +169,7 @@ def run_checks(
             attacks = default_line_up(pool, **shared)
         if surrogate is None:
             surrogate = _network(model, inputs, classes)
-        undefended = None if surrogate is None else CountedModel(surrogate)
+        others = [] if surrogate is None else [CountedModel(surrogate)]
         context = Context(
             model=counted,
             inputs=inputs,
@@ -181,8 +181,8 @@ def run_checks(
             index=choose_eps(curve, eps),
             pool=pool,
             attacks={name: attack for name, attack in attacks.items() if attack.fits(model)},
-            surrogate=undefended,
-            parts=_parts(model, undefended),
+            surrogate=others[0] if others else None,
+            counters=[counted, *others],
             reference=reference,
             options=counts,
             seed=seed,
@@ -244,18 +244,6 @@ def _find(check: Callable[[Context], Finding], context: Context) -> Finding:
             return Finding("skipped", counts, f"Did not run: see 'differentiable'; {kind}.")
         advice = "Mend what broke off and check again."
         return Finding("skipped", counts, f"Broke off with {kind}: {error}", advice)
-
-
-def _parts(model: Any, network: CountedModel | None) -> dict[str, CountedModel]:  # noqa: ANN401
-    """Collect the SVM of each layer, and the network if it classifies; empty if there is no SVM."""
-    if not all(hasattr(model, name) for name in ("base_svms", "layers", "features")):
-        return {}
-
-    def on_layer(index: int, name: str) -> CountedModel:
-        return CountedModel(lambda inputs: model.base_svms[index](model.features(inputs)[name]))
-
-    parts = {f"SVM on {name}": on_layer(i, name) for i, name in enumerate(model.layers)}
-    return parts if network is None else {**parts, "network": network}
 
 
 def _network(model: Model, inputs: Tensor, classes: int) -> Model | None:

@@ -6,6 +6,7 @@ only. If one evades a sample, the evaluation is not the worst case; most often g
 
 from functools import partial
 from math import ceil
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from torchdnr.decisions import evades
 from torchdnr.evaluation.checks.context import (
     SMALL_DROP,
     Context,
+    Model,
     drop_status,
     evades_at,
     missed_evasions,
@@ -133,15 +135,14 @@ def check_components(context: Context) -> Finding:
 
     Source: Carlini et al., "On evaluating adversarial robustness" (ablation study).
     """
-    if not context.parts:
-        raise CannotRun("the model is not made of SVMs on the layers of a network")
+    parts = _parts(context)
     rows = context.unevaded()
     inputs, labels = context.inputs[rows], context.labels[rows]
     evaded = torch.zeros_like(rows, dtype=torch.bool)
     counts: dict[str, int | float] = {"samples": len(rows)}
     blind = []
     steps = context.options["steps"]
-    for name, part in context.parts.items():
+    for name, part in parts.items():
         target = Target(part, context.target("paper").objective, False, context.batch_size)
         vanished = int((slope_at(target, inputs, labels).length < TINY).sum())
         points = context.attack(pgd, rows, model=part, objective="paper", steps=steps)
@@ -153,7 +154,7 @@ def check_components(context: Context) -> Finding:
     count = int(evaded.sum())
     status, drop = drop_status(context, count, len(rows), SMALL_DROP)
     counts |= {"evaded": count, "accuracy_drop": drop}
-    by_part = ", ".join(f"{name} {counts[f'{name}: evaded alone']}" for name in context.parts)
+    by_part = ", ".join(f"{name} {counts[f'{name}: evaded alone']}" for name in parts)
     message = (
         f"Of {len(rows)} samples not evaded at eps = {context.eps:g} the parts alone are evaded "
         f"for: {by_part}; these points evade the whole for {count}."
@@ -163,3 +164,16 @@ def check_components(context: Context) -> Finding:
         message += f" Gradients vanish in: {', '.join(blind)}."
     advice = "Start the attacks from points against the parts; give a blind part a smaller gamma."
     return Finding(status, counts, message, advice)
+
+
+def _parts(context: Context) -> dict[str, Model]:
+    """Collect the SVM of each layer, and the network if it classifies."""
+    model: Any = context.model
+    if not all(hasattr(model, name) for name in ("base_svms", "layers", "features")):
+        raise CannotRun("the model is not made of SVMs on the layers of a network")
+
+    def on_layer(index: int, name: str) -> Model:
+        return context.counted(lambda x: model.base_svms[index](model.features(x)[name]))
+
+    parts = {f"SVM on {name}": on_layer(i, name) for i, name in enumerate(model.layers)}
+    return parts if context.surrogate is None else {**parts, "network": context.surrogate}
