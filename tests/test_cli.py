@@ -24,6 +24,7 @@ from sklearn.datasets import load_digits
 import torchdnr
 from torchdnr.cli.options import attack_parser, train_parser
 from torchdnr.cli.settings import SPLIT_SIZES, AttackSettings, RunSettings
+from torchdnr.files import load_tensors
 from torchdnr.models import MNISTNet, load_network
 
 ROOT = Path(__file__).parents[1]
@@ -32,11 +33,7 @@ FILES = {
     *("nr.safetensors", "results.json", "results.csv", "report.html"),
     *("curve.png", "examples.png", "roc.png", "risk-coverage.png"),
     *(f"checks-{name}.json" for name in ("dnn", "nr", "dnr")),
-    *(
-        f"attack-{name}-{attack}.safetensors"
-        for name in ("dnn", "nr", "dnr")
-        for attack in ("line-search-pgd", "boundary-walk", "apgd")
-    ),
+    *(f"attack-{name}-1-of-1.safetensors" for name in ("dnn", "nr", "dnr")),
 }
 
 
@@ -99,7 +96,7 @@ def _results(folder):
             del timed["seconds"]
     for curve in content["curves"].values():
         del curve["seconds"]
-        for alone in curve["attacks"].values():
+        for alone in (curve["attacks"] | curve["refinements"]).values():
             del alone["seconds"]
     return content
 
@@ -196,7 +193,7 @@ def test_stopped_in_every_stage_and_resumed_equals_never_stopped(
         "network.safetensors",
         "dnr.safetensors",
         "nr.safetensors",
-        "attack-dnn-boundary-walk.safetensors",
+        "attack-dnn-1-of-1.safetensors",
         "checks-dnn.json",
         "curve.png",
     ]
@@ -395,12 +392,20 @@ def test_failed_checks_stand_above_the_table(run, capsys):
 
 
 def test_a_further_attack_leaves_what_the_others_found(run, capsys):
-    before = {path.name: path.read_bytes() for path in run.glob("attack-*")}
+    def steps():
+        files = sorted(run.glob("attack-*"))
+        return [load_tensors(path, "torchdnr security evaluation") for path in files]
+
+    before = steps()
     arguments = ["--quiet", "--run", str(run), *ATTACKING, "--no-checks"]
     assert attack.main([*arguments, "--attack", "default", "pgd"]) == 0
-    assert {name: (run / name).read_bytes() for name in before} == before
+    for (old, old_costs), (new, new_costs) in zip(before, steps(), strict=True):
+        assert all(torch.equal(points, new[name]) for name, points in old.items())
+        costs = old_costs["costs"].items()
+        assert all(new_costs["costs"][name] == cost for name, cost in costs)  # not run again
+        assert [name.split()[0] for name in new if name not in old] == ["PGD"]
     curves = json.loads((run / "results.json").read_text())["curves"]
-    assert all("PGD" in curve["attacks"] for curve in curves.values())
+    assert all("PGD" in curve["refinements"] for curve in curves.values())
     assert "checks: none were made" in capsys.readouterr().out
 
 
@@ -431,7 +436,7 @@ def test_every_file_of_the_report_tells_the_same(finished):
     assert page.count("<figure>") == 4 and content["settings"]["command"] in html.unescape(page)
     with (finished / "results.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == 3 * 5 * 3
+    assert len(rows) == 3 * 4 * 3
     for row in rows:
         curve = content["curves"][row["classifier"]]
         index = curve["eps"].index(float(row["eps"]))

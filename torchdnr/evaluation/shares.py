@@ -29,7 +29,7 @@ from torchdnr.evaluation.estimate import Meter, in_words
 from torchdnr.evaluation.judging import Judged, Task
 from torchdnr.evaluation.line_up import Attack
 
-_FEW, _MANY = 25, 256  # samples of a share, where there are four shares and where there are more
+_FEW, _MANY = 10, 256  # fewest samples of a share, where there are more than one, and most
 
 
 @dataclass(frozen=True, eq=False)
