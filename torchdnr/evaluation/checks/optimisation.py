@@ -19,7 +19,7 @@ from torchdnr.evaluation.judging import outputs
 from torchdnr.evaluation.line_up import Attack
 
 NOT_CONVERGED = 0.05  # fall of the accuracy, by longer attacks, above which the check fails
-MORE = 2  # times the steps of the longer attack
+MORE = 4  # times the steps of the longer attack
 STARTS = 5  # of the walk, the nearest evading point known among them
 NEIGHBOURS = 20  # of which the walk chooses its starts
 LAST = 0.1  # share of the forwards that counts as the end of an attack

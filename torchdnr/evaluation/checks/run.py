@@ -72,7 +72,7 @@ def run_checks(
     reference: SecurityCurve | Mapping[float, float] | None = None,
     samples: int | None = None,
     recorded: int | None = None,
-    steps: int = 50,
+    steps: int = 25,
     draws: int = 10,
     noise_draws: int = 100,
     queries: int = 300,
