@@ -154,10 +154,11 @@ class Cascade:
     def _below(self, name: str) -> tuple[Tensor, dict[str, int]]:
         """Attack below the smallest norms, and again below what is reached, while it succeeds.
 
-        The points are its nearest that evade; of a sample where none does, that of its one try.
+        From the inputs: a descent that starts at the nearest point mostly stays in its valley. The
+        points are its nearest that evade; of a sample where none does, that of its one try.
         """
         best, rows = self.task.inputs.cpu().clone(), self.nearest.norms.nonzero()[:, 0]
-        start, norms = self.nearest.points[rows], self.nearest.norms[rows]
+        norms = self.nearest.norms[rows]
         counts = {"violations": 0, "tried": len(rows), "nearer": 0}
         for number in range(ROUNDS):
             if len(rows) == 0:
@@ -165,14 +166,14 @@ class Cascade:
             task = self.task.part(rows.to(self.task.inputs.device))
             radius = norms * (1 - BELOW * 2**number)
             eps = radius.clamp_max(self.sizes[-1]).to(task.inputs)
-            new, outside = self._attack(name, task, eps, task.inside(start.to(task.inputs), eps))
+            new, outside = self._attack(name, task, eps, task.inputs)
             counts["violations"] += outside
             judged = judge(task, new)
             evades = task.succeeds(judged.predictions).cpu()
             if number == 0:
                 best[rows], counts["nearer"] = judged.points, int(evades.sum())
-            rows, start, norms = rows[evades], judged.points[evades], judged.size.cpu()[evades]
-            best[rows] = start
+            rows, norms = rows[evades], judged.size.cpu()[evades]
+            best[rows] = judged.points[evades]
         return best, counts
 
     def _attack(

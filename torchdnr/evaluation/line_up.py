@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from inspect import signature
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -18,7 +19,7 @@ from torchdnr.attacks.noise import noise
 from torchdnr.attacks.options import options_of
 from torchdnr.attacks.orthogonal import orthogonal_pgd
 from torchdnr.attacks.pgd import pgd
-from torchdnr.attacks.smoothing import smoothed_pgd
+from torchdnr.attacks.smoothing import FACTORS, smoothed_pgd
 from torchdnr.attacks.square import square
 from torchdnr.attacks.transfer import transfer
 from torchdnr.decisions import method_of
@@ -84,6 +85,35 @@ class Attack:
         return self.needs is None or method_of(model, self.needs) is not None
 
 
+def _descents(options: Mapping[str, Any], forwards: int = 1, backwards: int = 1) -> Passes:
+    """Count a descent from the input, one from the pool, and the restarts.
+
+    ``forwards`` and ``backwards`` are those of a step.
+    """
+    steps = options["steps"] * (2 + options["restarts"])
+    return Passes(steps * forwards + 14, steps * backwards)
+
+
+def _near_descents(options: Mapping[str, Any]) -> Passes:
+    """Count descents from the input and from each start, and what finds the starts."""
+    starts = options["starts"] * (1 + options["restarts"])
+    steps = options["steps"] * (1 + starts)
+    return Passes(steps + 2 * options["neighbours"] + 30 * starts, steps)
+
+
+def _walks(options: Mapping[str, Any]) -> Passes:
+    """Count walks, most of which end early, and what finds their starts."""
+    rounds, starts = 1 + options["restarts"], options["starts"]
+    steps = options["steps"] * starts / 3
+    return Passes(rounds * (steps + options["neighbours"] + 9 * starts), rounds * steps)
+
+
+def _line_searches(options: Mapping[str, Any]) -> Passes:
+    """Count descents that stop halfway on average, with the trials of each step."""
+    steps = options["steps"] * (2 + options["restarts"]) / 2
+    return Passes(steps * (2 + options["doublings"]), steps)
+
+
 class Entry(NamedTuple):
     """An attack that can be chosen by name."""
 
@@ -96,6 +126,7 @@ class Entry(NamedTuple):
     inner: Callable[..., Tensor] | None = None  # run within it, whose options it has as well
     without: frozenset[str] = frozenset()  # options, inner or shared, that it cannot be given
     needs: str | None = None  # see ``Attack``
+    passes: Callable[[Mapping[str, Any]], Passes] = _descents  # ``Attack.passes`` by its options
 
     @property
     def defaults(self) -> dict[str, Any]:
@@ -120,6 +151,7 @@ ATTACKS = {
         "the paper's: descent with a line search, from the image and from another class",
         every_eps=True,
         options={"objective": "paper"},
+        passes=_line_searches,
     ),
     "boundary-walk": Entry(
         BOUNDARY_WALK,
@@ -128,35 +160,58 @@ ATTACKS = {
         minimum_norm=True,
         # Other starts lead to other valleys: of sixty digits two to four more within eps 1.5.
         options={"restarts": 1},
+        passes=_walks,
     ),
     "apgd": Entry("APGD", apgd, "descent with momentum and steps that adapt"),
     "apgd-multi-target": Entry(
-        "multi-target APGD", multi_target, "APGD towards each other class in turn", inner=apgd
+        "multi-target APGD",
+        multi_target,
+        "APGD towards each other class in turn",
+        inner=apgd,
+        passes=partial(_descents, forwards=9, backwards=9),  # of ten classes
     ),
     "pgd": Entry("PGD", pgd, "plain projected descent"),
-    "fmn": Entry("FMN", fmn, "nearest evasion: a radius that adapts", minimum_norm=True),
+    "fmn": Entry(
+        "FMN",
+        fmn,
+        "nearest evasion: a radius that adapts",
+        minimum_norm=True,
+        passes=_near_descents,
+    ),
     "ddn": Entry(
         "DDN",
         ddn,
         "nearest evasion: direction, then norm; l2 only",
         minimum_norm=True,
         without=frozenset({"norm"}),
+        passes=_near_descents,
     ),
     "selective-pgd": Entry(
         "selective PGD",
         orthogonal_pgd,
         "first to another class, then to be accepted",
         options={"projected": "none", "selective": True},
+        passes=partial(_descents, backwards=2),
     ),
     "orthogonal-pgd": Entry(
         "orthogonal PGD",
         orthogonal_pgd,
         "to another class and to be accepted at once, along gradients that do not disturb",
+        passes=partial(_descents, backwards=2),
     ),
     "smoothed-pgd": Entry(
-        "smoothed PGD", smoothed_pgd, "on wider kernels first, for NR and DNR", needs="smoothed"
+        "smoothed PGD",
+        smoothed_pgd,
+        "on wider kernels first, for NR and DNR",
+        needs="smoothed",
+        passes=partial(_descents, forwards=len(FACTORS), backwards=len(FACTORS)),
     ),
-    "square": Entry("Square", square, "random search, without gradients"),
+    "square": Entry(
+        "Square",
+        square,
+        "random search, without gradients",
+        passes=lambda options: Passes(options["queries"] * (2 + options["restarts"]), 0),
+    ),
     "transfer": Entry(
         "transfer",
         transfer,
@@ -164,8 +219,14 @@ ATTACKS = {
         inner=pgd,
         # it goes through several objectives of its own, and the classes are another model's
         without=frozenset({"objective", "init_labels"}),
+        passes=partial(_descents, forwards=2, backwards=2),  # of the network, for two objectives
     ),
-    "noise": Entry("noise", noise, "random points: what any attack has to beat"),
+    "noise": Entry(
+        "noise",
+        noise,
+        "random points: what any attack has to beat",
+        passes=lambda options: Passes(options["draws"] * (2 + options["restarts"]), 0),
+    ),
 }
 """Attacks by the names that the command line knows, in the order in which they run."""
 
@@ -280,6 +341,7 @@ def build_line_up(
             settings,
             entry.needs,
             fingerprint,
+            passes=entry.passes(settings),
             pool=init_inputs if {"init_inputs", "init_labels"} <= entry.accepts else None,
         )
     return line_up

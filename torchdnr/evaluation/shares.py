@@ -58,7 +58,9 @@ class Attacked:
 
     def cascades(self, shares: Mapping[int, Tensor], count: int) -> dict[int, Cascade]:
         """Prepare the attacks on shares, by number, of ``count`` in all."""
-        known, assigned = identity(self.task.model), self.assigned() if shares else {}
+        known, assigned = identity(self.task.model), {}
+        if shares and self.eps[-1] > 0:
+            assigned = self.assigned()
         cascades = {}
         for number, rows in shares.items():
             task = self.task.part(rows)
