@@ -11,7 +11,7 @@ from benchmarks.common import RESULTS as ALL_RESULTS
 from benchmarks.paper.claims import gather, judge_claims
 from benchmarks.paper.report import ALONE, WORST, as_text, example_figure
 from benchmarks.paper.run import EXAMPLES_FILE, Study, code_versions, run_folder
-from torchdnr.evaluation import LINE_SEARCH_PGD, SecurityCurve
+from torchdnr.evaluation import LINE_SEARCH_PGD, SecurityCurve, attack_costs
 from torchdnr.evaluation.figures import plot_curves, plot_examples, plot_threshold_sweep
 from torchdnr.evaluation.metrics import Estimate
 from torchdnr.evaluation.report.table import load_results
@@ -203,9 +203,10 @@ def _costs(
     found: dict[str, Any] = {"DNN": {"network": trained}}
     for name in CLASSIFIERS:
         for curves, settings, _ in runs:
-            for key, attack in curves[name].attacks.items():
-                spent = {"seconds": sum(attack.seconds), "peak_memory_mib": None, "calls": 1}
-                found.setdefault(name, {}).setdefault(f"attack: {key}", []).append(spent)
+            for cost in attack_costs({name: curves[name]}):
+                spent = {"seconds": cost["seconds"], "peak_memory_mib": None, "calls": 1}
+                key = f"attack: {cost['attack']}"
+                found.setdefault(name, {}).setdefault(key, []).append(spent)
             own = run_folder(study, variant, settings["run"]) / f"{name.lower()}-costs.json"
             for stage, cost in (read_json(own) if own.exists() else {}).items():
                 if stage == "attack":  # the curve knows what a stopped run had spent before

@@ -78,7 +78,9 @@ class Checkpoint:
             costs = metadata["costs"]
             if metadata["fingerprint"] != self.fingerprint:
                 return "other inputs or settings"
-            steps = {name: Step(points, costs[name]) for name, points in tensors.items()}
+            steps = {name: Step(tensors.pop(name), cost) for name, cost in costs.items()}
+            if tensors:
+                return "its steps and costs disagree"
         except (CheckpointError, OSError, KeyError, TypeError, AttributeError) as error:
             return f"unreadable: {error}"
         # a tolerance, as another thread count or batch size rounds differently
