@@ -197,6 +197,21 @@ def test_an_attack_that_still_gains_at_the_end_is_incomplete(data):
     assert report["incomplete optimisation"].counts == {"runs": 3, "falling": 0, "stuck": 3}
 
 
+@pytest.mark.parametrize(("restarts", "falling"), [(0, 3), (1, 0)])
+def test_an_attack_with_restarts_is_complete_when_its_last_run_is(data, restarts, falling):
+    def twice(model, inputs, labels, eps, start):
+        points = inputs.clone()
+        for step in range(100):
+            if 50 <= step < 96:  # the second run creeps nearer, and is done
+                points[:, 0] += 0.001 * (1 - 2 * labels.to(inputs))
+            model(points)
+        return points
+
+    attack = Attack(twice, settings={"restarts": restarts})
+    report = check(data, attack, only=["incomplete optimisation"], eps=0.1)
+    assert report["incomplete optimisation"].counts["falling"] == falling
+
+
 def test_a_curve_that_recovers_is_not_monotone(data):
     model, curve, options = evaluate(data, best)
     assert run_checks(model, *data, curve, only=["monotone curve"], **options).status == "pass"

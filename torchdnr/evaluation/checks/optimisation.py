@@ -22,7 +22,7 @@ NOT_CONVERGED = 0.05  # fall of the accuracy, by longer attacks, above which the
 MORE = 4  # times the steps of the longer attack
 STARTS = 5  # of the walk, the nearest evading point known among them
 NEIGHBOURS = 20  # of which the walk chooses its starts
-LAST = 0.1  # share of the forwards that counts as the end of an attack
+LAST = 0.1  # share of the forwards of a run that counts as its end
 STILL_FALLING = 0.05  # share of the whole descent, or of the final norm, allowed at the end
 ON_LEVEL = 1e-2  # of a level: how far a point that rounding puts on it may be off
 NEARER = 0.01  # share of its norm by which a success has to be nearer than the one returned
@@ -58,7 +58,8 @@ def check_silent_success(context: Context) -> Finding:
 def check_incomplete(context: Context) -> Finding:
     """Count runs whose best value still fell in the last tenth of the forwards.
 
-    The value is the margin of an attack at a given eps that failed, or the least norm.
+    With restarts it is the last tenth of the last run. The value is the margin of an attack at a
+    given eps that failed, or the least norm.
 
     Source: Pintor et al., "Indicators of attack failure" (incomplete optimisation).
     """
@@ -160,16 +161,17 @@ def _graded(context: Context, attack: Attack, seen: "_Seen", returned: "_Seen") 
         values = seen.margin.masked_fill(~inside, math.inf)
         succeeded = succeeded and norm <= context.eps * (1 + 1e-5) + 1e-6
         silent = bool((seen.success & inside).any()) and not succeeded
-    return _Recorded(succeeded, silent, *_end_of(values, relative_to_last=attack.minimum_norm))
+    end = LAST / (1 + attack.settings.get("restarts", 0))  # of the last of its runs
+    return _Recorded(succeeded, silent, *_end_of(values, end, attack.minimum_norm))
 
 
-def _end_of(values: Tensor, *, relative_to_last: bool) -> tuple[bool, bool]:
+def _end_of(values: Tensor, end_share: float, relative_to_last: bool) -> tuple[bool, bool]:
     """Tell whether the best value so far still fell at the end, and whether it never fell."""
     values = values[values.isfinite()]
     if len(values) == 0:
         return False, True
     best = values.cummin(dim=0).values
-    before = max(0, len(best) - 1 - math.ceil(LAST * len(best)))
+    before = max(0, len(best) - 1 - math.ceil(end_share * len(best)))
     whole, end = best[0] - best[-1], best[before] - best[-1]
     scale = best[-1] if relative_to_last else whole
     return bool(end > STILL_FALLING * scale), bool(whole <= 0)
