@@ -116,7 +116,7 @@ def test_every_weaker_attack_finds_what_an_idle_evaluation_missed(data, norm):
 
 
 def test_an_optimal_evaluation_passes(data):
-    report = check(data, best, surrogate=scores_alone, eps=0.3)
+    report = check(data, best, surrogate=scores_alone, eps=0.3, samples=32)
     assert set(report.names("skipped")) == {"components"}, str(report)
     assert report.names("fail") == []
     assert report.names("warn") == [], str(report)
@@ -169,12 +169,47 @@ def test_what_evades_a_smoothed_view_alone_is_no_silent_success(data):
     assert report["silent success"].counts == {"runs": 3, "silent": 0}
 
 
+def test_samples_recorded_in_one_call_are_told_apart():
+    """What an attack did on one sample is not held against it on another."""
+    calls = []
+
+    def forgets_class_1(model, inputs, labels, eps, start):
+        calls.append(len(inputs))
+        points = best(model, inputs, labels, eps, start)
+        return torch.where((labels == 1)[:, None], inputs, points)
+
+    x = torch.linspace(0, 1, 24).view(6, 4)  # farther apart than two balls reach
+    x[:, 0] = torch.tensor([0.3, 0.7, 0.3, 0.7, 0.3, 0.7])
+    data = x, (x[:, 0] > 0.5).long()
+    model, curve, options = evaluate(data, idle)
+    options |= {"recorded": 6, "samples": 6, "eps": 0.3, "only": ["silent success"]}
+    options["attacks"] = {"forgetful": Attack(forgets_class_1)}
+    report = run_checks(model, *data, curve, **options)
+    assert report["silent success"].counts == {"runs": 6, "silent": 3}
+    assert sum(calls) == 6 and len(calls) < 6
+
+
 def test_an_attack_that_still_gains_at_the_end_is_incomplete(data):
     report = check(data, slow, only=["incomplete optimisation"])
     assert report["incomplete optimisation"].counts == {"runs": 3, "falling": 3, "stuck": 0}
     assert report.status == "fail"
     report = check(data, idle, only=["incomplete optimisation"])
     assert report["incomplete optimisation"].counts == {"runs": 3, "falling": 0, "stuck": 3}
+
+
+@pytest.mark.parametrize(("restarts", "falling"), [(0, 3), (1, 0)])
+def test_an_attack_with_restarts_is_complete_when_its_last_run_is(data, restarts, falling):
+    def twice(model, inputs, labels, eps, start):
+        points = inputs.clone()
+        for step in range(100):
+            if 50 <= step < 96:  # the second run creeps nearer, and is done
+                points[:, 0] += 0.001 * (1 - 2 * labels.to(inputs))
+            model(points)
+        return points
+
+    attack = Attack(twice, settings={"restarts": restarts})
+    report = check(data, attack, only=["incomplete optimisation"], eps=0.1)
+    assert report["incomplete optimisation"].counts["falling"] == falling
 
 
 def test_a_curve_that_recovers_is_not_monotone(data):
@@ -295,6 +330,78 @@ def test_a_check_that_breaks_off_is_listed_and_warns(data):
     assert report["silent success"].status == "skipped"
     assert "KeyError" in report["silent success"].message
     assert report.status == "warn"
+
+
+@pytest.mark.parametrize(("n", "samples", "recorded"), [(12, 4, 1), (70, 7, 2), (400, 32, 10)])
+def test_the_checks_follow_the_size_of_the_evaluation(n, samples, recorded):
+    x = torch.rand(n, 4)
+    data = x, (x[:, 0] > 0.5).long()
+    model, curve, options = evaluate(data, best)
+    del options["recorded"]
+    settings = run_checks(model, *data, curve, only=["deterministic"], **options).settings
+    assert (settings["samples"], settings["recorded"]) == (samples, recorded)
+
+
+def test_the_checks_of_a_small_evaluation_cost_less_than_it(data):
+    inputs, labels = (part[:20] for part in data)
+    model, rows = Linear().to(inputs.device), []
+    model.register_forward_hook(lambda _, given, output: rows.append(len(given[0])))
+    curve = security_evaluation(model, inputs, labels, EPS, init_inputs=data[0], progress=False)
+    spent = sum(rows)
+    report = run_checks(model, inputs, labels, curve, init_inputs=data[0], surrogate=scores_alone)
+    assert report.names("fail") == [], str(report)
+    assert sum(rows) - spent < 0.5 * spent
+
+
+def test_each_check_tells_its_cost(data):
+    only = ["noise control", "transfer", "monotone curve"]
+    report = check(data, best, surrogate=scores_alone, samples=5, eps=0.1, only=only)
+    noise, crafted = report["noise control"], report["transfer"]
+    assert noise.forwards >= 5 * SMALL["noise_draws"] and noise.backwards == 0
+    assert crafted.backwards == 2 * 5 * SMALL["steps"]  # on the surrogate, for two objectives
+    assert report["monotone curve"].forwards == 0
+    assert all(entry.seconds > 0 for entry in report.checks)
+    assert sum(entry.forwards for entry in report.checks) <= report.forwards
+    assert f"{crafted.seconds:.1f} s)" in str(report) or crafted.seconds < 0.05
+
+
+def test_what_a_minimum_norm_attack_evaded_needs_no_attack_without_bound(data):
+    def across(model, inputs, labels, eps, start):
+        calls.append(eps)
+        points = inputs.clone()
+        points[:, 0] = 1 - labels.to(inputs)
+        return points
+
+    calls = []
+    model, curve, options = evaluate(data, Attack(across, minimum_norm=True))
+    before = len(calls)
+    report = run_checks(model, *data, curve, only=["unbounded attack"], **options)
+    assert len(calls) == before
+    counts = report["unbounded attack"].counts
+    assert report.status == "pass" and counts["samples"] == counts["evaded"] == len(data[0])
+
+
+def test_longer_attacks_go_on_from_the_nearest_points_of_the_evaluation(data):
+    """Where there is no gradient at the inputs, and no sample of another class to start from."""
+
+    class Flat(Linear):
+        def forward(self, x):
+            return super().forward(torch.where((x[:, :1] - 0.5).abs() < 0.1, x, x.detach()))
+
+    def too_far(model, inputs, labels, eps, start):
+        points = inputs + 0.6  # within the ball the line to it evades nowhere
+        points[:, 0] = 0.58
+        return points
+
+    inputs = 0.2 * data[0][data[1] == 0]
+    inputs[:, 0] += 0.2
+    few = inputs, torch.zeros_like(data[1][: len(inputs)])
+    attack = Attack(too_far, minimum_norm=True)
+    model, curve, options = evaluate(few, attack, Flat().to(inputs.device), eps=0.4)
+    assert curve.accuracy[-1] == 1 and curve.evasion_norm.isfinite().all()
+    report = run_checks(model, *few, curve, only=["converged"], **options)
+    assert report.status == "fail"
+    assert report["converged"].counts["evaded"] == min(4, len(inputs))
 
 
 def test_the_eps_with_most_at_stake_is_chosen(data):

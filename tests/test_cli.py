@@ -92,7 +92,8 @@ def _results(folder):
     content = json.loads((folder / "results.json").read_text())
     del content["settings"]["cost"], content["costs"]
     for report in content["checks"].values():
-        del report["seconds"]
+        for timed in (report, *report["checks"]):
+            del timed["seconds"]
     for curve in content["curves"].values():
         del curve["seconds"]
         for alone in (curve["attacks"] | curve["refinements"]).values():

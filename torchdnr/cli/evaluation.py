@@ -216,7 +216,6 @@ class Evaluation:
             batch_size=self.settings.batch_size,
             only=self.settings.only_checks,
             samples=self.settings.check_samples,
-            recorded=max(1, self.settings.check_samples // 4),  # one by one, hence few
             seed=self.job.settings.seed,
             progress=self.console.progress,
         ).to_dict()

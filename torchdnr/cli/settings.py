@@ -393,10 +393,10 @@ class AttackSettings(_Settings):
         default_text="--checks",
         action=argparse.BooleanOptionalAction,
     )
-    check_samples: int = count(
+    check_samples: int | None = count(
         "images that the checks look at, of those that were not evaded; more reveal more and take "
         "longer",
-        default=8,
+        default_text="a tenth of --samples, 4 to 32",
     )
     only_checks: list[str] | None = option(
         "names of the checks to make, as the report has them",

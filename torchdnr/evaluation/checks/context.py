@@ -1,5 +1,7 @@
 """What the checks look at, and how they grade what they see."""
 
+import math
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -9,12 +11,14 @@ import torch
 from torch import Tensor
 
 from torchdnr.attacks.objectives import find_objective
+from torchdnr.attacks.starts import assigned_classes
 from torchdnr.attacks.target import Target
 from torchdnr.decisions import is_evasion, predict_labels
 from torchdnr.evaluation.checks.result import CannotRun, Finding, Status
 from torchdnr.evaluation.curve import SecurityCurve, most_telling_eps
-from torchdnr.evaluation.judging import Task, outputs
+from torchdnr.evaluation.judging import CountedModel, Task, outputs
 from torchdnr.evaluation.line_up import Attack
+from torchdnr.resources import synchronize
 
 Model = Callable[[Tensor], Tensor]
 
@@ -25,12 +29,10 @@ SMALL_DROP = 0.02  # fall of the accuracy, by an attack that ought to be weaker,
 class Context(Task):
     """One evaluation under examination."""
 
-    original: Model  # as it was given; ``model`` counts what passes through it
+    counters: list[CountedModel]  # whatever rows are sent through; the first is ``model``
     curve: SecurityCurve
     index: int  # where in ``curve.eps`` attacks are compared
-    clean: Tensor  # predictions for the inputs as they are, (n,)
     pool: Tensor  # inputs of all classes to start from, (m, ...)
-    pool_labels: Tensor  # classes that the model assigns to them, -1 where it rejects, (m,)
     attacks: Mapping[str, Attack]  # line-up of the evaluation
     surrogate: Model | None  # undefended classifier, (n, ...) to (n, c)
     reference: SecurityCurve | Mapping[float, float] | None  # robust accuracy without rejection
@@ -76,6 +78,18 @@ class Context(Task):
         """Largest distance of two inputs in the norm of the attack: a larger eps bounds nothing."""
         return self.width * self.inputs[0].numel() ** (1 / self.norm)
 
+    def spent(self) -> dict[str, Any]:
+        """Return the time, and the input rows that the model and what was counted have seen."""
+        synchronize(self.inputs.device)  # kernels run on after their call
+        forwards = sum(model.forwards for model in self.counters)
+        backwards = sum(model.backwards for model in self.counters)
+        return {"seconds": time.perf_counter(), "forwards": forwards, "backwards": backwards}
+
+    def counted(self, model: Model) -> Model:
+        """Count the rows that are sent through another model too."""
+        self.counters.append(CountedModel(model))
+        return self.counters[-1]
+
     def generator(self) -> torch.Generator:
         """Return a fresh generator on the device of the inputs."""
         return torch.Generator(device=self.inputs.device).manual_seed(self.seed)
@@ -108,6 +122,30 @@ class Context(Task):
         attacked = self.model if model is None else model
         return attack(attacked, self.inputs[rows], self.labels[rows], **shared | options)
 
+    def run(
+        self, attack: Attack, rows: Tensor, *, model: Model | None = None, eps: float | None = None
+    ) -> Tensor:
+        """Run an attack of the line-up on given samples, from the inputs; returns ``(s, ...)``.
+
+        At the eps of the comparison if none is given; one of minimum norm has no bound.
+        """
+        inputs, given = self.inputs[rows], self.given(rows)
+        if attack.pool is not None:
+            given["init_labels"] = self.classes(attack.pool)
+        radius = math.inf if attack.minimum_norm else self.eps if eps is None else eps
+        at = self.labels[rows], radius, inputs
+        points = attack.run(model or self.model, inputs, *at, **given)
+        return points.detach().to(inputs)
+
+    def classes(self, pool: Tensor) -> Tensor:
+        """Return the classes that the model assigns to samples, -1 where it rejects, ``(m,)``."""
+        known = self.cache.setdefault("classes", [])
+        for samples, classes in known:
+            if samples.shape == pool.shape and torch.equal(samples.to(pool), pool):
+                return classes
+        known.append((pool, assigned_classes(self.target(), pool)))
+        return known[-1][1]
+
     def unevaded(self) -> Tensor:
         """Return the samples that the evaluation did not evade; there must be some."""
         if len(self.rows) == 0:
@@ -125,9 +163,12 @@ def choose_eps(curve: SecurityCurve, eps: float | None) -> int:
     return curve.eps.index(telling if eps is None else eps)
 
 
-def evades_at(context: Context, points: Tensor, rows: Tensor) -> Tensor:
-    """Tell which points of given samples evade, projected into ball and box; bool ``(s,)``."""
-    inside = context.inside(points, context.eps, rows)
+def evades_at(context: Context, points: Tensor, rows: Tensor, eps: float | None = None) -> Tensor:
+    """Tell which points of given samples evade, projected into ball and box; bool ``(s,)``.
+
+    The ball is that of the comparison if no eps is given.
+    """
+    inside = context.inside(points, context.eps if eps is None else eps, rows)
     output = outputs(context.model, inside, context.batch_size)
     return is_evasion(predict_labels(output, context.reject), context.labels[rows])
 

@@ -1,8 +1,8 @@
 """Is the curve that of its points, does it fall to chance, and could it be as high as it is?"""
 
 import math
-import warnings
 from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from torch import Tensor
 from torchdnr.attacks.objectives import decision_objective
 from torchdnr.attacks.pgd import pgd
 from torchdnr.decisions import accepted, is_evasion, predict_labels, split_scores
-from torchdnr.evaluation.checks.context import Context
+from torchdnr.evaluation.checks.context import Context, evades_at
 from torchdnr.evaluation.checks.result import CannotRun, Finding
 from torchdnr.evaluation.curve import Predictions, SecurityCurve
 from torchdnr.evaluation.judging import in_ball, in_box, outputs
@@ -107,34 +107,31 @@ def _close_call(context: Context, output: Tensor) -> Tensor:
     return torch.minimum(gap, margin) <= _ROUNDING * spread
 
 
-def _unbounded(context: Context) -> tuple[int, int, int]:
-    """Count samples, those evaded by the line-up, and those by PGD from the input alone."""
+class _Unbounded(NamedTuple):
+    """What attacks evade without a bound."""
+
+    samples: int  # those evaded at whatever eps, and those of the others that are attacked here
+    evaded: int
+    accuracy: float  # share of all samples that is not evaded
+
+
+def _unbounded(context: Context) -> _Unbounded:
+    """Attack without a bound what the evaluation never evaded.
+
+    Its minimum-norm attacks had none, and have failed there; the others get the whole box.
+    """
     if context.mask is not None:
         raise CannotRun("within a mask the samples of other classes are out of reach")
     if "unbounded" not in context.cache:
-        rows = context.first
-        inputs, labels = context.inputs[rows], context.labels[rows]
-
-        def evading(points: Tensor) -> Tensor:
-            points = context.inside(points.detach().to(inputs), math.inf, rows)
-            output = outputs(context.model, points, context.batch_size)
-            return is_evasion(predict_labels(output, context.reject), labels)
-
-        evaded = evading(inputs)
+        never = (~context.curve.evasion_norm.isfinite()).nonzero()[:, 0]
+        tried = left = never[: context.options["samples"]].to(context.inputs.device)
         for attack in context.attacks.values():
-            left = (~evaded).nonzero()[:, 0]
-            if len(left) == 0:
-                break
-            start = inputs[left]
-            with warnings.catch_warnings():  # samples without a start are counted below
-                warnings.simplefilter("ignore")
-                eps = math.inf if attack.minimum_norm else context.diameter
-                given = context.given(rows[left])
-                points = attack.run(context.model, start, labels[left], eps, start, **given)
-            evaded = evaded | evading(inputs.index_copy(0, left, points.detach().to(inputs)))
-        steps = context.options["steps"]
-        alone = context.attack(pgd, rows, eps=context.diameter, steps=steps)
-        context.cache["unbounded"] = len(rows), int(evaded.sum()), int(evading(alone).sum())
+            if not attack.minimum_norm and len(left):
+                points = context.run(attack, left, eps=context.diameter)
+                left = left[~evades_at(context, points, left, math.inf)]
+        total, missed = len(context.labels), len(never) * len(left) / max(1, len(tried))
+        samples = total - len(never) + len(tried)
+        context.cache["unbounded"] = _Unbounded(samples, samples - len(left), missed / total)
     return context.cache["unbounded"]
 
 
@@ -148,12 +145,15 @@ def check_unbounded(context: Context) -> Finding:
     Source: Pintor et al., "Indicators of attack failure" (unconstrained attack failure); Carlini
     et al., "On evaluating adversarial robustness" (unbounded attacks reach 100 %).
     """
-    total, count, alone = _unbounded(context)
+    total, count, _ = _unbounded(context)
+    rows, steps = context.first, context.options["steps"]
+    points = context.attack(pgd, rows, eps=context.diameter, steps=steps, until_evasion=True)
+    alone = int(evades_at(context, points, rows, math.inf).sum())
     return Finding(
         "pass" if count == total else "fail",
         {"samples": total, "evaded": count, "evaded_from_the_input": alone},
         f"Without a bound the attacks evaded {count} of {total} samples, and PGD from the input "
-        f"alone {alone}.",
+        f"alone {alone} of {len(rows)}.",
         "The attacks are broken or blind: mend them before you believe any accuracy at a bounded "
         "eps.",
     )
@@ -178,10 +178,10 @@ def check_chance(context: Context) -> Finding:
     )
     if accuracy <= chance:
         return Finding("pass", counts, message + ".")
-    total, count, _ = _unbounded(context)
-    counts["accuracy_without_bound"] = 1 - count / total
-    message += f"; without a bound {100 * (1 - count / total):.1f} % are left."
-    if 1 - count / total > chance or largest >= context.diameter:
+    left = _unbounded(context).accuracy
+    counts["accuracy_without_bound"] = left
+    message += f"; without a bound {100 * left:.1f} % are left."
+    if left > chance or largest >= context.diameter:
         advice = "Gradients are masked: use attacks that start at accepted samples of other classes"
         return Finding("fail", counts, message, advice + ", or need no gradient.")
     return Finding("warn", counts, message, "Evaluate at larger eps too.")
@@ -221,7 +221,8 @@ def check_half_eps(context: Context) -> Finding:
 def _robust_accuracy(context: Context) -> dict[float, float]:
     """Return per eps the share accepted and right without attack, and not evaded."""
     curve = context.curve
-    right = context.clean.cpu() == curve.labels
+    output = outputs(context.model, context.inputs, context.batch_size)
+    right = predict_labels(output, context.reject).cpu() == curve.labels
     evading = is_evasion(curve.predictions, curve.labels)
     return {
         eps: (right & ~row).double().mean().item()
@@ -253,9 +254,8 @@ def _reference(context: Context, wanted: list[float]) -> tuple[dict[float, float
             "Pass reference: the robust accuracy of the best classifier known, by eps.",
         )
     rows, eps = context.first, context.eps
-    points = context.attack(
-        pgd, rows, model=context.surrogate, eps=eps / 2, steps=context.options["steps"]
-    )
+    options: dict[str, Any] = {"steps": context.options["steps"], "until_evasion": True}
+    points = context.attack(pgd, rows, model=context.surrogate, eps=eps / 2, **options)
     output = outputs(context.surrogate, points, context.batch_size)
     right = predict_labels(output, False) == context.labels[rows]
     return {eps: right.double().mean().item()}, "the surrogate"

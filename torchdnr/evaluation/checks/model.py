@@ -5,7 +5,7 @@ from torch import Tensor
 
 from torchdnr.attacks.objectives import ObjectiveFunction
 from torchdnr.attacks.projections import project_box
-from torchdnr.attacks.target import Target, evaluate, slope_at
+from torchdnr.attacks.target import Target, evaluate, input_gradient, slope_at
 from torchdnr.decisions import predict_labels, split_scores
 from torchdnr.evaluation.checks.context import Context, share_status, uniform_like
 from torchdnr.evaluation.checks.result import CannotRun, Finding
@@ -33,14 +33,14 @@ def check_differentiable(context: Context) -> Finding:
     Source: Pintor et al., "Indicators of attack failure", NeurIPS 2022 (interrupted graph).
     """
     rows = context.first
-    total, problem = len(rows), "No gradient leads from the output of the model to its input."
+    total = len(rows)
     try:
-        gradients = _raw_gradient(context, context.inputs[rows].clone(), context.labels[rows])
-    except RuntimeError as error:
-        gradients, problem = None, f"The backward pass broke off: {error}"
-    if gradients is None:
+        parts = [_gradient(context, part) for part in rows.split(context.batch_size)]
+    except (RuntimeError, ValueError) as error:
         context.cache["no gradient"] = True
+        problem = f"No gradient reaches the input: {error}."
         return Finding("fail", {"samples": total, "without": total}, problem, MASKED)
+    gradients = torch.cat(parts)
     broken = int((~gradients.isfinite()).flatten(1).any(dim=1).sum())
     return Finding(
         "fail" if broken else "pass",
@@ -52,22 +52,12 @@ def check_differentiable(context: Context) -> Finding:
     )
 
 
-def _raw_gradient(context: Context, points: Tensor, labels: Tensor) -> Tensor | None:
-    """Differentiate the "decision" objective; None if no gradient leads to the points."""
-    target, parts = context.target(), []
-    size = context.batch_size
-    for chunk, chunk_labels in zip(points.split(size), labels.split(size), strict=True):
-        with torch.enable_grad():
-            chunk = chunk.detach().requires_grad_()
-            output = target.output(chunk)
-            value = target.objective(*split_scores(output, target.reject), chunk_labels)
-            if not value.requires_grad:
-                return None
-            (part,) = torch.autograd.grad(value.sum(), chunk, allow_unused=True)
-            if part is None:
-                return None
-            parts.append(part)
-    return torch.cat(parts)
+def _gradient(context: Context, rows: Tensor) -> Tensor:
+    """Differentiate the "decision" objective at clean samples, ``(s, ...)``."""
+    target, points = context.target(), context.inputs[rows].requires_grad_()
+    with torch.enable_grad():
+        scores = split_scores(target.output(points), target.reject)
+        return input_gradient(target.objective(*scores, context.labels[rows]), points)
 
 
 def check_zero_gradient(context: Context) -> Finding:

@@ -35,6 +35,9 @@ class Check(Plain):
         counts: What was counted or measured.
         message: One sentence on the result, or on why the check was skipped.
         advice: One sentence on what to do; empty where there is nothing to do.
+        seconds: Time taken. What more than one check uses is booked at the first.
+        forwards: Input rows sent through the model, the surrogate and the parts of a defence.
+        backwards: Input rows sent back through them.
     """
 
     name: str
@@ -42,6 +45,9 @@ class Check(Plain):
     counts: Mapping[str, int | float]
     message: str
     advice: str = ""
+    seconds: float = 0.0
+    forwards: int = 0
+    backwards: int = 0
 
 
 class CannotRun(Exception):
@@ -58,8 +64,8 @@ class CheckReport:
 
     Attributes:
         checks: One entry per check, in the order in which they ran.
-        forwards: Input rows sent through the model.
-        backwards: Input rows sent back through the model.
+        forwards: Input rows sent through the model, the surrogate and the parts of a defence.
+        backwards: Input rows sent back through them.
         seconds: Time taken.
         settings: Options of the checks.
     """
@@ -102,7 +108,8 @@ class CheckReport:
         for status in ORDER:
             for check in (check for check in self.checks if check.status == status):
                 head = f"  {status.upper():<7}  {check.name:<{width}}  "
-                lines += _wrap(check.message, head, indent)
+                cost = f" ({check.seconds:.1f} s)" if check.seconds >= 0.05 else ""
+                lines += _wrap(check.message + cost, head, indent)
                 if check.advice and status != "pass":
                     lines += _wrap(check.advice, f"{indent}-> ", f"{indent}   ")
         lines.append(f"{self.forwards} forwards, {self.backwards} backwards, {self.seconds:.1f} s")

@@ -17,17 +17,16 @@ from torchdnr.attacks.checks import (
     checked_inputs,
 )
 from torchdnr.attacks.objectives import decision_objective
-from torchdnr.attacks.starts import assigned_classes
 from torchdnr.attacks.target import Target, check_classes
-from torchdnr.decisions import class_scores, evaluation_mode, has_reject_column, predict_labels
+from torchdnr.decisions import class_scores, evaluation_mode, has_reject_column
 from torchdnr.evaluation.checks import curve as curves
 from torchdnr.evaluation.checks import model as models
 from torchdnr.evaluation.checks import optimisation, weaker
 from torchdnr.evaluation.checks.context import Context, Model, choose_eps
 from torchdnr.evaluation.checks.result import CannotRun, Check, CheckReport, Finding
 from torchdnr.evaluation.curve import SecurityCurve
-from torchdnr.evaluation.judging import CountedModel, outputs
-from torchdnr.evaluation.line_up import ATTACKS, DEFAULT_ATTACKS, Attack, default_line_up
+from torchdnr.evaluation.judging import CountedModel
+from torchdnr.evaluation.line_up import Attack, default_line_up
 from torchdnr.resources import progress_bar
 
 CHECKS: dict[str, Callable[[Context], Finding]] = {
@@ -71,12 +70,12 @@ def run_checks(
     init_inputs: Tensor | None = None,
     surrogate: Model | None = None,
     reference: SecurityCurve | Mapping[float, float] | None = None,
-    samples: int = 32,
-    recorded: int = 8,
-    steps: int = 50,
-    draws: int = 100,
-    noise_draws: int = 1000,
-    queries: int = 1000,
+    samples: int | None = None,
+    recorded: int | None = None,
+    steps: int = 25,
+    draws: int = 10,
+    noise_draws: int = 100,
+    queries: int = 300,
     passes: int = 5,
     batch_size: int = 256,
     seed: int = 0,
@@ -90,12 +89,10 @@ def run_checks(
     apply, or breaks off, is listed as "skipped" with its reason; one that breaks off also makes
     the report warn.
 
-    The cost is bounded. With S = ``samples``, R = ``recorded``, T = ``steps``, L layers, m samples
-    to start from, n inputs at k eps, and A forwards and B backwards of the line-up per sample, the
-    rows sent forwards are about
-    ``S (2 draws + noise_draws + queries + 11 T + 1900 + A) + R A + (k + 1) n + m``, those sent
-    backwards ``S (11 T + 1300 + B) + R B``; the report has the true numbers. Beside them
-    ``S T (L + 4)`` rows go both ways through the surrogate and the parts of the defence.
+    The checks go on from the points of the evaluation, and by default look at a tenth of its
+    samples, so that they cost about a tenth of it; the report has the cost of each. The literature
+    asks for more, ``draws=100``, ``noise_draws=10_000`` and ``queries=1000``, where nothing else
+    is at hand that could catch an evaluation that is too weak.
 
     Args:
         model: Maps inputs to scores ``(n, c)``, or ``(n, c + 1)`` with theta in the last column. A
@@ -117,8 +114,8 @@ def run_checks(
             classifies.
         reference: The most robust classifier known, for ``eps / 2``: its curve, or its robust
             accuracy by eps.
-        samples: Samples that the checks use.
-        recorded: Samples on which each attack is recorded, one by one.
+        samples: Samples that the checks use; None: a tenth of the inputs, 4 to 32.
+        recorded: Samples on which each attack is recorded; None: a third of these.
         steps: Steps of the attacks run here.
         draws: Points around each sample for the stability of the loss.
         noise_draws: Points of each ball for the noise control.
@@ -135,9 +132,11 @@ def run_checks(
     Raises:
         ValueError: If an argument is not as described, or inputs and curve do not belong together.
     """
+    if samples is None:  # a tenth of the evaluation, for its cost to remain a small share of it
+        samples = min(32, max(4, len(inputs) // 10))
     counts = {
         "samples": samples,
-        "recorded": recorded,
+        "recorded": max(1, samples // 3) if recorded is None else recorded,
         "steps": steps,
         "draws": draws,
         "noise_draws": noise_draws,
@@ -166,12 +165,11 @@ def run_checks(
     with evaluation_mode(counted), evaluation_mode(counted if surrogate is None else surrogate):
         target = Target(counted, decision_objective, reject, batch_size)
         classes = check_classes(target, inputs, labels)
-        clean = predict_labels(outputs(counted, inputs, batch_size), reject)
-        pool_labels = assigned_classes(target, pool)
         if attacks is None:
-            starting = [key for key in DEFAULT_ATTACKS if "init_labels" in ATTACKS[key].accepts]
-            known = {key: {"init_labels": pool_labels} for key in starting}
-            attacks = default_line_up(pool, **shared, own_options=known)
+            attacks = default_line_up(pool, **shared)
+        if surrogate is None:
+            surrogate = _network(model, inputs, classes)
+        others = [] if surrogate is None else [CountedModel(surrogate)]
         context = Context(
             model=counted,
             inputs=inputs,
@@ -179,14 +177,12 @@ def run_checks(
             **shared,
             mask=mask,
             levels=levels,
-            original=model,
             curve=curve,
             index=choose_eps(curve, eps),
-            clean=clean,
             pool=pool,
-            pool_labels=pool_labels,
             attacks={name: attack for name, attack in attacks.items() if attack.fits(model)},
-            surrogate=_network(model, inputs, classes) if surrogate is None else surrogate,
+            surrogate=others[0] if others else None,
+            counters=[counted, *others],
             reference=reference,
             options=counts,
             seed=seed,
@@ -195,8 +191,9 @@ def run_checks(
         checks = [_run(name, check, context) for name, check in bar]
     settings = {**counts, "eps": context.eps, "norm": float(norm), "bounds": list(bounds)}
     settings |= {"unevaded": len(context.rows), "batch_size": batch_size, "seed": seed}
-    seconds = time.perf_counter() - began
-    return CheckReport(checks, counted.forwards, counted.backwards, seconds, settings)
+    spent = context.spent()
+    seconds = spent["seconds"] - began
+    return CheckReport(checks, spent["forwards"], spent["backwards"], seconds, settings)
 
 
 def _check_curve(curve: SecurityCurve, inputs: Tensor, labels: Tensor, norm: float) -> None:
@@ -229,17 +226,24 @@ def _named(only: Sequence[str] | None) -> dict[str, Callable[[Context], Finding]
 
 
 def _run(name: str, check: Callable[[Context], Finding], context: Context) -> Check:
+    before = context.spent()
+    status, counts, message, advice = _find(check, context)
+    after = context.spent()
+    cost = {key: after[key] - before[key] for key in before}
+    return Check(name, status, counts, message, "" if status == "pass" else advice, **cost)
+
+
+def _find(check: Callable[[Context], Finding], context: Context) -> Finding:
     try:
-        status, counts, message, advice = check(context)
+        return check(context)
     except CannotRun as reason:
-        return Check(name, "skipped", {}, f"Did not run: {reason}.", reason.advice)
+        return Finding("skipped", {}, f"Did not run: {reason}.", reason.advice)
     except Exception as error:  # whatever a foreign model or attack raises; the others still run
         kind, counts = type(error).__name__, {"errors": 1}
         if context.cache.get("no gradient"):
-            return Check(name, "skipped", counts, f"Did not run: see 'differentiable'; {kind}.")
+            return Finding("skipped", counts, f"Did not run: see 'differentiable'; {kind}.")
         advice = "Mend what broke off and check again."
-        return Check(name, "skipped", counts, f"Broke off with {kind}: {error}", advice)
-    return Check(name, status, counts, message, "" if status == "pass" else advice)
+        return Finding("skipped", counts, f"Broke off with {kind}: {error}", advice)
 
 
 def _network(model: Model, inputs: Tensor, classes: int) -> Model | None:

@@ -4,7 +4,6 @@ One step, noise, queries, transfer, attacks that ignore rejection or know a part
 only. If one evades a sample, the evaluation is not the worst case; most often gradients are masked.
 """
 
-from collections.abc import Callable
 from functools import partial
 from math import ceil
 from typing import Any
@@ -23,6 +22,7 @@ from torchdnr.decisions import evades
 from torchdnr.evaluation.checks.context import (
     SMALL_DROP,
     Context,
+    Model,
     drop_status,
     evades_at,
     missed_evasions,
@@ -166,17 +166,14 @@ def check_components(context: Context) -> Finding:
     return Finding(status, counts, message, advice)
 
 
-def _parts(context: Context) -> dict[str, Callable[[Tensor], Tensor]]:
+def _parts(context: Context) -> dict[str, Model]:
     """Collect the SVM of each layer, and the network if it classifies."""
-    needed = "base_svms", "layers", "features"
-    if not all(hasattr(context.original, name) for name in needed):
+    model: Any = context.model
+    if not all(hasattr(model, name) for name in ("base_svms", "layers", "features")):
         raise CannotRun("the model is not made of SVMs on the layers of a network")
-    model: Any = context.original
 
-    def on_layer(index: int, name: str) -> Callable[[Tensor], Tensor]:
-        return lambda inputs: model.base_svms[index](model.features(inputs)[name])
+    def on_layer(index: int, name: str) -> Model:
+        return context.counted(lambda x: model.base_svms[index](model.features(x)[name]))
 
     parts = {f"SVM on {name}": on_layer(i, name) for i, name in enumerate(model.layers)}
-    if context.surrogate is not None:
-        parts["network"] = context.surrogate
-    return parts
+    return parts if context.surrogate is None else {**parts, "network": context.surrogate}
