@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torchdnr.cli.console import Console, command
 from torchdnr.cli.network import choose_network
 from torchdnr.cli.options import add_device_options
-from torchdnr.cli.run_folder import find_device, read_settings
+from torchdnr.cli.run_folder import find_device, read_settings, remembered_format
 from torchdnr.cli.settings import number
 from torchdnr.data.readers import find_images, read_batches
 from torchdnr.decisions import REJECT, class_scores, predict_labels
@@ -64,10 +64,15 @@ def predict_parser(prog: str = PROG) -> argparse.ArgumentParser:
 
 
 def load_classifier(
-    folder: Path, name: str, device: torch.device, *, channels_last: bool = False
+    folder: Path, name: str, device: torch.device, *, channels_last: bool | None = None
 ) -> nn.Module:
-    """Load DNR, NR or DNN of a run folder, without the data that it was made with."""
+    """Load DNR, NR or DNN of a run folder, without the data that it was made with.
+
+    ``channels_last`` is the memory format; None: the one that the folder remembers.
+    """
     settings = read_settings(folder)
+    if channels_last is None:
+        channels_last = remembered_format(folder)
     network = {part: getattr(settings, part) for part in ("backbone", "weights", "outputs")}
     shape, classes = tuple(settings.image_shape), len(settings.classes)
     net = choose_network(settings.dataset, shape, classes, **network).build()
