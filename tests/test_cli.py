@@ -343,7 +343,7 @@ def test_each_script_has_its_own_batch_size(run, capsys):
 def test_sizes_of_the_perturbation_fit_the_norm(name, norm, largest):
     def settle(*arguments):
         options = attack_parser().parse_args(["--norm", name, *arguments])
-        return AttackSettings.from_options(options, available=70).to_json()
+        return AttackSettings.from_options(options, torch.zeros(70, 1, 28, 28)).to_json()
 
     settings = settle()
     assert settings["norm"] == (norm or "inf") and settings["eps"][-1] == largest

@@ -59,7 +59,7 @@ def best_within(
     generator = torch.Generator(device=labels.device).manual_seed(options.seed)
     pool = make_pool(target, options.init_inputs, options.init_labels)
     results = []
-    for rows in torch.arange(len(labels), device=labels.device).split(options.batch_size):
+    for rows in torch.arange(len(labels), device=labels.device).split(target.batch_size):
         batch = problem.rows(rows)
         clean = evaluate(target, batch.region.center, batch.labels)
         best = clean.clone()

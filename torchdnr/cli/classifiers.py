@@ -24,9 +24,8 @@ from torchdnr.files import CheckpointError
 from torchdnr.models.backbones import load_weights
 from torchdnr.models.paper import load_network, save_network
 from torchdnr.models.training import train_network
-from torchdnr.resources import synchronize
+from torchdnr.resources import default_batch_size, synchronize
 
-BATCH_SIZE = 256
 _TIMED_VALUES = 1 << 19  # of the images that the memory formats are timed on
 
 
@@ -195,12 +194,12 @@ def _loading(console: Console, name: str, path: Path) -> Iterator[None]:
 def summarise(job: Job, classifiers: dict[str, nn.Module]) -> Summary:
     """Evaluate the classifiers on the whole test split, where a reject is an error."""
     test, labels = job.images("test")
-    calibration = job.images("threshold")[0]
+    calibration, size = job.images("threshold")[0], default_batch_size(test)
     entries: dict[str, dict[str, Any]] = {}
     risks: dict[str, RiskCoverage] = {}
     for name, model in classifiers.items():
         reject = has_reject_column(model, None)
-        output = outputs(model, test, BATCH_SIZE)
+        output = outputs(model, test, size)
         predicted, risks[name] = (
             predict_labels(output, reject),
             risk_coverage(output, labels, reject),
@@ -208,7 +207,7 @@ def summarise(job: Job, classifiers: dict[str, nn.Module]) -> Summary:
         rates = {"test_accuracy": (accuracy_under_attack(predicted, labels, eps=0), len(labels))}
         entries[name] = {"aurc": risks[name].aurc}
         if isinstance(model, DNR | NR):
-            before = predict_labels(outputs(model, calibration, BATCH_SIZE), reject)
+            before = predict_labels(outputs(model, calibration, size), reject)
             rates["calibration_rejection_rate"] = rejection_rate(before), len(before)
             rates["test_rejection_rate"] = rejection_rate(predicted), len(labels)
             entries[name] |= {"threshold": model.threshold.item(), "selection": model.selection}

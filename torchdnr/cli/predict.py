@@ -21,7 +21,7 @@ from torchdnr.decisions import REJECT, class_scores, predict_labels
 from torchdnr.dnr import DNR, NR
 from torchdnr.files import atomic_path
 from torchdnr.models.paper import load_network
-from torchdnr.resources import progress_bar
+from torchdnr.resources import default_batch_size, progress_bar
 
 _DESCRIPTION = """\
 Label image files with a classifier of a run folder that train.py made, or reject them. The data
@@ -55,9 +55,9 @@ def predict_parser(prog: str = PROG) -> argparse.ArgumentParser:
     option(
         "--batch-size",
         type=number(1),
-        default=256,
         metavar="N",
-        help="images per forward pass; lower it if memory runs out (default: %(default)s)",
+        help="images per forward pass; lower it if memory runs out (default: 256, fewer of large "
+        "images)",
     )
     option("--quiet", action="store_true", help="no summary, no progress bar")
     return parser
@@ -103,7 +103,8 @@ def predict(options: argparse.Namespace, console: Console) -> int:
     with _open_table(options.csv) as table, bar:
         writer = csv.writer(table, lineterminator="\n")
         writer.writerow([*COLUMNS, *scores])
-        shape, size = settings.image_shape, options.batch_size
+        shape = settings.image_shape
+        size = options.batch_size or default_batch_size(torch.empty(1, *shape, device=device))
         for readable, images in read_batches(files, shape, size, count_unreadable):
             for row in _rows(model, readable, images.to(device), classes):
                 images_read += 1

@@ -204,7 +204,7 @@ def build_line_up(
     *,
     norm: float = 2,
     bounds: tuple[float, float] = (0.0, 1.0),
-    batch_size: int = 256,
+    batch_size: int | None = None,
     reject: bool | None = None,
     progress: bool = False,
     surrogate: Callable[[Tensor], Tensor] | None = None,
@@ -218,7 +218,7 @@ def build_line_up(
         init_inputs: Inputs from which attacks may start on the far side, ``(m, ...)``.
         norm: Norm of the perturbation; 1, 2 or infinity.
         bounds: Smallest and largest value of an input.
-        batch_size: Inputs per batch.
+        batch_size: Inputs per batch; None: as many as suits their size.
         reject: Whether the last column of the output is theta; None: ask the model.
         progress: Whether to show progress bars.
         surrogate: Classifier without a reject option, for the attacks that need one: the transfer.
@@ -236,8 +236,12 @@ def build_line_up(
     if unknown := own_options.keys() - ATTACKS.keys():
         raise ValueError(f"no attack {sorted(unknown)}; choose from: {', '.join(ATTACKS)}")
     shared = {"norm": norm, "bounds": bounds, "reject": reject, **(options or {})}
-    given = {"init_inputs": init_inputs, "batch_size": batch_size, "progress": progress}
-    given |= {"surrogate": surrogate}
+    given: dict[str, Any] = {
+        "init_inputs": init_inputs,
+        "batch_size": batch_size,
+        "progress": progress,
+    }
+    given |= {"surrogate": surrogate, "progress": progress}
     fingerprint = {"init_inputs": digest({"init_inputs": init_inputs})}
     if isinstance(surrogate, nn.Module):
         fingerprint["surrogate"] = digest(surrogate.state_dict())
