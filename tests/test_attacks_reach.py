@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 import torch
 from attack_promises import Bumps
+from torch import nn
 
 from torchdnr.attacks import (
     EnsembleAttack,
@@ -97,3 +98,58 @@ def test_along_a_curve_a_sample_that_is_evaded_stays_evaded():
         evading = (one.predictions != REJECT) & (one.predictions != labels)
         assert (evading[1:] >= evading[:-1]).all() and evading[-1].any()
     assert curve.evasion_rate[-1] == 1.0
+
+
+class Few(nn.Module):
+    """RBF scores of three classes on a convolution's maps, and theta: few places are accepted."""
+
+    reject_index = 3
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        layers = nn.Conv2d(1, 6, 3), nn.ReLU(), nn.Conv2d(6, 8, 3, stride=2), nn.ReLU()
+        self.net = nn.Sequential(*layers, nn.Flatten()).requires_grad_(False)
+        self.kinds, classes = torch.rand(3, 1, 8, 8), torch.arange(30) % 3
+        images = (self.kinds[classes] + 0.1 * torch.randn(30, 1, 8, 8)).clamp(0, 1)
+        self.centers = self.net(images)
+        self.gamma = 8 / self.centers.var(dim=0).sum()
+        self.coefs = 1.2 * nn.functional.one_hot(classes, 3) - 0.4
+
+    def forward(self, x):
+        square = torch.cdist(self.net(x), self.centers).square()
+        scores = torch.exp(-self.gamma * square) @ self.coefs
+        return torch.cat([scores, scores.new_full((len(x), 1), 0.35)], dim=1)
+
+    def samples(self, n):
+        labels, generator = torch.arange(n) % 3, torch.Generator().manual_seed(5)
+        noise = torch.randn(n, 1, 8, 8, generator=generator)
+        return (self.kinds[labels] + 0.1 * noise).clamp(0, 1), labels
+
+
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("norm", "sizes"),
+    [pytest.param(2, (1.5, 3, 6, 20), marks=SLOW), (math.inf, (0.25, 0.5, 1, 8))],
+)
+@pytest.mark.parametrize(
+    "attack", [pgd, apgd, *(pytest.param(a, marks=SLOW) for a in (orthogonal_pgd, multi_target))]
+)
+def test_more_eps_never_finds_less_where_little_is_accepted(attack, norm, sizes):
+    model = Few()
+    inputs, labels = model.samples(16)
+    found = [
+        int(evades(model(attack(model, inputs, labels, eps, norm=norm)), labels, True).sum())
+        for eps in sizes
+    ]
+    assert found == sorted(found) and found[-1] > found[0]
+
+
+def test_smaller_balls_cost_nothing_at_an_eps_far_from_the_edge_of_the_box():
+    model = Bumps().eval()
+    inputs, labels = model.samples(10)
+    model.rows = 0
+    pgd(model, inputs, labels, 0.1, norm=math.inf, steps=7, step_size=1e-9)
+    assert model.rows == 1 + 10 * (1 + 7 + 1)  # a check, the inputs, the steps, the last points
