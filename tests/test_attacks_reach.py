@@ -27,18 +27,19 @@ from torchdnr.evaluation import security_evaluation
 from torchdnr.evaluation.line_up import build_line_up
 
 QUICK = [math.inf, *(pytest.param(norm, marks=pytest.mark.slow) for norm in (1, 2))]
+FEW = {"steps": 8}  # enough where the strength of an attack does not matter
 ATTACKS = {
-    "pgd": pgd,
-    "apgd": apgd,
-    "line search": line_search_pgd,
+    "pgd": partial(pgd, **FEW),
+    "apgd": partial(apgd, **FEW),
+    "line search": partial(line_search_pgd, **FEW),
     "noise": noise,
-    "orthogonal": orthogonal_pgd,
-    "square": partial(square, queries=100),
-    "smoothed": partial(smoothed_pgd, steps=10),
-    "multi-target": multi_target,
-    "multi-target APGD": partial(multi_target, attack=apgd),
-    "ensemble": EnsembleAttack({"pgd": pgd, "apgd": apgd}),
-    "random starts": partial(pgd, random_start=True, restarts=2),
+    "orthogonal": partial(orthogonal_pgd, **FEW),
+    "square": partial(square, queries=50),
+    "smoothed": partial(smoothed_pgd, **FEW),
+    "multi-target": partial(multi_target, attack=pgd, **FEW),
+    "multi-target APGD": partial(multi_target, attack=apgd, **FEW),
+    "ensemble": EnsembleAttack({"pgd": partial(pgd, **FEW), "apgd": partial(apgd, **FEW)}),
+    "random starts": partial(pgd, random_start=True, restarts=2, **FEW),
 }
 
 
@@ -64,8 +65,8 @@ def test_transfer_and_the_search_for_rejection_reach_as_far_whatever_lies_beyond
     model = Bumps().eval()
     inputs, labels = model.samples(10)
     edge = (1 + 1e-9) * reach(inputs, norm)
-    crafted = partial(transfer, pgd, model, model, inputs, labels, norm=norm)
-    shy = partial(lowest_confidence, model, inputs, norm=norm, steps=20)
+    crafted = partial(transfer, pgd, model, model, inputs, labels, norm=norm, **FEW)
+    shy = partial(lowest_confidence, model, inputs, norm=norm, **FEW)
     for attack in (crafted, shy):
         at_edge = attack(eps=edge)
         assert all(torch.equal(attack(eps=eps), at_edge) for eps in (8.0, 255.0, math.inf))
@@ -74,7 +75,11 @@ def test_transfer_and_the_search_for_rejection_reach_as_far_whatever_lies_beyond
 @pytest.mark.parametrize("attack", [multi_target, pgd, orthogonal_pgd])
 @pytest.mark.parametrize(
     ("norm", "sizes"),
-    [(1, (1, 2, 8, 64, 1e3)), (2, (0.5, 1, 2, 8, 100)), (math.inf, (0.3, 0.5, 1, 8, 255))],
+    [
+        pytest.param(1, (1, 2, 8, 64, 1e3), marks=pytest.mark.slow),
+        pytest.param(2, (0.5, 1, 2, 8, 100), marks=pytest.mark.slow),
+        (math.inf, (0.3, 0.5, 1, 8, 255)),
+    ],
 )
 def test_more_eps_never_finds_less(attack, norm, sizes):
     model = Bumps(gamma=3.0, d=16).eval()
