@@ -23,7 +23,7 @@ from torchdnr.attacks import (
     transfer,
 )
 from torchdnr.decisions import class_scores
-from torchdnr.evaluation import security_evaluation
+from torchdnr.evaluation import build_line_up, security_evaluation
 from torchdnr.evaluation.checks import run_checks
 from torchdnr.models import TrainingSettings, train_network
 
@@ -126,7 +126,11 @@ def test_detectors_and_views_take_the_scores(pair):
 
 def test_evaluations_and_checks_take_the_scores(pair):
     plain, wrapped, images, labels = pair
-    curves = [security_evaluation(net, images, labels, [0, 0.5]) for net in (plain, wrapped)]
+    attacks = build_line_up(["line-search-pgd", "boundary-walk"], images, options={"steps": 5})
+    curves = [
+        security_evaluation(net, images, labels, [0, 0.5], attacks=attacks)
+        for net in (plain, wrapped)
+    ]
     assert curves[0].accuracy == curves[1].accuracy
     assert torch.equal(curves[0].adversarial, curves[1].adversarial)
     only = ["differentiable", "zero gradient", "deterministic", "unbounded scores"]

@@ -46,7 +46,8 @@ def ddn(
     accepted and wrong. One run gives the whole security curve; l2 norm only. Nothing in a step
     waits for the device.
 
-    The arguments, what is returned and what is raised are those of ``fmn``, with ``norm`` 2.
+    The arguments, ``EvasionOptions`` among them, and what is returned and raised are those of
+    ``fmn``; ``norm`` is 2.
 
     Source: Rony et al., "Decoupling direction and norm for efficient gradient-based L2 adversarial
     attacks and defenses", CVPR 2019; without its rounding to 256 levels.

@@ -106,7 +106,7 @@ def problem(
     check_count("batch_size", batch_size, 1)
     check_levels(options.levels, inputs, options.bounds)
     targets = check_targets(options.targets, labels)
-    options = replace(options, mask=check_mask(options.mask, inputs))
+    options = replace(options, mask=check_mask(options.mask, inputs), batch_size=batch_size)
     if options.start is not None:
         check_like("start", options.start, inputs, same_length=True)
     if options.init_inputs is not None:
