@@ -2,6 +2,7 @@
 
 from collections import OrderedDict, namedtuple
 from dataclasses import dataclass
+from functools import partial
 
 import pytest
 import torch
@@ -97,6 +98,7 @@ def pair(request, trained):
     ids=lambda attack: attack.__name__,
 )
 def test_attacks_take_the_scores(trained, attack):
+    attack = partial(attack, **{noise: {}, square: {"queries": 50}}.get(attack, {"steps": 10}))
     plain, images, labels = trained
     wrapped, images, labels = Wrapped(plain, "dict"), images[:6], labels[:6]
     found = [attack(net, images, labels, 0.2, norm=torch.inf) for net in (plain, wrapped)]
