@@ -82,15 +82,17 @@ def test_no_nearest_evasion_is_lost_in_a_file(attack, norm):
 
 
 ATTACKS = {
-    "pgd": pgd,
-    "apgd": apgd,
-    "line search": line_search_pgd,
+    "pgd": partial(pgd, steps=15),
+    "apgd": partial(apgd, steps=15),
+    "line search": partial(line_search_pgd, steps=8),
     "noise": noise,
-    "orthogonal": orthogonal_pgd,
+    "orthogonal": partial(orthogonal_pgd, steps=15),
     "square": partial(square, queries=100),
     "multi-target": partial(multi_target, steps=10, classes=2),
-    "transfer": lambda model, *rest, **options: transfer(pgd, model, model, *rest, **options),
-    "ensemble": EnsembleAttack({"pgd": pgd, "apgd": apgd}),
+    "transfer": lambda model, *rest, **options: transfer(
+        pgd, model, model, *rest, **options, steps=15
+    ),
+    "ensemble": EnsembleAttack({"pgd": partial(pgd, steps=8), "apgd": partial(apgd, steps=15)}),
 }
 
 

@@ -44,6 +44,8 @@ FIXED_EPS = {
     "ensemble": EnsembleAttack({"PGD": pgd, "APGD": partial(apgd, restarts=2)}),
 }
 SLOW = pytest.mark.slow
+BASIC = {"PGD", "APGD", "line-search PGD, decision"}  # on which the others build
+QUICK = {1: BASIC, 2: FIXED_EPS.keys() - {"Square attack"}, float("inf"): BASIC}
 GRID_SIDE = 1000
 CELL = 1 / GRID_SIDE / 20  # of the finest grid: it misses the optimum by up to that
 CASES = [
@@ -63,7 +65,7 @@ def rbf_problem(seed, norm):
 
 
 @pytest.mark.parametrize(("name", "norm"), CASES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=SLOW), torch.float64])
 def test_minimum_norm_attacks_cross_a_reject_band_at_its_nearest_point(name, norm, dtype):
     toy = LinearBand(dtype=dtype)
     inputs, labels, pool = toy.samples()
@@ -85,9 +87,13 @@ def test_minimum_norm_attacks_find_the_nearest_point_of_an_rbf_map(name, norm, s
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=SLOW) if n == "Square attack" else n for n in FIXED_EPS]
+    ("name", "norm"),
+    [
+        pytest.param(name, norm, marks=() if name in QUICK[norm] else SLOW)
+        for name in FIXED_EPS
+        for norm in NORMS
+    ],
 )
-@pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("seeds", [(0,), pytest.param((0, 1, 2), marks=SLOW)], ids=len)
 def test_fixed_eps_attacks_succeed_where_success_exists(name, norm, seeds):
     evading, count = 0, 0

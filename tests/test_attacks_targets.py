@@ -23,11 +23,11 @@ from torchdnr.evaluation.checks import run_checks
 from torchdnr.evaluation.line_up import build_line_up
 
 ATTACKS = {
-    "pgd": pgd,
-    "apgd": apgd,
-    "line search": line_search_pgd,
+    "pgd": partial(pgd, steps=15),
+    "apgd": partial(apgd, steps=15),
+    "line search": partial(line_search_pgd, steps=8),
     "square": partial(square, queries=100),
-    "ensemble": EnsembleAttack({"pgd": pgd, "apgd": apgd}),
+    "ensemble": EnsembleAttack({"pgd": partial(pgd, steps=8), "apgd": partial(apgd, steps=15)}),
     "walk": boundary_walk,
     "fmn": fmn,
     "primal-dual": primal_dual,

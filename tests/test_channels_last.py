@@ -1,7 +1,11 @@
 """Tests of networks in channels_last: the same scores, kept so inside, and no needless copies."""
 
 import copy
+import json
+import time
 from collections import OrderedDict
+from dataclasses import replace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -10,12 +14,14 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchdnr import DNR
+from torchdnr.cli import predict
+from torchdnr.cli.classifiers import make_classifiers
 from torchdnr.cli.console import Console
 from torchdnr.cli.options import train_parser
 from torchdnr.cli.predict import predict_parser
 from torchdnr.cli.run_folder import prepare
 from torchdnr.features.layers import LayerFeatures
-from torchdnr.models import load_network, save_network
+from torchdnr.models import MNISTNet, load_network, save_network
 from torchdnr.models.backbones import build_backbone
 
 CHANNELS_LAST = torch.channels_last
@@ -171,7 +177,74 @@ def test_the_option_of_the_scripts(tmp_path):
         weight = job.build_network().conv2.weight
         assert weight.is_contiguous(memory_format=CHANNELS_LAST) == wanted
         assert "channels_last" not in job.settings.to_json()
-    assert predict_parser().parse_args(["x.png", "--run", "run", "--channels-last"]).channels_last
+    for word, wanted in (("--channels-last", True), ("--no-channels-last", False)):
+        assert predict_parser().parse_args(["x.png", "--run", "run", word]).channels_last is wanted
+
+
+class Slow(MNISTNet):
+    """The network of Table I, slow in one of the memory formats."""
+
+    slow_format = CHANNELS_LAST
+    trained: ClassVar[set[bool]] = set()  # whether in channels_last
+
+    def forward(self, inputs):
+        if self.training:
+            self.trained.add(is_last(self))
+        if self.conv2.weight.is_contiguous(memory_format=self.slow_format):
+            time.sleep(0.05)
+        return super().forward(inputs)
+
+
+class SlowInTheUsualFormat(Slow):
+    slow_format = torch.contiguous_format
+
+
+def formats_in(run, build, *extra):
+    """Make the classifiers of a run folder; whether the network is in channels_last.
+
+    In the training, and in DNN, NR and DNR.
+    """
+    Slow.trained.clear()
+    source = run.parent / "toy.npz"
+    write_images(source)
+    asked = ["--dataset", f"npz:{source}", "--run", str(run), "--quiet", "--epochs", "1"]
+    asked += ["--C-grid", "1", "--gamma-grid", "1", "--layers", "relu_fc1", *extra]
+    job = prepare(train_parser().parse_args(asked), Console(quiet=True))
+    job = replace(job, preset=replace(job.preset, build=lambda: build(num_classes=2)))
+    dnn, nr, dnr = make_classifiers(job, Console(quiet=True)).values()
+    return set(Slow.trained), is_last(dnn), is_last(nr.net), is_last(dnr.net)
+
+
+def is_last(net):
+    return net.conv2.weight.is_contiguous(memory_format=CHANNELS_LAST)
+
+
+def remembered(run):
+    return json.loads((run / "settings.json").read_text()).get("channels_last")
+
+
+def test_a_run_takes_the_faster_format_and_stays_with_it(tmp_path):
+    run = tmp_path / "run"
+    # The weights do not depend on what was faster: the network is trained in the usual format.
+    assert formats_in(run, SlowInTheUsualFormat) == ({False}, True, True, True)
+    assert remembered(run) is True
+    assert formats_in(run, Slow) == (set(), True, True, True)  # it is there, and not timed again
+    assert predict.load_classifier(run, "DNR", torch.device("cpu")).net.conv2.weight.is_contiguous(
+        memory_format=CHANNELS_LAST
+    )
+    assert formats_in(run, Slow, "--no-channels-last") == (set(), False, False, False)
+    assert remembered(run) is False
+    assert formats_in(run, SlowInTheUsualFormat) == (set(), False, False, False)
+
+
+def test_a_run_stays_in_the_usual_format_where_that_is_faster(tmp_path):
+    assert formats_in(tmp_path / "run", Slow) == ({False}, False, False, False)
+    assert remembered(tmp_path / "run") is False
+
+
+def test_a_format_that_is_asked_for_is_that_of_the_training_too(tmp_path):
+    assert formats_in(tmp_path / "run", Slow, "--channels-last") == ({True}, True, True, True)
+    assert remembered(tmp_path / "run") is True
 
 
 def write_images(path):

@@ -11,7 +11,6 @@ from torch import nn
 from torch.autograd import gradcheck
 
 from torchdnr import DNR, NR, RBFSVM
-from torchdnr.dnr import compression_losses
 from torchdnr.svm import NotFittedError
 from torchdnr.svm.compression import (
     CompressionWarning,
@@ -22,6 +21,7 @@ from torchdnr.svm.compression import (
     greedy_choice,
     minimise,
     score_bound,
+    stack_losses,
 )
 
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
@@ -387,7 +387,8 @@ def test_the_report_tells_what_was_lost(fitted):
     with pytest.raises(ValueError, match="not compressed"):
         compression_report(model)
     test = digits()[2][0]
-    elsewhere = compression_losses(model, compressed, test)["combiner"]
+    stacks = model.svms.named(), compressed.svms.named()
+    elsewhere = stack_losses(*stacks, model.features(test))["combiner"]
     largest = (compressed.scores(test) - model.scores(test)).abs().max().item()
     assert elsewhere["largest_difference"] == pytest.approx(largest, rel=1e-4)
 

@@ -1,6 +1,7 @@
 """Tests of torch.func and forward mode through scores: against autograd and central differences."""
 
 import copy
+from functools import cache
 
 import pytest
 import torch
@@ -45,11 +46,14 @@ METHODS = [("svm", "forward"), ("one-vs-one", "forward")]
 METHODS += [(kind, method) for kind in ("DNR", "NR") for method in ("scores", "forward")]
 
 
+made = cache(lambda kind: CASES[kind]())
+
+
 @pytest.fixture(params=METHODS, ids="-".join)
 def case(request):
     """Return a function of a batch, of one sample, and inputs."""
     kind, method = request.param
-    model, inputs = CASES[kind]()
+    model, inputs = made(kind)
     batch = model if method == "forward" else model.scores
     return batch, lambda sample: batch(sample[None])[0], inputs
 

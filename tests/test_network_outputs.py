@@ -2,6 +2,7 @@
 
 from collections import OrderedDict, namedtuple
 from dataclasses import dataclass
+from functools import partial
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ from torchdnr.attacks import (
     transfer,
 )
 from torchdnr.decisions import class_scores
-from torchdnr.evaluation import security_evaluation
+from torchdnr.evaluation import build_line_up, security_evaluation
 from torchdnr.evaluation.checks import run_checks
 from torchdnr.models import TrainingSettings, train_network
 
@@ -97,6 +98,7 @@ def pair(request, trained):
     ids=lambda attack: attack.__name__,
 )
 def test_attacks_take_the_scores(trained, attack):
+    attack = partial(attack, **{noise: {}, square: {"queries": 50}}.get(attack, {"steps": 10}))
     plain, images, labels = trained
     wrapped, images, labels = Wrapped(plain, "dict"), images[:6], labels[:6]
     found = [attack(net, images, labels, 0.2, norm=torch.inf) for net in (plain, wrapped)]
@@ -126,7 +128,11 @@ def test_detectors_and_views_take_the_scores(pair):
 
 def test_evaluations_and_checks_take_the_scores(pair):
     plain, wrapped, images, labels = pair
-    curves = [security_evaluation(net, images, labels, [0, 0.5]) for net in (plain, wrapped)]
+    attacks = build_line_up(["line-search-pgd", "boundary-walk"], images, options={"steps": 5})
+    curves = [
+        security_evaluation(net, images, labels, [0, 0.5], attacks=attacks)
+        for net in (plain, wrapped)
+    ]
     assert curves[0].accuracy == curves[1].accuracy
     assert torch.equal(curves[0].adversarial, curves[1].adversarial)
     only = ["differentiable", "zero gradient", "deterministic", "unbounded scores"]

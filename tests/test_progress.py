@@ -15,7 +15,7 @@ from torchdnr.cli.console import Console
 from torchdnr.cli.options import train_parser
 from torchdnr.cli.run_folder import prepare
 from torchdnr.data import load_dataset
-from torchdnr.evaluation import security_evaluation
+from torchdnr.evaluation import build_line_up, security_evaluation
 
 
 @contextmanager
@@ -64,7 +64,10 @@ def evaluate(_folder, progress):
     images = make_images(30)
     model = small_dnr(images)
     labels = torch.arange(30) % 3
-    security_evaluation(model, images[:2], labels[:2], [0.5], init_inputs=images, progress=progress)
+    attacks = build_line_up(
+        ["pgd", "boundary-walk"], images, progress=progress, options={"steps": 3}
+    )
+    security_evaluation(model, images[:2], labels[:2], [0.5], attacks=attacks, progress=progress)
     pgd(model, images[:2], labels[:2], 0.5, steps=2, progress=progress)
 
 

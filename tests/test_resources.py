@@ -4,9 +4,12 @@ import pytest
 import torch
 from small_process import run_apart
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchdnr import DNR
-from torchdnr.resources import Cost, record_costs, stage
+from torchdnr.attacks import boundary_walk, pgd
+from torchdnr.evaluation import security_evaluation
+from torchdnr.resources import Cost, default_batch_size, record_costs, stage
 
 
 def test_nothing_is_recorded_unless_asked_for():
@@ -92,3 +95,73 @@ def test_fit_and_calibrate_tell_their_stages():
     calls = {name: cost.calls for name, cost in costs.items()}
     # Layer "0" and the combiner are searched, layer "1" is not; both layers are stacked.
     assert calls == {"features": 1, "search": 2, "fit": 1, "stacking": 2, "threshold": 1}
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected", "elsewhere"),
+    [
+        ((1, 28, 28), 256, 256),
+        ((3, 32, 32), 85, 256),
+        ((3, 64, 64), 21, 256),
+        ((3, 224, 224), 16, 20),
+        ((3, 2000, 2000), 1, 1),
+        ((0,), 256, 256),
+    ],
+)
+def test_a_batch_is_smaller_where_images_are_larger(shape, expected, elsewhere):
+    assert default_batch_size(torch.empty(3, *shape)) == expected
+    assert default_batch_size(torch.empty(0, *shape)) == 256  # nothing to do
+    assert default_batch_size(torch.empty(3, *shape, device="meta")) == elsewhere
+
+
+class Linear(nn.Module):
+    """Says whether the first value is above 0.5, and keeps how many rows it saw at once."""
+
+    def __init__(self):
+        super().__init__()
+        self.rows = []
+
+    def forward(self, inputs):
+        self.rows.append(len(inputs))
+        value = inputs.flatten(1)[:, 0] - 0.5
+        return torch.stack([-value, value], dim=1)
+
+
+@pytest.mark.parametrize(("given", "most"), [(None, 16), (20, 20)])
+def test_a_model_sees_no_more_large_images_at_once_than_the_batch_size(given, most):
+    inputs = torch.full((24, 3, 80, 80), 0.25)
+    labels, pool = torch.zeros(24, dtype=torch.int64), torch.full((2, 3, 80, 80), 0.75)
+    for attack in (pgd, boundary_walk):
+        model = Linear()
+        options = {"eps": 1.0} if attack is pgd else {}
+        options |= {} if given is None else {"batch_size": given}
+        attack(model, inputs, labels, init_inputs=pool, steps=2, **options)
+        assert max(model.rows) == most
+    model = Linear()
+    options = {} if given is None else {"batch_size": given}
+    curve = security_evaluation(model, inputs, labels, [0], progress=False, **options)
+    assert max(model.rows) == curve.settings["batch_size"] == most
+
+
+class Largest(TorchDispatchMode):
+    """Keep how many values the largest tensor has."""
+
+    values = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if torch.is_tensor(result):
+            self.values = max(self.values, result.numel())
+        return result
+
+
+@pytest.mark.slow
+def test_memory_of_a_minimum_norm_attack_does_not_grow_with_the_inputs():
+    pool = torch.rand(500, 1, 28, 28)
+    pool[:, 0, 0, 0] = 0.75
+    labels = torch.zeros(256, dtype=torch.int64)
+    inputs = torch.full((256, 1, 28, 28), 0.25)  # with the pool 100 million values
+    with Largest() as largest:
+        found = boundary_walk(Linear(), inputs, labels, pool, neighbours=500, steps=1)
+    assert 1 << 25 < largest.values <= 1 << 26
+    assert (Linear()(found).argmax(dim=1) == 1).all()

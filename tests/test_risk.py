@@ -73,9 +73,10 @@ def simulate(population, n, max_error):
 @pytest.mark.parametrize(
     ("scores", "error", "n", "max_error"),
     [
-        (SCORES, falling, 300, 0.05),
-        (SCORES, falling, 1500, 0.02),
-        (SCORES, falling, 5000, 0.05),
+        *(
+            pytest.param(SCORES, falling, *given, marks=pytest.mark.slow)
+            for given in ((300, 0.05), (1500, 0.02), (5000, 0.05))
+        ),
         (TIED, falling, 1000, 0.05),
         (SCORES, confident_errors, 2000, 0.05),
         (SCORES, everywhere, 1000, 0.05),

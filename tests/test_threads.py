@@ -1,9 +1,12 @@
 """Tests of calls from several threads, as in a web service: each gets what it would get alone."""
 
 import copy
+import os
+import subprocess
 import sys
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from threading import Barrier
 
 import pytest
@@ -269,3 +272,29 @@ def test_a_network_may_run_its_layers_in_a_thread_of_its_own(classifiers):
     expected = fitted(DNR(net, LAYERS, **options(*LAYERS, "combiner")), images)
     with torch.no_grad():
         assert torch.equal(inside.scores(images), expected.scores(images))
+
+
+AT_TORCH = """
+import os, sys
+
+class Watch:
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch":
+            raise SystemExit(os.environ["OMP_WAIT_POLICY"])
+
+sys.meta_path.insert(0, Watch())
+import {module}
+"""
+
+
+@pytest.mark.parametrize("given", [None, "ACTIVE"])
+@pytest.mark.parametrize(
+    "module", ["train", "attack", "torchdnr.cli.__main__", "torchdnr.predict", "torchdnr"]
+)
+def test_threads_that_wait_sleep_unless_the_user_wants_otherwise(module, given):
+    environment = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}
+    environment |= {} if given is None else {"OMP_WAIT_POLICY": given}
+    command = [sys.executable, "-c", AT_TORCH.format(module=module)]
+    root = Path(__file__).parents[1]
+    ended = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
+    assert ended.stderr.strip() == (given or "PASSIVE")  # when PyTorch is about to be loaded

@@ -1,8 +1,12 @@
 """Deep Neural Rejection in pure PyTorch, and its honest evaluation."""
 
+import os
 import warnings
 from importlib.metadata import version
 
+# Before PyTorch is loaded, as OpenMP reads it then: threads that wait sleep. By default they spin,
+# and two processes on the same cores slow each other down several times.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 with warnings.catch_warnings():
     # Importing gpytorch makes torch announce the end of torch.jit.script: no news for our users.
     warnings.filterwarnings("ignore", r"`torch\.jit\.script` is deprecated", FutureWarning)

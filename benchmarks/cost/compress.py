@@ -30,13 +30,19 @@ from benchmarks.common import RESULTS, interleaved, load_run, stamp
 from torchdnr import DNR, NR
 from torchdnr.cli.run_folder import Job
 from torchdnr.decisions import is_evasion
-from torchdnr.dnr import compression_losses
 from torchdnr.evaluation import SecurityCurve, security_evaluation
 from torchdnr.evaluation.environment import describe_environment
 from torchdnr.evaluation.line_up import build_line_up
 from torchdnr.evaluation.metrics import accuracy_under_attack, rejection_rate
+from torchdnr.features.extraction import extract
 from torchdnr.files import write_json
-from torchdnr.svm.compression import SMOOTHNESS, STEPS, CompressionWarning, stack_scores
+from torchdnr.svm.compression import (
+    SMOOTHNESS,
+    STEPS,
+    CompressionWarning,
+    stack_losses,
+    stack_scores,
+)
 
 EPS = (0.0, 1.0, 1.5, 2.0)
 FACTORS = {"DNR": (5, 10, 20, 50, 100), "NR": (10,)}
@@ -67,7 +73,7 @@ def compressed_models(
                 "factor": factor,
                 "compression_processor_seconds": spent,
                 "losses": {
-                    part: compression_losses(original, model, job.images(part)[0])
+                    part: losses_of(original, model, job.images(part)[0])
                     for part in ("svm", "test")
                 },
                 "test_r2_without": without_descent(original, job, factor),
@@ -79,6 +85,12 @@ def compressed_models(
     return models, found
 
 
+def losses_of(original: DNR | NR, compressed: DNR | NR, images: Tensor) -> dict[str, Any]:
+    """Measure what a compressed classifier has lost on images."""
+    features, _ = extract(original.features, images)
+    return stack_losses(original.svms.named(), compressed.svms.named(), features)
+
+
 def without_descent(original: DNR | NR, job: Job, factor: float) -> dict[str, float]:
     """Measure R^2 of the final scores on test images where parts of the fit are left out."""
     left_out = {"any descent": {"steps": 0, "joint_steps": 0}, "joint descent": {"joint_steps": 0}}
@@ -86,7 +98,7 @@ def without_descent(original: DNR | NR, job: Job, factor: float) -> dict[str, fl
     found = {}
     for name, options in left_out.items():
         model = original.compress(images, factor=factor, **options)
-        found[name] = list(compression_losses(original, model, test).values())[-1]["r2"]
+        found[name] = list(losses_of(original, model, test).values())[-1]["r2"]
     return found
 
 

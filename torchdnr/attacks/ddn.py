@@ -46,32 +46,8 @@ def ddn(
     accepted and wrong. One run gives the whole security curve; l2 norm only. Nothing in a step
     waits for the device.
 
-    Alone it starts at the input, where RBF scores may be flat: pass ``init_inputs``.
-
-    Args:
-        model: Maps inputs to scores ``(n, c)``, or ``(n, c + 1)`` with the threshold last;
-            differentiable.
-        inputs: ``(n, ...)`` in ``bounds``, float32 or float64.
-        labels: True classes, int64 ``(n,)``.
-        init_inputs: Samples of all classes, ``(m, ...)``, near which further runs start, at points
-            that evade already; None: from the inputs only.
-        eps: Project farther points onto this radius, a number or ``(n,)``; they do not evade then.
-            None returns the nearest evading points at any distance.
-        steps: Steps of each run.
-        step_size: Length of the first step; it falls to a hundredth of it.
-        neighbours: Samples of ``init_inputs`` tried per input.
-        starts: Runs per input that start near them, at the most.
-        **shared: See ``EvasionOptions``.
-
-    Returns:
-        Adversarial inputs, like ``inputs``: the nearest evading (accepted and wrong) point, or the
-        input itself where there is none.
-
-    Raises:
-        ValueError: If an argument is out of range, or shapes, dtypes or devices disagree.
-        TypeError: If there is no such option.
-
-    Warns once (``UserWarning``) with the number of inputs without an evading point.
+    The arguments, ``EvasionOptions`` among them, and what is returned and raised are those of
+    ``fmn``; ``norm`` is 2.
 
     Source: Rony et al., "Decoupling direction and norm for efficient gradient-based L2 adversarial
     attacks and defenses", CVPR 2019; without its rounding to 256 levels.

@@ -1,7 +1,8 @@
 """Attacks at a given eps: a descent is run from more than one start, and its best point kept.
 
-It is run from the input (or a given start), from the best accepted sample of another class, and
-from random points of the ball; the best point that any of these runs evaluated is returned.
+It is run from the input (or a given start), from the best accepted sample of another class, in
+smaller balls where the ball is much of the box, and from random points of the ball; the best point
+that any of these runs evaluated is returned.
 """
 
 from collections.abc import Callable, Iterator
@@ -26,6 +27,9 @@ from torchdnr.attacks.target import (
 )
 
 _CANDIDATES = 10  # pool samples tried per input as its second start
+# Where eps is more than a third of the way to the farthest corner of the box, long steps pass over
+# what shorter ones find: the descent is run in these shares of that way too, if they are less.
+_LARGE, _SMALLER = 1 / 3, (1 / 2, 1 / 4, 1 / 8)
 
 
 class Run(NamedTuple):
@@ -59,14 +63,13 @@ def best_within(
     generator = torch.Generator(device=labels.device).manual_seed(options.seed)
     pool = make_pool(target, options.init_inputs, options.init_labels)
     results = []
-    for rows in torch.arange(len(labels), device=labels.device).split(options.batch_size):
+    for rows in torch.arange(len(labels), device=labels.device).split(target.batch_size):
         batch = problem.rows(rows)
         clean = evaluate(target, batch.region.center, batch.labels)
         best = clean.clone()
         starts = _starts(batch, best, pool, generator, after_evasion, random_start)
-        for some, first in starts:
-            _, region, classes, _ = batch.rows(some)
-            part = target, region, classes, first, clean.values[some]
+        for some, region, first in starts:
+            part = target, region, batch.labels[some], first, clean.values[some]
             with options.bar(steps, name) as bar:
                 reached = descend(Run(*part, generator, bar))
             put(best, some, reached, better(reached, best.rows(some)))
@@ -81,31 +84,39 @@ def _starts(
     generator: torch.Generator,
     after_evasion: bool,
     random_start: bool,
-) -> Iterator[tuple[Tensor, Points]]:
-    """Yield rows and where to start them; the caller updates ``best`` in between."""
+) -> Iterator[tuple[Tensor, Region, Points]]:
+    """Yield rows, their balls and where to start; the caller updates ``best`` in between."""
+    clean = best.clone()
 
     def left() -> Tensor:
         every = torch.arange(len(batch.labels), device=batch.labels.device)
         return every if after_evasion else unsolved(best)  # waits, once per start
 
-    def at_random(rows: Tensor) -> Points:
-        points = random_points(batch.region.rows(rows), generator)
-        return evaluate(batch.target, points, batch.labels[rows])
+    def at_random(rows: Tensor, region: Region) -> Points:
+        return evaluate(batch.target, random_points(region, generator), batch.labels[rows])
 
     if len(rows := left()):
         first = best.rows(rows)
         if batch.options.start is not None:
             first = keep_better(first, batch.rows(rows).points(batch.options.start[rows]))
         elif random_start:
-            first = at_random(rows)
-        yield rows, first
+            first = at_random(rows, batch.region.rows(rows))
+        yield rows, batch.region.rows(rows), first
     if pool is not None and len(rows := left()):
         owner, first = _from_pool(batch, pool, rows)
         if len(owner):
-            yield owner, first
+            yield owner, batch.region.rows(owner), first
+    whole = batch.region._replace(eps=torch.full_like(batch.region.eps, torch.inf)).within_reach()
+    large = batch.region.eps > _LARGE * whole.eps
+    for share in _SMALLER:
+        radius = share * whole.eps
+        rows = (large & (radius < batch.region.eps) & ~best.evading).nonzero()[:, 0]
+        if len(rows):
+            region = batch.region._replace(eps=radius).rows(rows)
+            yield rows, region, at_random(rows, region) if random_start else clean.rows(rows)
     for _ in range(batch.options.restarts):
         if len(rows := left()):
-            yield rows, at_random(rows)
+            yield rows, batch.region.rows(rows), at_random(rows, batch.region.rows(rows))
 
 
 def _from_pool(batch: Problem, pool: Pool, rows: Tensor) -> tuple[Tensor, Points]:

@@ -21,6 +21,7 @@ from torchdnr.attacks.target import Target, evaluate, unsolved
 
 _SLACK = 512  # roundings of the spread of the scores by which an evading point must evade
 _FLOOR = 4  # roundings of the largest score, the least difference that counts
+_VALUES = 1 << 26  # of the points of all inputs that are attacked at a time
 _HALVINGS = 10  # bisections towards the input in the end
 
 
@@ -86,7 +87,9 @@ def nearest_evading(
     nearest, without = inputs.clone(), torch.zeros_like(labels[0])
     unlimited = region._replace(eps=torch.full_like(region.eps, torch.inf)).within_reach()
     left = unsolved(evaluate(target, inputs, labels))
-    for rows in left.split(options.batch_size) if len(left) else ():
+    # An input takes as much memory as it has starts, or pool samples tried, whatever the batch.
+    most = max(1, _VALUES // (max(neighbours, starts) * inputs[:1].numel() or 1))
+    for rows in left.split(min(target.batch_size, most)) if len(left) else ():
         whole, classes = unlimited.rows(rows), labels[rows]
         center = whole.center
         norms = torch.full_like(center.flatten(1)[:, 0], torch.inf)

@@ -22,7 +22,8 @@ class SharedOptions(TypedDict, total=False):
     Attributes:
         norm: Norm of the perturbation: 1, 2 (default) or infinity.
         bounds: Smallest and largest value of an input; default (0, 1).
-        batch_size: Rows in one forward, and inputs attacked at a time; default 256.
+        batch_size: Rows in one forward, and inputs attacked at a time; None (default): 256, fewer
+            of large ones (``resources.default_batch_size``).
         reject: Whether the last column of the output is the threshold; None (default) asks whether
             ``model.reject_index`` is set.
         seed: Of the random numbers; default 0.
@@ -34,7 +35,7 @@ class SharedOptions(TypedDict, total=False):
 
     norm: float
     bounds: tuple[float, float]
-    batch_size: int
+    batch_size: int | None
     reject: bool | None
     seed: int
     mask: Tensor | None
@@ -85,7 +86,7 @@ class Options:
 
     norm: float = 2
     bounds: tuple[float, float] = (0.0, 1.0)
-    batch_size: int = 256
+    batch_size: int | None = None
     reject: bool | None = None
     seed: int = 0
     mask: Tensor | None = None

@@ -26,6 +26,7 @@ from torchdnr.attacks.options import Options
 from torchdnr.attacks.projections import Region, masked_bounds, project
 from torchdnr.attacks.target import Points, Target, check_classes, evaluate, keep_better
 from torchdnr.decisions import evaluation_mode, has_reject_column
+from torchdnr.resources import default_batch_size
 
 
 class Problem(NamedTuple):
@@ -100,10 +101,12 @@ def problem(
     inputs, labels = checked_inputs(inputs, labels, options.norm, options.bounds, model)
     options = _converted(options, inputs)
     check_count("restarts", options.restarts, 0)
-    check_count("batch_size", options.batch_size, 1)
+    given = options.batch_size
+    batch_size = default_batch_size(inputs) if given is None else given
+    check_count("batch_size", batch_size, 1)
     check_levels(options.levels, inputs, options.bounds)
     targets = check_targets(options.targets, labels)
-    options = replace(options, mask=check_mask(options.mask, inputs))
+    options = replace(options, mask=check_mask(options.mask, inputs), batch_size=batch_size)
     if options.start is not None:
         check_like("start", options.start, inputs, same_length=True)
     if options.init_inputs is not None:
@@ -114,7 +117,7 @@ def problem(
     bounds = masked_bounds(inputs, options.bounds, options.mask)
     region = Region(inputs, radius, options.norm, bounds).within_reach()
     reject = has_reject_column(model, options.reject)
-    target = Target(model, objective, reject, options.batch_size, targets is not None)
+    target = Target(model, objective, reject, batch_size, targets is not None)
     with evaluation_mode(model), torch.no_grad():
         check_classes(target, inputs, classes)
         yield Problem(target, region, classes, options)

@@ -20,7 +20,7 @@ def attack(options: argparse.Namespace, console: Console) -> None:
         console.join(processes.rank, processes.count)
         with processes.first_alone():  # it downloads and writes what the others then read
             job = prepare(options, console, processes)
-            settings = AttackSettings.from_options(options, len(job.splits.test))
+            settings = AttackSettings.from_options(options, job.images("test")[0])
         classifiers = make_classifiers(job, console, processes)
         clean = summarise(job, classifiers)
         console.say(clean.text)

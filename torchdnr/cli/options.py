@@ -90,9 +90,10 @@ def add_device_options(option: Callable[..., argparse.Action]) -> None:
     )
     option(
         "--channels-last",
-        action="store_true",
+        action=argparse.BooleanOptionalAction,
         help="keep weights and maps of the network in the order height, width, channels: the same "
-        "but for rounding, and often faster, also on a CPU",
+        "but for rounding, and often faster, also on a CPU (default: what the run folder "
+        "remembers, else whichever is faster once the network is trained)",
     )
 
 

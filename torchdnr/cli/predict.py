@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from torchdnr.cli.console import Console, command
 from torchdnr.cli.network import choose_network
 from torchdnr.cli.options import add_device_options
-from torchdnr.cli.run_folder import find_device, read_settings
+from torchdnr.cli.run_folder import find_device, read_settings, remembered_format
 from torchdnr.cli.settings import number
 from torchdnr.data.readers import find_images, read_batches
 from torchdnr.decisions import REJECT, class_scores, predict_labels
 from torchdnr.dnr import DNR, NR
 from torchdnr.files import atomic_path
 from torchdnr.models.paper import load_network
-from torchdnr.resources import progress_bar
+from torchdnr.resources import default_batch_size, progress_bar
 
 _DESCRIPTION = """\
 Label image files with a classifier of a run folder that train.py made, or reject them. The data
@@ -55,19 +55,24 @@ def predict_parser(prog: str = PROG) -> argparse.ArgumentParser:
     option(
         "--batch-size",
         type=number(1),
-        default=256,
         metavar="N",
-        help="images per forward pass; lower it if memory runs out (default: %(default)s)",
+        help="images per forward pass; lower it if memory runs out (default: 256, fewer of large "
+        "images)",
     )
     option("--quiet", action="store_true", help="no summary, no progress bar")
     return parser
 
 
 def load_classifier(
-    folder: Path, name: str, device: torch.device, *, channels_last: bool = False
+    folder: Path, name: str, device: torch.device, *, channels_last: bool | None = None
 ) -> nn.Module:
-    """Load DNR, NR or DNN of a run folder, without the data that it was made with."""
+    """Load DNR, NR or DNN of a run folder, without the data that it was made with.
+
+    ``channels_last`` is the memory format; None: the one that the folder remembers.
+    """
     settings = read_settings(folder)
+    if channels_last is None:
+        channels_last = remembered_format(folder)
     network = {part: getattr(settings, part) for part in ("backbone", "weights", "outputs")}
     shape, classes = tuple(settings.image_shape), len(settings.classes)
     net = choose_network(settings.dataset, shape, classes, **network).build()
@@ -98,7 +103,8 @@ def predict(options: argparse.Namespace, console: Console) -> int:
     with _open_table(options.csv) as table, bar:
         writer = csv.writer(table, lineterminator="\n")
         writer.writerow([*COLUMNS, *scores])
-        shape, size = settings.image_shape, options.batch_size
+        shape = settings.image_shape
+        size = options.batch_size or default_batch_size(torch.empty(1, *shape, device=device))
         for readable, images in read_batches(files, shape, size, count_unreadable):
             for row in _rows(model, readable, images.to(device), classes):
                 images_read += 1

@@ -29,6 +29,8 @@ from torchdnr.files import digest, read_json, write_json
 from torchdnr.rejection.risk import fewest_accepted
 from torchdnr.resources import default_device
 
+_FORMAT = "channels_last"  # in settings.json, beside the settings
+
 
 @dataclass(frozen=True, eq=False)
 class Job:
@@ -40,7 +42,7 @@ class Job:
     splits: Splits
     preset: Preset
     device: torch.device
-    channels_last: bool
+    channels_last: bool | None  # as asked for, or remembered; None: to be chosen
 
     def build_network(self) -> nn.Module:
         """Build the network with the starting weights of the seed."""
@@ -48,6 +50,11 @@ class Job:
             torch.default_generator.manual_seed(self.settings.seed)
             net = self.preset.build()
         return net.to(memory_format=torch.channels_last) if self.channels_last else net
+
+    def remember_format(self, channels_last: bool | None) -> None:
+        """Write the settings, with the network's memory format, which no result depends on."""
+        form = {} if channels_last is None else {_FORMAT: channels_last}
+        write_json(self.folder / "settings.json", self.settings.to_json() | form)
 
     def layers(self, net: nn.Module) -> dict[str, ReductionLike]:
         """Name the layers of a network that DNR reads, with their reductions."""
@@ -89,11 +96,14 @@ def prepare(options: argparse.Namespace, console: Console, processes: Processes 
         )
     sizes = {part.name: getattr(settings, f"{part.name}_samples") for part in fields(Splits)}
     splits = split(dataset, **sizes, seed=settings.seed)
-    job = Job(folder, settings, dataset, splits, preset, device, options.channels_last)
+    channels_last: bool | None = options.channels_last
+    if channels_last is None and earlier is not None:
+        channels_last = remembered_format(folder)
+    job = Job(folder, settings, dataset, splits, preset, device, channels_last)
     model = _check_network(job)
     _check_samples(job, model.svm_options.folds)
     if processes.first:
-        write_json(folder / "settings.json", settings.to_json())  # fails now if it must
+        job.remember_format(channels_last)  # fails now if it must
     parts = ", ".join(f"{len(index):,} {part}" for part, index in vars(splits).items())
     images = f"{settings.dataset}: {' x '.join(map(str, shape))} images, {parts}"
     console.say(f"run folder {folder}, on {device}\n{images}")
@@ -132,6 +142,11 @@ def remembered_settings(folder: Path) -> RunSettings | None:
         raise ValueError(
             f"{path} does not hold the settings of a run ({error}); choose another --run"
         ) from error
+
+
+def remembered_format(folder: Path) -> bool | None:
+    """Read whether the network of a folder is in channels_last; None if that is not chosen yet."""
+    return read_json(folder / "settings.json").get(_FORMAT)
 
 
 def check_agreement(folder: Path, earlier: RunSettings, given: Mapping[str, Any]) -> None:

@@ -10,6 +10,8 @@ from dataclasses import MISSING, Field, dataclass, field, fields
 from types import UnionType
 from typing import Any, ClassVar, Self, get_args, get_origin
 
+from torch import Tensor
+
 from torchdnr.attacks.objectives import OBJECTIVES
 from torchdnr.data.sources import SOURCES
 from torchdnr.evaluation.checks.run import CHECKS
@@ -17,6 +19,7 @@ from torchdnr.evaluation.line_up import ATTACKS, DEFAULT, DEFAULT_ATTACKS, FULL,
 from torchdnr.files import plain_json
 from torchdnr.models.paper import CIFAR10_LAYERS, MNIST_LAYERS
 from torchdnr.models.training import CIFAR10_TRAINING, MNIST_TRAINING, TrainingSettings
+from torchdnr.resources import default_batch_size
 from torchdnr.svm.model_selection import C_GRID, GAMMA_GRID
 
 NORMS = {"1": 1.0, "2": 2.0, "inf": math.inf}
@@ -446,19 +449,21 @@ class AttackSettings(_Settings):
     batch_size: int = count(
         "images per forward pass of the attacks; lower it if memory runs out. The training's is "
         "--train-batch-size",
-        default=256,
+        default_text="256, fewer of large images",
         dest="attack_batch_size",
     )
 
     @classmethod
-    def from_options(cls, options: argparse.Namespace, available: int) -> Self:
-        """Fill in what depends on other options and on how many test images there are."""
+    def from_options(cls, options: argparse.Namespace, images: Tensor) -> Self:
+        """Fill in what depends on other options and on ``images``, all that can be attacked."""
+        available = len(images)
         values = {entry.name: getattr(options, dest_of(entry)) for entry in option_fields(cls)}
         norm = values["norm"]
         usual = {
             "samples": min(SAMPLES, available),
             "eps": EPS[norm],
             "example_eps": EXAMPLE_EPS[norm],
+            "batch_size": default_batch_size(images),
         }
         values |= {name: value for name, value in usual.items() if values[name] is None}
         if values["samples"] > available:

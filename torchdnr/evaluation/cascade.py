@@ -154,7 +154,8 @@ class Cascade:
     def _below(self, name: str) -> tuple[Tensor, dict[str, int]]:
         """Attack below the smallest norms, and again below what is reached, while it succeeds.
 
-        It starts at the inputs: from the nearest points it was measured to evade no more. The
+        It starts at the inputs alone: the minimum-norm attacks have started at samples of other
+        classes, and from the nearest points it was measured to evade no more. The
         points are its nearest that evade; of a sample where none does, that of its one try.
         """
         best, rows = self.task.inputs.cpu().clone(), self.nearest.norms.nonzero()[:, 0]
@@ -182,7 +183,9 @@ class Cascade:
         """Attack some samples; return points within their balls, and how many had left them."""
         attack = self.attacks[name]
         given = task.given(torch.arange(len(start), device=start.device))
-        if attack.pool is not None:
+        if attack.pool is not None and name in self.refines:
+            given["init_inputs"] = None  # minimum-norm attacks have started there
+        elif attack.pool is not None:
             given["init_labels"] = self.classes[id(attack.pool)]
         new = attack.run(self.model, task.inputs, task.labels, eps, start, **given)
         return keep_inside(task, checked_points(new, task.inputs, name), eps, name)

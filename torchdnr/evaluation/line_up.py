@@ -68,7 +68,9 @@ class Attack:
             own. Otherwise, beside minimum-norm attacks, it only looks for points nearer than those
             of the others: ``eps`` is ``(n,)`` then, just below the smallest norm of each sample.
         pool: Inputs from which it starts, ``(m, ...)``, if it takes the classes that the model
-            assigns to them, ``init_labels``: they are then found once, not in each call.
+            assigns to them, ``init_labels``: they are then found once, not in each call. Where it
+            only looks for points nearer than those of the others, which have started there, it is
+            given ``init_inputs=None`` instead.
         passes: About how many one call takes per sample, to estimate the time beforehand.
     """
 
@@ -295,7 +297,7 @@ def build_line_up(
     *,
     norm: float = 2,
     bounds: tuple[float, float] = (0.0, 1.0),
-    batch_size: int = 256,
+    batch_size: int | None = None,
     reject: bool | None = None,
     progress: bool = False,
     surrogate: Callable[[Tensor], Tensor] | None = None,
@@ -309,7 +311,7 @@ def build_line_up(
         init_inputs: Inputs from which attacks may start on the far side, ``(m, ...)``.
         norm: Norm of the perturbation; 1, 2 or infinity.
         bounds: Smallest and largest value of an input.
-        batch_size: Inputs per batch.
+        batch_size: Inputs per batch; None: as many as suits their size.
         reject: Whether the last column of the output is theta; None: ask the model.
         progress: Whether to show progress bars.
         surrogate: Classifier without a reject option, for the attacks that need one: the transfer.
@@ -327,8 +329,12 @@ def build_line_up(
     if unknown := own_options.keys() - ATTACKS.keys():
         raise ValueError(f"no attack {sorted(unknown)}; choose from: {', '.join(ATTACKS)}")
     shared = {"norm": norm, "bounds": bounds, "reject": reject, **(options or {})}
-    given = {"init_inputs": init_inputs, "batch_size": batch_size, "progress": progress}
-    given |= {"surrogate": surrogate}
+    given: dict[str, Any] = {
+        "init_inputs": init_inputs,
+        "batch_size": batch_size,
+        "progress": progress,
+    }
+    given |= {"surrogate": surrogate, "progress": progress}
     fingerprint = {"init_inputs": digest({"init_inputs": init_inputs})}
     if isinstance(surrogate, nn.Module):
         fingerprint["surrogate"] = digest(surrogate.state_dict())

@@ -28,6 +28,7 @@ from torchdnr.evaluation.judging import Task, increasing, judge
 from torchdnr.evaluation.line_up import Attack, default_line_up
 from torchdnr.evaluation.shares import Attacked, run_shares
 from torchdnr.evaluation.worst_case import worst_case
+from torchdnr.resources import default_batch_size
 
 
 class EvaluationOptions(TypedDict, total=False):
@@ -41,7 +42,7 @@ class EvaluationOptions(TypedDict, total=False):
     targets: int | Tensor | None
     levels: int | None
     bounds: tuple[float, float]
-    batch_size: int
+    batch_size: int | None
     reject: bool | None
     settings: Mapping[str, Any] | None
     processes: Processes
@@ -86,7 +87,7 @@ def security_evaluations(
     targets: int | Tensor | None = None,
     levels: int | None = None,
     bounds: tuple[float, float] = (0.0, 1.0),
-    batch_size: int = 256,
+    batch_size: int | None = None,
     reject: bool | None = None,
     settings: Mapping[str, Any] | None = None,
     checkpoints: Mapping[str, str | Path] | None = None,
@@ -129,7 +130,7 @@ def security_evaluations(
         levels: Levels of a pixel, 256 for images of 8 bits: the attacks look for points on them.
             In any case ``SecurityCurve.rounded`` tells what rounding to 8 bits leaves.
         bounds: Smallest and largest value of an input.
-        batch_size: Inputs per batch.
+        batch_size: Inputs per batch; None: as many as suits their size.
         reject: Whether the last column of the outputs is theta; None: yes for a model that has a
             ``reject_index`` that is not None.
         settings: What else to store with the results: seed, data set, layers, ...
@@ -156,6 +157,7 @@ def security_evaluations(
     if init_inputs is not None:
         init_inputs = as_features("init_inputs", init_inputs, inputs)
         check_pool(init_inputs, None, inputs, bounds)
+    batch_size = default_batch_size(inputs) if batch_size is None else batch_size
     check_count("batch_size", batch_size, 1)
     targets = as_targets(targets, inputs.device)
     classes = check_targets(targets, labels)

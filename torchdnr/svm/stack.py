@@ -1,7 +1,7 @@
 """`SVMStack`: an SVM on the features of each layer, and one more that combines their scores."""
 
 from collections.abc import Collection, Mapping, Sequence
-from copy import copy
+from copy import copy, deepcopy
 from dataclasses import dataclass, replace
 from numbers import Real
 from typing import Any, Self
@@ -11,8 +11,13 @@ from torch import Tensor, nn
 
 from torchdnr.distributed.processes import warn_once
 from torchdnr.distributed.sharing import ShardedFeatures
-from torchdnr.resources import stage
-from torchdnr.svm.compression import WARN_BELOW, CompressionWarning, stack_losses
+from torchdnr.resources import has_float64, stage
+from torchdnr.svm.compression import (
+    WARN_BELOW,
+    CompressionWarning,
+    compress_stack,
+    stack_losses,
+)
 from torchdnr.svm.model_selection import grid_search, out_of_fold_scores
 from torchdnr.svm.multiclass import CheckedWeight
 from torchdnr.svm.rbf_svm import RBFSVM
@@ -198,9 +203,20 @@ class SVMStack(nn.Module):
         chosen = svms if names is None else names
         return self._with({n: s.smoothed(factor) if n in chosen else s for n, s in svms.items()})
 
-    def compressed(self, svms: Mapping[str, RBFSVM], features: Mapping[str, Tensor]) -> "SVMStack":
-        """Return a stack of SVMs from ``compress_stack``; its ``selection`` says what was lost."""
-        losses = stack_losses(self.named(), svms, features)
+    def compressed(
+        self,
+        features: Mapping[str, Tensor],
+        sizes: Mapping[str, int],
+        **options: Any,  # noqa: ANN401 - those of compress_stack
+    ) -> "SVMStack":
+        """Return a stack from ``compress_stack``; its ``selection`` says what was lost."""
+        device = next(iter(self.named().values())).support_vectors.device
+        original = self
+        if not has_float64(device):
+            original = deepcopy(self).to("cpu")
+            features = {name: rows.cpu() for name, rows in features.items()}
+        svms = compress_stack(original.named(), features, sizes, **options)
+        losses = stack_losses(original.named(), svms, features)
         name, final = list(losses.items())[-1]
         if min(final["r2"], final["label_agreement"]) < WARN_BELOW:
             warn_once(
@@ -210,7 +226,7 @@ class SVMStack(nn.Module):
                 CompressionWarning,
                 stacklevel=5,  # behind the two decorators of compress
             )
-        stack = self._with(svms)
+        stack = self._with(svms).to(device)
         stack.selection = {
             name: {**self.selection.get(name, {}), "compression": losses[name]} for name in svms
         }
