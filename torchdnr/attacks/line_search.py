@@ -94,8 +94,8 @@ def line_search_pgd(
         useful = first <= _USEFUL * attacked.region.eps.amax()
         useful[-1:] = True
         first = first[useful]
-        sizes = {"first": first, "shorter": shorter}
-        descend = partial(_descend, **sizes, steps=steps, tol=tol, early_stop=early_stop)
+        trials = {"first": first, "shorter": shorter}
+        descend = partial(_descend, **trials, steps=steps, tol=tol, early_stop=early_stop)
         return best_within(
             attacked, descend, steps=steps, name="line search", after_evasion=not early_stop
         )

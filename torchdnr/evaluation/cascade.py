@@ -155,8 +155,8 @@ class Cascade:
         """Attack below the smallest norms, and again below what is reached, while it succeeds.
 
         It starts at the inputs alone: the minimum-norm attacks have started at samples of other
-        classes, and from the nearest points it was measured to evade no more. The
-        points are its nearest that evade; of a sample where none does, that of its one try.
+        classes, and from the nearest points it was measured to evade no more. The points are its
+        nearest that evade; of a sample where none does, that of its one try.
         """
         best, rows = self.task.inputs.cpu().clone(), self.nearest.norms.nonzero()[:, 0]
         norms = self.nearest.norms[rows]
