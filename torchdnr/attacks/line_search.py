@@ -94,8 +94,9 @@ def line_search_pgd(
         useful = first <= _USEFUL * attacked.region.eps.amax()
         useful[-1:] = True
         first = first[useful]
-        trials = {"first": first, "shorter": shorter}
-        descend = partial(_descend, **trials, steps=steps, tol=tol, early_stop=early_stop)
+        descend = partial(
+            _descend, first=first, shorter=shorter, steps=steps, tol=tol, early_stop=early_stop
+        )
         return best_within(
             attacked, descend, steps=steps, name="line search", after_evasion=not early_stop
         )

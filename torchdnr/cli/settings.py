@@ -30,7 +30,7 @@ EPS: dict[float, list[float]] = {
     math.inf: [0, 0.05, 0.1, 0.15, 0.2, 0.3],
 }
 EXAMPLE_EPS = {1.0: 10.0, 2.0: 1.0, math.inf: 0.1}
-SAMPLES = 50
+SAMPLES = 100
 
 # Images for the network, the SVMs and theta.
 SPLIT_SIZES = {

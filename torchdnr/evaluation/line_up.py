@@ -89,11 +89,11 @@ class Attack:
 
 
 def _descents(options: Mapping[str, Any], forwards: int = 1, backwards: int = 1) -> Passes:
-    """Count a descent from the input, one from the pool, and the restarts.
+    """Count a descent from the input, one of some samples from the pool, and the restarts.
 
     ``forwards`` and ``backwards`` are those of a step.
     """
-    steps = options["steps"] * (2 + options["restarts"])
+    steps = options["steps"] * (1.5 + options["restarts"])
     return Passes(steps * forwards + 14, steps * backwards)
 
 
