@@ -49,10 +49,20 @@ class Processes:
 
     @contextmanager
     def first_alone(self) -> Iterator[None]:
-        """Run the block in the first process, then in the others, which can read its files."""
+        """Run the block in the first process, then in the others, which can read its files.
+
+        Meanwhile the first has the cores of all on its machine.
+        """
         if not self.first:
             self.wait()
-        yield
+        threads = torch.get_num_threads()
+        if self.first:
+            waiting = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+            torch.set_num_threads(min(threads * waiting, max(threads, os.cpu_count() or 1)))
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
         if self.first:
             self.wait()
 
