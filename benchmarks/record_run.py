@@ -113,7 +113,7 @@ def _sizes(run: Mapping[str, Any]) -> str:
     if "image_shape" not in run:
         return outputs
     channels, *size = run["image_shape"]
-    return f"{outputs}; {' x '.join(map(str, size))} pixels, {channels} channels"
+    return f"{outputs}; {' x '.join(map(str, size))} pixels, {channels} channel{'s' * (channels != 1)}"
 
 
 def _clean(classifiers: Mapping[str, Mapping[str, Any]]) -> str:
