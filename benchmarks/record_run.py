@@ -113,7 +113,8 @@ def _sizes(run: Mapping[str, Any]) -> str:
     if "image_shape" not in run:
         return outputs
     channels, *size = run["image_shape"]
-    return f"{outputs}; {' x '.join(map(str, size))} pixels, {channels} channel{'s' * (channels != 1)}"
+    plural = "s" * (channels != 1)
+    return f"{outputs}; {' x '.join(map(str, size))} pixels, {channels} channel{plural}"
 
 
 def _clean(classifiers: Mapping[str, Mapping[str, Any]]) -> str:

@@ -10,7 +10,7 @@ import torch
 from benchmarks.__main__ import find_page, index, page_text, result_names, summary
 from benchmarks.common import RESULTS, ROOT
 from torchdnr.decisions import is_evasion
-from torchdnr.evaluation import load_results
+from torchdnr.evaluation import BOUNDARY_WALK, LINE_SEARCH_PGD, load_results
 
 NAMES = result_names()
 
@@ -64,7 +64,7 @@ def test_in_a_recorded_run_the_worst_case_holds_every_attack(name):
     curves, _ = load_results(RESULTS / f"{name}.json")
     assert set(curves) == {"DNN", "NR", "DNR"}
     for curve in curves.values():
-        assert len(curve.attacks) == 3
+        assert {*curve.attacks, *curve.refinements} == {LINE_SEARCH_PGD, BOUNDARY_WALK, "APGD"}
         for attack in curve.attacks.values():
             for eps, worst, alone in zip(
                 curve.eps, curve.predictions, attack.predictions, strict=True

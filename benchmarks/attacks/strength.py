@@ -12,6 +12,7 @@ import math
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ NEAREST: dict[str, Callable[..., Tensor]] = {
     "FMN": lambda *given, **known: fmn(*given, steps=200, starts=8, **known),
 }
 WITHIN: dict[str, Callable[..., Tensor]] = {
-    "multi-target APGD": lambda *given, **known: multi_target(apgd, *given, **known),
+    "multi-target APGD": partial(multi_target, attack=apgd),
     "APGD": lambda *given, **known: apgd(*given, restarts=3, **known),
     "line-search PGD": lambda *given, **known: line_search_pgd(
         *given, objective="decision", restarts=1, **known
