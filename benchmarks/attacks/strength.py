@@ -34,7 +34,7 @@ NEAREST: dict[str, Callable[..., Tensor]] = {
     "boundary walk": lambda *given, **known: boundary_walk(
         *given, steps=140, starts=20, neighbours=80, restarts=5, seed=1, **known
     ),
-    "primal-dual": lambda *given, **known: primal_dual(*given, starts=8, restarts=1, **known),
+    "primal-dual": lambda *given, **known: primal_dual(*given, starts=8, **known),
     "FMN": lambda *given, **known: fmn(*given, steps=200, starts=8, **known),
 }
 WITHIN: dict[str, Callable[..., Tensor]] = {
