@@ -251,6 +251,26 @@ def test_the_passes_of_each_attack_are_known_roughly_beforehand(toy):
         assert 0.5 < counted / sum(attack.passes) < 2, name
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_attacks_below_the_norms_start_in_the_pool_where_there_is_a_mask(data, masked):
+    inputs, _ = data
+    given = []
+
+    def pooled(model, inputs, labels, eps, start, **more):
+        given.append(more)
+        return start
+
+    line_up = {
+        "far": Attack(lambda *arguments, **more: far(*arguments), minimum_norm=True),
+        "pooled": Attack(pooled, every_eps=False, pool=inputs),
+    }
+    mask = torch.tensor([True, False]) if masked else None
+    evaluate(data, line_up, mask=mask)
+    for more in given:
+        assert ("init_labels" in more) == masked
+        assert ("init_inputs" in more) != masked
+
+
 # --- shares ---
 
 

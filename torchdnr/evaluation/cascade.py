@@ -160,9 +160,10 @@ class Cascade:
         Where nothing evades within the largest eps it comes down from there along the grid first:
         the norm may be far below, and a few steps of some per cent would not reach it.
 
-        It starts at the inputs alone: the minimum-norm attacks have started at samples of other
-        classes, and from the nearest points it was measured to evade no more. The points are its
-        nearest that evade; of a sample where none does, that of its one try.
+        Without a mask it starts at the inputs alone: the minimum-norm attacks have started at
+        samples of other classes, and from the nearest points it was measured to evade no more. A
+        mask leaves so little of such a sample that few minimum-norm attacks could start there. The
+        points are its nearest that evade; of a sample where none does, that of its one try.
         """
         best, norms = self.task.inputs.cpu().clone(), self.nearest.norms.clone()
         sizes, largest = norms.new_tensor(self.sizes), self.sizes[-1]
@@ -198,7 +199,7 @@ class Cascade:
         """Attack some samples; return points within their balls, and how many had left them."""
         attack = self.attacks[name]
         given = task.given(torch.arange(len(start), device=start.device))
-        if attack.pool is not None and name in self.refines:
+        if attack.pool is not None and name in self.refines and task.mask is None:
             given["init_inputs"] = None  # minimum-norm attacks have started there
         elif attack.pool is not None:
             given["init_labels"] = self.classes[id(attack.pool)]
