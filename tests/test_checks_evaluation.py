@@ -473,3 +473,15 @@ def test_batches_of_large_inputs_are_small_by_default():
     seen.clear()
     run_checks(first_pixels, inputs, labels, curve, attacks=attacks, only=["noise control"])
     assert max(seen) <= default_batch_size(inputs) < 64
+
+
+def test_attacks_may_have_their_pool_as_an_array(data):
+    inputs, _ = data
+
+    def pooled(model, inputs, labels, eps, start, *, init_labels):
+        assert isinstance(init_labels, torch.Tensor)
+        return best(model, inputs, labels, eps, start)
+
+    attack = Attack(pooled, pool=inputs.cpu().numpy())
+    report = check(data, attack, only=["silent success"])
+    assert report["silent success"].status == "pass"
