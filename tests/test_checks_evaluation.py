@@ -14,6 +14,7 @@ from torch import nn
 from torchdnr.evaluation import Attack, SecurityCurve, security_evaluation
 from torchdnr.evaluation.checks import CHECKS, Check, CheckReport, run_checks
 from torchdnr.evaluation.checks.context import choose_eps
+from torchdnr.resources import default_batch_size
 
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 EPS = [0, 0.1, 0.2, 0.3, 0.4]
@@ -454,3 +455,33 @@ def test_the_report_puts_first_what_failed():
     assert CheckReport([checks[2]]).status == "skipped"
     with pytest.raises(KeyError, match="choose from: one, two"):
         report["five"]
+
+
+def test_batches_of_large_inputs_are_small_by_default():
+    inputs, seen = torch.rand(4, 3, 96, 96), []
+    labels = torch.tensor([0, 1, 0, 1])
+
+    def first_pixels(x):
+        seen.append(len(x))
+        side = 2 * torch.eye(2)[labels.repeat(len(x))[: len(x)]]
+        return side + 0 * x.flatten(1)[:, :2]
+
+    attacks = {"idle": Attack(idle, minimum_norm=True)}
+    curve = security_evaluation(
+        lambda x: torch.eye(2)[labels[: len(x)]], inputs, labels, [0.1], attacks=attacks
+    )
+    seen.clear()
+    run_checks(first_pixels, inputs, labels, curve, attacks=attacks, only=["noise control"])
+    assert max(seen) <= default_batch_size(inputs) < 64
+
+
+def test_attacks_may_have_their_pool_as_an_array(data):
+    inputs, _ = data
+
+    def pooled(model, inputs, labels, eps, start, *, init_labels):
+        assert isinstance(init_labels, torch.Tensor)
+        return best(model, inputs, labels, eps, start)
+
+    attack = Attack(pooled, pool=inputs.cpu().numpy())
+    report = check(data, attack, only=["silent success"])
+    assert report["silent success"].status == "pass"

@@ -70,25 +70,50 @@ def test_an_attack_is_tried_below_each_norm_and_lower_while_it_succeeds(data):
     inputs, _ = data
     move = Move()
     line_up = {"move": Attack(move, every_eps=False), "far": Attack(far, minimum_norm=True)}
-    curve = evaluate(data, line_up)
+    curve = evaluate(data, line_up, (0, 0.3))
     right = torch.arange(13) != 2
     distance = (inputs[:, 0] - 0.5).abs()
     norms = (distance + 0.2)[right]  # what the first attack has found
     for number, (attacked, eps, start) in enumerate(move.calls):
-        expected = (norms * (1 - 0.01 * 2**number)).clamp_max(0.3)
+        expected = (norms * (1 - 0.01 * 2 ** min(number, 3))).clamp_max(0.3)
         assert torch.equal(attacked, inputs[right]) and torch.allclose(eps, expected)
         assert torch.equal(start, attacked)
         succeeds = eps > distance[right] * (1 + 1e-5)
         norms, right = eps[succeeds], right.clone().masked_scatter(right, succeeds)
-    assert 1 < number <= 3
+    assert 3 < number < 16
     added = curve.refinements["move"]
     assert list(curve.attacks) == ["far"] and list(curve.refinements) == ["move"]
     assert added.tried == 12 and added.nearer == len(move.calls[1][0])
     assert added.forwards == sum(len(attacked) for attacked, *_ in move.calls)
     assert curve.evasion_norm[2] == 0
-    # Projected on the balls of the grid, what was found may evade at a smaller norm.
-    norms = torch.where(distance[right] < 0.1, 0.1, norms)
     assert torch.allclose(curve.evasion_norm[right].float(), norms, rtol=1e-4)
+
+
+def nowhere(model, inputs, labels, eps, start):
+    """Find nothing, as a minimum-norm attack without a start."""
+    return inputs
+
+
+@pytest.mark.parametrize("weak", [nowhere, far])
+def test_a_weak_minimum_norm_attack_hides_nothing_that_the_others_find(data, weak):
+    eps = [0, 0.02, 0.05, 0.1, 0.2, 0.6]
+    line_up = {"weak": Attack(weak, minimum_norm=True), "move": Attack(Move(), every_eps=False)}
+    cascade, full = (evaluate(data, line_up, eps, every_eps=every) for every in (False, True))
+    assert cascade.accuracy == full.accuracy
+    assert (cascade.evasion_norm <= full.evasion_norm * (1 + 1e-6)).all()
+
+
+def test_an_attack_goes_on_as_long_as_it_comes_nearer():
+    def farther(model, inputs, labels, eps, start):
+        return inputs + LEFT * 0.79 * (1 - 2 * labels[:, None])
+
+    data = torch.tensor([[0.21, 0.5], [0.2, 0.5]]), torch.tensor([0, 0])
+    line_up = {
+        "farther": Attack(farther, minimum_norm=True),
+        "move": Attack(Move(), every_eps=False),
+    }
+    curve = evaluate(data, line_up, (0, 1))
+    assert (curve.evasion_norm < torch.tensor([0.32, 0.33])).all()
 
 
 def test_the_nearest_points_of_all_attacks_count_at_every_eps(data):
@@ -224,6 +249,26 @@ def test_the_passes_of_each_attack_are_known_roughly_beforehand(toy):
             runs = sum(curve.attacks[name].forwards), sum(curve.attacks[name].backwards)
             counted = sum(runs) / 6 / (1 if attack.minimum_norm else 0.6 * len(eps))
         assert 0.5 < counted / sum(attack.passes) < 2, name
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_attacks_below_the_norms_start_in_the_pool_where_there_is_a_mask(data, masked):
+    inputs, _ = data
+    given = []
+
+    def pooled(model, inputs, labels, eps, start, **more):
+        given.append(more)
+        return start
+
+    line_up = {
+        "far": Attack(lambda *arguments, **more: far(*arguments), minimum_norm=True),
+        "pooled": Attack(pooled, every_eps=False, pool=inputs),
+    }
+    mask = torch.tensor([True, False]) if masked else None
+    evaluate(data, line_up, mask=mask)
+    for more in given:
+        assert ("init_labels" in more) == masked
+        assert ("init_inputs" in more) != masked
 
 
 # --- shares ---

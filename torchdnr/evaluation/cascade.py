@@ -14,6 +14,7 @@ from torch import Tensor
 from torchdnr.attacks.minimum_norm import Kept
 from torchdnr.evaluation.checkpoint import Checkpoint, Step
 from torchdnr.evaluation.judging import (
+    TOLERANCE,
     CountedModel,
     Judged,
     Task,
@@ -27,7 +28,8 @@ from torchdnr.resources import synchronize
 BELOW = 0.01
 """How far below the smallest norm of a sample an attack is tried first, as a share of it."""
 _ATTACKED = 0.6  # share of the samples that an attack at every eps attacks, on average
-ROUNDS = 4  # tries of one attack: 1, 2, 4, 8 % below the last norm
+ROUNDS = 16  # tries of one attack, at the most
+_DOUBLINGS = 3  # 1, 2, 4, then 8 % below the last norm
 
 
 def refining(attacks: Mapping[str, Attack], every_eps: bool) -> set[str]:
@@ -56,7 +58,8 @@ class Cascade:
 
     Minimum-norm attacks run first, then those that run at every eps, each from its points at the
     smaller eps. The others, ``refines``, are tried just below the smallest norm that evades each
-    sample so far, and lower while they succeed; where nothing evades, at the largest eps.
+    sample so far, and lower while they succeed; where nothing evades, at the largest eps, and at
+    the smaller ones while they succeed.
 
     Steps that the checkpoint holds are judged, not run again. ``classes`` are those that the model
     assigns to the pools of the attacks, by the ``id`` of the pool.
@@ -154,27 +157,40 @@ class Cascade:
     def _below(self, name: str) -> tuple[Tensor, dict[str, int]]:
         """Attack below the smallest norms, and again below what is reached, while it succeeds.
 
-        It starts at the inputs alone: the minimum-norm attacks have started at samples of other
-        classes, and from the nearest points it was measured to evade no more. The points are its
-        nearest that evade; of a sample where none does, that of its one try.
+        Where nothing evades within the largest eps it comes down from there along the grid first:
+        the norm may be far below, and a few steps of some per cent would not reach it.
+
+        Without a mask it starts at the inputs alone: the minimum-norm attacks have started at
+        samples of other classes, and from the nearest points it was measured to evade no more. A
+        mask leaves so little of such a sample that few minimum-norm attacks could start there. The
+        points are its nearest that evade; of a sample where none does, that of its one try.
         """
-        best, rows = self.task.inputs.cpu().clone(), self.nearest.norms.nonzero()[:, 0]
-        norms = self.nearest.norms[rows]
-        counts = {"violations": 0, "tried": len(rows), "nearer": 0}
-        for number in range(ROUNDS):
+        best, norms = self.task.inputs.cpu().clone(), self.nearest.norms.clone()
+        sizes, largest = norms.new_tensor(self.sizes), self.sizes[-1]
+        left, beyond, untried = norms > 0, norms > largest, norms > 0
+        tries = torch.zeros(len(norms), dtype=torch.int64)
+        counts = {"violations": 0, "tried": int(left.sum()), "nearer": 0}
+        for _ in range(ROUNDS):
+            rows = left.nonzero()[:, 0]
             if len(rows) == 0:
                 break
+            radius = norms[rows] * (1 - BELOW * 2 ** tries[rows].clamp_max(_DOUBLINGS))
+            reached = torch.where(untried[rows], math.inf, norms[rows] * (1 - TOLERANCE))
+            place = (torch.searchsorted(sizes, reached) - 1).clamp_min(0)
+            radius = torch.where(beyond[rows], sizes[place], radius)
             task = self.task.part(rows.to(self.task.inputs.device))
-            radius = norms * (1 - BELOW * 2**number)
-            eps = radius.clamp_max(self.sizes[-1]).to(task.inputs)
-            new, outside = self._attack(name, task, eps, task.inputs)
-            counts["violations"] += outside
+            new, outside = self._attack(name, task, radius.to(task.inputs), task.inputs)
             judged = judge(task, new)
             evades = task.succeeds(judged.predictions).cpu()
-            if number == 0:
-                best[rows], counts["nearer"] = judged.points, int(evades.sum())
-            rows, norms = rows[evades], judged.size.cpu()[evades]
-            best[rows] = judged.points[evades]
+            counts["violations"] += outside
+            counts["nearer"] += int((evades & untried[rows]).sum())
+            kept = evades | untried[rows]
+            best[rows[kept]], norms[rows[evades]] = judged.points[kept], judged.size.cpu()[evades]
+            # Off the grid, a few per cent below the norm, once nothing evades at the next eps.
+            left[rows] = evades | (beyond[rows] & (norms[rows] <= largest * (1 + TOLERANCE)))
+            tries[rows] = torch.where(evades, tries[rows] + 1, 0)
+            beyond[rows] &= evades & (norms[rows] > sizes[0] * (1 + TOLERANCE))
+            untried[rows] = False
         return best, counts
 
     def _attack(
@@ -183,7 +199,7 @@ class Cascade:
         """Attack some samples; return points within their balls, and how many had left them."""
         attack = self.attacks[name]
         given = task.given(torch.arange(len(start), device=start.device))
-        if attack.pool is not None and name in self.refines:
+        if attack.pool is not None and name in self.refines and task.mask is None:
             given["init_inputs"] = None  # minimum-norm attacks have started there
         elif attack.pool is not None:
             given["init_labels"] = self.classes[id(attack.pool)]

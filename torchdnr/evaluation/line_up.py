@@ -70,7 +70,7 @@ class Attack:
         pool: Inputs from which it starts, ``(m, ...)``, if it takes the classes that the model
             assigns to them, ``init_labels``: they are then found once, not in each call. Where it
             only looks for points nearer than those of the others, which have started there, it is
-            given ``init_inputs=None`` instead.
+            given ``init_inputs=None`` instead, unless there is a mask.
         passes: About how many one call takes per sample, to estimate the time beforehand.
     """
 

@@ -105,7 +105,7 @@ def security_evaluations(
     The line-up is a cascade. Minimum-norm attacks run once, for all eps. Some, as the paper's, run
     at every eps. All others are then tried only where they add something: per sample just below
     the smallest norm that evades it so far, lower while they succeed, and where none evades, at the
-    largest eps.
+    largest eps and, while they succeed, at the smaller ones.
 
     The samples are dealt to the processes in shares that depend on their number alone. All
     processes return the same results, those that a single one has.

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchdnr.arrays import as_features
 from torchdnr.attacks.objectives import find_objective
 from torchdnr.attacks.starts import assigned_classes
 from torchdnr.attacks.target import Target
@@ -139,6 +140,7 @@ class Context(Task):
 
     def classes(self, pool: Tensor) -> Tensor:
         """Return the classes that the model assigns to samples, -1 where it rejects, ``(m,)``."""
+        pool = as_features("init_inputs", pool, self.inputs)
         known = self.cache.setdefault("classes", [])
         for samples, classes in known:
             if samples.shape == pool.shape and torch.equal(samples.to(pool), pool):

@@ -27,7 +27,7 @@ from torchdnr.evaluation.checks.result import CannotRun, Check, CheckReport, Fin
 from torchdnr.evaluation.curve import SecurityCurve
 from torchdnr.evaluation.judging import CountedModel
 from torchdnr.evaluation.line_up import Attack, default_line_up
-from torchdnr.resources import progress_bar
+from torchdnr.resources import default_batch_size, progress_bar
 
 CHECKS: dict[str, Callable[[Context], Finding]] = {
     "differentiable": models.check_differentiable,
@@ -77,7 +77,7 @@ def run_checks(
     noise_draws: int = 100,
     queries: int = 300,
     passes: int = 5,
-    batch_size: int = 256,
+    batch_size: int | None = None,
     seed: int = 0,
     only: Sequence[str] | None = None,
     progress: bool = False,
@@ -121,7 +121,7 @@ def run_checks(
         noise_draws: Points of each ball for the noise control.
         queries: Queries per sample of the black-box attack.
         passes: Passes through the model that have to agree.
-        batch_size: Rows in one forward.
+        batch_size: Rows in one forward; None: as many as suits the size of the inputs.
         seed: Of everything that is drawn.
         only: Names of the checks to run; None: all in ``CHECKS``.
         progress: Whether to show a progress bar.
@@ -145,10 +145,11 @@ def run_checks(
     }
     if torch.is_inference_mode_enabled():
         raise ValueError("the checks need gradients: call them outside torch.inference_mode")
-    for name, value in {**counts, "batch_size": batch_size}.items():
-        check_count(name, value, 2 if name == "passes" else 1)
     norm = curve.norm if norm is None else norm
     inputs, labels = checked_inputs(inputs, labels, norm, bounds, model)
+    batch_size = default_batch_size(inputs) if batch_size is None else batch_size
+    for name, value in {**counts, "batch_size": batch_size}.items():
+        check_count(name, value, 2 if name == "passes" else 1)
     if init_inputs is not None:
         init_inputs = as_features("init_inputs", init_inputs, inputs)
         check_pool(init_inputs, None, inputs, bounds)
