@@ -52,7 +52,7 @@ class Job:
         return net.to(memory_format=torch.channels_last) if self.channels_last else net
 
     def remember_format(self, channels_last: bool | None) -> None:
-        """Write the settings, with the network's memory format, which no result depends on."""
+        """Write the settings, with the memory format: results depend on it by rounding alone."""
         form = {} if channels_last is None else {_FORMAT: channels_last}
         write_json(self.folder / "settings.json", self.settings.to_json() | form)
 

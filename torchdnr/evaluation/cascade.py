@@ -160,10 +160,11 @@ class Cascade:
         Where nothing evades within the largest eps it comes down from there along the grid first:
         the norm may be far below, and a few steps of some per cent would not reach it.
 
-        Without a mask it starts at the inputs alone: the minimum-norm attacks have started at
-        samples of other classes, and from the nearest points it was measured to evade no more. A
-        mask leaves so little of such a sample that few minimum-norm attacks could start there. The
-        points are its nearest that evade; of a sample where none does, that of its one try.
+        Where all samples have been evaded, and there is no mask, it starts at the inputs alone: the
+        minimum-norm attacks have started at samples of other classes, and from the nearest points
+        it was measured to evade no more. A mask leaves so little of such a sample that few
+        minimum-norm attacks could start there. The points are its nearest that evade; of a sample
+        where none does, that of its one try.
         """
         best, norms = self.task.inputs.cpu().clone(), self.nearest.norms.clone()
         sizes, largest = norms.new_tensor(self.sizes), self.sizes[-1]
@@ -179,7 +180,9 @@ class Cascade:
             place = (torch.searchsorted(sizes, reached) - 1).clamp_min(0)
             radius = torch.where(beyond[rows], sizes[place], radius)
             task = self.task.part(rows.to(self.task.inputs.device))
-            new, outside = self._attack(name, task, radius.to(task.inputs), task.inputs)
+            near = task.mask is None and bool(norms[rows].isfinite().all())
+            given = name, task, radius.to(task.inputs), task.inputs
+            new, outside = self._attack(*given, from_pool=not near)
             judged = judge(task, new)
             evades = task.succeeds(judged.predictions).cpu()
             counts["violations"] += outside
@@ -194,13 +197,19 @@ class Cascade:
         return best, counts
 
     def _attack(
-        self, name: str, task: Task, eps: float | Tensor, start: Tensor
+        self,
+        name: str,
+        task: Task,
+        eps: float | Tensor,
+        start: Tensor,
+        *,
+        from_pool: bool = True,
     ) -> tuple[Tensor, int]:
         """Attack some samples; return points within their balls, and how many had left them."""
         attack = self.attacks[name]
         given = task.given(torch.arange(len(start), device=start.device))
-        if attack.pool is not None and name in self.refines and task.mask is None:
-            given["init_inputs"] = None  # minimum-norm attacks have started there
+        if attack.pool is not None and not from_pool:
+            given["init_inputs"] = None
         elif attack.pool is not None:
             given["init_labels"] = self.classes[id(attack.pool)]
         new = attack.run(self.model, task.inputs, task.labels, eps, start, **given)

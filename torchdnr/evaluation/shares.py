@@ -29,7 +29,7 @@ from torchdnr.evaluation.estimate import Meter, in_words
 from torchdnr.evaluation.judging import Judged, Task
 from torchdnr.evaluation.line_up import Attack
 
-_FEW, _MANY = 10, 256  # fewest samples of a share, where there are more than one, and most
+_FEW, _MANY = 10, 64  # fewest samples of a share, where there are more than one, and most
 
 
 @dataclass(frozen=True, eq=False)
