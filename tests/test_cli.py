@@ -341,12 +341,12 @@ def test_each_script_has_its_own_batch_size(run, capsys):
 def test_sizes_of_the_perturbation_fit_the_norm(name, norm, largest):
     def settle(*arguments):
         options = attack_parser().parse_args(["--norm", name, *arguments])
-        return AttackSettings.from_options(options, torch.zeros(70, 1, 28, 28)).to_json()
+        return AttackSettings.from_options(options, torch.zeros(170, 1, 28, 28)).to_json()
 
     settings = settle()
     assert settings["norm"] == (norm or "inf") and settings["eps"][-1] == largest
     assert settings["eps"][0] == 0 and 0 < settings["example_eps"] < largest
-    assert settings["samples"] == 50 and settings["checks"]
+    assert settings["samples"] == 100 and settings["checks"]
     assert settings["attacks"] == ["line-search-pgd", "boundary-walk", "apgd"]
     assert json.loads(json.dumps(settings, allow_nan=False)) == settings
     assert AttackSettings.from_json(settings).to_json() == settings

@@ -155,5 +155,7 @@ def _try_steps(
         rows = rows.repeat_interleave(len(sizes))
         return here[rows] + steps * direction[rows]
 
-    every = torch.ones((len(here), len(sizes)), dtype=torch.bool, device=here.device)
-    return best_trials(target, region, labels, trials, every)
+    # Rows of another eps in the batch change nothing: what is too long for a row does not count.
+    useful = sizes <= _USEFUL * region.eps[:, None]
+    useful[:, -1:] = True
+    return best_trials(target, region, labels, trials, useful)

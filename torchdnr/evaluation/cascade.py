@@ -109,31 +109,23 @@ class Cascade:
         """Run every attack; ``finished`` is told the name of each once it is done."""
         self.nearest = keep_nearer(self.task, self.nearest, judge(self.task, self.task.inputs))
         for name, keys in self.keys.items():
-            points = self.task.inputs
-            if name in self.refines:
-                points = self._step(name, name, partial(self._below, name))
-            elif self.attacks[name].minimum_norm:
-                points = self._step(name, name, partial(self._at, name, math.inf, points))
-            else:
-                for step, size in zip(keys, self.sizes, strict=True):
-                    points = self._step(name, step, partial(self._at, name, size, points))
+            points, sizes = self.task.inputs, self.sizes if len(keys) > 1 else [self.sizes[-1]]
+            if self.attacks[name].minimum_norm:
+                sizes = [math.inf]
+            for (step, key), size in zip(keys.items(), sizes, strict=True):
+                if key not in self.checkpoint.steps:
+                    before = self._spent()
+                    if name in self.refines:
+                        new, counts = self._below(name)
+                    else:
+                        new, counts = self._at(name, size, points)
+                    cost = {what: value - before[what] for what, value in self._spent().items()}
+                    self.checkpoint.add(key, Step(new.cpu(), {**cost, **counts}))
+                self.steps[step] = self.checkpoint.steps[key]
+                points = self.steps[step].points.to(self.task.inputs.device)
+                self.nearest = keep_nearer(self.task, self.nearest, judge(self.task, points))
             finished(name)
         return self.steps
-
-    def _step(
-        self, name: str, step: str, run: Callable[[], tuple[Tensor, dict[str, int]]]
-    ) -> Tensor:
-        """Take a step, or what the checkpoint holds of it, and note what is nearer."""
-        key = self.keys[name][step]
-        if key not in self.checkpoint.steps:
-            before = self._spent()
-            points, counts = run()
-            cost = {name: value - before[name] for name, value in self._spent().items()}
-            self.checkpoint.add(key, Step(points.cpu(), {**cost, **counts}))
-        self.steps[step] = found = self.checkpoint.steps[key]
-        points = found.points.to(self.task.inputs.device)
-        self.nearest = keep_nearer(self.task, self.nearest, judge(self.task, points))
-        return points
 
     def _spent(self) -> dict[str, float]:
         """Return the time, and the input rows that the model has seen so far."""
@@ -151,7 +143,9 @@ class Cascade:
         rows = (wanted | self.attacks[name].minimum_norm).nonzero()[:, 0]
         if len(rows) == 0:  # not all networks take an empty batch
             return last, {"violations": 0}
-        new, violations = self._attack(name, self.task.part(rows), size, last[rows])
+        task = self.task.part(rows)
+        new = self._bound(name, task, size, last[rows])()
+        new, violations = keep_inside(task, checked_points(new, task.inputs, name), size, name)
         return last.index_copy(0, rows, new), {"violations": violations}
 
     def _below(self, name: str) -> tuple[Tensor, dict[str, int]]:
@@ -181,8 +175,9 @@ class Cascade:
             radius = torch.where(beyond[rows], sizes[place], radius)
             task = self.task.part(rows.to(self.task.inputs.device))
             near = task.mask is None and bool(norms[rows].isfinite().all())
-            given = name, task, radius.to(task.inputs), task.inputs
-            new, outside = self._attack(*given, from_pool=not near)
+            eps = radius.to(task.inputs)
+            new = self._bound(name, task, eps, task.inputs, from_pool=not near)()
+            new, outside = keep_inside(task, checked_points(new, task.inputs, name), eps, name)
             judged = judge(task, new)
             evades = task.succeeds(judged.predictions).cpu()
             counts["violations"] += outside
@@ -196,7 +191,7 @@ class Cascade:
             untried[rows] = False
         return best, counts
 
-    def _attack(
+    def _bound(
         self,
         name: str,
         task: Task,
@@ -204,16 +199,15 @@ class Cascade:
         start: Tensor,
         *,
         from_pool: bool = True,
-    ) -> tuple[Tensor, int]:
-        """Attack some samples; return points within their balls, and how many had left them."""
+    ) -> Callable[[], Tensor]:
+        """Bind an attack to what it is called with, on some samples."""
         attack = self.attacks[name]
         given = task.given(torch.arange(len(start), device=start.device))
         if attack.pool is not None and not from_pool:
             given["init_inputs"] = None
         elif attack.pool is not None:
             given["init_labels"] = self.classes[id(attack.pool)]
-        new = attack.run(self.model, task.inputs, task.labels, eps, start, **given)
-        return keep_inside(task, checked_points(new, task.inputs, name), eps, name)
+        return partial(attack.run, self.model, task.inputs, task.labels, eps, start, **given)
 
 
 def step_at(name: str, size: float) -> str:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
@@ -24,9 +25,10 @@ from torchdnr.decisions import evaluation_mode, has_reject_column
 from torchdnr.distributed.processes import ALONE, Processes
 from torchdnr.evaluation.cascade import refining
 from torchdnr.evaluation.curve import SecurityCurve
+from torchdnr.evaluation.estimate import Meter, in_words
 from torchdnr.evaluation.judging import Task, increasing, judge
 from torchdnr.evaluation.line_up import Attack, default_line_up
-from torchdnr.evaluation.shares import Attacked, run_shares
+from torchdnr.evaluation.shares import Attacked, deal, gather
 from torchdnr.evaluation.worst_case import worst_case
 from torchdnr.resources import default_batch_size
 
@@ -203,7 +205,17 @@ def security_evaluations(
             path, clean = (checkpoints or {}).get(name), judge(task, inputs)
             refines = refining(line_up, every_eps)
             attacked.append(Attacked(name, task, clean, line_up, refines, eps, about, path))
-        steps = run_shares(attacked, processes, progress, say)
+        cascades = deal(attacked, processes)
+        with Meter(progress) as meter:
+            if say is not None or meter.shown:
+                for one, parts in zip(attacked, cascades, strict=True):
+                    meter.announce(one.name, parts.values())
+                if say is not None and meter.seconds:
+                    say(f"the attacks take {in_words(meter.seconds)}")
+            for number in sorted({number for parts in cascades for number in parts}):
+                for one, parts in zip(attacked, cascades, strict=True):
+                    parts[number].run(partial(meter.finish, one.name))
+        steps = gather(attacked, cascades, processes)
         return {
             one.name: worst_case(one, found) for one, found in zip(attacked, steps, strict=True)
         }

@@ -1,9 +1,8 @@
 """The samples dealt to processes in shares, each of which runs every attack on its own."""
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,6 @@ from torchdnr.evaluation.checkpoint import (
     identity,
     share_path,
 )
-from torchdnr.evaluation.estimate import Meter, in_words
 from torchdnr.evaluation.judging import Judged, Task
 from torchdnr.evaluation.line_up import Attack
 
@@ -80,34 +78,28 @@ def split_into_shares(n: int) -> list[Tensor]:
     return list(torch.arange(n).tensor_split(count))
 
 
-def run_shares(
-    attacked: Sequence[Attacked],
-    processes: Processes,
-    progress: bool,
-    say: Callable[[str], object] | None,
+def deal(attacked: Sequence[Attacked], processes: Processes) -> list[dict[int, Cascade]]:
+    """Prepare the shares of this process: for each classifier the attacks by number of share."""
+    cascades = []
+    for one in attacked:
+        inputs = one.task.inputs
+        shares = [rows.to(inputs.device) for rows in split_into_shares(len(inputs))]
+        mine = {number: rows for number, rows in enumerate(shares) if processes.mine(number)}
+        cascades.append(one.cascades(mine, len(shares)))
+    return cascades
+
+
+def gather(
+    attacked: Sequence[Attacked], cascades: list[dict[int, Cascade]], processes: Processes
 ) -> Iterator[dict[str, Step]]:
-    """Run the shares of this process; yield the steps of all, classifier by classifier."""
-    if not attacked:
-        return
-    inputs = attacked[0].task.inputs
-    shares = [rows.to(inputs.device) for rows in split_into_shares(len(inputs))]
-    mine = {number: rows for number, rows in enumerate(shares) if processes.mine(number)}
-    cascades = [one.cascades(mine, len(shares)) for one in attacked]
-    with Meter(progress) as meter:
-        if say is not None or meter.shown:
-            for one, parts in zip(attacked, cascades, strict=True):
-                meter.announce(one.name, parts.values())
-            if say is not None and meter.seconds:
-                say(f"the attacks take {in_words(meter.seconds)}")
-        for number in mine:
-            for one, parts in zip(attacked, cascades, strict=True):
-                parts[number].run(partial(meter.finish, one.name))
+    """Yield the steps of all shares, classifier by classifier, whichever process has run them."""
     processes.wait()
-    while cascades:  # their points are let go of one by one
-        parts = cascades.pop(0)
+    for one in attacked:
+        parts = cascades.pop(0)  # their points are let go of one by one
+        inputs = one.task.inputs
         found = [
             _from_owner(processes, number, parts.pop(number, None), inputs[rows].cpu())
-            for number, rows in enumerate(shares)
+            for number, rows in enumerate(split_into_shares(len(inputs)))
         ]
         yield {label: _joined(part.pop(label) for part in found) for label in [*found[0]]}
 
