@@ -156,6 +156,15 @@ def test_a_nearer_success_that_is_not_returned_is_silent(data):
     assert report["silent success"].counts == {"runs": 3, "silent": 3}
 
 
+def test_an_attack_that_never_asks_the_model_is_recorded_too(data):
+    def blind(model, inputs, labels, eps, start):
+        return inputs
+
+    report = check(data, blind, only=["silent success", "incomplete optimisation"])
+    assert report["silent success"].counts == {"runs": 3, "silent": 0}
+    assert report["incomplete optimisation"].counts["stuck"] == 3
+
+
 def test_what_evades_a_smoothed_view_alone_is_no_silent_success(data):
     class Smooth(Linear):
         def smoothed(self, factor):

@@ -142,10 +142,11 @@ def _record(context: Context, attack: Attack, rows: Tensor) -> list[_Recorded]:
     if (smoothed := method_of(context.model, "smoothed")) is not None:
         model.__dict__["smoothed"] = smoothed  # not recorded: it is the model that has to be evaded
     points = context.run(attack, rows, model=model)
-    seen = _Seen(*map(torch.cat, zip(*recorder.seen, strict=True)))
     returned = recorder.grade(
         points, outputs(context.model, points, context.batch_size), torch.arange(len(rows))
     )
+    parts = recorder.seen or [returned.of(-1)]  # none, where an attack never asks the model
+    seen = _Seen(*map(torch.cat, zip(*parts, strict=True)))
     return [_graded(context, attack, seen.of(row), returned.of(row)) for row in range(len(rows))]
 
 
