@@ -178,11 +178,11 @@ def test_a_run_that_was_stopped_goes_on(digits, tmp_path, small):
             return {name: replace(one, run=counted(one.run)) for name, one in line_up.items()}
 
         def counted(run):
-            def called(*arguments):
+            def called(*arguments, **given):
                 if len(calls) == after:
                     raise Stop
                 calls.append(arguments[3])
-                return run(*arguments)
+                return run(*arguments, **given)
 
             return called
 
