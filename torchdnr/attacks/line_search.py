@@ -42,11 +42,11 @@ def line_search_pgd(
     """Minimise the objective within ``eps`` of each input.
 
     Each step follows the normalised gradient and tries ``step_size * 2^k`` for k = 0..doublings, of
-    those beyond twice the largest eps the last alone, and halved steps where none of them
-    improves; every trial is projected on ball and box and the best one is the next point. A sample
-    stops when no trial improves, or when three steps in a row change its objective by no more than
-    ``tol`` of all its descent. It then leaves the batch, and, without restarts and with one eps,
-    its result does not depend, but for rounding, on which samples shared it.
+    those beyond twice its eps the last alone, and halved steps where none of them improves; every
+    trial is projected on ball and box and the best one is the next point. A sample stops when no
+    trial improves, or when three steps in a row change its objective by no more than ``tol`` of all
+    its descent. It then leaves the batch, and, without restarts, its result does not depend, but
+    for rounding, on which samples shared it.
 
     What is returned is the best point evaluated: an evading point (accepted and wrong) beats any
     other, then the lower objective counts. More steps, or a start, never make it worse.
@@ -91,7 +91,7 @@ def line_search_pgd(
         exponents = torch.arange(-halvings, doublings + 1).to(attacked.region.center)
         sizes = smallest * torch.exp2(exponents)
         first, shorter = sizes[halvings:], sizes[:halvings]
-        useful = first <= _USEFUL * attacked.region.eps.amax()
+        useful = first <= _USEFUL * attacked.region.eps.amax()  # for any sample
         useful[-1:] = True
         first = first[useful]
         descend = partial(
@@ -112,8 +112,9 @@ def _descend(
     target, labels = run.target, run.labels
     current, best = run.first.clone(), run.first.clone()
     small = torch.zeros_like(labels)  # small changes in a row
-    every = torch.arange(len(labels), device=labels.device)
-    running = unsolved(best) if early_stop else every
+    running = torch.arange(len(labels), device=labels.device)
+    if early_stop:
+        running = unsolved(best)
     for _ in range(steps):
         if len(running) == 0:
             break

@@ -107,9 +107,10 @@ class Cascade:
 
     def run(self, finished: Callable[[str], object]) -> dict[str, Step]:
         """Run every attack; ``finished`` is told the name of each once it is done."""
-        self.nearest = keep_nearer(self.task, self.nearest, judge(self.task, self.task.inputs))
+        clean = judge(self.task, self.task.inputs)
+        self.nearest = keep_nearer(self.task, self.nearest, clean)
         for name, keys in self.keys.items():
-            points, sizes = self.task.inputs, self.sizes if len(keys) > 1 else [self.sizes[-1]]
+            last, sizes = clean, self.sizes if len(keys) > 1 else [self.sizes[-1]]
             if self.attacks[name].minimum_norm:
                 sizes = [math.inf]
             for (step, key), size in zip(keys.items(), sizes, strict=True):
@@ -118,12 +119,12 @@ class Cascade:
                     if name in self.refines:
                         new, counts = self._below(name)
                     else:
-                        new, counts = self._at(name, size, points)
+                        new, counts = self._at(name, size, last)
                     cost = {what: value - before[what] for what, value in self._spent().items()}
                     self.checkpoint.add(key, Step(new.cpu(), {**cost, **counts}))
                 self.steps[step] = self.checkpoint.steps[key]
-                points = self.steps[step].points.to(self.task.inputs.device)
-                self.nearest = keep_nearer(self.task, self.nearest, judge(self.task, points))
+                last = judge(self.task, self.steps[step].points.to(self.task.inputs.device))
+                self.nearest = keep_nearer(self.task, self.nearest, last)
             finished(name)
         return self.steps
 
@@ -133,20 +134,21 @@ class Cascade:
         rows = {"forwards": self.model.forwards, "backwards": self.model.backwards}
         return {"seconds": time.perf_counter(), **rows}
 
-    def _at(self, name: str, size: float, last: Tensor) -> tuple[Tensor, dict[str, int]]:
+    def _at(self, name: str, size: float, last: Judged) -> tuple[Tensor, dict[str, int]]:
         """Attack at one eps, from the last points, what does not evade there.
 
         A point that evades stays inside every larger ball: neither accuracy nor rejection rate
         depends on attacking it again; the time does.
         """
-        wanted = ~self.task.succeeds(judge(self.task, last).predictions)
-        rows = (wanted | self.attacks[name].minimum_norm).nonzero()[:, 0]
+        points = last.points.to(self.task.inputs.device)
+        wanted = ~self.task.succeeds(last.predictions) | self.attacks[name].minimum_norm
+        rows = wanted.nonzero()[:, 0]
         if len(rows) == 0:  # not all networks take an empty batch
-            return last, {"violations": 0}
+            return points, {"violations": 0}
         task = self.task.part(rows)
-        new = self._bound(name, task, size, last[rows])()
+        new = self._bound(name, task, size, points[rows])()
         new, violations = keep_inside(task, checked_points(new, task.inputs, name), size, name)
-        return last.index_copy(0, rows, new), {"violations": violations}
+        return points.index_copy(0, rows, new), {"violations": violations}
 
     def _below(self, name: str) -> tuple[Tensor, dict[str, int]]:
         """Attack below the smallest norms, and again below what is reached, while it succeeds.

@@ -36,11 +36,8 @@ def _measure_passes(task: Task) -> PassSeconds:
     def both() -> None:
         try:
             slope_at(target, part.inputs, part.labels)
-        except (
-            RuntimeError,
-            ValueError,
-        ):  # not differentiable: no attack that works on it needs its gradient
-            forward()
+        except (RuntimeError, ValueError):
+            forward()  # not differentiable: no attack that works on it needs its gradient
 
     alone, whole = (_second_run(run, part.inputs.device) / len(rows) for run in (forward, both))
     return PassSeconds(alone, max(0.0, whole - alone))
@@ -87,10 +84,11 @@ class Meter:
 
     def announce(self, name: str, shares: Collection[Cascade]) -> None:
         """Add the attacks on a classifier, after measuring what a pass through it takes."""
-        for cascade in list(shares)[:1]:
-            seconds = _measure_passes(cascade.task)
+        if not shares:  # more processes than shares
+            return
+        seconds = _measure_passes(next(iter(shares)).task)
         for cascade in shares:
-            cascade.model.told = partial(self._spend, seconds)
+            cascade.model.on_passes = partial(self._spend, seconds)
             for attack in cascade.keys:
                 passes = cascade.passes(attack)
                 time_left = passes.forwards * seconds.forward + passes.backwards * seconds.backward

@@ -269,27 +269,27 @@ def keep_inside(task: Task, points: Tensor, eps: float | Tensor, name: str) -> t
 class CountedModel(ModelView):
     """A model that counts the input rows sent ``forwards`` and ``backwards`` through it.
 
-    Each time ``told``, if any, is called with how many more of both there are.
+    Each time ``on_passes``, if any, is called with how many more of both there are.
     """
 
     def __init__(
         self,
         model: Callable[[Tensor], Tensor],
-        told: Callable[[int, int], object] | None = None,
+        on_passes: Callable[[int, int], object] | None = None,
     ) -> None:
         super().__init__(model, self._count)
-        self.told = told
+        self.on_passes = on_passes
         self.forwards = self.backwards = 0
 
     def _count(self, inputs: Tensor, output: Tensor) -> Tensor:
         self.forwards += len(inputs)
-        if self.told is not None:
-            self.told(len(inputs), 0)
+        if self.on_passes is not None:
+            self.on_passes(len(inputs), 0)
         if output.requires_grad:
             output.register_hook(partial(self._count_backwards, len(inputs)))
         return output
 
     def _count_backwards(self, rows: int, _: Tensor) -> None:
         self.backwards += rows
-        if self.told is not None:
-            self.told(0, rows)
+        if self.on_passes is not None:
+            self.on_passes(0, rows)

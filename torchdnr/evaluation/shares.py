@@ -97,11 +97,11 @@ def gather(
     for one in attacked:
         parts = cascades.pop(0)  # their points are let go of one by one
         inputs = one.task.inputs
-        found = [
+        steps = [
             _from_owner(processes, number, parts.pop(number, None), inputs[rows].cpu())
             for number, rows in enumerate(split_into_shares(len(inputs)))
         ]
-        yield {label: _joined(part.pop(label) for part in found) for label in [*found[0]]}
+        yield {label: _joined(part.pop(label) for part in steps) for label in [*steps[0]]}
 
 
 def _from_owner(
