@@ -14,7 +14,8 @@ with warnings.catch_warnings():
     from torchdnr.dnr import DNR, NR
     from torchdnr.export import export_onnx, export_program
     from torchdnr.features.choice import default_layers, layer_table
-    from torchdnr.rejection import WithReject
+    from torchdnr.models.adversarial import Adversary
+    from torchdnr.rejection import LogitRejection, WithReject
     from torchdnr.svm.rbf_svm import RBFSVM
     from torchdnr.svm.solver import solve_dual
 
@@ -24,6 +25,8 @@ __all__ = [
     "NR",
     "RBFSVM",
     "REJECT",
+    "Adversary",
+    "LogitRejection",
     "WithReject",
     "__version__",
     "default_layers",

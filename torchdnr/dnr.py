@@ -1,7 +1,9 @@
 """Deep Neural Rejection (DNR) and Neural Rejection (NR)."""
 
+import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from copy import copy
+from copy import copy, deepcopy
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, Self, overload
 
@@ -22,8 +24,17 @@ from torchdnr.features.network import (
     with_names_of,
 )
 from torchdnr.features.reductions import ReductionLike, reduction_metadata, reductions_of_file
-from torchdnr.files import CheckpointError, load_tensors, save_tensors
+from torchdnr.files import CheckpointError, load_tensors, plain_json, save_tensors
+from torchdnr.kernels.any_kernel import rbf_gamma
 from torchdnr.kernels.rbf import full_precision
+from torchdnr.models.adversarial import Adversary
+from torchdnr.models.paper import compare_states
+from torchdnr.models.training import TrainingSettings
+from torchdnr.rejection.end_to_end import (
+    END_TO_END_TRAINING,
+    images_and_labels,
+    train_end_to_end,
+)
 from torchdnr.rejection.threshold import (
     Threshold,
     best_and_wrong,
@@ -36,6 +47,9 @@ from torchdnr.svm.model_selection import C_GRID, GAMMA_GRID
 from torchdnr.svm.multiclass import ClassWeight, checked_class_weight
 from torchdnr.svm.rbf_svm import RBFSVM
 from torchdnr.svm.stack import SVMOptions, SVMStack, chosen_sizes, svm_names
+
+NETWORK = "features.net."
+"""How the names of the network's tensors begin in a state dict."""
 
 
 class DNR(nn.Module):
@@ -78,6 +92,7 @@ class DNR(nn.Module):
         features: ``LayerFeatures``: images to features ``(n, d)``, by layer.
         svms: ``SVMStack``: features to class scores ``(n, c)``.
         rejection: ``Threshold``: theta, and whether it is set.
+        owns_network: Whether the network was trained with the SVMs, and is saved with them.
 
     Raises:
         ValueError: If an option is not as said above.
@@ -120,10 +135,11 @@ class DNR(nn.Module):
         self.features = LayerFeatures(net, layers, seed=seed)
         self.svms = SVMStack(options, self.layers, combine=combine)
         self.rejection = Threshold()
+        self.owns_network = False
 
     @property
     def net(self) -> nn.Module:
-        """The wrapped network, left as it was given."""
+        """The wrapped network, left as it was given; a copy once it is trained end to end."""
         return self.features.net
 
     @property
@@ -479,8 +495,89 @@ class DNR(nn.Module):
             options: Any = {"steps": steps, "joint_steps": joint_steps, "smoothness": smoothness}
             model.svms = self.svms.compressed(features, sizes, **options)
         model.rejection.to(self.threshold)
-        model.training = self.training
+        model.training, model.owns_network = self.training, self.owns_network
         return model
+
+    @torch.inference_mode(False)
+    @torch.enable_grad()
+    def fit_end_to_end(
+        self,
+        inputs: Tensor | Iterable[Any],
+        labels: Tensor | None = None,
+        adversary: Adversary | None = None,
+        settings: TrainingSettings = END_TO_END_TRAINING,
+        *,
+        freeze_network: bool = False,
+        copy_network: bool = True,
+        seed: int = 0,
+        checkpoint: str | Path | None = None,
+        progress: bool = False,
+    ) -> Self:
+        """Train network and SVMs together, from what ``fit`` found, against attacks on the whole.
+
+        Support vectors, dual coefficients, intercepts and kernels are trained with the network, on
+        how far the scores are above theta (0 where it is not set), so that an attacked image is
+        right or rejected. What comes out has the form that ``fit`` made, and as many support
+        vectors: a classifier that was compressed first trains faster. Calibrate it then.
+
+        Args:
+            inputs: Clean images ``(n, ...)`` in [0, 1], or a loader that yields ``(images,
+                labels)``, which is read into memory.
+            labels: ``(n,)`` int64 in 0..c-1 where ``inputs`` is a tensor.
+            adversary: What to train against; its loss is "reject" or "plain".
+            settings: Epochs, learning rates and so on; those of the network are a quarter of those
+                of the SVMs.
+            freeze_network: Whether the SVMs alone are trained.
+            copy_network: Whether to train a copy of the network, and leave the given one as it is.
+            seed: Fixes the order of the images and the starts of the adversary.
+            checkpoint: The file that makes a stopped run go on, as in ``train_network``.
+            progress: Whether to show a progress bar.
+
+        Returns:
+            The classifier itself. A threshold that was set is dropped: it belonged to other scores.
+
+        Raises:
+            NotFittedError: If the classifier is not fitted.
+            ValueError: If an argument is not as said above.
+            CheckpointError: If ``checkpoint`` belongs to another run.
+            FloatingPointError: If the loss is not finite after an epoch.
+
+        Warns:
+            WeakAttackWarning: If the adversary misses much of what a stronger attack finds.
+
+        Source: Sotgiu et al. (2020), Sec. V, name it as future work.
+        """
+        self._require_fit()
+        images, labels = images_and_labels(as_data(inputs, self.net), labels)
+        if adversary is None or adversary.loss not in ("reject", "plain"):
+            raise ValueError(
+                'expected an Adversary(eps=...) whose loss is "reject" or "plain", got '
+                f"{adversary}: the scores of SVMs have no class that rejects"
+            )
+        if not freeze_network:
+            if copy_network:
+                self.features.net = deepcopy(self.net)
+            self.owns_network = True
+        theta = self.threshold.item()
+        train_end_to_end(
+            self,
+            None if freeze_network else self.net,
+            images,
+            labels,
+            adversary,
+            settings,
+            theta=theta if math.isfinite(theta) else 0.0,
+            seed=seed,
+            checkpoint=checkpoint,
+            progress=progress,
+        )
+        self.rejection.reset()
+        for name, svm in self.svms.named().items():
+            if svm.kernel is not None and (gamma := rbf_gamma(svm.kernel)) is not None:
+                svm.gamma = gamma.item()
+            known = {"gamma": svm.gamma, "end_to_end": plain_json(asdict(adversary))}
+            self.selection[name] = self.selection.get(name, {}) | known
+        return self
 
     def _extract(self, inputs: Tensor | Iterable[Any], progress: bool = False) -> dict[str, Tensor]:
         """Extract the features of checked images, by layer."""
@@ -502,6 +599,8 @@ class DNR(nn.Module):
     def save(self, path: str | Path) -> None:
         """Save SVMs, threshold and settings to one safetensors file; the network stays apart.
 
+        One that was trained with the SVMs, by ``fit_end_to_end``, is saved with them.
+
         Args:
             path: File to write, whole or not at all.
 
@@ -513,12 +612,16 @@ class DNR(nn.Module):
         """
         self._require_fit()
         metadata = {**self.settings(), "network_digest": network_digest(self.net)}
+        if self.owns_network:
+            metadata["owns_network"] = True
         save_tensors(path, self._own_state(), metadata, kind=type(self).__name__)
 
     def _own_state(self) -> dict[str, Any]:
-        """Return the state dict without the network."""
+        """Return the state dict, without the network unless it was trained with the SVMs."""
         state = self.state_dict()
-        return {k: v for k, v in state.items() if not k.startswith("features.net.")}
+        if self.owns_network:
+            return state
+        return {k: v for k, v in state.items() if not k.startswith(NETWORK)}
 
     @classmethod
     @torch.inference_mode(False)
@@ -536,7 +639,9 @@ class DNR(nn.Module):
         Args:
             path: File to read.
             net: The network, with the weights it had when the classifier was fitted; in a wrapper
-                (``nn.DataParallel``, ``DistributedDataParallel``, ``torch.compile``) or not.
+                (``nn.DataParallel``, ``DistributedDataParallel``, ``torch.compile``) or not. For a
+                classifier that was trained end to end any network of that architecture: a copy of
+                it gets the weights of the file.
             strict: Whether to refuse a network with other weights, whose features the SVMs do
                 not know.
             layers: Name -> reduction, for the layers whose reduction was a module of yours; what
@@ -550,6 +655,16 @@ class DNR(nn.Module):
                 other reductions.
         """
         tensors, metadata = load_tensors(path, kind=cls.__name__)
+        if owns_network := metadata.get("owns_network", False):
+            net = deepcopy(net)
+            weights = {k: tensors.pop(k) for k in list(tensors) if k.startswith(NETWORK)}
+            weights = {name.removeprefix(NETWORK): value for name, value in weights.items()}
+            if difference := compare_states(net.state_dict(), weights):
+                raise CheckpointError(
+                    f"{path} holds a network that does not fit this {type(net).__name__}: "
+                    f"{difference}; build the network that was trained"
+                )
+            net.load_state_dict(weights)
         if strict and not has_digest(net, metadata["network_digest"]):
             raise CheckpointError(
                 f"{path}: expected the network it was fitted on, got one with other weights; load "
@@ -567,7 +682,7 @@ class DNR(nn.Module):
             # The network has its weights, and some networks change themselves when they load.
             model.features.register_module("net", None)
             model.load_state_dict(tensors)
-            model.features.net = net
+            model.features.net, model.owns_network = net, owns_network
         except (KeyError, TypeError, RuntimeError) as error:
             raise CheckpointError(
                 f"{path}: expected the contents of a {cls.__name__} of this version, got others "

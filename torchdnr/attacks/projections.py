@@ -277,12 +277,12 @@ def _radii(eps: float | Tensor, points: Tensor) -> Tensor:
 _PROJECTIONS = {1: project_l1, 2: project_l2, math.inf: project_linf}
 
 
-def random_options(generator: torch.Generator, like: Tensor) -> dict[str, Any]:
+def random_options(generator: torch.Generator | None, like: Tensor) -> dict[str, Any]:
     """Return the options with which torch draws numbers of the dtype and device of a tensor."""
     return {"generator": generator, "dtype": like.dtype, "device": like.device}
 
 
-def random_points(region: Region, generator: torch.Generator) -> Tensor:
+def random_points(region: Region, generator: torch.Generator | None) -> Tensor:
     """Draw a point of each ball, or of the box if it is infinite, and project it on the box."""
     center, eps, norm, bounds = region
     flat = center.flatten(1)

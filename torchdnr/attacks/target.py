@@ -86,6 +86,11 @@ def keep_better(best: Points, new: Points) -> Points:
     return choose(better(new, best), new, best)
 
 
+def keep_lower(best: Points, new: Points) -> Points:
+    """Keep the point of the lower objective in each row, whether it evades or not."""
+    return choose(new.values < best.values, new, best)
+
+
 def put(points: Points, rows: Tensor, new: Points, where: Tensor) -> None:
     """Overwrite ``points[rows]`` by ``new`` where a mask is true, in place."""
     for field, values in zip(points, new, strict=True):  # no row twice: nothing waits

@@ -1,5 +1,6 @@
 """Networks: the paper's, torchvision's, and their training."""
 
+from torchdnr.models.adversarial import Adversary, WeakAttackWarning
 from torchdnr.models.backbones import build_backbone, load_weights
 from torchdnr.models.paper import (
     CIFAR10_LAYERS,
@@ -14,6 +15,7 @@ from torchdnr.models.paper import (
     save_network,
 )
 from torchdnr.models.training import (
+    ADVERSARIAL_TRAINING,
     CIFAR10_TRAINING,
     MNIST_TRAINING,
     TrainingSettings,
@@ -21,16 +23,19 @@ from torchdnr.models.training import (
 )
 
 __all__ = [
+    "ADVERSARIAL_TRAINING",
     "CIFAR10_LAYERS",
     "CIFAR10_TRAINING",
     "MNIST_LAYERS",
     "MNIST_TRAINING",
     "ZOO_MNIST_LAYERS",
+    "Adversary",
     "CIFAR10Net",
     "MNISTNet",
     "Network",
     "Normalise",
     "TrainingSettings",
+    "WeakAttackWarning",
     "ZooMNISTNet",
     "build_backbone",
     "load_network",

@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,25 +21,28 @@ from torchdnr.files import (
     load_tensors,
     save_tensors,
 )
+from torchdnr.models.adversarial import AdversarialLoss, Adversary, Measure
 from torchdnr.models.paper import Network
 from torchdnr.resources import progress_bar
 
-SCHEDULES = "constant", "one-cycle"
-RISE = 0.3  # share of the steps over which "one-cycle" rises
+SCHEDULES = "constant", "one-cycle", "linear"
+OPTIMIZERS = "sgd", "adamw"
+RISE = {"one-cycle": 0.3, "linear": 0.1}  # share of the steps over which the learning rate rises
 SHIFT = 4  # pixels
 # Runs with neighbouring seeds must not share the random numbers of neighbouring epochs.
 SEED_STRIDE = 1_000_003
 KIND = "training checkpoint"
+OPTIMIZER_STATE = "momentum_buffer", "step", "exp_avg", "exp_avg_sq"
 
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """How to train: stochastic gradient descent with momentum on the cross-entropy.
+    """How to train: the optimizer, and how long and how fast it goes.
 
     Attributes:
         epochs: Passes over the data, >= 1.
         lr: Learning rate, > 0.
-        momentum: Momentum of the gradient, in [0, 1).
+        momentum: Momentum of the gradient, in [0, 1); the first of the two betas of AdamW.
         batch_size: Images per step, >= 1.
         weight_decay: Factor of the squared norm of the weights, >= 0.
         warmup_epochs: Epochs, >= 0, over which the learning rate rises linearly from 0 to ``lr``.
@@ -48,9 +51,15 @@ class TrainingSettings:
             all were above 91 %.
         schedule: "constant", after the warm-up, or "one-cycle": the learning rate rises linearly
             over the first 30 % of all steps, whatever ``warmup_epochs``, then falls to 0 along a
-            cosine. Not in the paper: far fewer epochs reach the same accuracy.
+            cosine. Not in the paper: far fewer epochs reach the same accuracy. Or "linear": it
+            rises over the first 10 %, then falls to 0 along a line.
         augment: Whether images are shifted by up to 4 pixels (zeros come in) and mirrored at
             random, as the authors' later code does for CIFAR-10. Not in the paper.
+        optimizer: "sgd", stochastic gradient descent with momentum, or "adamw".
+        max_gradient_norm: Longer gradients of the whole network are shortened to this l2 norm, > 0;
+            None: they are not.
+        autocast: Whether the passes of training run in bfloat16 where PyTorch deems that safe.
+            Faster on hardware that has it, several times slower on a CPU that does not.
     """
 
     epochs: int
@@ -61,6 +70,9 @@ class TrainingSettings:
     warmup_epochs: int = 1
     schedule: str = "constant"
     augment: bool = False
+    optimizer: str = "sgd"
+    max_gradient_norm: float | None = None
+    autocast: bool = False
 
     def __post_init__(self) -> None:
         """Check the ranges."""
@@ -72,6 +84,9 @@ class TrainingSettings:
             "weight_decay >= 0": 0 <= self.weight_decay < math.inf,
             "warmup_epochs >= 0": self.warmup_epochs >= 0,
             f"schedule in {SCHEDULES}": self.schedule in SCHEDULES,
+            f"optimizer in {OPTIMIZERS}": self.optimizer in OPTIMIZERS,
+            "max_gradient_norm > 0 or None": self.max_gradient_norm is None
+            or self.max_gradient_norm > 0,
         }
         for rule, holds in ranges.items():
             if not holds:
@@ -81,6 +96,21 @@ class TrainingSettings:
 # Table III of the paper. Its dropout rates are part of the networks.
 MNIST_TRAINING = TrainingSettings(epochs=50, lr=0.1, momentum=0.9, batch_size=128)
 CIFAR10_TRAINING = TrainingSettings(epochs=75, lr=0.01, momentum=0.9, batch_size=100)
+ADVERSARIAL_TRAINING = TrainingSettings(
+    epochs=4,
+    lr=2e-3,
+    momentum=0.9,
+    batch_size=128,
+    schedule="linear",
+    optimizer="adamw",
+    max_gradient_norm=5.0,
+)
+"""How to train against an ``Adversary``: from a trained network, 4 epochs of 50,000 digits."""
+
+BatchLoss = Callable[[Tensor, Tensor, float], tuple[Tensor, dict[str, Tensor]]]
+"""Makes the loss to descend, and means of the batch to show by name, of images, labels and the
+share of the training that is done."""
+MEASUREMENTS = 4  # of the attack of an adversary, in a training
 
 
 def train_network(
@@ -89,12 +119,13 @@ def train_network(
     labels: Tensor,
     settings: TrainingSettings,
     *,
+    adversary: Adversary | None = None,
     seed: int = 0,
     device: str | torch.device | None = None,
     checkpoint: str | Path | None = None,
     progress: bool = True,
 ) -> Network:
-    """Train a network in place.
+    """Train a network in place, on the images or against attacks on them.
 
     With ``checkpoint`` the state is saved after every epoch. A run that was stopped at any moment,
     started again with the same arguments and the same starting weights (seed before building
@@ -104,11 +135,15 @@ def train_network(
     is moved aside with a warning and training starts again; one of another run is never touched.
 
     Args:
-        net: The network: images to logits ``(n, c)``.
-        images: Training images ``(n, ...)``, float, on any device.
+        net: The network: images to logits ``(n, c)``; ``(n, c + 1)``, with the class that rejects
+            last, for the loss "class" of an adversary. Against an adversary start from weights that
+            were trained without.
+        images: Training images ``(n, ...)``, float, on any device; in [0, 1] for an adversary.
         labels: Their classes ``(n,)``, int64, 0..c-1.
-        settings: Epochs, learning rate and so on.
-        seed: Fixes the order of the images and the dropout.
+        settings: Epochs, learning rate and so on; ``ADVERSARIAL_TRAINING`` with an adversary.
+        adversary: What to train against; None: nothing, on the cross-entropy. The last images, at
+            most 32, are then held out: on them its attack is measured, see ``Adversary``.
+        seed: Fixes the order of the images, the dropout, and the starts of the adversary.
         device: Where to train; default: where ``net`` is.
         checkpoint: The file that makes a stopped run go on; default: none.
         progress: Whether to show a progress bar with epoch, loss and accuracy.
@@ -122,76 +157,168 @@ def train_network(
         OSError: If the checkpoint cannot be written.
         TypeError: If the network's state dict holds what a checkpoint cannot.
         ValueError: If ``images`` and ``labels`` do not fit together.
+
+    Warns:
+        WeakAttackWarning: If the adversary misses much of what a stronger attack finds.
     """
-    _check_data(images, labels)
-    device = next(net.parameters()).device if device is None else torch.device(device)
+    check_data(images, labels)
+    net.to(next(net.parameters()).device if device is None else torch.device(device))
+    groups = [{"params": list(net.parameters())}]
+    options: Any = {"seed": seed, "checkpoint": checkpoint, "progress": progress}
+    if adversary is None:
+        train(net, groups, CrossEntropy(net), images, labels, settings, **options)
+    else:
+        train_against(net, groups, adversary, images, labels, settings, **options)
+    return net.eval()
+
+
+class CrossEntropy:
+    """The cross-entropy of a network's logits on the images themselves."""
+
+    def __init__(self, net: nn.Module) -> None:
+        self.net = net
+
+    def __call__(
+        self, inputs: Tensor, targets: Tensor, share: float
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Compute the loss, and the accuracy."""
+        logits = class_scores(self.net(inputs))
+        loss = nn.functional.cross_entropy(logits, targets)
+        return loss, {"accuracy": (logits.argmax(1) == targets).float().mean()}
+
+
+def train_against(
+    net: nn.Module,
+    groups: list[dict[str, Any]],
+    adversary: Adversary,
+    images: Tensor,
+    labels: Tensor,
+    settings: TrainingSettings,
+    **options: Any,  # noqa: ANN401 - seed, checkpoint and progress of ``train``
+) -> None:
+    """Train against an adversary in place, on all images but those held out; see ``train``."""
+    loss = AdversarialLoss(net, adversary, images, labels)
+    options |= {"measure": loss.measure, "against": asdict(adversary)}
+    train(net, groups, loss, loss.images, loss.labels, settings, **options)
+
+
+def train(
+    net: nn.Module,
+    groups: list[dict[str, Any]],
+    batch_loss: BatchLoss,
+    images: Tensor,
+    labels: Tensor,
+    settings: TrainingSettings,
+    *,
+    seed: int,
+    checkpoint: str | Path | None,
+    progress: bool,
+    measure: Measure | None = None,
+    against: Mapping[str, Any] | None = None,
+) -> None:
+    """Descend a loss in place; see ``train_network``, whose loop this is.
+
+    Args:
+        net: What is trained, on its device; left in training mode.
+        groups: Groups of its parameters, as the optimizer takes them: "params", and "lr", relative
+            to that of the settings, where it is not 1.
+        batch_loss: The loss.
+        images: As in ``train_network``.
+        labels: As in ``train_network``.
+        settings: As in ``train_network``.
+        seed: As in ``train_network``.
+        checkpoint: As in ``train_network``.
+        progress: As in ``train_network``.
+        measure: What to measure up to four times, the last time at the end.
+        against: What else decides the outcome, as JSON values.
+    """
+    device = next(net.parameters()).device
+    run: dict[str, Any] = {}
     if checkpoint:
         check_tensors(net.state_dict(), "the network")
-    run = describe_run(net, images, labels, asdict(settings), seed) if checkpoint else {}
-    net.to(device)
-    optimizer = torch.optim.SGD(
-        net.parameters(),
-        lr=settings.lr,
-        momentum=settings.momentum,
-        weight_decay=settings.weight_decay,
-    )
+        run = describe_run(net, images, labels, asdict(settings) | dict(against or {}), seed)
+    optimizer, rates = _optimizer(groups, settings)
     done = resume(net, optimizer, Path(checkpoint), run) if checkpoint else 0
     steps = math.ceil(len(images) / settings.batch_size)
+    total = settings.epochs * steps
     net.train()
-    with progress_bar(
-        progress, total=settings.epochs * steps, initial=done * steps, unit="batch"
-    ) as bar:
+    with progress_bar(progress, total=total, initial=done * steps, unit="batch") as bar:
         for epoch in range(done, settings.epochs):
             bar.set_description(f"epoch {epoch + 1}/{settings.epochs}")
             with _random_numbers(seed * SEED_STRIDE + epoch, device):
-                loss, accuracy = _train_epoch(net, optimizer, images, labels, settings, epoch, bar)
-            if not math.isfinite(loss):
+                shown = _train_epoch(
+                    net, optimizer, rates, batch_loss, images, labels, settings, epoch, bar
+                )
+                every = math.ceil(settings.epochs / MEASUREMENTS)
+                if measure and (settings.epochs - epoch - 1) % every == 0:
+                    shown |= measure()
+            if not math.isfinite(shown["loss"]):
                 raise FloatingPointError(
-                    f"the loss must stay finite, got {loss} in epoch {epoch + 1}; "
+                    f"the loss must stay finite, got {shown['loss']} in epoch {epoch + 1}; "
                     f"lower the learning rate (lr = {settings.lr:g})"
                 )
-            bar.set_postfix(loss=f"{loss:.4f}", accuracy=f"{accuracy:.2%}")
+            bar.set_postfix({name: f"{value:.4g}" for name, value in shown.items()})
             if checkpoint:
                 save_state(net, optimizer, Path(checkpoint), run, epoch + 1)
-    return net.eval()
+
+
+def _optimizer(
+    groups: list[dict[str, Any]], settings: TrainingSettings
+) -> tuple[torch.optim.Optimizer, list[float]]:
+    """Build the optimizer; return its groups' learning rates relative to the settings too."""
+    rates = [group.get("lr", 1.0) for group in groups]
+    groups = [
+        {**group, "lr": rate * settings.lr} for group, rate in zip(groups, rates, strict=True)
+    ]
+    decay = settings.weight_decay
+    if settings.optimizer == "sgd":
+        return torch.optim.SGD(groups, momentum=settings.momentum, weight_decay=decay), rates
+    return torch.optim.AdamW(groups, betas=(settings.momentum, 0.999), weight_decay=decay), rates
 
 
 def _train_epoch(
     net: nn.Module,
     optimizer: torch.optim.Optimizer,
+    rates: list[float],
+    batch_loss: BatchLoss,
     images: Tensor,
     labels: Tensor,
     settings: TrainingSettings,
     epoch: int,
     bar: tqdm,
-) -> tuple[float, float]:
-    """Run one epoch; return mean loss and accuracy of the batches while they were trained on."""
+) -> dict[str, float]:
+    """Run one epoch; return the means over its batches, each while it was trained on."""
     device = next(net.parameters()).device
-    total_loss = torch.zeros((), device=device)
-    correct = torch.zeros((), device=device, dtype=torch.int64)
+    sums: dict[str, Tensor] = {}
     batches = torch.randperm(len(images)).split(settings.batch_size)
+    total = settings.epochs * len(batches)
     for index, rows in enumerate(batches):
-        step = epoch * len(batches) + index + 1
-        optimizer.param_groups[0]["lr"] = settings.lr * relative_learning_rate(
+        step = epoch * len(batches) + index
+        relative = relative_learning_rate(
             settings.schedule,
-            step,
+            step + 1,
             warmup=settings.warmup_epochs * len(batches),
-            total=settings.epochs * len(batches),
+            total=total,
         )
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = settings.lr * rate * relative
         inputs = images[rows.to(images.device)].to(device)
         if settings.augment:
             inputs = shift_and_mirror(inputs)
         targets = labels[rows.to(labels.device)].to(device)
-        logits = class_scores(net(inputs))
-        loss = nn.functional.cross_entropy(logits, targets)
+        with torch.autocast(device.type, torch.bfloat16, enabled=settings.autocast):
+            loss, shown = batch_loss(inputs, targets, step / total)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        if settings.max_gradient_norm is not None:
+            trained = [p for group in optimizer.param_groups for p in group["params"]]
+            nn.utils.clip_grad_norm_(trained, settings.max_gradient_norm)
         optimizer.step()
         # Summed on the device: reading them here would make every step wait.
-        total_loss += loss.detach() * len(rows)
-        correct += (logits.argmax(1) == targets).sum()
+        for name, value in {"loss": loss.detach(), **shown}.items():
+            sums[name] = sums.get(name, 0) + value * len(rows)
         bar.update()
-    return total_loss.item() / len(images), correct.item() / len(images)
+    return {name: value.item() / len(images) for name, value in sums.items()}
 
 
 def relative_learning_rate(schedule: str, step: int, *, warmup: int, total: int) -> float:
@@ -202,9 +329,11 @@ def relative_learning_rate(schedule: str, step: int, *, warmup: int, total: int)
     """
     if schedule == "constant":
         return min(1.0, step / max(1, warmup))
-    rise = max(1, round(RISE * total))
+    rise = max(1, round(RISE[schedule] * total))
     if step <= rise:
         return step / rise
+    if schedule == "linear":
+        return (total + 1 - step) / max(1, total - rise)
     return (1 + math.cos(math.pi * (step - rise) / max(1, total - rise))) / 2
 
 
@@ -229,7 +358,8 @@ def shift_and_mirror(images: Tensor) -> Tensor:
     return padded[each, channel, rows[:, None, :, None], columns[:, None, None, :]]
 
 
-def _check_data(images: Tensor, labels: Tensor) -> None:
+def check_data(images: Tensor, labels: Tensor) -> None:
+    """Refuse images and labels that do not fit together: ValueError."""
     if labels.dim() != 1 or labels.dtype != torch.int64 or len(labels) != len(images):
         raise ValueError(
             f"labels must be int64 ({len(images)},), one per image, got {labels.dtype} "
@@ -289,19 +419,19 @@ def save_state(
     run: dict[str, Any],
     epochs_done: int,
 ) -> None:
-    """Save weights and momentum after an epoch, with the run that they belong to."""
+    """Save weights and the optimizer's state after an epoch, with the run they belong to."""
     tensors = {f"net.{name}": tensor for name, tensor in net.state_dict().items()}
     for name, parameter in net.named_parameters():
-        momentum = optimizer.state.get(parameter, {}).get("momentum_buffer")
-        if momentum is not None:  # none with momentum 0, nor for a frozen parameter
-            tensors[f"momentum.{name}"] = momentum
+        for key, value in optimizer.state.get(parameter, {}).items():
+            if value is not None:  # as is that of SGD with momentum 0
+                tensors[f"optimizer.{key}.{name}"] = value
     save_tensors(checkpoint, tensors, {"run": run, "epochs_done": epochs_done}, kind=KIND)
 
 
 def resume(
     net: nn.Module, optimizer: torch.optim.Optimizer, checkpoint: Path, run: dict[str, Any]
 ) -> int:
-    """Load weights and momentum in place; return the number of epochs that are done."""
+    """Load weights and the optimizer's state in place; return how many epochs are done."""
     try:
         tensors, metadata = load_tensors(checkpoint, kind=KIND)
     except FileNotFoundError:
@@ -326,7 +456,10 @@ def resume(
         }
     )
     for name, parameter in net.named_parameters():
-        if f"momentum.{name}" in tensors:
-            momentum = tensors[f"momentum.{name}"].to(parameter.device)
-            optimizer.state[parameter]["momentum_buffer"] = momentum
+        for key in OPTIMIZER_STATE:
+            if (value := tensors.get(f"optimizer.{key}.{name}")) is not None:
+                # The number of steps stays where the optimizer looks at it, on the CPU.
+                optimizer.state[parameter][key] = (
+                    value if key == "step" else value.to(parameter.device)
+                )
     return metadata["epochs_done"]
