@@ -25,7 +25,9 @@ from torchdnr.decisions import (
 
 BOUNDS = 0.0, 1.0
 HELD_OUT = 32  # images that training measures its attack on
-FAR_WEAKER = 5  # more of them evaded by the boundary walk than by the attack of the training
+# That the boundary walk evades with more of them, and how many times as many, before it is said:
+# seven usual steps of PGD find 1 where it finds 10, these here 2 to 6 where it finds 7 to 14.
+FAR_WEAKER = 8, 3
 _POOL = 300  # images that the walk starts from
 _RAMP_FROM = 0.2  # eps at the beginning, relative to that at the end
 _CONFIDENCE_POWER = 10  # rho of Stutz et al.
@@ -44,8 +46,8 @@ class Adversary:
     another class, moved into the ball: from the image alone, or from random points, seven steps
     find a tenth of the evasions that there are, and training against them looks splendid while
     robustness falls. Training measures it: up to four times the attack and a boundary walk are run
-    on 32 held-out images, and a ``WeakAttackWarning`` says if the walk evades with at least five
-    more of them.
+    on 32 held-out images, and a ``WeakAttackWarning`` says if the walk evades with eight more of
+    them at least, and three times as many.
 
     Attributes:
         eps: Largest perturbation, > 0, of images in [0, 1].
@@ -283,7 +285,8 @@ class AdversarialLoss:
         labels = torch.cat([classes, self.labels[: 3 * HELD_OUT]]).to(device)
         pool, n = self.images[:_POOL].to(device), len(held)
         norm, reject = self.adversary.norm, self.loss.reject
-        with evaluation_mode(self.net):
+        with evaluation_mode(self.net), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "found no evading point")  # that is what is counted
             attacked = attack_batch(self.target, inputs, labels, self.adversary, eps)[:n]
             inputs, labels = inputs[:n], labels[:n]
             walked = boundary_walk(
@@ -294,7 +297,7 @@ class AdversarialLoss:
                 by_walk = succeeds(self.output(walked), labels, reject)
         by_walk &= lengths(walked, inputs, norm) <= eps
         few, many = int(by_attack.sum()), int(by_walk.sum())
-        if many - few >= FAR_WEAKER:
+        if many - few >= FAR_WEAKER[0] and many >= FAR_WEAKER[1] * few:
             warnings.warn(
                 f"at eps {eps:.3g} the attack of the training evades with {few} of {n} held-out "
                 f"images, a boundary walk with {many}: training does not see most of what is "

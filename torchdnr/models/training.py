@@ -19,6 +19,7 @@ from torchdnr.files import (
     check_tensors,
     digest,
     load_tensors,
+    plain_json,
     save_tensors,
 )
 from torchdnr.models.adversarial import AdversarialLoss, Adversary, Measure
@@ -198,7 +199,7 @@ def train_against(
 ) -> None:
     """Train against an adversary in place, on all images but those held out; see ``train``."""
     loss = AdversarialLoss(net, adversary, images, labels)
-    options |= {"measure": loss.measure, "against": asdict(adversary)}
+    options |= {"measure": loss.measure, "against": {"adversary": asdict(adversary)}}
     train(net, groups, loss, loss.images, loss.labels, settings, **options)
 
 
@@ -236,7 +237,8 @@ def train(
     run: dict[str, Any] = {}
     if checkpoint:
         check_tensors(net.state_dict(), "the network")
-        run = describe_run(net, images, labels, asdict(settings) | dict(against or {}), seed)
+        run = describe_run(net, images, labels, asdict(settings), seed)
+        run |= plain_json(against or {})
     optimizer, rates = _optimizer(groups, settings)
     done = resume(net, optimizer, Path(checkpoint), run) if checkpoint else 0
     steps = math.ceil(len(images) / settings.batch_size)
