@@ -1,0 +1,189 @@
+"""Train networks and DNR to reject, and attack what comes out: `python -m benchmarks.training`.
+
+For each seed the classifiers of ``variants`` are made and evaluated one after the other by the
+whole line-up and Square, on the same test images. Each leaves a file in the run folder: a run that
+was stopped goes on, and `--merge` writes what there is to benchmarks/results/training-cpu.json,
+with the evasions that the points of one classifier make of another.
+"""
+
+import argparse
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.common import RESULTS, stamp
+from benchmarks.training.variants import NETWORKS, SVM_SAMPLES, VARIANTS, Study
+from torchdnr.data import load_dataset
+from torchdnr.decisions import has_reject_column, predict_labels, succeeds
+from torchdnr.evaluation import build_line_up, security_evaluation
+from torchdnr.evaluation.environment import describe_environment
+from torchdnr.evaluation.judging import outputs
+from torchdnr.evaluation.metrics import accuracy_under_attack, rejection_rate
+from torchdnr.files import load_tensors, read_json, save_tensors, write_json
+
+EPS = {2.0: (0.0, 1, 1.5, 2, 2.5, 3, 4, 5, 7), math.inf: (0.0, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.6)}
+KIND = "nearest points"
+
+
+def make_study(options: argparse.Namespace, seed: int) -> tuple[Study, Tensor, Tensor]:
+    """Split the data by a seed; return the study, and test images with their labels."""
+    data = load_dataset("mnist", options.data_root)
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(data.labels_train), generator=generator)
+    train, rest = order[: options.images], order[options.images :]
+    svm, threshold = rest[:SVM_SAMPLES], rest[SVM_SAMPLES : 2 * SVM_SAMPLES]
+    name = f"{options.network}-{options.norm:g}-eps{options.eps:g}-seed{seed}"
+    folder = options.run / name
+    folder.mkdir(parents=True, exist_ok=True)
+    study = Study(
+        options.network,
+        options.norm,
+        options.eps,
+        seed,
+        *data.select(train),
+        data.select(svm),
+        data.select(threshold)[0],
+        options.epochs,
+        folder,
+    )
+    test = torch.randperm(len(data.labels_test), generator=generator)
+    return study, *data.select(test, test=True)
+
+
+def evaluate(study: Study, name: str, images: Tensor, labels: Tensor, samples: int) -> None:
+    """Make a classifier, evaluate it clean and under attack, and keep the result in its folder."""
+    path = study.folder / f"{name}.json"
+    if path.exists() and read_json(path)["samples"] >= samples:
+        return
+    variant = VARIANTS[name]
+    model = variant.make(study)
+    if hasattr(model, "calibrate"):
+        model.calibrate(study.threshold, rejection_rate=0.1)
+    reject = has_reject_column(model, None)
+    clean = predict_labels(outputs(model, images, 500), reject)
+    began = time.process_time()
+    curve = security_evaluation(
+        model,
+        images[:samples],
+        labels[:samples],
+        EPS[study.norm],
+        norm=study.norm,
+        attacks=build_line_up(["default", "square"], study.svm[0], norm=study.norm),
+        init_inputs=study.svm[0],
+        checkpoint=study.folder / f"attack {name}.safetensors",
+        progress=True,
+    )
+    write_json(
+        path,
+        {
+            "samples": samples,
+            "right": accuracy_under_attack(clean, labels, eps=0),
+            "rejected": rejection_rate(clean),
+            "eps": list(curve.eps),
+            "kept": list(curve.accuracy),
+            "rejected_under_attack": list(curve.rejection_rate),
+            "norms": curve.evasion_norm.tolist(),
+            "median": curve.median_evasion_norm,
+            "training_seconds": None
+            if variant.training is None
+            else study.seconds(variant.training),
+            "attack_seconds": time.process_time() - began,
+        },
+    )
+    if curve.nearest is not None:
+        save_tensors(
+            study.folder / f"points {name}.safetensors", {"points": curve.nearest}, {}, kind=KIND
+        )
+    print(f"seed {study.seed}, {name}: median norm {curve.median_evasion_norm:.2f}", flush=True)
+
+
+def points_path(study: Study, name: str) -> Path:
+    """Name the file of a classifier's nearest evading points."""
+    return study.folder / f"points {name}.safetensors"
+
+
+def transferred(study: Study, images: Tensor, labels: Tensor) -> dict[str, dict[str, Any]]:
+    """Try the nearest points of every classifier on every other one; return the results with that.
+
+    ``transfer`` counts samples that another's point evades with a smaller perturbation; ``median``
+    and ``kept`` count them as evaded then.
+    """
+    results: dict[str, dict[str, Any]] = {}
+    points: dict[str, Tensor] = {}
+    for name in VARIANTS:
+        if (path := study.folder / f"{name}.json").exists():
+            results[name] = read_json(path)
+            points[name] = load_tensors(study.folder / f"points {name}.safetensors", kind=KIND)[0][
+                "points"
+            ]
+    for name, result in results.items():
+        model = VARIANTS[name].make(study)
+        if hasattr(model, "calibrate"):
+            model.calibrate(study.threshold, rejection_rate=0.1)
+        norms = torch.tensor([float(norm) for norm in result["norms"]], dtype=torch.float64)
+        n, before = len(norms), norms.clone()
+        for other, some in points.items():
+            if other != name and len(some) == n:
+                norms = torch.minimum(
+                    norms, _norms(model, some, images[:n], labels[:n], study.norm)
+                )
+        result |= {
+            "transfer": int((norms < before - 1e-6).sum()),
+            "norms": norms.tolist(),
+            "median": norms.quantile(0.5).item(),
+            "kept": [
+                result["kept"][0],
+                *((norms > eps).double().mean().item() for eps in result["eps"][1:]),
+            ],
+        }
+    return results
+
+
+def _norms(model: nn.Module, points: Tensor, images: Tensor, labels: Tensor, norm: float) -> Tensor:
+    """Return the norm of each perturbation that evades, infinite elsewhere, ``(n,)``."""
+    evading = succeeds(outputs(model, points, 256), labels, has_reject_column(model, None))
+    norms = torch.linalg.vector_norm((points.double() - images.double()).flatten(1), norm, dim=1)
+    return norms.masked_fill(~evading, math.inf)
+
+
+def main() -> int:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.training", description=__doc__)
+    parser.add_argument("--data-root", type=Path, default=Path("data"))
+    parser.add_argument("--run", type=Path, default=Path("runs/training"))
+    parser.add_argument("--network", choices=list(NETWORKS), default="small")
+    parser.add_argument("--norm", type=float, choices=list(EPS), default=2.0)
+    parser.add_argument("--eps", type=float, default=3.5)
+    parser.add_argument("--images", type=int, default=50_000)
+    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--samples", type=int, default=200)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
+    parser.add_argument("--merge", action="store_true")
+    options = parser.parse_args()
+    merged: dict[str, Any] = {}
+    for seed in options.seeds:
+        study, images, labels = make_study(options, seed)
+        if options.merge:
+            merged[str(seed)] = transferred(study, images, labels)
+            continue
+        for name in options.variants:
+            evaluate(study, name, images, labels, options.samples)
+    if options.merge:
+        path = RESULTS / "training-cpu.json"
+        known = read_json(path)["studies"] if path.exists() else {}
+        key = f"{options.network}, norm {options.norm:g}"
+        settings = {"eps": options.eps, "images": options.images, "epochs": options.epochs}
+        known[key] = {**settings, "seeds": merged}
+        environment = describe_environment("cpu")
+        write_json(path, {**stamp(), "environment": environment, "studies": known})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
