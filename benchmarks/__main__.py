@@ -16,12 +16,14 @@ from benchmarks.cost import report as cost
 from benchmarks.ood import report as ood
 from benchmarks.paper import report as paper
 from benchmarks.svm import report as svm
+from benchmarks.training import report as training
 from torchdnr.files import atomic_write_bytes
 
 PAGES: dict[str, Page] = {
     **record_run.PAGES,
     **paper.PAGES,
     **attacks.PAGES,
+    **training.PAGES,
     **svm.PAGES,
     **cost.PAGES,
     **ood.PAGES,

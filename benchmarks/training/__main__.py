@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.common import RESULTS, stamp
+from benchmarks.training.report import plot
 from benchmarks.training.variants import NETWORKS, SVM_SAMPLES, VARIANTS, Study
 from torchdnr.data import load_dataset
 from torchdnr.decisions import has_reject_column, predict_labels, succeeds
@@ -181,7 +182,9 @@ def main() -> int:
         settings = {"eps": options.eps, "images": options.images, "epochs": options.epochs}
         known[key] = {**settings, "seeds": merged}
         environment = describe_environment("cpu")
-        write_json(path, {**stamp(), "environment": environment, "studies": known})
+        result = {**stamp(), "environment": environment, "studies": known}
+        write_json(path, result)
+        plot(result, path.with_suffix(".png"))
     return 0
 
 
