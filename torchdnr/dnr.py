@@ -518,7 +518,8 @@ class DNR(nn.Module):
         Support vectors, dual coefficients, intercepts and kernels are trained with the network, on
         how far the scores are above theta (0 where it is not set), so that an attacked image is
         right or rejected. What comes out has the form that ``fit`` made, and as many support
-        vectors: a classifier that was compressed first trains faster. Calibrate it then.
+        vectors: a classifier that was compressed first trains faster. Calibrate it then. Where
+        there are several processes, each does all of the work.
 
         Args:
             inputs: Clean images ``(n, ...)`` in [0, 1], or a loader that yields ``(images,

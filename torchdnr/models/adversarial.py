@@ -16,6 +16,7 @@ from torchdnr.attacks.projections import UNBOUNDED, Region, per_row, project, ra
 from torchdnr.attacks.starts import lengths
 from torchdnr.attacks.target import Target, evaluate, keep_lower, slope_at
 from torchdnr.decisions import (
+    check_images,
     class_scores,
     evaluation_mode,
     split_scores,
@@ -214,12 +215,11 @@ class AdversarialLoss:
     Args:
         net: From images to logits, ``(n, c)`` or, for the loss "class", ``(n, c + 1)``.
         adversary: Who attacks.
-        images: All images ``(n, ...)`` in [0, 1]; the last are held out.
+        images: All images ``(n, ...)`` in [0, 1]; some, evenly spread, are held out.
         labels: Their classes, ``(n,)``.
 
     Attributes:
-        images: Those to train on.
-        labels: Their classes.
+        rows: Indices of those to train on.
     """
 
     def __init__(
@@ -227,9 +227,11 @@ class AdversarialLoss:
     ) -> None:
         self.net, self.adversary, self.share = net, adversary, 0.0
         self.loss = LOSSES[adversary.loss]
-        kept = len(images) - min(HELD_OUT, len(images) // 10)
-        self.images, self.labels = images[:kept], labels[:kept]
-        self.held_out = images[kept:], labels[kept:]
+        check_images("images", images)
+        self.images, self.labels = images, labels
+        self.held_out = _spread(torch.arange(len(images)), min(HELD_OUT, len(images) // 10))
+        self.rows = torch.ones(len(images), dtype=torch.bool).index_fill(0, self.held_out, False)
+        self.rows = self.rows.nonzero()[:, 0]
         self.target = Target(self.output, self.loss.objective, self.loss.reject, len(images))
         self._check_columns(int(labels.max()) + 1)
 
@@ -276,14 +278,14 @@ class AdversarialLoss:
         Warns:
             WeakAttackWarning: If the walk finds many more.
         """
-        held, classes = self.held_out
-        if len(held) == 0:
+        n = len(self.held_out)
+        if n == 0:
             return {}
         device, eps = next(self.net.parameters()).device, self.adversary.eps_at(self.share)
         # Among as many others as there are in a batch: their images are what attacks start from.
-        inputs = torch.cat([held, self.images[: 3 * HELD_OUT]]).to(device)
-        labels = torch.cat([classes, self.labels[: 3 * HELD_OUT]]).to(device)
-        pool, n = self.images[:_POOL].to(device), len(held)
+        rows = torch.cat([self.held_out, _spread(self.rows, 3 * HELD_OUT)])
+        inputs, labels = self._select(rows, device)
+        pool, _ = self._select(_spread(self.rows, _POOL), device)
         norm, reject = self.adversary.norm, self.loss.reject
         with evaluation_mode(self.net), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "found no evading point")  # that is what is counted
@@ -306,6 +308,15 @@ class AdversarialLoss:
                 stacklevel=4,
             )
         return {"held_out": few / n, "held_out_walk": many / n}
+
+    def _select(self, rows: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+        images = self.images[rows.to(self.images.device)].to(device)
+        return images, self.labels[rows.to(self.labels.device)].to(device)
+
+
+def _spread(rows: Tensor, count: int) -> Tensor:
+    """Choose so many rows, evenly, or all."""
+    return rows[:: max(1, len(rows) // max(1, count))][:count]
 
 
 Measure = Callable[[], dict[str, float]]

@@ -142,8 +142,8 @@ def train_network(
         images: Training images ``(n, ...)``, float, on any device; in [0, 1] for an adversary.
         labels: Their classes ``(n,)``, int64, 0..c-1.
         settings: Epochs, learning rate and so on; ``ADVERSARIAL_TRAINING`` with an adversary.
-        adversary: What to train against; None: nothing, on the cross-entropy. The last images, at
-            most 32, are then held out: on them its attack is measured, see ``Adversary``.
+        adversary: What to train against; None: nothing, on the cross-entropy. Of the images 32, of
+            few a tenth, are then held out: on them its attack is measured, see ``Adversary``.
         seed: Fixes the order of the images, the dropout, and the starts of the adversary.
         device: Where to train; default: where ``net`` is.
         checkpoint: The file that makes a stopped run go on; default: none.
@@ -200,7 +200,7 @@ def train_against(
     """Train against an adversary in place, on all images but those held out; see ``train``."""
     loss = AdversarialLoss(net, adversary, images, labels)
     options |= {"measure": loss.measure, "against": {"adversary": asdict(adversary)}}
-    train(net, groups, loss, loss.images, loss.labels, settings, **options)
+    train(net, groups, loss, images, labels, settings, rows=loss.rows, **options)
 
 
 def train(
@@ -214,6 +214,7 @@ def train(
     seed: int,
     checkpoint: str | Path | None,
     progress: bool,
+    rows: Tensor | None = None,
     measure: Measure | None = None,
     against: Mapping[str, Any] | None = None,
 ) -> None:
@@ -230,6 +231,7 @@ def train(
         seed: As in ``train_network``.
         checkpoint: As in ``train_network``.
         progress: As in ``train_network``.
+        rows: Indices of the images to train on; None: all.
         measure: What to measure up to four times, the last time at the end.
         against: What else decides the outcome, as JSON values.
     """
@@ -241,7 +243,8 @@ def train(
         run |= plain_json(against or {})
     optimizer, rates = _optimizer(groups, settings)
     done = resume(net, optimizer, Path(checkpoint), run) if checkpoint else 0
-    steps = math.ceil(len(images) / settings.batch_size)
+    rows = torch.arange(len(images)) if rows is None else rows
+    steps = math.ceil(len(rows) / settings.batch_size)
     total = settings.epochs * steps
     net.train()
     with progress_bar(progress, total=total, initial=done * steps, unit="batch") as bar:
@@ -249,7 +252,7 @@ def train(
             bar.set_description(f"epoch {epoch + 1}/{settings.epochs}")
             with _random_numbers(seed * SEED_STRIDE + epoch, device):
                 shown = _train_epoch(
-                    net, optimizer, rates, batch_loss, images, labels, settings, epoch, bar
+                    net, optimizer, rates, batch_loss, images, labels, rows, settings, epoch, bar
                 )
                 every = math.ceil(settings.epochs / MEASUREMENTS)
                 if measure and (settings.epochs - epoch - 1) % every == 0:
@@ -285,6 +288,7 @@ def _train_epoch(
     batch_loss: BatchLoss,
     images: Tensor,
     labels: Tensor,
+    rows: Tensor,
     settings: TrainingSettings,
     epoch: int,
     bar: tqdm,
@@ -292,9 +296,9 @@ def _train_epoch(
     """Run one epoch; return the means over its batches, each while it was trained on."""
     device = next(net.parameters()).device
     sums: dict[str, Tensor] = {}
-    batches = torch.randperm(len(images)).split(settings.batch_size)
+    batches = rows[torch.randperm(len(rows))].split(settings.batch_size)
     total = settings.epochs * len(batches)
-    for index, rows in enumerate(batches):
+    for index, batch in enumerate(batches):
         step = epoch * len(batches) + index
         relative = relative_learning_rate(
             settings.schedule,
@@ -304,10 +308,10 @@ def _train_epoch(
         )
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = settings.lr * rate * relative
-        inputs = images[rows.to(images.device)].to(device)
+        inputs = images[batch.to(images.device)].to(device)
         if settings.augment:
             inputs = shift_and_mirror(inputs)
-        targets = labels[rows.to(labels.device)].to(device)
+        targets = labels[batch.to(labels.device)].to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=settings.autocast):
             loss, shown = batch_loss(inputs, targets, step / total)
         optimizer.zero_grad(set_to_none=True)
@@ -318,9 +322,9 @@ def _train_epoch(
         optimizer.step()
         # Summed on the device: reading them here would make every step wait.
         for name, value in {"loss": loss.detach(), **shown}.items():
-            sums[name] = sums.get(name, 0) + value * len(rows)
+            sums[name] = sums.get(name, 0) + value * len(batch)
         bar.update()
-    return {name: value.item() / len(images) for name, value in sums.items()}
+    return {name: value.item() / len(rows) for name, value in sums.items()}
 
 
 def relative_learning_rate(schedule: str, step: int, *, warmup: int, total: int) -> float:

@@ -46,8 +46,8 @@ class ScaledMargins(nn.Module):
 def trainable(svms: Iterable[RBFSVM]) -> Iterator[list[dict[str, Any]]]:
     """Make parameters of what is in SVMs while they train; yield groups for the optimizer.
 
-    Support vectors, dual coefficients and intercepts are buffers before and after. Of a kernel of
-    gpytorch all that has a value is trained.
+    Support vectors, dual coefficients and intercepts are buffers before and after; the vectors are
+    no training samples then. Of a kernel of gpytorch all that has a value is trained.
     """
     svms = list(svms)
     groups: list[dict[str, Any]] = []
@@ -67,6 +67,7 @@ def trainable(svms: Iterable[RBFSVM]) -> Iterator[list[dict[str, Any]]]:
                 delattr(svm, name)
                 svm.register_buffer(name, value)
                 setattr(svm, name, value)  # from which the SVM measures its vectors anew
+            svm.support, svm.solution = torch.full_like(svm.support, -1), None
             if svm.kernel is not None:
                 svm.kernel.requires_grad_(False)
 
