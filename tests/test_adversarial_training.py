@@ -1,4 +1,5 @@
 import math
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -317,3 +318,25 @@ def test_eps_rises_from_a_fifth():
         [0.4, 1.2, 2.0, 2.0]
     )
     assert Adversary(eps=2.0, ramp=0).eps_at(0) == 2
+
+
+def test_more_steps_of_training_wait_no_more_often():
+    counts = []
+    for n in (60, 90):
+        with accelerator() as device:
+            images, labels = digits(n)
+            net = small_mlp()
+            settings = replace(QUICK, epochs=1, batch_size=15)
+            waits.clear()
+            train_network(
+                net,
+                images.to(device),
+                labels.to(device),
+                settings,
+                adversary=Adversary(eps=0.5, steps=3),
+                device=device,
+                progress=False,
+            )
+            counts.append(Counter({k: v for k, v in waits.items() if "models/" in k}))
+            assert all(p.device.type == device.type for p in net.parameters())
+    assert counts[0].total() == counts[1].total(), counts

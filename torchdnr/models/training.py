@@ -3,7 +3,7 @@
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -296,23 +296,27 @@ def _train_epoch(
     """Run one epoch; return the means over its batches, each while it was trained on."""
     device = next(net.parameters()).device
     sums: dict[str, Tensor] = {}
-    batches = rows[torch.randperm(len(rows))].split(settings.batch_size)
-    total = settings.epochs * len(batches)
-    for index, batch in enumerate(batches):
-        step = epoch * len(batches) + index
+    order = rows[torch.randperm(len(rows))]
+    # Sent once to where the data are: to send the indices of a batch would make every step wait.
+    of_images, of_labels = (
+        order.to(data.device).split(settings.batch_size) for data in (images, labels)
+    )
+    total = settings.epochs * len(of_images)
+    for index in range(len(of_images)):
+        step = epoch * len(of_images) + index
         relative = relative_learning_rate(
             settings.schedule,
             step + 1,
-            warmup=settings.warmup_epochs * len(batches),
+            warmup=settings.warmup_epochs * len(of_images),
             total=total,
         )
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = settings.lr * rate * relative
-        inputs = images[batch.to(images.device)].to(device)
+        inputs = images[of_images[index]].to(device)
         if settings.augment:
             inputs = shift_and_mirror(inputs)
-        targets = labels[batch.to(labels.device)].to(device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=settings.autocast):
+        targets = labels[of_labels[index]].to(device)
+        with torch.autocast(device.type, torch.bfloat16) if settings.autocast else nullcontext():
             loss, shown = batch_loss(inputs, targets, step / total)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -322,7 +326,7 @@ def _train_epoch(
         optimizer.step()
         # Summed on the device: reading them here would make every step wait.
         for name, value in {"loss": loss.detach(), **shown}.items():
-            sums[name] = sums.get(name, 0) + value * len(batch)
+            sums[name] = sums.get(name, 0) + value * len(inputs)
         bar.update()
     return {name: value.item() / len(rows) for name, value in sums.items()}
 
