@@ -3,7 +3,8 @@
 For each seed the classifiers of ``variants`` are made and evaluated one after the other by the
 whole line-up and Square, on the same test images. Each leaves a file in the run folder: a run that
 was stopped goes on, and `--merge` writes what there is to benchmarks/results/training-cpu.json,
-with the evasions that the points of one classifier make of another.
+with the evasions that the points of one classifier make of another. `--examine` makes the checks
+of the evaluation, the stratified curve and a trial on corrupted digits, of the main classifiers.
 """
 
 import argparse
@@ -17,17 +18,27 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.common import RESULTS, stamp
-from benchmarks.training.report import plot
-from benchmarks.training.variants import NETWORKS, SVM_SAMPLES, VARIANTS, Study
+from benchmarks.ood.images import CORRUPTIONS, corrupt
+from benchmarks.training.report import SHOWN, plot
+from benchmarks.training.variants import NETWORKS, PLAIN, SVM_SAMPLES, VARIANTS, Study
 from torchdnr.data import load_dataset
 from torchdnr.decisions import has_reject_column, predict_labels, succeeds
-from torchdnr.evaluation import build_line_up, security_evaluation
+from torchdnr.evaluation import (
+    Attack,
+    SecurityCurve,
+    build_line_up,
+    security_evaluation,
+    stratified_curve,
+)
+from torchdnr.evaluation.checks import run_checks
 from torchdnr.evaluation.environment import describe_environment
 from torchdnr.evaluation.judging import outputs
 from torchdnr.evaluation.metrics import accuracy_under_attack, rejection_rate
 from torchdnr.files import load_tensors, read_json, save_tensors, write_json
 
 EPS = {2.0: (0.0, 1, 1.5, 2, 2.5, 3, 4, 5, 7), math.inf: (0.0, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.6)}
+STRATIFIED_EPS = {2.0: 2, math.inf: 0.2}
+CORRUPTED_SAMPLES = 1_000
 KIND = "nearest points"
 
 
@@ -56,29 +67,39 @@ def make_study(options: argparse.Namespace, seed: int) -> tuple[Study, Tensor, T
     return study, *data.select(test, test=True)
 
 
+def calibrated(study: Study, name: str) -> nn.Module:
+    """Make a classifier; one that rejects rejects a tenth of clean images."""
+    model = VARIANTS[name].make(study)
+    if hasattr(model, "calibrate"):
+        model.calibrate(study.threshold, rejection_rate=0.1)
+    return model
+
+
+def attack(
+    study: Study, name: str, model: nn.Module, images: Tensor, labels: Tensor
+) -> tuple[SecurityCurve, dict[str, Attack]]:
+    """Attack images by the whole line-up and Square; finished shares are not repeated."""
+    pool = study.svm[0]
+    attacks = build_line_up(["default", "square"], pool, norm=study.norm)
+    path = study.folder / f"attack {name}.safetensors"
+    options: Any = {"norm": study.norm, "attacks": attacks, "init_inputs": pool, "progress": True}
+    sizes = EPS[study.norm]
+    curve = security_evaluation(model, images, labels, sizes, checkpoint=path, **options)
+    return curve, attacks
+
+
 def evaluate(study: Study, name: str, images: Tensor, labels: Tensor, samples: int) -> None:
     """Make a classifier, evaluate it clean and under attack, and keep the result in its folder."""
     path = study.folder / f"{name}.json"
     if path.exists() and read_json(path)["samples"] >= samples:
         return
-    variant = VARIANTS[name]
-    model = variant.make(study)
-    if hasattr(model, "calibrate"):
-        model.calibrate(study.threshold, rejection_rate=0.1)
+    model = calibrated(study, name)
     reject = has_reject_column(model, None)
     clean = predict_labels(outputs(model, images, 500), reject)
     began = time.process_time()
-    curve = security_evaluation(
-        model,
-        images[:samples],
-        labels[:samples],
-        EPS[study.norm],
-        norm=study.norm,
-        attacks=build_line_up(["default", "square"], study.svm[0], norm=study.norm),
-        init_inputs=study.svm[0],
-        checkpoint=study.folder / f"attack {name}.safetensors",
-        progress=True,
-    )
+    curve, _ = attack(study, name, model, images[:samples], labels[:samples])
+    if curve.nearest is not None:
+        save_tensors(points_path(study, name), {"points": curve.nearest}, {}, kind=KIND)
     write_json(
         path,
         {
@@ -90,17 +111,47 @@ def evaluate(study: Study, name: str, images: Tensor, labels: Tensor, samples: i
             "rejected_under_attack": list(curve.rejection_rate),
             "norms": curve.evasion_norm.tolist(),
             "median": curve.median_evasion_norm,
-            "training_seconds": None
-            if variant.training is None
-            else study.seconds(variant.training),
+            "training_seconds": study.seconds(VARIANTS[name].training or PLAIN),
             "attack_seconds": time.process_time() - began,
         },
     )
-    if curve.nearest is not None:
-        save_tensors(
-            study.folder / f"points {name}.safetensors", {"points": curve.nearest}, {}, kind=KIND
-        )
     print(f"seed {study.seed}, {name}: median norm {curve.median_evasion_norm:.2f}", flush=True)
+
+
+def examine(study: Study, name: str, images: Tensor, labels: Tensor) -> None:
+    """Check the attacks on a classifier, count early rejections, and try corrupted digits.
+
+    "robustness" is by alpha the share neither evaded nor, within alpha eps, rejected; "corrupted"
+    are right, rejected and wrong of each kind, at the middle one of five strengths.
+    """
+    path, evaluated = study.folder / f"{name} examined.json", study.folder / f"{name}.json"
+    if path.exists() or not evaluated.exists():
+        return
+    n, model = read_json(evaluated)["samples"], calibrated(study, name)
+    reject = has_reject_column(model, None)
+    curve, attacks = attack(study, name, model, images[:n], labels[:n])
+    report = run_checks(
+        *(model, images[:n], labels[:n], curve), attacks=attacks, init_inputs=study.svm[0]
+    )
+    content: dict[str, Any] = {
+        "checks": {status: report.names(status) for status in ("pass", "warn", "fail")},
+        "corrupted": {},
+    }
+    if reject and curve.adversarial is not None:
+        eps = STRATIFIED_EPS[study.norm]
+        points = curve.adversarial[curve.eps.index(eps)]
+        known = {"norm": study.norm}
+        stratified = stratified_curve(model, images[:n], labels[:n], points, eps, **known)
+        content["eps"], content["alphas"] = eps, stratified.alphas
+        content["robustness"] = [estimate.value for estimate in stratified.robustness]
+    some, classes = images[:CORRUPTED_SAMPLES], labels[:CORRUPTED_SAMPLES]
+    for kind, strengths in CORRUPTIONS.items():
+        changed = corrupt(some, kind, strengths[2], study.seed)
+        predicted = predict_labels(outputs(model, changed, 500), reject)
+        right, rejected = (predicted == classes).double().mean(), rejection_rate(predicted)
+        content["corrupted"][f"{kind} {strengths[2]}"] = [right.item(), rejected]
+    write_json(path, content)
+    print(f"seed {study.seed}, {name}: checks {report.status}", flush=True)
 
 
 def points_path(study: Study, name: str) -> Path:
@@ -123,9 +174,7 @@ def transferred(study: Study, images: Tensor, labels: Tensor) -> dict[str, dict[
                 "points"
             ]
     for name, result in results.items():
-        model = VARIANTS[name].make(study)
-        if hasattr(model, "calibrate"):
-            model.calibrate(study.threshold, rejection_rate=0.1)
+        model = calibrated(study, name)
         norms = torch.tensor([float(norm) for norm in result["norms"]], dtype=torch.float64)
         n, before = len(norms), norms.clone()
         for other, some in points.items():
@@ -165,6 +214,7 @@ def main() -> int:
     parser.add_argument("--samples", type=int, default=200)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
+    parser.add_argument("--examine", action="store_true")
     parser.add_argument("--merge", action="store_true")
     options = parser.parse_args()
     merged: dict[str, Any] = {}
@@ -175,6 +225,8 @@ def main() -> int:
             continue
         for name in options.variants:
             evaluate(study, name, images, labels, options.samples)
+        for name in SHOWN if options.examine else ():
+            examine(study, name, images, labels)
     if options.merge:
         path = RESULTS / "training-cpu.json"
         known = read_json(path)["studies"] if path.exists() else {}

@@ -14,6 +14,7 @@ PLAIN, NR, DNR = "plain network, no rejection", "NR", "DNR"
 ROBUST, END_TO_END = "trained to reject, logit", "DNR end to end"
 SHOWN = PLAIN, NR, DNR, ROBUST, END_TO_END
 MAIN = "small, norm 2"
+ALPHAS = 0, 0.25, 0.5, 1
 INTRODUCTION = """\
 `python -m benchmarks.training --images N --epochs E --samples K --seeds ...` trains a network on
 MNIST, plainly and then against attacks of size eps on every batch, with four losses; and NR and
@@ -39,7 +40,7 @@ def page(result: Mapping[str, Any]) -> str:
     """Format how much training against attacks adds, the contents of training-cpu.json."""
     lines = [INTRODUCTION, "", f"{machine(result['environment'])}; seconds of a processor.", ""]
     for key, study in result["studies"].items():
-        lines += [f"## {key}: {_budget(study)}", "", *_table(study), ""]
+        lines += [f"## {key}: {_budget(study)}", "", *_table(study), "", *_examined(study)]
     lines.append("![Images kept over the size of the perturbation](training-cpu.png)")
     return "\n".join(lines)
 
@@ -82,6 +83,35 @@ def _table(study: Mapping[str, Any]) -> list[str]:
     header = ["classifier", "seeds", "right", "rejected", "median norm"]
     header += [f"kept at {eps:g}" for eps in sizes]
     return table([*header, "transfer", "training s"], rows)
+
+
+def _examined(study: Mapping[str, Any]) -> list[str]:
+    """Format checks, stratified curve and corrupted digits of those classifiers that have them."""
+    found = {
+        name: [run["examined"] for run in merged(study["seeds"], name) if "examined" in run]
+        for name in SHOWN
+    }
+    found = {name: runs for name, runs in found.items() if runs}
+    if not found:
+        return []
+    rows = []
+    for name, runs in found.items():
+        failed = [check for run in runs for check in run["checks"]["fail"] + run["checks"]["warn"]]
+        alphas = runs[0].get("alphas", [])
+        kept = {a: fmean(run["robustness"][i] for run in runs) for i, a in enumerate(alphas)}
+        right, rejected = (
+            fmean(value[i] for run in runs for value in run["corrupted"].values()) for i in (0, 1)
+        )
+        few = ", ".join(f"{100 * kept[a]:.0f} at {a:g}" for a in ALPHAS if a in kept)
+        checks = f"all but: {', '.join(sorted(set(failed)))}" if failed else "all"
+        rows.append([name, checks, few or "-", f"{right:.0%}, {rejected:.0%}"])
+    eps = next((run["eps"] for runs in found.values() for run in runs if "eps" in run), None)
+    header = [
+        "classifier",
+        "checks passed",
+        f"kept at eps {eps:g}, unless rejected within alpha eps",
+    ]
+    return [*table([*header, "corrupted digits: right, rejected"], rows), ""]
 
 
 def headline(result: Mapping[str, Any]) -> str:
