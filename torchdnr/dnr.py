@@ -530,6 +530,7 @@ class DNR(nn.Module):
                 of the SVMs.
             freeze_network: Whether the SVMs alone are trained.
             copy_network: Whether to train a copy of the network, and leave the given one as it is.
+                Otherwise a training that is broken off leaves it half trained.
             seed: Fixes the order of the images and the starts of the adversary.
             checkpoint: The file that makes a stopped run go on, as in ``train_network``.
             progress: Whether to show a progress bar.
@@ -555,14 +556,15 @@ class DNR(nn.Module):
                 'expected an Adversary(eps=...) whose loss is "reject" or "plain", got '
                 f"{adversary}: the scores of SVMs have no class that rejects"
             )
-        if not freeze_network:
-            if copy_network:
-                self.features.net = deepcopy(self.net)
-            self.owns_network = True
+        # A copy is trained: a training that fails leaves the classifier as it was.
+        trained, net = copy(self), deepcopy(self.net) if copy_network else self.net
+        features = copy(self.features)
+        features._modules = {**features._modules, "net": self.net if freeze_network else net}
+        trained._modules = {**self._modules, "features": features, "svms": deepcopy(self.svms)}
         theta = self.threshold.item()
         train_end_to_end(
-            self,
-            None if freeze_network else self.net,
+            trained,
+            None if freeze_network else net,
             images,
             labels,
             adversary,
@@ -572,6 +574,8 @@ class DNR(nn.Module):
             checkpoint=checkpoint,
             progress=progress,
         )
+        self.features, self.svms = features, trained.svms
+        self.owns_network = self.owns_network or not freeze_network
         self.rejection.reset()
         for name, svm in self.svms.named().items():
             if svm.kernel is not None and (gamma := rbf_gamma(svm.kernel)) is not None:

@@ -46,9 +46,9 @@ class Adversary:
     shorter and shorter along a cosine, and keeps the best point. Most runs start at an image of
     another class, moved into the ball: from the image alone, or from random points, seven steps
     find a tenth of the evasions that there are, and training against them looks splendid while
-    robustness falls. Training measures it: up to four times the attack and a boundary walk are run
-    on 32 held-out images, and a ``WeakAttackWarning`` says if the walk evades with eight more of
-    them at least, and three times as many.
+    robustness falls. Training on 320 images or more measures it: up to four times the attack and a
+    boundary walk are run on 32 that are held out, and a ``WeakAttackWarning`` says if the walk
+    evades with eight more of them at least, and three times as many.
 
     Attributes:
         eps: Largest perturbation, > 0, of images in [0, 1].
@@ -215,7 +215,7 @@ class AdversarialLoss:
     Args:
         net: From images to logits, ``(n, c)`` or, for the loss "class", ``(n, c + 1)``.
         adversary: Who attacks.
-        images: All images ``(n, ...)`` in [0, 1]; some, evenly spread, are held out.
+        images: All images ``(n, ...)`` in [0, 1]; 32 of 320 or more, evenly spread, are held out.
         labels: Their classes, ``(n,)``.
 
     Attributes:
@@ -229,7 +229,8 @@ class AdversarialLoss:
         self.loss = LOSSES[adversary.loss]
         check_images("images", images)
         self.images, self.labels = images, labels
-        self.held_out = _spread(torch.arange(len(images)), min(HELD_OUT, len(images) // 10))
+        held_out = HELD_OUT if len(images) >= 10 * HELD_OUT else 0  # fewer could not tell
+        self.held_out = _spread(torch.arange(len(images)), held_out)
         self.rows = torch.ones(len(images), dtype=torch.bool).index_fill(0, self.held_out, False)
         self.rows = self.rows.nonzero()[:, 0]
         self.target = Target(self.output, self.loss.objective, self.loss.reject, len(images))
@@ -237,7 +238,8 @@ class AdversarialLoss:
 
     def output(self, inputs: Tensor) -> Tensor:
         """Return logits ``(n, c)``, or ``(n, c + 1)`` with that of rejection last."""
-        logits = class_scores(self.net(inputs)).float()
+        logits = class_scores(self.net(inputs))
+        logits = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
         zero = self.loss.reject and not self.loss.learned
         return nn.functional.pad(logits, (0, 1)) if zero else logits
 

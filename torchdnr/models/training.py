@@ -142,8 +142,8 @@ def train_network(
         images: Training images ``(n, ...)``, float, on any device; in [0, 1] for an adversary.
         labels: Their classes ``(n,)``, int64, 0..c-1.
         settings: Epochs, learning rate and so on; ``ADVERSARIAL_TRAINING`` with an adversary.
-        adversary: What to train against; None: nothing, on the cross-entropy. Of the images 32, of
-            few a tenth, are then held out: on them its attack is measured, see ``Adversary``.
+        adversary: What to train against; None: nothing, on the cross-entropy. Of 320 images or more
+            32 are then held out: on them its attack is measured, see ``Adversary``.
         seed: Fixes the order of the images, the dropout, and the starts of the adversary.
         device: Where to train; default: where ``net`` is.
         checkpoint: The file that makes a stopped run go on; default: none.
