@@ -1,9 +1,11 @@
 import importlib.util
 import re
+from collections import OrderedDict
 from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 from torchvision.models import resnet18
 
 import torchdnr
@@ -15,8 +17,8 @@ README = (ROOT / "README.md").read_text()
 
 @pytest.fixture
 def examples():
-    """The Python of README.md: a whole run, layers of any size, the SVMs, a detector."""
-    names = "run", "layers", "svm", "detector"
+    """The Python of README.md: a whole run, layers of any size, training, the SVMs, a detector."""
+    names = "run", "layers", "training", "svm", "detector"
     return dict(zip(names, re.findall(r"```python\n(.*?)```", README, re.S), strict=True))
 
 
@@ -69,6 +71,17 @@ def test_the_example_of_layers_runs(examples, tmp_path, monkeypatch):
     assert len(small.base_svms[0].support_vectors) < len(model.base_svms[0].support_vectors)
     found = variables["program"].module()(images)
     torch.testing.assert_close(found["scores"], model.scores(images), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_the_example_of_training_runs(examples):
+    labels = torch.arange(60) % 2
+    images = torch.rand(60, 8) / 2 + labels[:, None] / 2
+    net = nn.Sequential(OrderedDict(hidden=nn.Linear(8, 6), relu=nn.ReLU(), out=nn.Linear(6, 2)))
+    model = torchdnr.DNR(net, ["relu", "out"]).fit(images, labels)
+    variables = {"model": model, "net": net, "images": images, "labels": labels}
+    exec(examples["training"], variables | {"calibration_images": images.flip(1)})
+    assert model.predict(images).shape == (60,)
 
 
 @pytest.mark.slow
