@@ -2,6 +2,7 @@
 
 from torchdnr.decisions import NotFittedError
 from torchdnr.svm.dual import Certificate, ConvergenceWarning, DualSolution
+from torchdnr.svm.implicit import ImplicitSolution, implicit_solution, svm_scores
 from torchdnr.svm.model_selection import (
     GridSearch,
     SelectionWarning,
@@ -17,11 +18,14 @@ __all__ = [
     "ConvergenceWarning",
     "DualSolution",
     "GridSearch",
+    "ImplicitSolution",
     "NotFittedError",
     "SelectionWarning",
     "grid_search",
+    "implicit_solution",
     "out_of_fold_scores",
     "solve_dual",
+    "svm_scores",
 ]
 
 

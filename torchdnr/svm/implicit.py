@@ -1,0 +1,255 @@
+"""The solution of an SVM as a function of its training data, with exact derivatives.
+
+At the solution some samples are free, 0 < alpha < C, and the others at a bound. The free ones F and
+the intercept t solve a linear system, in which b = y * alpha of the bounded ones B is given:
+
+    K_FF b_F + t 1 = y_F - K_FB b_B,        1'b_F = -1'b_B.
+
+The solver finds which samples are free; this system, solved once more, gives the derivatives by all
+that it is made of. They are those of the solution wherever no sample at a bound lies exactly at the
+margin: there it has a derivative to each side.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from torchdnr.kernels.rbf import full_precision, rbf_scores
+from torchdnr.svm.checks import check_labels
+from torchdnr.svm.gram import rbf_rows
+from torchdnr.svm.multiclass import ONE_VS_REST, binary_targets
+from torchdnr.svm.solver import solve_dual
+
+TOL = 1e-6
+"""KKT violation of the solutions: a larger one leaves in doubt which samples are free."""
+NEAR = 1e-5
+"""Distance from the margin, in score units, below which a sample at a bound is degenerate."""
+RIDGE = 1e-10
+"""Added to the diagonal of K_FF, which duplicates among the free samples make singular."""
+FACTOR_ELEMENTS = 1 << 24
+"""Entries of the matrices that are factored together."""
+
+
+class ImplicitSolution(NamedTuple):
+    """Solutions of P problems on n samples, differentiable by what they were solved from.
+
+    Attributes:
+        dual_coef: b = y * alpha, ``(n, P)``.
+        intercept: t, ``(P,)``.
+        degenerate: Samples at a bound that lie at the margin, bool ``(n, P)``: there derivatives
+            are those to one side only. So are those of a problem without free samples, all of whose
+            samples count.
+    """
+
+    dual_coef: Tensor
+    intercept: Tensor
+    degenerate: Tensor
+
+
+def implicit_solution(
+    features: Tensor, targets: Tensor, C: Tensor, gamma: Tensor, *, tol: float = TOL
+) -> ImplicitSolution:
+    """Solve P duals on one RBF kernel, ``exp(-gamma |z_i - z_j|^2)``, with exact derivatives.
+
+    The backward pass solves one linear system per problem, with the factor of the forward pass, and
+    takes the derivatives of the kernel in tiles. It is of first order.
+
+    Args:
+        features: ``(n, d)``, floating point.
+        targets: Labels in {-1, 1} by problem, ``(n, P)``; they have no derivative.
+        C: Upper bound of each alpha, ``(n, P)`` or what broadcasts to it; 0 holds a sample out.
+        gamma: Kernel width, a scalar tensor > 0.
+        tol: KKT violation up to which the solver goes on.
+
+    Returns:
+        The solutions, on device and in dtype of the features; what is degenerate is told.
+
+    Raises:
+        ValueError: If shapes or values do not fit, or a problem holds one class only.
+
+    Warns:
+        ConvergenceWarning: If the solver missed ``tol``.
+    """
+    limits = torch.as_tensor(C, dtype=torch.float64, device=features.device)
+    limits = limits.expand(targets.shape)
+    dual_coef, intercept, degenerate = _Solution.apply(features, limits, gamma, targets, tol)
+    return ImplicitSolution(dual_coef, intercept, degenerate)
+
+
+def svm_scores(
+    features: Tensor,
+    labels: Tensor,
+    inputs: Tensor,
+    *,
+    C: float | Tensor = 10.0,
+    gamma: float | Tensor,
+    sample_weight: Tensor | None = None,
+    num_classes: int | None = None,
+) -> Tensor:
+    """Fit an RBF-SVM, one-vs-rest, and score inputs: a layer with gradients by all its tensors.
+
+    A leading dimension of episodes makes as many fits in one call, on samples of their own.
+
+    Args:
+        features: Training features, ``(n, d)``, or ``(e, n, d)`` of e episodes.
+        labels: Their classes, int64 ``(n,)`` or ``(e, n)``, every class in every episode.
+        inputs: What to score, ``(m, d)`` or ``(e, m, d)``.
+        C: Upper bound of alpha: a number, or a tensor: a scalar, or one per class, ``(c,)``.
+        gamma: Kernel width > 0, a number or a scalar tensor.
+        sample_weight: Factor >= 0 of C per sample, like ``labels``.
+        num_classes: c; default: largest label + 1.
+
+    Returns:
+        Scores, ``(m, c)`` or ``(e, m, c)``.
+
+    Raises:
+        ValueError: If shapes or values do not fit, or a class has no sample.
+
+    Warns:
+        ConvergenceWarning: If a problem missed its tolerance.
+
+    Source: implicit differentiation of the optimum, as Barratt, "On the differentiability of the
+    solution to convex optimization problems", 2018; an SVM as a layer: Lee et al., "Meta-learning
+    with differentiable convex optimization", CVPR 2019.
+    """
+    if features.ndim == 2:
+        weight = None if sample_weight is None else sample_weight[None]
+        options: Any = {"C": C, "gamma": gamma, "sample_weight": weight, "num_classes": num_classes}
+        return svm_scores(features[None], labels[None], inputs[None], **options)[0]
+    if features.ndim != 3 or labels.shape != features.shape[:2] or inputs.ndim != 3:
+        raise ValueError(
+            "expected features (e, n, d), labels (e, n) and inputs (e, m, d), or all without e, "
+            f"got {tuple(features.shape)}, {tuple(labels.shape)} and {tuple(inputs.shape)}"
+        )
+    e, n, _ = features.shape
+    c = max(check_labels(of_one, n, num_classes) for of_one in labels)
+    gamma = torch.as_tensor(gamma, dtype=features.dtype, device=features.device)
+    bounds = torch.as_tensor(C, dtype=torch.float64, device=features.device).expand(c)
+    # One problem per episode and class, which holds out the samples of all other episodes.
+    own = torch.eye(e, dtype=torch.float64, device=features.device)
+    own = own.repeat_interleave(n, dim=0).repeat_interleave(c, dim=1)
+    if sample_weight is not None:
+        own = own * sample_weight.flatten()[:, None]
+    targets = binary_targets(labels.flatten(), c, ONE_VS_REST).repeat(1, e)
+    solution = implicit_solution(features.flatten(0, 1), targets, own * bounds.repeat(e), gamma)
+    dual_coef = solution.dual_coef.view(e, n, e, c)
+    each = torch.arange(e, device=features.device)
+    dual_coef, intercept = dual_coef[each, :, each], solution.intercept.view(e, 1, c)
+    center = features.detach().mean(dim=1, keepdim=True)
+    pairs = zip(inputs - center, features - center, dual_coef, strict=True)
+    return torch.stack([rbf_scores(x, z, b, gamma) for x, z, b in pairs]) + intercept
+
+
+class _Solution(torch.autograd.Function):
+    """``implicit_solution``: the solver forward, one adjoint system per problem backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,  # noqa: ANN401 - that of autograd, which has no public type
+        features: Tensor,
+        limits: Tensor,
+        gamma: Tensor,
+        targets: Tensor,
+        tol: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        wide = features.double()
+        center = wide.mean(dim=0)
+        kernel = rbf_rows(wide, gamma.item(), center)
+        solution = solve_dual(kernel, targets.double(), limits, tol=tol)
+        b, t, upper = solution.dual_coef, solution.intercept, targets * limits
+        free = (b != 0) & (b != upper)
+        systems = _systems(wide - center, gamma.double(), free)
+        centred = wide - center
+        products = rbf_scores(centred, centred, b, gamma.double())
+        # K_FF b_F + t 1 = y_F - K_FB b_B, written as a correction of what the solver found.
+        residual = torch.where(free, targets - products - t, 0)
+        step, shift = _solve(systems, residual, b.new_zeros(b.shape[1]))
+        moved = b + step
+        low, high = upper.clamp_max(0), upper.clamp_min(0)
+        inside = ((moved >= low) & (moved <= high)).all(dim=0)  # else the solver's own digits stay
+        b, t = torch.where(inside, moved, b), torch.where(inside, t + shift, t)
+        products = rbf_scores(centred, centred, b, gamma.double())
+        margins = (products + t - targets).abs()
+        degenerate = ~free & (limits > 0) & ((margins < NEAR) | ~free.any(dim=0))
+        ctx.save_for_backward(features, limits, gamma, targets, b, free)
+        ctx.systems = systems
+        ctx.mark_non_differentiable(degenerate)
+        return b.to(features), t.to(features), degenerate
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(
+        ctx: Any,  # noqa: ANN401 - as above
+        by_coef: Tensor,
+        by_intercept: Tensor,
+        _: Tensor,
+    ) -> tuple[Tensor | None, ...]:
+        features, limits, gamma, targets, b, free = ctx.saved_tensors
+        by_coef, by_intercept = by_coef.double(), by_intercept.double()
+        u, v = _solve(ctx.systems, torch.where(free, by_coef, 0), by_intercept)
+        with torch.enable_grad():
+            z = (features.detach() - features.detach().mean(dim=0)).double().requires_grad_()
+            width = gamma.detach().double().requires_grad_()
+            moment = -(u * rbf_scores(z, z, b, width)).sum()
+            by_features, by_gamma = torch.autograd.grad(moment, (z, width))
+        at_upper = (b == targets * limits) & (limits > 0) & ~free
+        products = rbf_scores(z.detach(), z.detach(), u, width.detach())
+        by_limits = torch.where(at_upper, targets * (by_coef - products - v), 0)
+        return by_features.to(features), by_limits, by_gamma.to(gamma), None, None
+
+
+class _System(NamedTuple):
+    """Linear systems of some problems with about as many free samples each."""
+
+    problems: Tensor  # (p,)
+    samples: Tensor  # (p, f), those of a shorter set padded
+    valid: Tensor  # which count, bool (p, f)
+    factor: Tensor  # of K_FF, with an identity where it is padded, (p, f, f)
+    ones: Tensor  # K_FF^-1 1, (p, f)
+
+
+def _systems(centred: Tensor, gamma: Tensor, free: Tensor) -> list[_System]:
+    """Factor K_FF of each problem that has free samples, those of like size together."""
+    counts = free.sum(dim=0)
+    order = counts.argsort()
+    order, sizes = order[counts[order] > 0], counts[order][counts[order] > 0].tolist()
+    systems, first = [], 0
+    while first < len(sizes):
+        last = first + 1
+        while last < len(sizes) and (last + 1 - first) * sizes[last] ** 2 <= FACTOR_ELEMENTS:
+            last += 1
+        systems.append(_factored(centred, gamma, free, order[first:last], sizes[last - 1]))
+        first = last
+    return systems
+
+
+def _factored(centred: Tensor, gamma: Tensor, free: Tensor, problems: Tensor, f: int) -> _System:
+    valid, samples = free[:, problems].T.to(torch.int8).sort(dim=1, descending=True, stable=True)
+    valid, samples = valid[:, :f].bool(), samples[:, :f]
+    z = centred[samples]
+    with full_precision(z.device):
+        norms = z.square().sum(dim=2)
+        distances = norms[:, :, None] + norms[:, None] - 2 * z @ z.transpose(1, 2)
+    kernel = (-gamma * distances.clamp_min(0)).exp()
+    both = valid[:, :, None] & valid[:, None]
+    identity = torch.eye(f, dtype=kernel.dtype, device=kernel.device)
+    factor = torch.linalg.cholesky(
+        torch.where(both, kernel, 0) + identity * (torch.where(valid, RIDGE, 1.0)[:, None])
+    )
+    ones = torch.cholesky_solve(valid.to(kernel)[:, :, None], factor)[:, :, 0]
+    return _System(problems, samples, valid, factor, torch.where(valid, ones, 0))
+
+
+def _solve(systems: list[_System], right: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
+    """Solve ``K_FF x + s 1 = right``, ``1'x = total``; x ``(n, P)`` is 0 where nothing is free."""
+    x, s = torch.zeros_like(right), torch.zeros_like(total)
+    for system in systems:
+        problems, samples, valid, factor, ones = system
+        given = torch.where(valid, right[samples, problems[:, None]], 0)
+        one = torch.cholesky_solve(given[:, :, None], factor)[:, :, 0]
+        one = torch.where(valid, one, 0)
+        s[problems] = (one.sum(dim=1) - total[problems]) / ones.sum(dim=1)
+        values = one - s[problems][:, None] * ones
+        x[samples, problems[:, None]] += torch.where(valid, values, 0)
+    return x, s
