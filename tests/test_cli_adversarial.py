@@ -157,6 +157,7 @@ def stopping_at(path):
         watcher.join()
 
 
+@pytest.mark.slow
 def test_a_stopped_training_goes_on(run, finished):
     command = ["--quiet", "--run", str(run), *BOTH]
     for name in ("robust", "dnr-end-to-end"):
@@ -213,7 +214,9 @@ def test_what_cannot_be_made_is_refused_before_any_work(run, capsys, options, me
     assert {path.name: path.read_bytes() for path in run.iterdir()} == before
 
 
-@pytest.mark.parametrize("loss", ["plain", "class", "confidence"])
+@pytest.mark.parametrize(
+    "loss", [pytest.param("plain", marks=pytest.mark.slow), "class", "confidence"]
+)
 def test_each_loss_makes_a_classifier_that_rejects(run, loss):
     head = {"plain": "logit", "class": "class", "confidence": "softmax"}[loss]
     options = ["--adversarial", "1", "--loss", loss, "--adversarial-epochs", "1"]

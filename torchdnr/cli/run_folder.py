@@ -226,7 +226,7 @@ def _settle_against_attacks(settled: Mapping[str, Any]) -> dict[str, Any]:
             "give it, or drop the option"
         )
     if not given:
-        return {"adversarial": None}
+        return given
     least, images = FEWEST_ADVERSARIAL
     n = settled["network_samples"] or settled["svm_samples"]
     usual = {"loss": "reject", "adversarial_norm": 2.0}
