@@ -157,7 +157,6 @@ def stopping_at(path):
         watcher.join()
 
 
-@pytest.mark.slow
 def test_a_stopped_training_goes_on(run, finished):
     command = ["--quiet", "--run", str(run), *BOTH]
     for name in ("robust", "dnr-end-to-end"):
