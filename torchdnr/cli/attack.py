@@ -15,23 +15,26 @@ from torchdnr.distributed.processes import joined
 
 def attack(options: argparse.Namespace, console: Console) -> None:
     """Make what the run folder lacks, attack the classifiers, check that, and report."""
-    console.stages = 5 + options.checks + options.stratified + options.sweep
     with joined(find_device(options.device)) as processes:
         console.join(processes.rank, processes.count)
         with processes.first_alone():  # it downloads and writes what the others then read
             job = prepare(options, console, processes)
-            settings = AttackSettings.from_options(options, job.images("test")[0])
+            made = job.settings.classifiers
+            settings = AttackSettings.from_options(options, job.images("test")[0], made)
+        console.stages = len(made) + 2 + settings.checks + settings.stratified + settings.sweep
         classifiers = make_classifiers(job, console, processes)
+        surrogate = classifiers["DNN"]
+        classifiers = {name: classifiers[name] for name in settings.classifiers or made}
         clean = summarise(job, classifiers)
         console.say(clean.text)
-        evaluation = Evaluation(job, settings, classifiers, clean, processes, console)
+        evaluation = Evaluation(job, settings, classifiers, surrogate, clean, processes, console)
         report = load_report(evaluation) if processes.first else None
         if processes.broadcast_text("done" if report else ""):
             console.say(f"the attacks are done already: this is {job.folder}/results.json")
         else:
-            what = f"{', '.join(settings.attacks)} on DNN, NR and DNR, {settings.samples} images"
+            what = f"{', '.join(settings.attacks)} on {', '.join(classifiers)}"
             sizes = f"norm {in_words(settings.norm)}, eps {in_words(settings.eps)}"
-            with console.stage("attacks", f"{what}, {sizes}"):
+            with console.stage("attacks", f"{what}, {settings.samples} images, {sizes}"):
                 curves = evaluation.attack()
             results = evaluation.examine(curves)
             if processes.first:

@@ -1,4 +1,4 @@
-"""From a run folder to three classifiers: the network (DNN), NR and DNR, made where missing."""
+"""From a run folder to its classifiers: network (DNN), NR, DNR and others, made where missing."""
 
 import math
 import time
@@ -12,10 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torchdnr.cli.adversarial import load_robust, train_end_to_end, train_robust
 from torchdnr.cli.console import Console
 from torchdnr.cli.run_folder import Job, remembered_format
+from torchdnr.cli.settings import END_TO_END, ROBUST, in_words
 from torchdnr.decisions import has_reject_column, predict_labels
-from torchdnr.distributed.processes import ALONE, Processes
+from torchdnr.distributed.processes import ALONE, Processes, alone
 from torchdnr.dnr import DNR, NR
 from torchdnr.evaluation.judging import outputs
 from torchdnr.evaluation.metrics import accuracy_under_attack, rejection_rate, wilson_interval
@@ -24,6 +26,7 @@ from torchdnr.files import CheckpointError
 from torchdnr.models.backbones import load_weights
 from torchdnr.models.paper import load_network, save_network
 from torchdnr.models.training import train_network
+from torchdnr.rejection.logits import LogitRejection
 from torchdnr.resources import default_batch_size, synchronize
 
 _TIMED_VALUES = 1 << 19  # of the images that the memory formats are timed on
@@ -45,10 +48,10 @@ class Summary:
 def make_classifiers(
     job: Job, console: Console, processes: Processes = ALONE
 ) -> dict[str, nn.Module]:
-    """Load DNN (the network), NR and DNR of a run folder, and make those that it lacks.
+    """Load the classifiers of a run folder, and make those that it lacks.
 
-    All processes call this. They fit DNR and NR together; the first one trains the network and
-    writes the files, which all can read.
+    All processes call this. They fit DNR and NR together; the first one trains networks and writes
+    the files, which all can read.
     """
     with processes.first_alone():  # it trains the network, which the others then load
         net = _network(job, console)
@@ -65,7 +68,12 @@ def make_classifiers(
         return NR(net, last, reduction=reduction, hyperparameters=known, seed=seed)
 
     nr = _rejecting(job, console, processes, net, NR, build_nr)
-    return {"DNN": net, "NR": nr, "DNR": dnr}
+    classifiers = {"DNN": net, "NR": nr, "DNR": dnr}
+    for name in job.settings.classifiers:
+        if name not in classifiers:
+            with processes.first_alone(), alone():  # it trains, and the others then load
+                classifiers[name] = _against_attacks(job, console, net, name)
+    return classifiers
 
 
 def _network(job: Job, console: Console) -> nn.Module:
@@ -97,6 +105,29 @@ def _network(job: Job, console: Console) -> nn.Module:
             )
         save_network(net, path)
     return _in_faster_format(net.to(job.device).eval(), job, console)
+
+
+def _against_attacks(job: Job, console: Console, net: nn.Module, name: str) -> nn.Module:
+    """Load the robust network or DNR end to end, or train it against attacks."""
+    path = job.folder / f"{name.lower()}.safetensors"
+    model: DNR | LogitRejection
+    if path.exists():
+        with _loading(console, name, path):
+            if name == END_TO_END:
+                return DNR.load(path, net)
+            model = load_robust(job.folder, job.settings, job.preset.build).to(job.device).eval()
+    else:
+        adversary, epochs = job.settings.adversary(), job.settings.adversarial_epochs
+        loss = "" if name == END_TO_END else f'loss "{adversary.loss}", '
+        attacks = f"attacks of eps {adversary.eps:g}, norm {in_words(adversary.norm)}"
+        with console.stage(name, f"{attacks}, {loss}{epochs} epochs"):
+            train = train_robust if name == ROBUST else train_end_to_end
+            model = train(job, net, console.progress)
+            _calibrate(model, job)
+            model.save(path)
+    if isinstance(model, LogitRejection):
+        _in_faster_format(model.net, job, console)
+    return model
 
 
 def _in_faster_format(net: nn.Module, job: Job, console: Console) -> nn.Module:
@@ -165,7 +196,7 @@ def _rejecting(
     return model
 
 
-def _calibrate(model: DNR | NR, job: Job) -> None:
+def _calibrate(model: DNR | NR | LogitRejection, job: Job) -> None:
     (images, labels), settings = job.images("threshold"), job.settings
     if settings.max_error is None:
         model.calibrate(images, settings.rejection_rate)
@@ -206,11 +237,13 @@ def summarise(job: Job, classifiers: dict[str, nn.Module]) -> Summary:
         )
         rates = {"test_accuracy": (accuracy_under_attack(predicted, labels, eps=0), len(labels))}
         entries[name] = {"aurc": risks[name].aurc}
-        if isinstance(model, DNR | NR):
+        if reject:
             before = predict_labels(outputs(model, calibration, size), reject)
             rates["calibration_rejection_rate"] = rejection_rate(before), len(before)
             rates["test_rejection_rate"] = rejection_rate(predicted), len(labels)
-            entries[name] |= {"threshold": model.threshold.item(), "selection": model.selection}
+            entries[name]["threshold"] = output[0, -1].item()
+            if (selection := getattr(model, "selection", None)) is not None:
+                entries[name]["selection"] = selection
             error = risks[name].error
             if error is not None and error.n:
                 rates["test_error_if_accepted"] = error.value, error.n

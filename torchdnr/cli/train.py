@@ -12,17 +12,16 @@ from torchdnr.distributed.processes import joined
 
 def train(options: argparse.Namespace, console: Console) -> None:
     """Make what the run folder lacks, and report how it does on clean images."""
-    console.stages = 3
     with joined(find_device(options.device)) as processes:
         console.join(processes.rank, processes.count)
         with processes.first_alone():  # it downloads and writes what the others then read
             job = prepare(options, console, processes)
+        console.stages = len(job.settings.classifiers)
         classifiers = make_classifiers(job, console, processes)
         if processes.first:
             console.say(summarise(job, classifiers).text)
-            console.say(
-                f"network, DNR and NR: {job.folder}/; next: python attack.py --run {job.folder}"
-            )
+            made, then = ", ".join(classifiers), f"python attack.py --run {job.folder}"
+            console.say(f"{made}: {job.folder}/; next: {then}")
         processes.wait()  # none leaves while the first one may still fail
 
 

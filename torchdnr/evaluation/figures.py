@@ -93,7 +93,7 @@ def plot_curves(
     for axes, label in zip(grid[:, 0], rows.values(), strict=True):
         axes.set_ylabel(label, fontsize=11)
     handles = grid[0, 0].get_legend_handles_labels()[0]
-    _legend(figure, handles, min(len(handles), 5))
+    _legend(figure, handles, min(len(handles), 3 * len(columns)))
     note = r"$\epsilon = 0$: a reject counts as an error; $\epsilon > 0$: as correct. Band: "
     counts = {len(group) for group in runs.values()}
     bands = ["95 % confidence interval"] * (1 in counts)
