@@ -86,7 +86,7 @@ def test_succeeds_where_gradients_vanish_and_pgd_fails(kind):
     assert len(far) > 3 and (gradient == 0).all()
     plain = pgd(model, inputs, labels, 0.7)
     assert not evades(model(plain), labels, True).any()
-    points = smoothed_pgd(model, inputs, labels, 0.7)
+    points = smoothed_pgd(model, inputs, labels, 0.7, steps=30)
     assert evades(model(points), labels, True).float().mean() >= 0.7
 
 
