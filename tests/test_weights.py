@@ -128,7 +128,7 @@ def test_a_search_weights_its_folds_and_its_accuracy(data, class_weight):
 
 
 def searched(images, labels, **options):
-    model = DNR(network(), LAYERS, C_grid=(0.1, 2.0), gamma_grid=(0.5, 2.0), folds=3, tol=TOL)
+    model = DNR(network(), LAYERS, C_grid=(0.1, 2.0), gamma_grid=(1.0,), folds=3, tol=TOL)
     return model.fit(images.double(), labels, **options)
 
 
@@ -169,7 +169,7 @@ def test_weights_go_with_a_loader_in_its_order(data):
     images, labels, weight = data
     loader = list(zip(images.double().split(16), labels.split(16), strict=True))
     one = searched(images, labels, sample_weight=weight)
-    model = DNR(network(), LAYERS, C_grid=(0.1, 2.0), gamma_grid=(0.5, 2.0), folds=3, tol=TOL)
+    model = DNR(network(), LAYERS, C_grid=(0.1, 2.0), gamma_grid=(1.0,), folds=3, tol=TOL)
     two = model.fit(loader, sample_weight=weight.tolist())
     torch.testing.assert_close(one.scores(images.double()), two.scores(images.double()))
 
