@@ -185,9 +185,9 @@ PREFIX = {
         ("bare", "DataParallel"),
         ("DataParallel", "bare"),
         ("DataParallel", "DataParallel"),
-        ("bare", "compiled"),
         ("compiled", "bare"),
-        ("both", "DataParallel"),
+        pytest.param("bare", "compiled", marks=pytest.mark.slow),
+        pytest.param("both", "DataParallel", marks=pytest.mark.slow),
     ],
 )
 def test_a_classifier_moves_between_wrappers_of_its_network(images, tmp_path, saved, loaded):

@@ -121,8 +121,9 @@ def test_a_search_weights_its_folds_and_its_accuracy(data, class_weight):
             scores = held_out_scores(z, y, w, class_weight, 3, C=limit, gamma=gamma)
             expected = (w * (scores.argmax(1) == y)).sum() / w.sum()
             assert search.accuracy[row, column].item() == pytest.approx(expected, abs=1e-9)
-            found = out_of_fold_scores(torch.tensor(z), labels, C=limit, gamma=gamma, **common)
-            np.testing.assert_allclose(found.numpy(), scores, **CLOSE)
+            if row == column:
+                found = out_of_fold_scores(torch.tensor(z), labels, C=limit, gamma=gamma, **common)
+                np.testing.assert_allclose(found.numpy(), scores, **CLOSE)
     expected = svc_scores(z, y, w, class_weight, z, C=search.C, gamma=search.gamma)
     np.testing.assert_allclose(search.svm(torch.tensor(z)).numpy(), expected, **CLOSE)
 

@@ -409,14 +409,8 @@ def scores_and_kernel(
 
 
 @scores_and_kernel.register_fake
-def _(
-    inputs: Tensor,
-    vectors: Tensor,
-    coefficients: Tensor,
-    gamma: Tensor,
-    norms: Tensor,
-    keep_kernel: bool,
-) -> tuple[Tensor, Tensor]:
+def _(*arguments: Any) -> tuple[Tensor, Tensor]:  # noqa: ANN401 - those of the operator
+    inputs, vectors, coefficients, _, _, keep_kernel = arguments
     n, m = inputs.shape[0], vectors.shape[0]
     scores = coefficients.new_empty(n, coefficients.shape[1])
     return scores, inputs.new_empty(n * m if keep_kernel else 0)
@@ -442,20 +436,10 @@ def rbf_gradients(
 
 
 @rbf_gradients.register_fake
-def _(
-    grad: Tensor,
-    inputs: Tensor,
-    vectors: Tensor,
-    coefficients: Tensor,
-    gamma: Tensor,
-    norms: Tensor,
-    scores: Tensor,
-    kernel: Tensor,
-    needed: Sequence[bool],
-) -> list[Tensor]:
-    tensors = (inputs, vectors, coefficients, gamma)
+def _(*arguments: Any) -> list[Tensor]:  # noqa: ANN401 - those of the operator
+    tensors, needed = arguments[1:5], arguments[-1]
     return [
-        torch.empty_like(t, memory_format=torch.preserve_format) if need else inputs.new_empty(0)
+        torch.empty_like(t, memory_format=torch.preserve_format) if need else t.new_empty(0)
         for t, need in zip(tensors, needed, strict=True)
     ]
 
