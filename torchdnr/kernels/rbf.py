@@ -80,16 +80,11 @@ def squared_norms(rows: Tensor) -> Tensor:
 
 
 def squared_distances(inputs: Tensor, vectors: Tensor, center: Tensor) -> Tensor:
-    """Compute all squared Euclidean distances by one matrix product.
+    """Compute all squared Euclidean distances of features by one matrix product, ``(n, m)``.
 
-    Args:
-        inputs: Features, ``(n, d)``.
-        vectors: Features to measure to, ``(m, d)``; may be ``inputs`` itself.
-        center: Mean of the training features, ``(d,)``, from which both sides are measured.
-
-    Returns:
-        Squared distances, ``(n, m)``, at least 0. Without gradient the diagonal is exactly 0
-        when ``vectors is inputs``.
+    Inputs ``(n, d)`` and vectors ``(m, d)`` are measured from ``center``, the mean of the training
+    features. Distances are at least 0; without gradient the diagonal is exactly 0 where the vectors
+    are the inputs themselves.
     """
     with full_precision(inputs.device):
         z = inputs - center
