@@ -13,6 +13,7 @@ from small_models import LAYERS, make_images, options, small_network
 
 from torchdnr import DNR
 from torchdnr.attacks.pgd import descend_steadily
+from torchdnr.cli import train
 from torchdnr.svm.newton import newton_blocks
 
 ROOT = Path(__file__).parents[1]
@@ -35,8 +36,13 @@ def calls_down_to(run: Callable[[], object], innermost: Callable[[FrameType, str
     stacks: list[Stack] = []
 
     def profile(frame: FrameType, event: str, called: object) -> None:
-        name = {"call": "", "c_call": getattr(called, "__name__", "?")}.get(event)
-        if name is not None and innermost(frame, name):
+        if event == "call":
+            name = ""
+        elif event == "c_call":
+            name = getattr(called, "__name__", "?")
+        else:
+            return
+        if innermost(frame, name):
             stacks.append(_functions(frame))
 
     sys.setprofile(profile)
@@ -92,11 +98,12 @@ def attack() -> Stack:
     with tempfile.TemporaryDirectory() as folder:
         data = {"x_train": images, "y_train": labels, "x_test": images[:9], "y_test": labels[:9]}
         np.savez(f"{folder}/images.npz", **data)
-        settings = "--attack pgd --steps 2 --eps 1 --samples 3 --epochs 1 --no-checks --quiet"
-        parts = "--network-samples 30 --svm-samples 30 --threshold-samples 30 --layers logits"
-        parts += " --C-grid 1 10 --gamma-grid 1"
-        argv = [*settings.split(), *parts.split(), "--device", "cpu"]
-        argv += ["--dataset", f"npz:{folder}/images.npz", "--run", f"{folder}/run"]
+        making = "--network-samples 30 --svm-samples 30 --threshold-samples 30 --layers logits"
+        making += " --C-grid 1 --gamma-grid 1 --epochs 1 --device cpu --quiet"
+        making += f" --dataset npz:{folder}/images.npz --run {folder}/run"
+        train.main(making.split())  # what is made already is not watched, which takes long
+        attacking = "--attack pgd --steps 2 --eps 1 --samples 3 --examples 0 --no-checks"
+        argv = [*making.split(), *attacking.split()]
         return calls_down_to(lambda: script.main(argv), _runs(descend_steadily.__code__))
 
 

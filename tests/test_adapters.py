@@ -325,6 +325,7 @@ def test_a_missing_package_is_named(name, package, monkeypatch):
         _ = adapters.nothing
 
 
+@pytest.mark.slow
 def test_importing_the_adapters_imports_no_other_library():
     code = (
         "import sys, torchdnr.adapters, torchdnr.rejection; "

@@ -88,10 +88,15 @@ def make_dnr(images, labels, held_out):
     return model.fit(images, labels).calibrate(held_out, 0.2)
 
 
+@pytest.fixture(scope="module")
+def expected(images):
+    """What is made of tensors."""
+    return make_dnr(images, torch.arange(30) % 3, images.flip(-1))
+
+
 @pytest.mark.filterwarnings("error::UserWarning")
-def test_a_classifier_is_fitted_calibrated_and_called_on_arrays(images, kind):
+def test_a_classifier_is_fitted_calibrated_and_called_on_arrays(images, expected, kind):
     labels, held_out = torch.arange(30) % 3, images.flip(-1)
-    expected = make_dnr(images, labels, held_out)
     model = make_dnr(kind(images), labels.tolist(), kind(held_out))
     torch.testing.assert_close(model(kind(images)), expected(images))
     torch.testing.assert_close(model.scores(kind(images)), expected.scores(images))

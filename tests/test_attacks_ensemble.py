@@ -38,12 +38,16 @@ def test_promises():
 
 @pytest.mark.parametrize("norm", NORMS)
 def test_finds_in_the_plane_what_brute_force_finds(norm):
-    members = {"apgd": apgd, "orthogonal": orthogonal_pgd, "noise": partial(noise, draws=300)}
+    members = {
+        "apgd": partial(apgd, steps=40),
+        "orthogonal": partial(orthogonal_pgd, steps=40),
+        "noise": partial(noise, draws=100),
+    }
     check_success(EnsembleAttack(members), norm, share=0.95)
 
 
 def test_finds_targets():
-    check_targeted(EnsembleAttack({"pgd": pgd, "noise": partial(noise, draws=300)}))
+    check_targeted(EnsembleAttack({"pgd": pgd, "noise": partial(noise, draws=100)}))
 
 
 @pytest.mark.parametrize("targeted", [False, True])

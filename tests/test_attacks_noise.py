@@ -42,11 +42,11 @@ def test_promises():
 
 @pytest.mark.parametrize("norm", NORMS)
 def test_finds_in_the_plane_what_brute_force_finds(norm):
-    check_success(lambda *args, **options: noise(*args, draws=600, **options), norm)
+    check_success(lambda *args, **options: noise(*args, draws=250, **options), norm)
 
 
 def test_finds_targets():
-    check_targeted(lambda *args, **options: noise(*args, draws=600, **options))
+    check_targeted(lambda *args, **options: noise(*args, draws=250, **options))
 
 
 @pytest.mark.parametrize("norm", NORMS)

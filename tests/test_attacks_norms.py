@@ -55,7 +55,7 @@ one_norm = pytest.mark.parametrize("name", ATTACKS)
 def test_stays_in_ball_and_box_with_an_eps_per_row(name, norm, dtype):
     model, inputs, labels, pool = problem(dtype)
     eps = torch.linspace(0, 1.5 * RADIUS[norm], 9, dtype=dtype)
-    found = ATTACKS[name](model, inputs, labels, pool, norm, eps, steps=15)
+    found = ATTACKS[name](model, inputs, labels, pool, norm, eps, steps=8)
     assert found.dtype == dtype and found.shape == inputs.shape
     assert found.min() >= 0 and found.max() <= 1
     change = (found.double() - inputs.double()).flatten(1)
@@ -71,14 +71,14 @@ def test_a_batch_of_several_eps_gives_what_each_gives_alone(name, norm):
     attack = ATTACKS[name]
     eps = radii.repeat_interleave(9)
     double = (torch.cat([inputs] * 2), torch.cat([labels] * 2))
-    joint = attack(model, *double, pool, norm, eps, steps=12)
+    joint = attack(model, *double, pool, norm, eps, steps=6)
     for index, radius in enumerate(radii.tolist()):
-        alone = attack(model, inputs, labels, pool, norm, radius, steps=12)
+        alone = attack(model, inputs, labels, pool, norm, radius, steps=6)
         torch.testing.assert_close(joint[9 * index :][:9], alone, atol=1e-8, rtol=0)
 
 
 @one_norm
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_targeted_means_accepted_as_the_target(name, seed):
     toy = RBFMap(seed=seed)
     inputs, labels, pool = toy.samples(n=20)

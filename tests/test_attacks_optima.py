@@ -48,6 +48,7 @@ BASIC = {"PGD", "APGD", "line-search PGD, decision"}  # on which the others buil
 QUICK = {1: BASIC, 2: FIXED_EPS.keys() - {"Square attack"}, float("inf"): BASIC}
 GRID_SIDE = 1000
 CELL = 1 / GRID_SIDE / 20  # of the finest grid: it misses the optimum by up to that
+FEW, MANY = 12, 40  # samples of each toy
 CASES = [
     (name, norm) for name in MINIMUM_NORM for norm in NORMS if not (name == "DDN" and norm != 2)
 ]
@@ -58,17 +59,23 @@ def sizes(points, inputs, norm):
 
 
 @lru_cache
-def rbf_problem(seed, norm):
+def rbf_problem(seed, norm, n):
     toy = RBFMap(seed=seed)
-    inputs, labels, pool = toy.samples(n=40)
+    inputs, labels, pool = toy.samples(n)
     return toy, inputs, labels, pool, toy.optimum(inputs, labels, norm, side=GRID_SIDE)
 
 
 @pytest.mark.parametrize(("name", "norm"), CASES)
-@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=SLOW), torch.float64])
-def test_minimum_norm_attacks_cross_a_reject_band_at_its_nearest_point(name, norm, dtype):
+@pytest.mark.parametrize(
+    ("dtype", "n"),
+    [
+        (torch.float64, FEW),
+        *(pytest.param(dtype, MANY, marks=SLOW) for dtype in (torch.float32, torch.float64)),
+    ],
+)
+def test_minimum_norm_attacks_cross_a_reject_band_at_its_nearest_point(name, norm, dtype, n):
     toy = LinearBand(dtype=dtype)
-    inputs, labels, pool = toy.samples()
+    inputs, labels, pool = toy.samples(n)
     found = MINIMUM_NORM[name](toy, inputs, labels, pool, **({} if norm == 2 else {"norm": norm}))
     assert found.dtype == dtype
     assert evades(toy(found), labels, True).all()
@@ -77,9 +84,11 @@ def test_minimum_norm_attacks_cross_a_reject_band_at_its_nearest_point(name, nor
 
 
 @pytest.mark.parametrize(("name", "norm"), CASES)
-@pytest.mark.parametrize("seed", [0, *(pytest.param(s, marks=SLOW) for s in (1, 2))])
-def test_minimum_norm_attacks_find_the_nearest_point_of_an_rbf_map(name, norm, seed):
-    toy, inputs, labels, pool, optimum = rbf_problem(seed, norm)
+@pytest.mark.parametrize(
+    ("seed", "n"), [(0, FEW), *(pytest.param(seed, MANY, marks=SLOW) for seed in (0, 1, 2))]
+)
+def test_minimum_norm_attacks_find_the_nearest_point_of_an_rbf_map(name, norm, seed, n):
+    toy, inputs, labels, pool, optimum = rbf_problem(seed, norm, n)
     found = MINIMUM_NORM[name](toy, inputs, labels, pool, **({} if norm == 2 else {"norm": norm}))
     assert evades(toy(found), labels, True).all()
     norms = sizes(found, inputs, norm)
@@ -94,11 +103,14 @@ def test_minimum_norm_attacks_find_the_nearest_point_of_an_rbf_map(name, norm, s
         for norm in NORMS
     ],
 )
-@pytest.mark.parametrize("seeds", [(0,), pytest.param((0, 1, 2), marks=SLOW)], ids=len)
-def test_fixed_eps_attacks_succeed_where_success_exists(name, norm, seeds):
+@pytest.mark.parametrize(
+    ("seeds", "n"),
+    [pytest.param((0,), FEW, id="few"), pytest.param((0, 1, 2), MANY, id="many", marks=SLOW)],
+)
+def test_fixed_eps_attacks_succeed_where_success_exists(name, norm, seeds, n):
     evading, count = 0, 0
     for seed in seeds:
-        toy, inputs, labels, pool, optimum = rbf_problem(seed, norm)
+        toy, inputs, labels, pool, optimum = rbf_problem(seed, norm, n)
         eps = 1.02 * optimum + CELL
         found = FIXED_EPS[name](toy, inputs, labels, eps, norm=norm, init_inputs=pool)
         evading += int(evades(toy(found), labels, True).sum())
@@ -108,12 +120,12 @@ def test_fixed_eps_attacks_succeed_where_success_exists(name, norm, seeds):
         found = FIXED_EPS[name](toy, inputs, labels, few, norm=norm, restarts=0)
         assert not evades(toy(found), labels, True).any()  # nothing is there to be found
     toy = LinearBand()
-    inputs, labels, pool = toy.samples()
+    inputs, labels, pool = toy.samples(n)
     eps = 1.02 * toy.optimum(inputs, norm)
     found = FIXED_EPS[name](toy, inputs, labels, eps, norm=norm, init_inputs=pool)
     evading += int(evades(toy(found), labels, True).sum())
     count += len(inputs)
-    assert count - evading <= 3  # of 80 or 160
+    assert count - evading <= count // 24  # 1 of 24, or 6 of 160
 
 
 @pytest.mark.parametrize("norm", NORMS)

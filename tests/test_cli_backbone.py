@@ -151,6 +151,7 @@ def test_without_layers_three_are_chosen_and_remembered(photographs, weights, tm
     assert len(metadata["layers"]) == len(settings_of(folder)["layers"]) == 3
 
 
+@pytest.mark.slow
 def test_a_backbone_without_weights_is_trained(photographs, weights, tmp_path):
     options = making(photographs, weights, tmp_path / "run")
     start, end = options.index("--weights"), options.index("--image-size")

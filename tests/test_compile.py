@@ -293,8 +293,13 @@ def test_compiled_calls_take_the_centred_vectors_that_are_kept(model, images):
     "change",
     [
         lambda svm: setattr(svm, "support_vectors", 1.1 * svm.support_vectors),
-        lambda svm: svm.load_state_dict(svm.state_dict() | {"center": svm.center + 1}),
-        lambda svm: (svm.support_vectors.mul_(1.1), svm(svm.support_vectors[:1])),
+        *(
+            pytest.param(change, marks=pytest.mark.slow)
+            for change in (
+                lambda svm: svm.load_state_dict(svm.state_dict() | {"center": svm.center + 1}),
+                lambda svm: (svm.support_vectors.mul_(1.1), svm(svm.support_vectors[:1])),
+            )
+        ),
     ],
 )
 def test_compiled_scores_follow_a_change_of_the_vectors(model, images, change):

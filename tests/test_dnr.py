@@ -226,7 +226,7 @@ def test_the_combiner_is_trained_on_out_of_fold_scores(dnr):
 
 def test_hyperparameters_are_searched_for_what_is_not_given(net):
     (x, y), _, (test, labels) = digits()
-    options = {"C_grid": [0.1, 10.0], "gamma_grid": [0.25, 1.0], "folds": 3}
+    options = {"C_grid": [0.1, 10.0], "gamma_grid": [0.25, 1.0], "folds": 2}
     model = DNR(net, ["pool", "head"], hyperparameters={"pool": (10.0, 0.1)}, **options).fit(x, y)
     assert model.selection["pool"] == {"C": 10.0, "gamma": 0.1}
     for name, svm in (("head", model.base_svms[1]), ("combiner", model.combiner)):

@@ -259,6 +259,7 @@ print(len(calls), bool((found["0"] == 6).all()), tuple(found["0"].shape))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits the size of files")
 def test_a_full_disk_is_a_clear_error_and_loses_no_batch(tmp_path):
     lines = run_script(FULL, tmp_path).splitlines()

@@ -38,8 +38,9 @@ def test_a_classifier_fitted_there_can_be_attacked_and_is_that_of_elsewhere(imag
         fitted(model, images)
     assert_can_be_attacked(model, images, expected)
     net = small_network()
+    search = {"stacking_folds": 2, "C_grid": (1.0, 10.0), "gamma_grid": (1.0,), "folds": 2}
     with torch.inference_mode():  # images that are made there, too
-        model = fitted(DNR(net, **OPTIONS | {"hyperparameters": {}}), images.clone())
+        model = fitted(DNR(net, **search), images.clone())
     assert_can_be_attacked(model, images)
 
 

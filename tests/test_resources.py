@@ -51,6 +51,7 @@ for name, cost in costs.items():
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="has no getrusage")
 def test_memory_of_a_stage_is_known_where_it_raises_the_peak_of_the_process():
     peaks = dict(line.split() for line in run_apart(MEASURED).splitlines())

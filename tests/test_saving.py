@@ -96,8 +96,7 @@ def test_extra_state_belongs_to_the_network(images, tmp_path, state, other):
     net = network_with(state)
     different = copy.deepcopy(net)
     different.logits.state = other
-    layers = ["conv", "logits"]
-    model = fitted(DNR(net, layers, **options(*layers, "combiner")), images)
+    model = fitted(NR(net, "logits", **options("logits")), images)
     assert_saved_for(model, images, copy.deepcopy(net), different, tmp_path / "dnr")
 
 
@@ -186,9 +185,9 @@ PREFIX = {
         ("bare", "DataParallel"),
         ("DataParallel", "bare"),
         ("DataParallel", "DataParallel"),
-        ("bare", "compiled"),
         ("compiled", "bare"),
-        ("both", "DataParallel"),
+        pytest.param("bare", "compiled", marks=pytest.mark.slow),
+        pytest.param("both", "DataParallel", marks=pytest.mark.slow),
     ],
 )
 def test_a_classifier_moves_between_wrappers_of_its_network(images, tmp_path, saved, loaded):

@@ -45,7 +45,7 @@ print(len(svm.support_vectors), process_peak_mib(), held)
 """
 
 
-def samples(n=900):
+def samples(n):
     generator = torch.Generator().manual_seed(0)
     x = torch.rand(n, 6, generator=generator)
     noise = 0.3 * torch.randn(n, generator=generator)
@@ -59,7 +59,7 @@ def least(call):
 
 
 def test_a_fit_in_the_least_memory_is_that_in_plenty():
-    x, y = samples()
+    x, y = samples(500)
     plenty = RBFSVM(C=5.0, gamma=3.0, tol=1e-5).fit(x.double(), y)
 
     def fit(limit):
@@ -70,7 +70,7 @@ def test_a_fit_in_the_least_memory_is_that_in_plenty():
 
 
 def test_a_search_in_the_least_memory_finds_the_same():
-    x, y = samples(240)
+    x, y = samples(150)
     grid = {"C_grid": (0.5, 5.0), "gamma_grid": (1.0, 4.0), "folds": 3}
 
     def search(limit):

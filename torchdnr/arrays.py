@@ -15,13 +15,8 @@ ArrayLike = Any
 def as_tensor(name: str, value: ArrayLike) -> Tensor:
     """Convert an array or a nested list of numbers; return a tensor as it is.
 
-    Args:
-        name: What the message calls it.
-        value: What to convert.
-
-    Returns:
-        Tensor of the array's dtype, on the CPU, perhaps on its memory; of a list in the default
-        dtype, or int64.
+    It has the array's dtype, on the CPU, perhaps on its memory; that of a list is the default one,
+    or int64. Messages call it ``name``.
 
     Raises:
         TypeError: If it holds anything but numbers, or rows of different lengths.
@@ -49,13 +44,7 @@ def as_tensor(name: str, value: ArrayLike) -> Tensor:
 def as_features(name: str, value: ArrayLike, like: Tensor | None = None) -> Tensor:
     """Convert features or other numbers; integers from elsewhere become floating point.
 
-    Args:
-        name: What the message calls them.
-        value: What to convert; a tensor is returned as it is.
-        like: Tensor whose dtype and device they get.
-
-    Returns:
-        Tensor of any shape.
+    A tensor is returned as it is; others get the dtype and device of ``like``.
     """
     if isinstance(value, Tensor):
         return value
@@ -66,16 +55,10 @@ def as_features(name: str, value: ArrayLike, like: Tensor | None = None) -> Tens
 
 
 def as_images(name: str, value: ArrayLike, model: object = None) -> Tensor:
-    """Convert images, in the floating point of a model and on its device.
+    """Convert images, in the floating point of a model, if it is a module, and on its device.
 
-    Args:
-        name: What the message calls them.
-        value: What to convert; a tensor is returned as it is. Integers stay integers: how they are
-            scaled to [0, 1] is for the caller to say.
-        model: What will see them, perhaps a module.
-
-    Returns:
-        Tensor of any shape.
+    A tensor is returned as it is. Integers stay integers: how they are scaled to [0, 1] is for the
+    caller to say.
     """
     if isinstance(value, Tensor):
         return value
@@ -97,15 +80,9 @@ def as_data(value: ArrayLike | Iterable[Any], model: object = None) -> Tensor | 
 
 
 def as_labels(name: str, value: ArrayLike, device: torch.device | None = None) -> Tensor:
-    """Convert class indices to int64, on a device.
+    """Convert class indices to int64, on a device, by default the CPU.
 
-    Args:
-        name: What the message calls them.
-        value: What to convert; a tensor is returned as it is.
-        device: Where they go; default: the CPU.
-
-    Returns:
-        int64 tensor of any shape; of another dtype where the values were no integers.
+    A tensor is returned as it is, and values that are no integers keep their dtype.
     """
     if isinstance(value, Tensor):
         return value

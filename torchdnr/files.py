@@ -65,17 +65,11 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; move it onto ``path`` when the block ends well.
 
     A reader sees the old file or the new one, never a part. When the block raises, the temporary
-    file is removed and ``path`` stays as it was. Missing parent folders are made.
-
-    Args:
-        path: The file to write.
-
-    Yields:
-        The path to write to, in the same folder: renaming is atomic only within one file system.
+    file is removed and ``path`` stays as it was. Missing parent folders are made. The temporary one
+    is in the same folder: renaming is atomic only within one file system.
 
     Raises:
         OSError: If the folder cannot be made or written to (the subclass that fits the cause).
-        BaseException: Whatever the block raises, after the clean-up.
     """
     path = Path(path)
     # Another name for each writer: two processes that write the same file never share a temporary.
@@ -101,15 +95,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 
 
 def atomic_write_bytes(path: str | Path, data: bytes) -> None:
-    """Write ``data`` to ``path`` whole or not at all.
-
-    Args:
-        path: The file to write; missing parent folders are made.
-        data: Its new contents.
-
-    Raises:
-        OSError: If the folder cannot be made or written to.
-    """
+    """Write ``data`` to ``path`` whole or not at all; as ``atomic_path``."""
     with atomic_path(path) as temporary:
         temporary.write_bytes(data)
 
@@ -119,12 +105,7 @@ def digest(state: Mapping[str, Any]) -> str:
 
     Of dense tensors that is dtype, shape and values, on any device and in any memory layout; of
     anything else, such as the extra state of a module, the parts that pickle would take it into.
-
-    Args:
-        state: Values by name.
-
-    Returns:
-        SHA-256 as 64 hexadecimal digits; the order of the names does not matter.
+    It is SHA-256 as 64 hexadecimal digits; the order of the names does not matter.
 
     Raises:
         TypeError: If a value cannot be taken apart, such as a lock, an open file, or one that

@@ -15,31 +15,20 @@ _SETTINGS = RLock()  # those of gpytorch are the same for all threads
 
 
 def scale_gamma(features: Tensor) -> float:
-    """Compute scikit-learn's ``gamma="scale"``: 1 / (d * variance of all entries).
-
-    Args:
-        features: Training features, ``(n, d)``.
-
-    Returns:
-        The kernel width; 1.0 for constant features, as scikit-learn has it.
-    """
+    """Compute scikit-learn's ``gamma="scale"`` of features ``(n, d)``; 1.0 where all are equal."""
     return gamma_for_variance(entry_moments(features)[0].item(), features.shape[1])
 
 
 def gamma_for_variance(variance: float, d: int) -> float:
-    """Compute ``gamma="scale"`` for d features whose entries have this variance."""
+    """Compute 1 / (d * variance), as ``gamma="scale"`` for d features of this variance is."""
     return 1.0 / (d * variance) if variance > 0.0 else 1.0
 
 
 def make_rbf_kernel(gamma: float, like: Tensor) -> RBFKernel:
-    """Build the gpytorch RBF kernel of a given width: gamma = 1 / (2 lengthscale^2).
+    """Build the gpytorch RBF kernel of a width > 0: gamma = 1 / (2 lengthscale^2).
 
-    Args:
-        gamma: Kernel width, > 0.
-        like: Tensor whose dtype and device the kernel takes.
-
-    Returns:
-        Kernel whose hyper-parameter is frozen; call ``requires_grad_()`` on it to train it.
+    It takes the dtype and device of ``like``. Its hyper-parameter is frozen; call
+    ``requires_grad_()`` on it to train it.
     """
     kernel = RBFKernel().to(like)
     kernel.lengthscale = math.sqrt(0.5 / gamma)
@@ -47,14 +36,10 @@ def make_rbf_kernel(gamma: float, like: Tensor) -> RBFKernel:
 
 
 def rbf_gamma(kernel: Kernel) -> Tensor | None:
-    """Read gamma from a kernel that the fused path can take.
+    """Read gamma from a kernel that the fused path can take, a plain RBF with one lengthscale.
 
-    Args:
-        kernel: Any gpytorch kernel.
-
-    Returns:
-        Gamma as a scalar tensor, differentiable by the lengthscale; None for any kernel other
-        than a plain RBF with one lengthscale, which then has to run through gpytorch.
+    It is a scalar tensor, differentiable by the lengthscale; None for any other kernel, which has
+    to run through gpytorch.
     """
     # torch.export traces stand-ins of modules, each of another class.
     stands_in = torch.compiler.is_exporting() and hasattr(type(kernel), "get_base")
@@ -101,18 +86,10 @@ def kernel_scores(
     *,
     block_elements: int = BLOCK_ELEMENTS,
 ) -> Tensor:
-    """Sum kernel values times coefficients, in blocks of rows.
+    """Sum kernel values times coefficients ``(m, c)``, in blocks of rows: ``(n, c)``.
 
-    Args:
-        kernel: Any gpytorch kernel; a plain RBF takes the fused path of ``rbf_scores``.
-        inputs: Features, ``(n, d)``.
-        vectors: Support vectors, ``(m, d)``.
-        coefficients: One column per class, ``(m, c)``.
-        center: Mean of the training features, ``(d,)``.
-        block_elements: Largest number of kernel values held at once on the fused path.
-
-    Returns:
-        Sums without intercept, ``(n, c)``.
+    A plain RBF takes the fused path of ``rbf_scores``; the arguments are as there, and as in
+    ``kernel_matrix``.
     """
     gamma = rbf_gamma(kernel)
     if gamma is not None:

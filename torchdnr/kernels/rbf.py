@@ -80,16 +80,11 @@ def squared_norms(rows: Tensor) -> Tensor:
 
 
 def squared_distances(inputs: Tensor, vectors: Tensor, center: Tensor) -> Tensor:
-    """Compute all squared Euclidean distances by one matrix product.
+    """Compute all squared Euclidean distances of features by one matrix product, ``(n, m)``.
 
-    Args:
-        inputs: Features, ``(n, d)``.
-        vectors: Features to measure to, ``(m, d)``; may be ``inputs`` itself.
-        center: Mean of the training features, ``(d,)``, from which both sides are measured.
-
-    Returns:
-        Squared distances, ``(n, m)``, at least 0. Without gradient the diagonal is exactly 0
-        when ``vectors is inputs``.
+    Inputs ``(n, d)`` and vectors ``(m, d)`` are measured from ``center``, the mean of the training
+    features. Distances are at least 0; without gradient the diagonal is exactly 0 where the vectors
+    are the inputs themselves.
     """
     with full_precision(inputs.device):
         z = inputs - center
@@ -409,14 +404,8 @@ def scores_and_kernel(
 
 
 @scores_and_kernel.register_fake
-def _(
-    inputs: Tensor,
-    vectors: Tensor,
-    coefficients: Tensor,
-    gamma: Tensor,
-    norms: Tensor,
-    keep_kernel: bool,
-) -> tuple[Tensor, Tensor]:
+def _(*arguments: Any) -> tuple[Tensor, Tensor]:  # noqa: ANN401 - those of the operator
+    inputs, vectors, coefficients, _, _, keep_kernel = arguments
     n, m = inputs.shape[0], vectors.shape[0]
     scores = coefficients.new_empty(n, coefficients.shape[1])
     return scores, inputs.new_empty(n * m if keep_kernel else 0)
@@ -442,20 +431,10 @@ def rbf_gradients(
 
 
 @rbf_gradients.register_fake
-def _(
-    grad: Tensor,
-    inputs: Tensor,
-    vectors: Tensor,
-    coefficients: Tensor,
-    gamma: Tensor,
-    norms: Tensor,
-    scores: Tensor,
-    kernel: Tensor,
-    needed: Sequence[bool],
-) -> list[Tensor]:
-    tensors = (inputs, vectors, coefficients, gamma)
+def _(*arguments: Any) -> list[Tensor]:  # noqa: ANN401 - those of the operator
+    tensors, needed = arguments[1:5], arguments[-1]
     return [
-        torch.empty_like(t, memory_format=torch.preserve_format) if need else inputs.new_empty(0)
+        torch.empty_like(t, memory_format=torch.preserve_format) if need else t.new_empty(0)
         for t, need in zip(tensors, needed, strict=True)
     ]
 

@@ -1,4 +1,7 @@
-"""The paper's networks, the layers that DNR reads from them, and their files."""
+"""The paper's networks, the layers that DNR reads from them, and their files.
+
+Each is built for a number of classes c, and of colour channels of the images.
+"""
 
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -28,10 +31,6 @@ class MNISTNet(nn.Sequential):
     network that it follows. The softmax of Table I is left to the loss. The weights start at He's
     values: from PyTorch's default ones, Table III's learning rate leaves the network at chance
     level on a few thousand digits.
-
-    Args:
-        num_classes: Classes, c.
-        channels: Colour channels of the images.
 
     Source: Table I of Sotgiu et al., "Deep neural rejection against adversarial examples", 2020;
     Carlini, Wagner, "Towards evaluating the robustness of neural networks", 2017, Table I.
@@ -69,10 +68,6 @@ class ZooMNISTNet(nn.Sequential):
     one hidden layer of 32 units. The hyper-parameters published later belong to it. The weights
     start at He's values.
 
-    Args:
-        num_classes: Classes, c.
-        channels: Colour channels of the images.
-
     Source: secml-zoo, model "mnist-cnn", and the FADER code by the same group.
     """
 
@@ -101,10 +96,6 @@ class CIFAR10Net(nn.Sequential):
     Table II; a step inside the network maps [0, 1] to [-1, 1]. Convolutions are padded but for the
     last, so that 512 features enter the fully connected layer, which, as in the table, has no ReLU.
     The weights start at He's values.
-
-    Args:
-        num_classes: Classes, c.
-        channels: Colour channels of the images.
 
     Source: Table II of Sotgiu et al., "Deep neural rejection against adversarial examples", 2020;
     the padding is that of the FADER code by the same group.
@@ -156,27 +147,14 @@ class Normalise(nn.Module):
 
 
 def save_network(net: nn.Module, path: str | Path) -> None:
-    """Save the weights and buffers of a network in one safetensors file, whole or not at all.
-
-    Args:
-        net: Any network.
-        path: The file to write; an existing one is replaced.
-
-    Raises:
-        OSError: If the folder cannot be made or written to.
-    """
+    """Save the weights and buffers of a network in one safetensors file, whole or not at all."""
     save_tensors(path, net.state_dict(), {"architecture": type(net).__name__}, kind="network")
 
 
 def load_network(net: Network, path: str | Path) -> Network:
-    """Load what `save_network` wrote into a network of the same architecture.
+    """Load what `save_network` wrote into a network of the same architecture, and return it.
 
-    Args:
-        net: The network to fill in place; its device and training mode stay.
-        path: The file to read.
-
-    Returns:
-        ``net``.
+    It is filled in place; its device and training mode stay.
 
     Raises:
         FileNotFoundError: If there is no such file.

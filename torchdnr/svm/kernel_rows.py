@@ -95,13 +95,9 @@ class KernelRows:
         return self._slot_of is self._sample_in
 
     def slots(self, index: Tensor) -> Tensor:
-        """Make sure that rows are held.
+        """Hold rows of at most ``capacity`` different samples ``(m,)``, in any order.
 
-        Args:
-            index: Samples, ``(m,)``, any order, repeats allowed; at most ``capacity`` different.
-
-        Returns:
-            Rows of ``store`` that hold them, ``(m,)``; valid until the next call.
+        Returns the rows of ``store`` that hold them, ``(m,)``; valid until the next call.
         """
         if self.is_dense:
             return index
@@ -124,14 +120,10 @@ class KernelRows:
         return vectors[:, self._columns] @ rows.T
 
     def product(self, vectors: Tensor, *, exact: bool = True) -> Tensor:
-        """Multiply vectors by the Gram matrix; only rows with a nonzero coefficient are read.
+        """Multiply vectors, float64 ``(P, n)``, by the Gram matrix: ``(P, n)``.
 
-        Args:
-            vectors: One vector per row, float64 ``(P, n)``.
-            exact: Whether to accumulate in float64 whatever the dtype of the kernel.
-
-        Returns:
-            Products, float64 ``(P, n)``.
+        Only rows with a nonzero coefficient are read. ``exact`` sums are in float64 whatever the
+        dtype of the kernel.
         """
         used = vectors.ne(0).any(dim=0).nonzero().squeeze(1)  # a data-dependent size: syncs once
         result = torch.zeros_like(vectors[:, self._columns])
@@ -154,15 +146,10 @@ class KernelRows:
     def collect(
         self, blocks: Sequence[Block], results: Sequence[Tensor], extra: int
     ) -> Sequence[Tensor]:
-        """Return the results of all blocks, given those of the ``assigned`` ones.
+        """Return the results of all blocks, in their order, given those of the ``assigned`` ones.
 
-        Args:
-            blocks: All of them.
-            results: A row per problem, float64 ``(p, k + extra)``.
-            extra: Numbers per problem beside those of its working set.
-
-        Returns:
-            Results in the order of the blocks.
+        They have a row per problem, float64 ``(p, k + extra)``, with ``extra`` numbers beside those
+        of its working set.
         """
         return results
 

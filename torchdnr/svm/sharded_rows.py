@@ -11,17 +11,10 @@ from torchdnr.svm.memory_plan import MemoryPlan
 
 
 class ShardedRows(KernelRows):
-    """A Gram matrix whose columns are divided among processes.
+    """A Gram matrix whose columns are divided among processes, as ``partition`` says.
 
-    All call the same methods with the same arguments, and get the same results.
-
-    Args:
-        evaluate: Maps sample indices ``(m,)`` to their kernels with this process's samples,
-            ``(m, k)``.
-        partition: Which samples belong to which process.
-        like: Tensor whose dtype and device the rows have.
-        plan: How many rows are held at the most. Default: all.
-        batch: Rows evaluated at once; as in ``KernelRows``.
+    All call the same methods with the same arguments, and get the same results. ``evaluate`` maps
+    sample indices ``(m,)`` to their kernels with this process's samples, ``(m, k)``.
     """
 
     def __init__(

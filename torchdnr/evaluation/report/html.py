@@ -103,22 +103,12 @@ def save_html(
 ) -> None:
     """Write the report, atomically: an earlier one stays until the new one is complete.
 
-    Args:
-        path: File to write.
-        curves: Classifier name to its curve.
-        settings: What the numbers depend on; "classifiers" and "environment", if given, each get
-            a table.
-        checks: Classifier name to ``CheckReport.to_dict()``; empty if none were made.
-        measures: Classifier name to ``Measures.to_dict()``.
-        figures: Caption to a PNG file, embedded in this order.
-        title: Heading of the page.
-        command: How to reproduce it.
-        tables: Title to the rows of a further table, the first its header; a cell is text or the
-            ``to_dict()`` of a share.
-
-    Raises:
-        OSError: If the file cannot be written, or a figure cannot be read.
-        ValueError: If there is no curve.
+    By classifier: ``curves``, of which there is one at least, ``CheckReport.to_dict()`` in
+    ``checks``, empty if none were made, and ``Measures.to_dict()`` in ``measures``. ``settings``
+    are what the numbers depend on; "classifiers" and "environment", if given, each get a table.
+    ``figures`` maps captions to PNG files, embedded in this order; ``command`` is what reproduces
+    it. ``tables`` maps titles to the rows of further tables, the first a header; a cell is text or
+    the ``to_dict()`` of a share.
     """
     if not curves:
         raise ValueError("curves is empty: give at least one security curve")
