@@ -550,22 +550,25 @@ def test_one_command_has_all_three(finished, capsys):
     assert stopped.value.code == 2 and "invalid choice" in capsys.readouterr().err
 
 
+TORCHRUN = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d"]
+TORCHRUN += ["--rdzv-endpoint", "localhost:0", "--"]  # else torchrun takes --run for its own
+
+
 @pytest.mark.slow
-def test_two_processes_report_what_one_does(run, digits, tmp_path):
+@pytest.mark.parametrize("launcher", [TORCHRUN, []], ids=["torchrun", "by itself"])
+def test_two_processes_report_what_one_does(run, digits, tmp_path, launcher):
     for path in [*run.glob("attack-*"), *run.glob("checks-*"), run / "results.json"]:
         path.unlink()
     other = Path(shutil.copytree(run, tmp_path / "other"))
     options = [*ATTACKING, "--no-checks", "--attack", "line-search-pgd", "fmn", "pgd"]
     options += ["--steps", "2", "--samples", "20"]  # two shares
     assert attack.main(["--quiet", "--run", str(run), *options]) == 0
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
-    command += ["--", str(ROOT / "attack.py")]  # else torchrun takes --run for its own
-    command += ["--run", str(other), *options]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *launcher, str(ROOT / "attack.py"), "--run", str(other), *options]
+    env = {**os.environ, "OMP_NUM_THREADS": "1" if launcher else "2"}  # the cores it sees
     done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("worst case") >= 1 and done.stdout.count("accuracy: eps = 0") == 1
+    assert done.stderr.count("took") == 1
     one, two = _results(run), _results(other)
     assert (one["settings"].pop("processes"), two["settings"].pop("processes")) == (1, 2)
     assert one == two
