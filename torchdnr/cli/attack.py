@@ -55,7 +55,7 @@ def main(
     """
     options = attack_parser(prog, processes).parse_args(argv)
     with command(options.quiet) as console:
-        shares = len(split_into_shares(options.samples or SAMPLES))
+        shares = 3 * len(split_into_shares(options.samples or SAMPLES))  # of DNN, NR and DNR
         count = process_count(options.processes, options.device, shares)
         with further_processes(count, attack, options):
             attack(options, console)
