@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision import datasets
 
 from torchdnr.data.readers import read_folder, read_npz, to_nchw
 
@@ -177,6 +176,8 @@ def _load_mnist_5k() -> Dataset:
 
 
 def _load_torchvision(source: str, root: Path, progress: bool) -> Dataset:
+    from torchvision import datasets  # here alone: it takes seconds to import
+
     make = datasets.MNIST if source == "mnist" else datasets.CIFAR10
     shown = progress and sys.stderr.isatty()  # torchvision always draws its bars
     try:
