@@ -564,7 +564,8 @@ def test_two_processes_report_what_one_does(run, digits, tmp_path, launcher):
     options += ["--steps", "2", "--samples", "20"]  # two shares
     assert attack.main(["--quiet", "--run", str(run), *options]) == 0
     command = [sys.executable, *launcher, str(ROOT / "attack.py"), "--run", str(other), *options]
-    env = {**os.environ, "OMP_NUM_THREADS": "1" if launcher else "2"}  # the cores it sees
+    cores = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1" if launcher else "2")
+    env = os.environ | cores  # that PyTorch counts
     done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("worst case") >= 1 and done.stdout.count("accuracy: eps = 0") == 1
