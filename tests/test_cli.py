@@ -162,6 +162,14 @@ def test_results_without_figures_are_drawn_again(run):
     assert (run / "curve.png").exists() and _results(run) == before
 
 
+def test_clean_images_alone_give_no_adversarial_examples(run):
+    options = ["--samples", "4", "--eps", "0", "--no-checks"]
+    assert attack.main(["--quiet", "--run", str(run), *options]) == 0
+    files = json.loads((run / "results.json").read_text())["settings"]["files"]
+    assert "curve.png" in files and "examples.png" not in files
+    assert not (run / "examples.png").exists()
+
+
 @contextmanager
 def _stopping_at(path):
     """Press Ctrl-C, so to speak, as soon as a file is there."""

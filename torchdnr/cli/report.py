@@ -174,7 +174,7 @@ def _draw_examples(evaluation: Evaluation, curves: Mapping[str, SecurityCurve], 
     examples = None if eps is None else evaluation.examples(curves, eps)
     if eps is None or examples is None:
         if evaluation.settings.examples:
-            text = "no examples.png: no attacked image is right for all classifiers"
+            text = "no examples.png: no image was attacked that is right for all classifiers"
             evaluation.console.say(text)
         return False
     images, labels, adversarials = examples
