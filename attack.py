@@ -5,4 +5,4 @@ import sys
 from torchdnr.cli.attack import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(processes=None))

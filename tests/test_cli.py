@@ -162,6 +162,14 @@ def test_results_without_figures_are_drawn_again(run):
     assert (run / "curve.png").exists() and _results(run) == before
 
 
+def test_clean_images_alone_give_no_adversarial_examples(run):
+    options = ["--samples", "4", "--eps", "0", "--no-checks"]
+    assert attack.main(["--quiet", "--run", str(run), *options]) == 0
+    files = json.loads((run / "results.json").read_text())["settings"]["files"]
+    assert "curve.png" in files and "examples.png" not in files
+    assert not (run / "examples.png").exists()
+
+
 @contextmanager
 def _stopping_at(path):
     """Press Ctrl-C, so to speak, as soon as a file is there."""
@@ -550,22 +558,26 @@ def test_one_command_has_all_three(finished, capsys):
     assert stopped.value.code == 2 and "invalid choice" in capsys.readouterr().err
 
 
+TORCHRUN = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d"]
+TORCHRUN += ["--rdzv-endpoint", "localhost:0", "--"]  # else torchrun takes --run for its own
+
+
 @pytest.mark.slow
-def test_two_processes_report_what_one_does(run, digits, tmp_path):
+@pytest.mark.parametrize("launcher", [TORCHRUN, []], ids=["torchrun", "by itself"])
+def test_two_processes_report_what_one_does(run, digits, tmp_path, launcher):
     for path in [*run.glob("attack-*"), *run.glob("checks-*"), run / "results.json"]:
         path.unlink()
     other = Path(shutil.copytree(run, tmp_path / "other"))
     options = [*ATTACKING, "--no-checks", "--attack", "line-search-pgd", "fmn", "pgd"]
     options += ["--steps", "2", "--samples", "20"]  # two shares
     assert attack.main(["--quiet", "--run", str(run), *options]) == 0
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
-    command += ["--", str(ROOT / "attack.py")]  # else torchrun takes --run for its own
-    command += ["--run", str(other), *options]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *launcher, str(ROOT / "attack.py"), "--run", str(other), *options]
+    cores = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1" if launcher else "2")
+    env = os.environ | cores  # that PyTorch counts
     done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("worst case") >= 1 and done.stdout.count("accuracy: eps = 0") == 1
+    assert done.stderr.count("took") == 1
     one, two = _results(run), _results(other)
     assert (one["settings"].pop("processes"), two["settings"].pop("processes")) == (1, 2)
     assert one == two

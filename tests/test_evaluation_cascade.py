@@ -281,7 +281,8 @@ def test_shares_hold_every_sample_once_and_are_of_one_size(n):
     sizes = [len(rows) for rows in shares]
     assert max(sizes) <= 256 and max(sizes) - min(sizes) <= 1
     assert len(shares) == 1 or min(sizes) >= 10
-    assert n < 100 or len(shares) >= 4
+    assert len(shares) >= min(n / 64, 4)  # of each classifier: enough for several processes
+    assert n < 20 or len(shares) > 1
 
 
 def test_a_stopped_share_goes_on_and_the_others_are_not_run_again(tmp_path):

@@ -30,7 +30,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="arguments of the command")
     options = parser.parse_args(argv)
     run, _ = COMMANDS[options.command]
-    return run(options.arguments, prog=f"torchdnr {options.command}")
+    # From a shell they start further processes: not where this is called from Python.
+    shared = {"processes": None} if argv is None and run is not predict.main else {}
+    return run(options.arguments, prog=f"torchdnr {options.command}", **shared)
 
 
 if __name__ == "__main__":

@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from torchdnr.cli.classifiers import make_classifiers, summarise
 from torchdnr.cli.console import Console, command
 from torchdnr.cli.evaluation import Evaluation
+from torchdnr.cli.launch import further_processes, process_count
 from torchdnr.cli.options import attack_parser
 from torchdnr.cli.report import FILES, load_report, write_report
 from torchdnr.cli.run_folder import find_device, prepare
-from torchdnr.cli.settings import AttackSettings, in_words
+from torchdnr.cli.settings import SAMPLES, AttackSettings, in_words
 from torchdnr.distributed.processes import joined
+from torchdnr.evaluation.shares import split_into_shares
 
 
 def attack(options: argparse.Namespace, console: Console) -> None:
@@ -47,9 +49,17 @@ def attack(options: argparse.Namespace, console: Console) -> None:
             console.say(f"{', '.join(files)}: in {job.folder}/")
 
 
-def main(argv: Sequence[str] | None = None, prog: str = "attack.py") -> int:
-    """Run the command line; return 0 if done, 2 after an error, 130 if stopped by Ctrl-C."""
-    options = attack_parser(prog).parse_args(argv)
+def main(
+    argv: Sequence[str] | None = None, prog: str = "attack.py", *, processes: int | None = 1
+) -> int:
+    """Run the command line; return 0 if done, 2 after an error, 130 if stopped by Ctrl-C.
+
+    Without --processes it is this one alone, or ``processes``; None: as many as pay.
+    """
+    options = attack_parser(prog, processes).parse_args(argv)
     with command(options.quiet) as console:
-        attack(options, console)
+        shares = 3 * len(split_into_shares(options.samples or SAMPLES))  # of DNN, NR and DNR
+        count = process_count(options.processes, options.device, shares)
+        with further_processes(count, attack, options):
+            attack(options, console)
     return console.status

@@ -27,9 +27,9 @@ class Console:
 
     def join(self, rank: int, count: int) -> None:
         """Note the number of this process among ``count``, of which only the first prints."""
-        if count > 1:
+        if rank > 0:
             self.process = f"process {rank + 1} of {count}: "
-            self.progress = self.progress and rank == 0
+            self.progress = False
 
     @property
     def total_seconds(self) -> float:
@@ -69,7 +69,7 @@ def command(
         print(f"\n{console.process}stopped; the same command {what_then}", file=sys.stderr)
         console.status = STOPPED
     except Exception as error:
-        if not _is_for_user(error, packages):
+        if not is_for_user(error, packages):
             raise
         print(f"{console.process}error: {error}", file=sys.stderr)
         console.status = FAILED
@@ -79,7 +79,7 @@ def command(
         console.say(f"took {console.total_seconds:.0f} s{used}")
 
 
-def _is_for_user(error: Exception, packages: Sequence[str]) -> bool:
+def is_for_user(error: Exception, packages: Sequence[str] = ("torchdnr",)) -> bool:
     """Return whether a message was written for the user: by us, or about a file or memory."""
     if isinstance(error, OSError | torch.OutOfMemoryError):
         return True

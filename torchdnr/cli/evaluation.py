@@ -105,14 +105,13 @@ class Evaluation:
         if self.settings.checks:
             with self.console.stage("checks", "were the attacks as strong as they should be?"):
                 results["checks"] = self._each("checks", curves, self._check)
-        positive = [eps for eps in self.settings.eps if eps > 0]
-        if self.settings.stratified and positive:
-            eps = min(positive, key=lambda eps: abs(eps - self.settings.example_eps))
+        eps = self.example_eps()
+        if self.settings.stratified and eps is not None:
             with self.console.stage("stratified", f"rejecting early is an error, eps {eps:g}"):
                 results["stratified"] = self._each(
                     "stratified", curves, lambda name, curve: self._stratify(name, curve, eps)
                 )
-        if self.settings.sweep and positive:
+        if self.settings.sweep and eps is not None:
             rejecting = {name: curve for name, curve in curves.items() if curve.rejects}
             with self.console.stage("sweep", f"false rejection rates {in_words(SWEEP_RATES)}"):
                 results["sweeps"] = self._each("sweeps", rejecting, self._sweep)
@@ -131,10 +130,17 @@ class Evaluation:
             for name, model in self.classifiers.items()
         }
 
-    def examples(self) -> tuple[Tensor, Tensor, dict[str, Tensor]] | None:
-        """Attack a few images that all classifiers get right when they are clean, if any.
+    def example_eps(self) -> float | None:
+        """Choose the attacked eps > 0 that is nearest to the one of the examples, if any."""
+        positive = [eps for eps in self.settings.eps if eps > 0]
+        return min(positive, key=lambda eps: abs(eps - self.settings.example_eps), default=None)
 
-        The last of what is returned are the adversarial images by classifier.
+    def examples(
+        self, curves: Mapping[str, SecurityCurve], eps: float
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]] | None:
+        """Select a few images that all classifiers get right when they are clean, if any.
+
+        The last of what is returned are the worst-case points at an eps by classifier.
         """
         images, labels = self.images()
         right = torch.ones_like(labels, dtype=torch.bool)
@@ -143,22 +149,9 @@ class Evaluation:
         rows = right.nonzero()[: self.settings.examples, 0]
         if len(rows) == 0:
             return None
-        images, labels = images[rows], labels[rows]
-        adversarials = {
-            name: line_search_pgd(
-                model,
-                images,
-                labels,
-                self.settings.example_eps,
-                norm=self.settings.norm,
-                init_inputs=self.job.images("svm")[0],
-                batch_size=self.settings.batch_size,
-                progress=self.console.progress,
-                **self._options("steps"),
-            )
-            for name, model in self.classifiers.items()
-        }
-        return images, labels, adversarials
+        points = {name: _points(curve)[curve.eps.index(eps)] for name, curve in curves.items()}
+        adversarials = {name: some[rows.cpu()].to(images) for name, some in points.items()}
+        return images[rows], labels[rows], adversarials
 
     def predict(self, name: str, images: Tensor) -> Tensor:
         """Predict labels, or ``REJECT``, by one of the classifiers."""

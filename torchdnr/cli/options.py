@@ -9,6 +9,7 @@ from torchdnr.cli.settings import (
     dest_of,
     flag_of,
     in_words,
+    number,
     option_fields,
 )
 from torchdnr.evaluation.line_up import ATTACKS
@@ -27,19 +28,18 @@ whatever the run folder lacks, as train.py does: without options this is the who
 handwritten digits. Then checks whether the attacks were as strong as they should be. Prints a
 table and the checks, and writes report.html, results.json, results.csv, curve.png and
 examples.png. A run that was stopped goes on where it was when the same command is given again.
-Several processes share the attacks: torchrun --nproc-per-node 2 -- attack.py ... (with "--",
-as torchrun would take --run for an option of its own)."""
+Started from a shell on a CPU, it shares the work among a process per core: --processes."""
 
 
-def train_parser(prog: str = "train.py") -> argparse.ArgumentParser:
+def train_parser(prog: str = "train.py", processes: int | None = 1) -> argparse.ArgumentParser:
     """Build the parser of ``train.py``. Options of the run folder are None where not given."""
     parser = argparse.ArgumentParser(prog=prog, description=_TRAIN)
-    _add_common_options(parser)
+    _add_common_options(parser, processes)
     _add_settings(parser, RunSettings, batch_size=["--batch-size"])
     return parser
 
 
-def attack_parser(prog: str = "attack.py") -> argparse.ArgumentParser:
+def attack_parser(prog: str = "attack.py", processes: int | None = 1) -> argparse.ArgumentParser:
     """Build the parser of ``attack.py``. Options of the run folder are None where not given."""
     width = max(map(len, ATTACKS))
     attacks = "\n".join(f"  {name:<{width}}  {entry.help}" for name, entry in ATTACKS.items())
@@ -49,7 +49,7 @@ def attack_parser(prog: str = "attack.py") -> argparse.ArgumentParser:
         epilog=f"attacks, in the order in which they run:\n{attacks}",
         formatter_class=argparse.RawDescriptionHelpFormatter,  # keeps the lines of the epilog
     )
-    _add_common_options(parser)
+    _add_common_options(parser, processes)
     _add_settings(parser, RunSettings)
     _add_settings(parser, AttackSettings)
     fields = option_fields(AttackSettings)
@@ -69,17 +69,26 @@ def _add_settings(
         group.add_argument(*flags, **{"dest": entry.name, **entry.metadata["parsing"]})
 
 
-def _add_common_options(parser: argparse.ArgumentParser) -> None:
+def _add_common_options(parser: argparse.ArgumentParser, processes: int | None) -> None:
     option = parser.add_argument
     option(
         "--run",
         metavar="DIR",
         help="run folder. It remembers the options that it was made with, but for --device, "
-        "--data-root, --channels-last, --quiet and those of the attack (default: runs/ and the "
-        "data set's name)",
+        "--data-root, --channels-last, --processes, --quiet and those of the attack (default: "
+        "runs/ and the data set's name)",
     )
     option("--data-root", default="data", metavar="DIR", help="downloads (default: %(default)s)")
     add_device_options(option)
+    option(
+        "--processes",
+        type=number(1),
+        default=processes,
+        metavar="N",
+        help="processes on this machine that share the work; the results are the same (default: on "
+        "a CPU one per core, as far as the images and 4 GiB of memory for each go round; on a GPU "
+        "1, as each needs a GPU of its own; under torchrun those that it starts)",
+    )
     option("--quiet", action="store_true", help="only the results: no messages, no progress bars")
 
 

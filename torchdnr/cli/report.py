@@ -150,7 +150,7 @@ def _draw(
     folder = evaluation.job.folder
     drawn = ["curve.png"]
     plot_curves(curves, folder / "curve.png")
-    if _draw_examples(evaluation, folder / "examples.png"):
+    if _draw_examples(evaluation, curves, folder / "examples.png"):
         drawn.append("examples.png")
     if _draw_roc(curves, measures, folder / "roc.png"):
         drawn.append("roc.png")
@@ -169,11 +169,12 @@ def _draw(
     return {CAPTIONS[name]: folder / name for name in drawn}
 
 
-def _draw_examples(evaluation: Evaluation, path: Path) -> bool:
-    examples = evaluation.examples()
-    if examples is None:
+def _draw_examples(evaluation: Evaluation, curves: Mapping[str, SecurityCurve], path: Path) -> bool:
+    eps = evaluation.example_eps()
+    examples = None if eps is None else evaluation.examples(curves, eps)
+    if eps is None or examples is None:
         if evaluation.settings.examples:
-            text = "no examples.png: no attacked image is right for all classifiers"
+            text = "no examples.png: no image was attacked that is right for all classifiers"
             evaluation.console.say(text)
         return False
     images, labels, adversarials = examples
@@ -183,7 +184,7 @@ def _draw_examples(evaluation: Evaluation, path: Path) -> bool:
         labels,
         adversarials,
         {name: evaluation.predict(name, points) for name, points in adversarials.items()},
-        evaluation.settings.example_eps,
+        eps,
         evaluation.job.dataset.classes,
         norm=evaluation.settings.norm,
     )

@@ -510,7 +510,7 @@ class AttackSettings(_Settings):
     )
     examples: int = count("images to show in examples.png", low=0, default=5)
     example_eps: float = option(
-        "size of their perturbation",
+        "size of their perturbation, or rather the nearest of --eps",
         default_text=by_norm(EXAMPLE_EPS),
         type=number(0, float),
         metavar="E",

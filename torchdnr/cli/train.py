@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from torchdnr.cli.classifiers import make_classifiers, summarise
 from torchdnr.cli.console import Console, command
+from torchdnr.cli.launch import further_processes, process_count
 from torchdnr.cli.options import train_parser
 from torchdnr.cli.run_folder import find_device, prepare
 from torchdnr.distributed.processes import joined
@@ -25,9 +26,16 @@ def train(options: argparse.Namespace, console: Console) -> None:
         processes.wait()  # none leaves while the first one may still fail
 
 
-def main(argv: Sequence[str] | None = None, prog: str = "train.py") -> int:
-    """Run the command line; return 0 if done, 2 after an error, 130 if stopped by Ctrl-C."""
-    options = train_parser(prog).parse_args(argv)
+def main(
+    argv: Sequence[str] | None = None, prog: str = "train.py", *, processes: int | None = 1
+) -> int:
+    """Run the command line; return 0 if done, 2 after an error, 130 if stopped by Ctrl-C.
+
+    Without --processes it is this one alone, or ``processes``; None: as many as pay.
+    """
+    options = train_parser(prog, processes).parse_args(argv)
     with command(options.quiet) as console:
-        train(options, console)
+        count = process_count(options.processes, options.device)
+        with further_processes(count, train, options):
+            train(options, console)
     return console.status

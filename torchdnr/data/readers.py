@@ -2,18 +2,18 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision import datasets
-from torchvision.datasets.folder import IMG_EXTENSIONS
-from torchvision.transforms import v2
 
 from torchdnr.data.image_files import MODES, UNREADABLE, open_image
 from torchdnr.distributed.processes import warn_once
 from torchdnr.resources import progress_bar
+
+if TYPE_CHECKING:  # torchvision takes seconds to import, and most runs do without it
+    from torchvision.datasets import ImageFolder
 
 MAX_CHANNELS = 4  # tells NCHW from NHWC
 
@@ -124,6 +124,8 @@ def read_folder(path: Path, image_size: int, progress: bool = True) -> tuple[Any
         FileNotFoundError: If a folder is missing, or a class folder holds no image file.
         ValueError: If the classes of the two folders differ, or a class has no readable image.
     """
+    from torchvision.datasets import ImageFolder
+
     if image_size < 1:
         raise ValueError(f"image_size must be >= 1, got {image_size}; pass pixels, such as 224")
     for part in ("train", "val"):
@@ -131,9 +133,7 @@ def read_folder(path: Path, image_size: int, progress: bool = True) -> tuple[Any
             raise FileNotFoundError(
                 f"no folder {path / part}; expected {path} to hold train/CLASS/* and val/CLASS/*"
             )
-    train, test = (
-        datasets.ImageFolder(path / part, loader=open_image) for part in ("train", "val")
-    )
+    train, test = (ImageFolder(path / part, loader=open_image) for part in ("train", "val"))
     if train.classes != test.classes or len(train.classes) < 2:
         raise ValueError(
             f"{path}: train/ and val/ must have the same class folders, at least two, got "
@@ -146,11 +146,13 @@ def read_folder(path: Path, image_size: int, progress: bool = True) -> tuple[Any
 
 def square_crop(image_size: int) -> Callable[[Any], Tensor]:
     """Make the transform of an image of Pillow: short side resized, centre cropped; uint8 CHW."""
+    from torchvision.transforms import v2
+
     return v2.Compose([v2.Resize(image_size), v2.CenterCrop(image_size), v2.PILToTensor()])
 
 
 def _read_images(
-    folder: datasets.ImageFolder, crop: Callable[[Any], Tensor], image_size: int, progress: bool
+    folder: "ImageFolder", crop: Callable[[Any], Tensor], image_size: int, progress: bool
 ) -> tuple[Tensor, Tensor]:
     images = torch.empty(len(folder.samples), 3, image_size, image_size, dtype=torch.uint8)
     labels: list[int] = []
@@ -185,6 +187,8 @@ def to_nchw(images: Tensor) -> Tensor:
 
 def find_images(paths: Sequence[Path]) -> list[Path]:
     """List files, and the image files in and below folders, sorted, by suffix (.jpg, ...)."""
+    from torchvision.datasets.folder import IMG_EXTENSIONS
+
     images: list[Path] = []
     for path in paths:
         if not path.exists():

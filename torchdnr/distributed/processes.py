@@ -184,7 +184,7 @@ def local_device(device: torch.device) -> torch.device:
     if local >= available:
         raise ValueError(
             f"several processes need a GPU each, got {available} for process {local}; lower "
-            "--nproc-per-node, or run on --device cpu"
+            "--nproc-per-node or --processes, or run on --device cpu"
         )
     return torch.device(device.type, local)
 

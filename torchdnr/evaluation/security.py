@@ -210,11 +210,13 @@ def security_evaluations(
             if say is not None or meter.shown:
                 for one, parts in zip(attacked, cascades, strict=True):
                     meter.announce(one.name, parts.values())
-                if say is not None and meter.seconds:
-                    say(f"the attacks take {in_words(meter.seconds)}")
-            for number in sorted({number for parts in cascades for number in parts}):
-                for one, parts in zip(attacked, cascades, strict=True):
-                    parts[number].run(partial(meter.finish, one.name))
+                # Each knows of its own shares: all take as long as the one that has most to do.
+                seconds = max(processes.numbers(round(meter.seconds))) if say is not None else 0
+                if say is not None and seconds:
+                    say(f"the attacks take {in_words(seconds)}")
+            for one, parts in zip(attacked, cascades, strict=True):
+                for cascade in parts.values():
+                    cascade.run(partial(meter.finish, one.name))
         steps = gather(attacked, cascades, processes)
         return {
             one.name: worst_case(one, found) for one, found in zip(attacked, steps, strict=True)

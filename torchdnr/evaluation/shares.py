@@ -1,4 +1,4 @@
-"""The samples dealt to processes in shares, each of which runs every attack on its own."""
+"""The samples of each classifier dealt to processes in shares, each attacked on its own."""
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -27,7 +27,8 @@ from torchdnr.evaluation.checkpoint import (
 from torchdnr.evaluation.judging import Judged, Task
 from torchdnr.evaluation.line_up import Attack
 
-_FEW, _MANY = 10, 64  # fewest samples of a share, where there are more than one, and most
+# Fewest samples of a share, where there are two or more, and most: small batches are slow.
+_FEW, _MANY = 10, 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,21 +71,22 @@ class Attacked:
 
 
 def split_into_shares(n: int) -> list[Tensor]:
-    """Divide n samples into shares, rows ``(k,)`` each, which are dealt to the processes in turn.
+    """Divide n samples into shares, rows ``(k,)`` each: those of all classifiers are dealt in turn.
 
     Their sizes depend on n alone, and so do the results: not on how many processes there are.
     """
-    count = max(1, min(4, n // _FEW), -(-n // _MANY))
+    count = max(1, min(2, n // _FEW), -(-n // _MANY))
     return list(torch.arange(n).tensor_split(count))
 
 
 def deal(attacked: Sequence[Attacked], processes: Processes) -> list[dict[int, Cascade]]:
     """Prepare the shares of this process: for each classifier the attacks by number of share."""
     cascades = []
-    for one in attacked:
+    for place, one in enumerate(attacked):
         inputs = one.task.inputs
         shares = [rows.to(inputs.device) for rows in split_into_shares(len(inputs))]
-        mine = {number: rows for number, rows in enumerate(shares) if processes.mine(number)}
+        first = place * len(shares)
+        mine = {k: rows for k, rows in enumerate(shares) if processes.mine(first + k)}
         cascades.append(one.cascades(mine, len(shares)))
     return cascades
 
@@ -94,21 +96,23 @@ def gather(
 ) -> Iterator[dict[str, Step]]:
     """Yield the steps of all shares, classifier by classifier, whichever process has run them."""
     processes.wait()
-    for one in attacked:
+    for place, one in enumerate(attacked):
         parts = cascades.pop(0)  # their points are let go of one by one
         inputs = one.task.inputs
+        shares = split_into_shares(len(inputs))
+        first = place * len(shares)
         steps = [
-            _from_owner(processes, number, parts.pop(number, None), inputs[rows].cpu())
-            for number, rows in enumerate(split_into_shares(len(inputs)))
+            _from_owner(processes, first + k, parts.pop(k, None), inputs[rows].cpu())
+            for k, rows in enumerate(shares)
         ]
         yield {label: _joined(part.pop(label) for part in steps) for label in [*steps[0]]}
 
 
 def _from_owner(
-    processes: Processes, number: int, cascade: Cascade | None, like: Tensor
+    processes: Processes, unit: int, cascade: Cascade | None, like: Tensor
 ) -> dict[str, Step]:
     """Give all processes, which call this together, the steps of the share of one of them."""
-    owner, steps = processes.owner(number), {} if cascade is None else cascade.steps
+    owner, steps = processes.owner(unit), {} if cascade is None else cascade.steps
     text = json.dumps({label: step.cost for label, step in steps.items()})
     shared = {}
     for label, cost in json.loads(processes.broadcast_text(text, owner)).items():

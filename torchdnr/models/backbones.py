@@ -5,14 +5,17 @@ import pickle
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torchvision import models
 
 from torchdnr.models.paper import Normalise, compare_states
+
+if TYPE_CHECKING:  # torchvision takes seconds to import, and most runs do without it
+    from torchvision.models import WeightsEnum
 
 NETWORK = "network"
 """Name of the torchvision model inside a backbone: its layers are called ``network.NAME``."""
@@ -55,6 +58,8 @@ def build_backbone(
         ValueError: If there is no such classifier, or ``outputs`` are not ``num_classes`` different
             numbers of outputs.
     """
+    from torchvision import models
+
     known = models.list_models(module=models)
     if name not in known:
         close = difflib.get_close_matches(name, known, n=5) or known
@@ -84,8 +89,10 @@ def load_weights(backbone: nn.Module, name: str, weights: str | Path) -> None:
         FileNotFoundError: If there are neither such weights nor such a file.
         ValueError: If it is no state dict, or of another network; ``backbone`` is then unchanged.
     """
+    from torchvision.models import get_model_weights
+
     network = backbone.get_submodule(NETWORK)
-    published = models.get_model_weights(name).__members__
+    published = get_model_weights(name).__members__
     known = str(weights) in published
     loaded = _download(published[str(weights)]) if known else _read_state(Path(weights))
     # Counters of batch norms, which older files lack, decide nothing.
@@ -98,18 +105,20 @@ def load_weights(backbone: nn.Module, name: str, weights: str | Path) -> None:
     network.load_state_dict(loaded, strict=False)
 
 
-def _normalise(published: models.WeightsEnum) -> Normalise:
+def _normalise(published: "WeightsEnum") -> Normalise:
     transforms = published.transforms()
     mean, std = (getattr(transforms, name, None) for name in ("mean", "std"))
     return Normalise(mean or IMAGENET_MEAN, std or IMAGENET_STD)
 
 
 def _build(name: str, outputs: int) -> nn.Module:
+    from torchvision.models import get_model
+
     # Without the first those two warn that random weights take long; without the second they return
     # the outputs of auxiliary heads as well while they are trained.
     options = {"init_weights": True, "aux_logits": False}
     special = options if name in ("googlenet", "inception_v3") else {}
-    return models.get_model(name, weights=None, num_classes=outputs, **special)
+    return get_model(name, weights=None, num_classes=outputs, **special)
 
 
 def _check_outputs(outputs: Sequence[int], classes: int, total: int) -> None:
@@ -121,7 +130,7 @@ def _check_outputs(outputs: Sequence[int], classes: int, total: int) -> None:
         )
 
 
-def _download(weights: models.WeightsEnum) -> Mapping[str, Tensor]:
+def _download(weights: "WeightsEnum") -> Mapping[str, Tensor]:
     try:
         return weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
     except pickle.UnpicklingError as error:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from torchdnr.arrays import ArrayLike, as_labels
-from torchdnr.distributed.processes import warn_once
+from torchdnr.distributed.processes import ALONE, alone, warn_once
 from torchdnr.distributed.sharing import ShardedFeatures
 from torchdnr.kernels.any_kernel import gamma_for_variance
 from torchdnr.resources import progress_bar
@@ -162,32 +163,44 @@ def grid_search(
     samples = (each.sum().square() / each.square().sum()).item()
     fold = stratified_folds(labels, folds, seed)
     kernels = _Kernels(features, distances, c * folds, memory_limit)
+    processes, searched = ALONE, kernels
+    if distances is None and _searched_apart(features, len(gammas), kernels.limit):
+        processes = features.partition.processes
+        whole = features.rows(slice(0, len(features)))
+        searched = _Kernels(whole, None, c * folds, memory_limit)
     accuracy = torch.zeros(len(Cs), len(gammas), dtype=torch.float64)
     points: list[_Point] = []
     not_converged = 0
-    bar = progress_bar(progress, total=len(Cs) * len(gammas), desc=description, unit="point")
-    with bar:
-        for column, gamma in enumerate(gammas):
+    mine = [column for column in range(len(gammas)) if processes.mine(column)]
+    bar = progress_bar(progress, total=len(Cs) * len(mine), desc=description, unit="point")
+    with bar, nullcontext() if processes is ALONE else alone():  # each warns of its own
+        for column in mine:
+            gamma = gammas[column]
             fits = FoldedFits(
-                kernels.rows(gamma), labels, c, fold, tol, max_steps, class_weight, weight
+                searched.rows(gamma), labels, c, fold, tol, max_steps, class_weight, weight
             )
             for row, C in enumerate(Cs):  # ascending: each C starts from the one before
                 scores = fits.advance(C)
                 right = scores.argmax(dim=1) == labels
                 share = ((each * right).sum() / each.sum()).item()
                 accuracy[row, column] = share
-                rank = -_octaves(C), -_octaves(gamma / scale), C, gamma
-                points = _contenders([*points, _Point(share, rank, C, gamma, fits.whole_start())])
+                points.append(_Point(share, _rank(C, gamma, scale), fits.whole_start()))
+                points = _contenders(points)
                 bar.update()
             not_converged += fits.not_converged
-    best, reason = _choose(points, accuracy, Cs, gammas, samples, description)
-    C, gamma = best.C, best.gamma
+    accuracy = processes.all_reduce(accuracy)
+    not_converged = sum(processes.numbers(not_converged))
+    row, column, reason = _choose(accuracy, Cs, gammas, scale, samples, description)
+    C, gamma = Cs[row], gammas[column]
+    starts = {point.rank: point.start for point in points}
+    start = starts.get(_rank(C, gamma, scale), torch.zeros_like(points[0].start))
+    start = processes.broadcast(start, processes.owner(column))
     svm = RBFSVM(C, gamma, tol=tol, max_steps=max_steps, class_weight=class_weight).fit(
         features,
         labels,
         sample_weight=weight,
         distances=kernels.distances,
-        initial=best.start,
+        initial=start,
         memory_limit=kernels.limit,  # without the share of the distances
     )
     return GridSearch(C, gamma, Cs, gammas, accuracy, reason, not_converged, svm)
@@ -198,9 +211,21 @@ class _Point(NamedTuple):
 
     accuracy: float
     rank: tuple[float, ...]  # of equally good points the one with the largest is chosen
-    C: float
-    gamma: float
-    start: Tensor | None
+    start: Tensor
+
+
+def _searched_apart(features: ShardedFeatures, widths: int, limit: int) -> bool:
+    """Tell whether several processes search some widths each: it saves them much waiting.
+
+    Every one then needs all features and their Gram matrices, for which there has to be memory.
+    """
+    n, d = features.shape
+    memory = features.local.element_size() * n * (4 * n + d)
+    return 1 < features.partition.processes.count <= widths and memory <= limit
+
+
+def _rank(C: float, gamma: float, scale: float) -> tuple[float, ...]:
+    return -_octaves(C), -_octaves(gamma / scale), C, gamma
 
 
 def _octaves(ratio: float) -> float:
@@ -216,23 +241,29 @@ def _contenders(points: list[_Point]) -> list[_Point]:
 
 
 def _choose(
-    points: list[_Point],
     accuracy: Tensor,
     Cs: Sequence[float],
     gammas: Sequence[float],
+    scale: float,
     n: float,
     name: str,
-) -> tuple[_Point, str]:
-    """Choose one of the equally good points, and say why; warn where the grid leaves it open."""
+) -> tuple[int, int, str]:
+    """Choose row and column of one of the equally good points, and say why.
+
+    Warns where the grid leaves it open.
+    """
     top = accuracy.max().item()
     likely = (top * n + 2.0) / (n + 4.0)  # Agresti and Coull's: at 100 % the error is not 0
     least = top - math.sqrt(likely * (1.0 - likely) / (n + 4.0))
-    best = max((p for p in points if p.accuracy >= least), key=lambda point: point.rank)
     good = accuracy >= least
+    row, column = max(
+        good.nonzero().tolist(), key=lambda at: _rank(Cs[at[0]], gammas[at[1]], scale)
+    )
     count, total = int(good.sum()), good.numel()
     reason = (
-        f'C = {best.C:g}, gamma = {best.gamma:.4g}, the nearest to C = 1 and gamma = "scale" of '
-        f"{count} in {total} points within one standard error of the best accuracy, {top:.1%}"
+        f"C = {Cs[row]:g}, gamma = {gammas[column]:.4g}, the nearest to C = 1 and "
+        f'gamma = "scale" of {count} in {total} points within one standard error of the best '
+        f"accuracy, {top:.1%}"
     )
     if count == total > 1:
         _warn(f"{name}: the grid does not tell its points apart: {reason}; more samples may")
@@ -243,7 +274,7 @@ def _choose(
                 f"{name}: the best accuracy, {top:.1%}, is at an end of the {axis} grid alone, "
                 f"{only:g} in {grid[0]:g}..{grid[-1]:g}: extend {axis}_grid"
             )
-    return best, reason
+    return row, column, reason
 
 
 def _warn(message: str) -> None:
@@ -336,10 +367,10 @@ class FoldedFits:
         scores = parts.scores.view(len(targets), self._folds, self._classes)
         return scores[torch.arange(len(targets), device=targets.device), self._fold]
 
-    def whole_start(self) -> Tensor | None:
+    def whole_start(self) -> Tensor:
         """Return a start for a fit on all samples with the last C, float64 ``(n, c)``."""
         if self._last is None:
-            return None
+            return torch.zeros_like(self._targets, dtype=torch.float64)
         whole, _, C = self._last
         at_bound = _at_bound(whole, C * self._share * self._bounds)
         return torch.where(at_bound, whole.dual_coef / self._share, whole.dual_coef)
