@@ -46,7 +46,7 @@ class Adversary:
     shorter and shorter along a cosine, and keeps the best point. Most runs start at an image of
     another class, moved into the ball: from the image alone, or from random points, seven steps
     find a tenth of the evasions that there are, and training against them looks splendid while
-    robustness falls. Training on 320 images or more measures it: up to four times the attack and a
+    robustness falls. Training on 320 images or more measures it: one to four times the attack and a
     boundary walk are run on 32 that are held out, and a ``WeakAttackWarning`` says if the walk
     evades with eight more of them at least, and three times as many.
 
