@@ -65,13 +65,24 @@ def attack_all_targets(
 ) -> Tensor:
     """Run a targeted attack once per wrong class, and keep the best point of each input.
 
-    Arguments and errors are those of ``attack_per_label``, but that ``attack(view, inputs,
-    targets)`` is given all inputs of other classes, on ``for_target(model, t)``, every target being
-    t. Evading points are compared by ``norm``, 1, 2 or infinity, ``batch_size`` rows at a time.
+    Args:
+        attack: Called as ``attack(view, inputs, targets)`` with all inputs of other classes, on
+            ``for_target(model, t)``, every target being t; returns points like the inputs.
+        model: Returns ``(n, c)``, or ``(n, c + 1)`` with the threshold in the last column. In
+            evaluation mode while it is attacked, and then in its mode again.
+        inputs: ``(n, ...)`` in ``bounds``.
+        labels: True classes, int64 ``(n,)``.
+        norm: Norm by which evading points are compared: 1, 2 or infinity.
+        bounds: Smallest and largest value of an input.
+        reject: Whether the last column is the threshold; ``None`` asks ``model.reject_index``.
+        batch_size: Rows in one forward when points are compared.
 
     Returns:
         The evading point of smallest norm. Where none evades, that of the lowest "decision"
         objective, the input itself among them. An input that evades is returned as it is.
+
+    Raises:
+        ValueError: If an argument is not as described, or the attack returns other shapes.
     """
     target, classes, inputs, labels = _checked(model, inputs, labels, bounds, reject, batch_size)
     with evaluation_mode(model):

@@ -25,17 +25,27 @@ class RejectionDetector(api.Detector):
         self.model: Any = model  # with methods ``fit`` and ``scores``
 
     def fit(self, data_loader: Iterable[Any]) -> Self:
-        """Fit the model anew on a loader of ``(inputs, labels)``; its threshold is dropped.
+        """Fit the model anew on the inputs of known class; its threshold is dropped.
 
-        Rows with a label below 0, which mark outliers, are left out.
+        Args:
+            data_loader: Yields ``(inputs, labels)``; rows with a label below 0, which mark
+                outliers, are left out.
+
+        Returns:
+            The detector itself.
         """
         self.model.fit(_known(data_loader))
         return self
 
     def predict(self, x: Tensor) -> Tensor:
-        """Score images ``(n, ...)`` in [0, 1]: ``theta - max_k s_k``, ``(n,)``, differentiable.
+        """Score inputs.
 
-        While no theta is set, as after ``fit``, it is ``-max_k s_k``: the ranking is the same.
+        Args:
+            x: Images in [0, 1], ``(n, ...)``.
+
+        Returns:
+            ``theta - max_k s_k``, ``(n,)``, differentiable. While no theta is set, as after
+            ``fit``, ``-max_k s_k``: the ranking is the same.
         """
         if self.device is not None:
             x = x.to(self.device)
@@ -66,9 +76,13 @@ class SVMDetector(api.FeaturesDetector):
 
     @torch.no_grad()
     def fit(self, data_loader: Iterable[Any]) -> Self:
-        """Encode the inputs of a loader of ``(inputs, labels)``, and fit the SVM on the features.
+        """Encode the inputs of known class, and fit the SVM on their features.
 
-        Rows with a label below 0 are left out.
+        Args:
+            data_loader: Yields ``(inputs, labels)``; rows with a label below 0 are left out.
+
+        Returns:
+            The detector itself.
 
         Raises:
             ModelNotSetException: If there is no encoder.
@@ -78,7 +92,13 @@ class SVMDetector(api.FeaturesDetector):
         return self.fit_features(features, labels.to(features.device))
 
     def predict(self, x: Tensor) -> Tensor:
-        """Encode and score inputs ``(n, ...)``: ``-max_k s_k``, ``(n,)``; higher for an outlier.
+        """Encode and score inputs.
+
+        Args:
+            x: Inputs of the encoder, ``(n, ...)``.
+
+        Returns:
+            ``-max_k s_k``, ``(n,)``, differentiable if the encoder is.
 
         Raises:
             ModelNotSetException: If there is no encoder.
@@ -92,13 +112,27 @@ class SVMDetector(api.FeaturesDetector):
         return self.encoder(x if self.device is None else x.to(self.device))
 
     def fit_features(self, x: Tensor, y: Tensor) -> Self:
-        """Fit the SVM on features ``(n, d)`` and labels ``(n,)``; labels below 0 are left out."""
+        """Fit the SVM on the features of known class.
+
+        Args:
+            x: Features, ``(n, d)``.
+            y: Labels ``(n,)``; rows below 0 are left out.
+
+        Returns:
+            The detector itself.
+        """
         known = y >= 0
         self.svm.fit(x[known], y[known])
         return self
 
     def predict_features(self, x: Tensor) -> Tensor:
-        """Score features ``(n, d)``: ``-max_k s_k``, ``(n,)``, differentiable.
+        """Score features.
+
+        Args:
+            x: Features, ``(n, d)``.
+
+        Returns:
+            ``-max_k s_k``, ``(n,)``, differentiable; higher for an outlier.
 
         Raises:
             RequiresFittingException: If ``fit`` or ``fit_features`` has not run.

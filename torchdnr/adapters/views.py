@@ -7,10 +7,6 @@ at points that are rejected. Two views make ``argmax`` say just what evasion is,
 
 Each is a module with the model inside, so that it has its parameters, device and mode, and returns
 a fresh tensor, into which a library may write. NaN is left to the code that evaluates the points.
-
-The model returns scores ``(n, c)``, or ``(n, c + 1)`` with the threshold in the last column;
-``reject`` says which, and ``None`` asks ``model.reject_index``. It is a ``ValueError`` if it is no
-module, or if classes are no classes.
 """
 
 from importlib import import_module
@@ -64,7 +60,17 @@ def as_classifier(model: nn.Module, *, reject: bool | None = None) -> nn.Module:
     """Show the class scores alone, as if the model never rejected.
 
     For attacks that are to ignore the rejection, such as those transferred to the model: they stop
-    at points that it rejects, and overrate it. Returns a module from inputs to ``(n, c)``.
+    at points that it rejects, and overrate it.
+
+    Args:
+        model: Returns ``(n, c)``, or ``(n, c + 1)`` with the threshold in the last column.
+        reject: Whether the last column is the threshold; ``None`` asks ``model.reject_index``.
+
+    Returns:
+        Module from inputs to ``(n, c)``.
+
+    Raises:
+        ValueError: If the model is no module.
     """
     reject = _checked(model, reject)
     return ModelView(model, lambda _, output: split_scores(output, reject)[0].clone(), False)
@@ -73,9 +79,18 @@ def as_classifier(model: nn.Module, *, reject: bool | None = None) -> nn.Module:
 def with_reject(model: nn.Module, *, reject: bool | None = None) -> nn.Module:
     """Show rejection as one more class, the last: ``argmax`` is c iff the model rejects.
 
-    It is the model's own output ``(n, c + 1)``, but for ties with the threshold, which reject; a
-    model without one is a ``ValueError``. Untargeted attacks on this view count rejected inputs as
-    successes; use ``for_label`` for them.
+    It is the model's own output, but for ties with the threshold, which reject. Untargeted attacks
+    on this view count rejected inputs as successes; use ``for_label`` for them.
+
+    Args:
+        model: Returns ``(n, c + 1)`` with the threshold in the last column.
+        reject: Whether it does; ``None`` asks ``model.reject_index``.
+
+    Returns:
+        Module from inputs to ``(n, c + 1)``.
+
+    Raises:
+        ValueError: If the model is no module, or has no threshold.
     """
     if not _checked(model, reject):
         raise ValueError(
@@ -97,9 +112,19 @@ def for_label(model: nn.Module, labels: int | Tensor, *, reject: bool | None = N
 
     The class keeps the larger of its score and the threshold, ``z_y = max(s_y, theta)``, the others
     their scores: ``argmax z != y`` iff the model accepts and is wrong. A tie is moved by the least
-    possible amount, so that this also holds where the first of equals wins. ``labels`` is the true
-    class of all inputs; or ``(n,)``, one per input, for libraries that send the whole batch through
-    the model each time, in order. Returns a module from inputs to ``(n, c)``.
+    possible amount, so that this also holds where the first of equals wins.
+
+    Args:
+        model: Returns ``(n, c)``, or ``(n, c + 1)`` with the threshold in the last column.
+        labels: True class of all inputs. Or ``(n,)``, one per input, for libraries that send the
+            whole batch through the model each time, in order.
+        reject: Whether the last column is the threshold; ``None`` asks ``model.reject_index``.
+
+    Returns:
+        Module from inputs to ``(n, c)``.
+
+    Raises:
+        ValueError: If the model is no module, or the labels are no classes.
     """
     reject = _checked(model, reject)
     classes = torch.as_tensor(labels)
@@ -126,8 +151,18 @@ def for_target(model: nn.Module, target: int, *, reject: bool | None = None) -> 
     """Show the model to a targeted attack: ``argmax`` is the target iff it is accepted as that.
 
     The model's own output, but that a tie of the target with anything is moved against it. An input
-    evades iff it reaches some target other than its class. Returns a module from inputs to ``(n, c
-    + 1)``, or ``(n, c)`` if the model never rejects.
+    evades iff it reaches some target other than its class.
+
+    Args:
+        model: Returns ``(n, c)``, or ``(n, c + 1)`` with the threshold in the last column.
+        target: Class that the attack wants.
+        reject: Whether the last column is the threshold; ``None`` asks ``model.reject_index``.
+
+    Returns:
+        Module from inputs to ``(n, c + 1)``, or ``(n, c)`` if the model never rejects.
+
+    Raises:
+        ValueError: If the model is no module, or the target no class.
     """
     _checked(model, reject)
     if target < 0:

@@ -1,13 +1,4 @@
-"""Rejection as a detector of adversarial inputs: how well it does at every threshold.
-
-Functions take what a classifier returns: ``clean``, its output for clean inputs, scores ``(n, c)``
-or with ``reject`` ``(n, c + 1)`` with theta last; ``adversarial``, that for the perturbed inputs,
-like ``clean`` or ``(k, ...)`` of k attacks; the true ``labels``, ``(n,)``; ``reject``, whether the
-last column is theta; and ``confidence``, the coverage of the intervals, in (0, 1). They raise
-``ValueError`` if an argument is not as described, or nothing is left to count.
-
-Source: Stutz et al., "Confidence-calibrated adversarial training" (CCAT), ICML 2020.
-"""
+"""Rejection as a detector of adversarial inputs: how well it does at every threshold."""
 
 from __future__ import annotations
 
@@ -59,8 +50,14 @@ class Detection(Plain):
 def rejection_scores(output: Tensor, reject: bool) -> Tensor:
     """Compute the rejection score ``theta - max_k s_k``: an input is rejected iff it is >= 0.
 
-    Higher means more outlying, the convention of pytorch-ood. Without theta it is ``-max_k s_k``.
-    Of an output ``(..., n, c)``, or with ``reject`` ``(..., n, c + 1)``, it is ``(..., n)``.
+    Higher means more outlying, the convention of pytorch-ood.
+
+    Args:
+        output: Scores ``(..., n, c)``, or with ``reject`` ``(..., n, c + 1)`` with theta last.
+        reject: Whether the last column is theta; without it the score is ``-max_k s_k``.
+
+    Returns:
+        Scores, ``(..., n)``.
     """
     confidence, theta = decide(output, reject).confidence, split_scores(output, reject)[1]
     return -confidence if theta is None else theta - confidence
@@ -79,11 +76,23 @@ def detection_scores(
 
     By default, as in CCAT, an adversarial input counts if its best score is that of a wrong class,
     accepted or not, while the class of the clean input was right; and a clean input if its class is
-    right; ``adversarials`` and ``cleans`` may both be "all" instead. Of k attacks the counted point
-    that is rejected least stands for its sample.
+    right. Of k attacks the counted point that is rejected least stands for its sample.
+
+    Args:
+        clean: Output for the clean inputs, ``(n, c)``, or with ``reject`` ``(n, c + 1)``.
+        adversarial: Output for the perturbed ones, like ``clean`` or ``(k, ...)`` of k attacks.
+        labels: True labels, ``(n,)``.
+        reject: Whether the last column is theta.
+        adversarials: "successful" as described, or "all".
+        cleans: "correct" as described, or "all".
 
     Returns:
         Scores of the clean ``(m,)`` and of the adversarial inputs ``(p,)``; higher means rejected.
+
+    Raises:
+        ValueError: If an argument is not as described, or one of the groups is empty.
+
+    Source: Stutz et al., "Confidence-calibrated adversarial training", ICML 2020.
     """
     if adversarials not in ADVERSARIALS or cleans not in CLEANS:
         raise ValueError(
@@ -124,9 +133,22 @@ def measure_detection(
 ) -> Detection:
     """Measure how well the rejection score separates adversarial from clean inputs.
 
-    ``detection_scores`` says which are counted. ``tpr`` is the share of adversarial inputs to be
-    rejected for ``fpr_at_tpr``, ``clean_tpr`` are shares of clean ones to be accepted for
-    ``accepted_at_tpr``.
+    Args:
+        clean: Output for the clean inputs, ``(n, c)``, or with ``reject`` ``(n, c + 1)``.
+        adversarial: Output for the perturbed ones, like ``clean`` or ``(k, ...)`` of k attacks.
+        labels: True labels, ``(n,)``.
+        reject: Whether the last column is theta.
+        adversarials: Which adversarial inputs count, see ``detection_scores``.
+        cleans: Which clean inputs count.
+        tpr: Share of adversarial inputs to be rejected for ``fpr_at_tpr``.
+        clean_tpr: Shares of clean inputs to be accepted for ``accepted_at_tpr``.
+        confidence: Coverage of the intervals, in (0, 1).
+
+    Returns:
+        ``Detection``.
+
+    Raises:
+        ValueError: If an argument is not as described, or one of the groups is empty.
     """
     negatives, positives = detection_scores(
         clean, adversarial, labels, reject, adversarials=adversarials, cleans=cleans
@@ -158,14 +180,25 @@ def robust_error(
     """Compute the confidence-thresholded robust error RTE(theta), of CCAT.
 
     Of the samples that are accepted, clean or under at least one attack, the share that is accepted
-    and wrong there; of k attacks the worst counts, per sample. With the clean output as the
-    adversarial one too it is the error among the accepted clean inputs. ``threshold`` is theta, by
-    default that of the output; without any everything is accepted.
+    and wrong there. With the clean output as the adversarial one too it is the error among the
+    accepted clean inputs.
+
+    Args:
+        clean: Output for the clean inputs, ``(n, c)``, or with ``reject`` ``(n, c + 1)``.
+        adversarial: Output for the perturbed ones, like ``clean`` or ``(k, ...)`` of k attacks; the
+            worst counts, per sample.
+        labels: True labels, ``(n,)``.
+        reject: Whether the last column is theta.
+        threshold: theta; None: that of the output, and if it has none everything is accepted.
+        confidence: Coverage of the interval, in (0, 1).
 
     Returns:
         ``Estimate``; ``n`` is the number of samples accepted. If there are none it is NaN.
 
-    Source: CCAT, Sec. 4.
+    Raises:
+        ValueError: If an argument is not as described.
+
+    Source: Stutz et al., "Confidence-calibrated adversarial training", ICML 2020, Sec. 4.
     """
     check_labels(labels, clean)
     points = torch.cat([clean[None], stacked(adversarial, clean)])
@@ -178,8 +211,22 @@ def threshold_at_tpr(output: Tensor, labels: Tensor, reject: bool, tpr: float) -
     """Find the highest threshold that accepts at least a share of the inputs that are right.
 
     It lies halfway between the lowest best score accepted and the next below it, or just below the
-    former where there is none. ``output`` is of clean inputs that nothing else is measured on, and
-    its own theta is not used; ``tpr`` is the share to accept, in (0, 1].
+    former where there is none.
+
+    Args:
+        output: Output for clean inputs that nothing else is measured on, ``(n, c)``, or with
+            ``reject`` ``(n, c + 1)``.
+        labels: Their true labels, ``(n,)``.
+        reject: Whether the last column is theta; it is not used.
+        tpr: Share to accept, in (0, 1].
+
+    Returns:
+        theta.
+
+    Raises:
+        ValueError: If an argument is not as described, or no input is right.
+
+    Source: Stutz et al., "Confidence-calibrated adversarial training", ICML 2020.
     """
     check_labels(labels, output)
     if not 0 < tpr <= 1:
@@ -208,8 +255,20 @@ def robust_errors(
 ) -> dict[float, Estimate]:
     """Compute the robust error at the thresholds that accept given shares of right clean inputs.
 
-    ``calibration`` holds output and labels of further clean inputs, which set the thresholds, and
-    ``tpr`` the shares of them to accept. Returns an ``Estimate`` by share.
+    Args:
+        clean: Output for the clean inputs, ``(n, c)``, or with ``reject`` ``(n, c + 1)``.
+        adversarial: Output for the perturbed ones, like ``clean`` or ``(k, ...)`` of k attacks.
+        labels: True labels, ``(n,)``.
+        reject: Whether the last column is theta; it is replaced.
+        calibration: Output and labels of further clean inputs that set the thresholds.
+        tpr: Shares of them to accept.
+        confidence: Coverage of the intervals, in (0, 1).
+
+    Returns:
+        ``Estimate`` by share.
+
+    Raises:
+        ValueError: If an argument is not as described.
     """
     arguments = clean, adversarial, labels, reject
     return {

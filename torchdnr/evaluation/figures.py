@@ -1,9 +1,4 @@
-"""Figures: curves of all kinds, and adversarial examples.
-
-Each function writes one image file, of the type that the suffix of ``path`` names; an earlier one
-stays until the new one is complete. It is a ``ValueError`` if there is nothing to draw. Mappings
-are from the name of a classifier to what is drawn of it.
-"""
+"""Figures: curves of all kinds, and adversarial examples."""
 
 from __future__ import annotations
 
@@ -48,8 +43,15 @@ def plot_curves(
 
     Left the worst case over the line-up, right one attack alone; below the accuracy the rejection
     rate of the classifiers that reject. The band is the 95 % confidence interval of one run, or,
-    for repeated runs over the same eps, mean and standard deviation. The right column is left out
-    if no classifier has the ``attack``.
+    for repeated runs over the same eps, mean and standard deviation.
+
+    Args:
+        curves: Classifier name to its curve, or to the curves of repeated runs.
+        path: Image file, of a type that its suffix names; replaced atomically.
+        attack: Attack of the right column, left out if no classifier has it.
+
+    Raises:
+        ValueError: If there is no curve, or the runs of a classifier differ in eps.
 
     Source: Sotgiu et al., Fig. 3.
     """
@@ -117,11 +119,11 @@ def plot_examples(
     grey images purple means brighter and orange darker.
 
     Args:
-        path: Image file.
+        path: Image file, of a type that its suffix names; replaced atomically.
         inputs: Source images in [0, 1], ``(n, 1, H, W)`` or ``(n, 3, H, W)``; a row each, so few.
         labels: True labels, ``(n,)``.
-        adversarials: Adversarial images, each like ``inputs``.
-        predictions: Labels of these, or ``REJECT``, ``(n,)``.
+        adversarials: Classifier name to its adversarial images, each like ``inputs``.
+        predictions: Classifier name to its labels of these, or ``REJECT``, ``(n,)``.
         eps: Perturbation size, for the title.
         class_names: Names of the classes; None: their numbers.
         norm: Norm in which the perturbations are measured.
@@ -184,8 +186,16 @@ def plot_threshold_sweep(
     Solid lines with hollow markers are of fixed points, dashed ones with full markers attacked
     again at each threshold; the band is the 95 % confidence interval of the latter, or, without
     them, of the former, and of averaged sweeps their standard deviation. The dotted line is the
-    accuracy without attack; a vertical one marks the false rejection rate ``operating_point``, if
-    any. ``over_threshold`` draws over theta instead, without an operating point.
+    accuracy without attack.
+
+    Args:
+        sweeps: Classifier name to its sweep.
+        path: Image file, of a type that its suffix names; replaced atomically.
+        operating_point: False rejection rate marked by a vertical line; None: no line.
+        over_threshold: Draw over theta instead; then there is no operating point.
+
+    Raises:
+        ValueError: If there is no sweep.
 
     Source: Sotgiu et al., Fig. 4.
     """
@@ -221,7 +231,15 @@ def plot_threshold_sweep(
 
 
 def plot_roc(detections: Mapping[str, Detection], path: str | Path) -> None:
-    """Draw the ROC curves of the rejection score; a marker stands at each classifier's theta."""
+    """Draw the ROC curves of the rejection score; a marker stands at each classifier's theta.
+
+    Args:
+        detections: Classifier name, or another label, to what was measured.
+        path: Image file, of a type that its suffix names; replaced atomically.
+
+    Raises:
+        ValueError: If there is nothing to draw.
+    """
     if not detections:
         raise ValueError("detections is empty: give at least one")
     figure = Figure(figsize=(5.4, 5.6), layout="constrained")
@@ -263,6 +281,13 @@ def plot_roc(detections: Mapping[str, Detection], path: str | Path) -> None:
 def plot_risk_coverage(curves: Mapping[str, RiskCoverage], path: str | Path) -> None:
     """Draw the error among accepted inputs over the share accepted; a marker stands at each theta.
 
+    Args:
+        curves: Classifier name to its curve.
+        path: Image file, of a type that its suffix names; replaced atomically.
+
+    Raises:
+        ValueError: If there is no curve.
+
     Source: Geifman and El-Yaniv, "Selective classification for deep neural networks" (2017).
     """
     if not curves:
@@ -288,7 +313,14 @@ def plot_risk_coverage(curves: Mapping[str, RiskCoverage], path: str | Path) -> 
 
 
 def plot_stratified(curves: Mapping[str, StratifiedCurve], path: str | Path) -> None:
-    """Draw robustness over the share of eps within which to reject is an error, all of one eps.
+    """Draw robustness over the share of eps within which to reject is an error.
+
+    Args:
+        curves: Classifier name to its curve, all at the same eps and norm.
+        path: Image file, of a type that its suffix names; replaced atomically.
+
+    Raises:
+        ValueError: If there is no curve, or they differ in eps or norm.
 
     Source: Chen et al., "Stratified adversarial robustness with rejection", ICML 2023.
     """

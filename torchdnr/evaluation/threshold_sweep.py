@@ -91,10 +91,17 @@ class ThresholdSweep(Plain):
 
 
 def thresholds_at_rates(scores: Tensor, rates: Sequence[float]) -> list[float]:
-    """Find the thresholds that reject given shares in [0, 1) of clean calibration inputs.
+    """Find the thresholds that reject given shares of clean calibration inputs.
 
-    ``scores`` are those of inputs that nothing else is measured on, ``(n, c)``. The thresholds are
-    increasing and without repetition.
+    Args:
+        scores: Class scores of inputs that nothing else is measured on, ``(n, c)``.
+        rates: Shares to reject, in [0, 1).
+
+    Returns:
+        Thresholds, increasing and without repetition.
+
+    Raises:
+        ValueError: If the scores are not finite, or a rate is out of range.
     """
     return sorted({rejection_threshold(scores, rate).item() for rate in rates})
 

@@ -298,9 +298,28 @@ def out_of_fold_scores(
 ) -> Tensor:
     """Score every sample by the machine that was fitted on the other folds.
 
-    Arguments, errors and warnings are those of ``grid_search``, with one C and one gamma, an
-    absolute number. Returns scores, ``(n, c)``, in the dtype of the features; of all samples in
-    every process.
+    Args:
+        features: ``(n, d)``, or ``ShardedFeatures`` as in ``RBFSVM.fit``.
+        labels: ``(n,)`` in 0..c-1.
+        C: Upper bound of the dual variables.
+        gamma: Kernel width.
+        folds: Number of stratified folds.
+        seed: Of the folds.
+        tol: Largest KKT violation accepted.
+        class_weight: Factors of C by class, as in ``RBFSVM``; ``"balanced"`` in every fold.
+        sample_weight: Factor >= 0 of C per sample, ``(n,)``.
+        distances: Squared distances between all features, ``(n, n)``, if they are at hand; of
+            sharded features those to this process's rows, ``(n, k)``.
+        memory_limit: Bytes that the fits may take beyond their inputs; default 4 GiB.
+
+    Returns:
+        Scores, ``(n, c)``, in the dtype of the features; of all samples in every process.
+
+    Raises:
+        ValueError: If the data, the folds or the memory limit do not fit.
+
+    Warns:
+        ConvergenceWarning: If a problem missed ``tol``.
 
     Source: Wolpert, "Stacked generalization" (1992); Sotgiu et al., Sec. IV-A.
     """
