@@ -35,9 +35,12 @@ class ARTDetector(detectors.EvasionDetector):
     ) -> None:
         """Fit the model anew; its threshold is dropped, so call ``model.calibrate`` next.
 
-        Images ``x`` are in [0, 1], ``(n, ...)``, labels ``y`` ``(n,)``, or one-hot ``(n, c)``;
-        ``kwargs`` are for ``model.fit``. Not used are ``batch_size``, of which the model has its
-        own, and ``nb_epochs``: the fit is exact.
+        Args:
+            x: Images in [0, 1], ``(n, ...)``.
+            y: Labels ``(n,)``, or one-hot ``(n, c)``.
+            batch_size: Not used; the model has its own.
+            nb_epochs: Not used; the fit is exact.
+            **kwargs: For ``model.fit``.
         """
         labels = torch.as_tensor(y)
         labels = labels.argmax(dim=1) if labels.ndim == 2 else labels
@@ -49,7 +52,12 @@ class ARTDetector(detectors.EvasionDetector):
         batch_size: int = 128,
         **kwargs: Any,  # noqa: ANN401 - ART's signature
     ) -> "tuple[dict[str, Any], np.ndarray]":
-        """Tell which of some images in [0, 1], ``(n, ...)``, are rejected; ``kwargs`` are not used.
+        """Tell which inputs are rejected.
+
+        Args:
+            x: Images in [0, 1], ``(n, ...)``.
+            batch_size: Rows in one forward.
+            **kwargs: Not used.
 
         Returns:
             ``{"scores": theta - max_k s_k, (n,)}``, and whether each is rejected, bool ``(n,)``.

@@ -30,7 +30,15 @@ class AcceptedMisclassification(criteria.Misclassification):
         super().__init__(labels)
 
     def __call__(self, perturbed: object, outputs: object) -> object:
-        """Tell by outputs ``(n, c + 1)`` which inputs evade: bool ``(n,)``, of their kind."""
+        """Tell which inputs evade.
+
+        Args:
+            perturbed: Not looked at.
+            outputs: Model outputs ``(n, c + 1)``, a torch or eagerpy tensor.
+
+        Returns:
+            Evasions, bool ``(n,)``, of the kind of ``outputs``.
+        """
         scores, restore = eagerpy.astensor_(outputs)
         with torch.no_grad():
             evading = evades(scores.raw, self.labels.raw.to(scores.raw.device), reject=True)

@@ -12,10 +12,14 @@ if TYPE_CHECKING:
 
 
 def suspicion(model: nn.Module, inputs: Tensor) -> Tensor:
-    """Compute by how much the threshold exceeds the best score, ``theta - max_k s_k``, ``(n,)``.
+    """Compute by how much the threshold exceeds the best score, ``theta - max_k s_k``.
 
-    It is differentiable; an input is rejected iff it is >= 0. The model returns ``(n, c + 1)`` with
-    the threshold in the last column.
+    Args:
+        model: Returns ``(n, c + 1)`` with the threshold in the last column.
+        inputs: ``(n, ...)``.
+
+    Returns:
+        ``(n,)``, differentiable; rejected iff >= 0.
     """
     output = class_scores(model(inputs))
     return output[:, -1] - output[:, :-1].amax(dim=1)

@@ -19,16 +19,18 @@ Make a run folder: train the paper's network on one part of a data set (Table I 
 images, Table II for 32 x 32 colour images), or load a torchvision classifier with --backbone; fit
 the classifiers with a reject option, DNR and NR, on another part, and set their rejection
 thresholds on a third. --adversarial adds classifiers that are trained against attacks. What the
-folder holds already is kept; a run that was stopped goes on where it was when the same command is given again."""
+folder holds already is kept; a run that was stopped goes on where it was when the same command is
+given again."""
 
 _ATTACK = """\
-Attack the classifiers of a run folder, the network (DNN), NR, DNR and what --adversarial adds, with
-adversarial examples of growing size, made with full knowledge of the classifier, and report how
-often each is still right or rejects. First makes whatever the run folder lacks, as train.py does: without options this is the whole job, on 5,000
-handwritten digits. Then checks whether the attacks were as strong as they should be. Prints a
-table and the checks, and writes report.html, results.json, results.csv, curve.png and
-examples.png. A run that was stopped goes on where it was when the same command is given again.
-Started from a shell on a CPU, it shares the work among a process per core: --processes."""
+Attack the classifiers of a run folder, the network (DNN), NR, DNR and what --adversarial adds,
+with adversarial examples of growing size, made with full knowledge of the classifier, and report
+how often each is still right or rejects. First makes whatever the run folder lacks, as train.py
+does: without options this is the whole job, on 5,000 handwritten digits. Then checks whether the
+attacks were as strong as they should be. Prints a table and the checks, and writes report.html,
+results.json, results.csv, curve.png and examples.png. A run that was stopped goes on where it was
+when the same command is given again. Started from a shell on a CPU, it shares the work among a
+process per core: --processes."""
 
 
 def train_parser(prog: str = "train.py", processes: int | None = 1) -> argparse.ArgumentParser:

@@ -60,12 +60,15 @@ def share(which: Tensor, among: Tensor | None = None, *, confidence: float = 0.9
     samples of that part, and ``n`` is the size of the part.
 
     Args:
-        which: For which samples it holds, bool ``(n,)``, n >= 1.
+        which: For which samples it holds, bool ``(n,)``.
         among: Which samples are counted, bool ``(n,)``; None: all.
         confidence: Coverage of the interval, in (0, 1).
 
     Returns:
         ``Estimate``. If no sample is counted the value is NaN and the interval [0, 1].
+
+    Raises:
+        ValueError: If the shapes differ, or there is no sample at all.
     """
     if which.ndim != 1 or len(which) == 0 or which.dtype != torch.bool:
         raise ValueError(
@@ -166,7 +169,13 @@ def evasion_rate(predictions: Tensor, labels: Tensor) -> float:
 def wilson_interval(rate: float, n: int, confidence: float = 0.95) -> tuple[float, float]:
     """Compute the Wilson score interval of a rate measured on ``n`` independent samples.
 
-    The ``rate`` lies between the lower and the upper end, also when it is 0 or 1.
+    Args:
+        rate: Measured share, in [0, 1].
+        n: Number of samples, >= 1.
+        confidence: Coverage, in (0, 1).
+
+    Returns:
+        Lower and upper end, in [0, 1]; ``rate`` lies between them, also when it is 0 or 1.
 
     Source: Wilson, "Probable inference, the law of succession, and statistical inference",
     JASA 22 (1927).

@@ -2,10 +2,6 @@
 
 Higher scores mean positive, and a score equal to a threshold is called positive, as in scikit-learn
 and in pytorch-ood ("higher = more outlying").
-
-``negatives`` are the scores of negatives, ``(m,)``, and ``positives`` those of positives, ``(n,)``;
-``confidence`` is the coverage of the interval, in (0, 1). It is a ``ValueError`` if a group is
-empty, a score is NaN, or another argument is out of its range.
 """
 
 import math
@@ -33,7 +29,18 @@ class ROC(NamedTuple):
 
 
 def roc_curve(negatives: Tensor, positives: Tensor) -> ROC:
-    """Compute the ROC curve; equal scores are one step. Its area, by trapezoids, is ``auroc``."""
+    """Compute the ROC curve; equal scores are one step of it.
+
+    Args:
+        negatives: Scores of negatives, ``(m,)``.
+        positives: Scores of positives, ``(n,)``; higher means more positive.
+
+    Returns:
+        ``ROC``; the area by the trapezoidal rule is ``auroc``.
+
+    Raises:
+        ValueError: If a group is empty, or a score is NaN.
+    """
     _check(negatives, positives)
     values = torch.cat([negatives, positives]).unique().flip(0)
 
@@ -51,8 +58,18 @@ def auroc(negatives: Tensor, positives: Tensor, *, confidence: float = 0.95) -> 
     The interval is DeLong's, on the scale of the logit, so that it stays in [0, 1]. Two cases have
     no variance. Groups that do not overlap: with k samples in the smaller group, k independent
     pairs are all in order with probability AUROC^k, which gives an exact bound. Scores that are all
-    equal: Wilson's interval for k samples. A group of one sample tells nothing: [0, 1]. Returns an
-    ``Estimate`` on m + n samples.
+    equal: Wilson's interval for k samples. A group of one sample tells nothing: [0, 1].
+
+    Args:
+        negatives: Scores of negatives, ``(m,)``.
+        positives: Scores of positives, ``(n,)``; higher means more positive.
+        confidence: Coverage of the interval, in (0, 1).
+
+    Returns:
+        ``Estimate`` on m + n samples.
+
+    Raises:
+        ValueError: If a group is empty, or a score is NaN.
 
     Source: DeLong et al., "Comparing the areas under two or more correlated receiver operating
     characteristic curves", Biometrics 44 (1988).
@@ -87,12 +104,15 @@ def auroc_difference(
     intervals of the two areas are then combined as if they were independent.
 
     Args:
-        first: Scores of negatives and of positives.
+        first: Scores of negatives ``(m,)`` and of positives ``(n,)``.
         second: Another score of the same samples in the same order.
-        confidence: Coverage of the interval.
+        confidence: Coverage of the interval, in (0, 1).
 
     Returns:
         ``Estimate`` on m + n samples, in [-1, 1]; > 0 if the first score is better.
+
+    Raises:
+        ValueError: If the sizes differ, a group is empty, or a score is NaN.
 
     Source: DeLong et al., Biometrics 44 (1988); Zou and Donner, Statistics in Medicine 27 (2008).
     """
@@ -134,8 +154,19 @@ def fpr_at_tpr(
 
     Which group is positive differs between authors. Outlier detection (pytorch-ood): adversarial
     inputs are, with the rejection score. CCAT: accepted clean inputs are; call with
-    ``fpr_at_tpr(-adversarial, -clean, tpr)``. ``tpr`` is in (0, 1]. Returns an ``Estimate`` on m
-    samples.
+    ``fpr_at_tpr(-adversarial, -clean, tpr)``.
+
+    Args:
+        negatives: Scores of negatives, ``(m,)``.
+        positives: Scores of positives, ``(n,)``; higher means more positive.
+        tpr: Share of positives to be called positive, in (0, 1].
+        confidence: Coverage of the interval, in (0, 1).
+
+    Returns:
+        ``Estimate`` on m samples.
+
+    Raises:
+        ValueError: If a group is empty, a score is NaN, or ``tpr`` is out of range.
     """
     _check(negatives, positives)
     if not 0 < tpr <= 1:

@@ -130,12 +130,30 @@ def threshold_sweep(
     its figure shows. Points of a smaller eps count at every larger one, as do the clean inputs;
     points of an attack at one threshold count at every lower one too, which accepts them as well.
 
-    ``adversarial`` holds points by eps > 0, ``(n, ...)`` or of k attacks ``(k, n, ...)``, each
-    within eps; ``thresholds`` are values of theta, finite, see ``thresholds_at_rates``. The attack
-    is called as ``attack(model, inputs, labels, eps) -> points`` on a model that has the threshold
-    in question, for the samples not evaded yet; None: only the given points count. Further
-    arguments and errors are those of ``stratified_curve``; theta in the model's own output is not
-    used.
+    Args:
+        model: Maps ``(n, ...)`` to scores ``(n, c)``, or ``(n, c + 1)`` with theta in the last
+            column, which is not used. A module is put into evaluation mode and back.
+        inputs: Clean inputs within ``bounds``, ``(n, ...)``.
+        labels: True labels 0..c-1, int64 ``(n,)``.
+        adversarial: Points by eps > 0, ``(n, ...)`` or of k attacks ``(k, n, ...)``, each within
+            eps.
+        thresholds: Values of theta, finite; see ``thresholds_at_rates``.
+        attack: ``attack(model, inputs, labels, eps) -> points`` on a model that has the threshold
+            in question, for the samples not evaded yet; None: only the given points.
+        norm: Norm of the perturbation; 1, 2 or infinity.
+        bounds: Smallest and largest value of an input.
+        batch_size: Inputs per batch.
+        reject: Whether the last column of the output is theta; None: ask the model.
+        confidence: Coverage of the intervals, in (0, 1).
+        name: Name of the classifier.
+        settings: What else to store with the result.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        ``ThresholdSweep``.
+
+    Raises:
+        ValueError: If an argument is not as described.
 
     Source: Sotgiu et al., Fig. 4.
     """

@@ -464,10 +464,16 @@ class _Compressed(Protocol):
 
 
 def compression_report(model: _Compressed) -> str:
-    """Format what a classifier lost on the images that it was compressed with, also after ``load``.
+    """Format what a compressed classifier has lost on the images it was compressed with.
 
-    It is a table with a row per SVM, each measured in its stack; the last row is the final scores.
-    A classifier that is not compressed is a ``ValueError``.
+    Args:
+        model: What ``compress`` returned, also after ``load``.
+
+    Returns:
+        A table with a row per SVM, each measured in its stack; the last row is the final scores.
+
+    Raises:
+        ValueError: If the classifier is not a compressed one.
     """
     entries: dict[str, Any] = {
         name: chosen.get("compression") for name, chosen in model.selection.items()

@@ -1,7 +1,4 @@
-"""The results of classifiers side by side: rows, a table to read, JSON and CSV files.
-
-``curves`` maps the name of a classifier to its curve.
-"""
+"""The results of classifiers side by side: rows, a table to read, JSON and CSV files."""
 
 import csv
 import io
@@ -39,6 +36,10 @@ def attack_rates(
 ) -> list[dict[str, Any]]:
     """Tabulate every rate, per classifier, attack and eps.
 
+    Args:
+        curves: Classifier name to its curve.
+        confidence: Coverage of the intervals, in (0, 1).
+
     Returns:
         Rows with the classifier, the attack (None: the worst case over all; ``ROUNDED``: its points
         rounded to 8 bits), eps, and a dictionary with value, low, high and n for each of
@@ -56,6 +57,9 @@ def attack_rates(
 
 def attack_costs(curves: Mapping[str, SecurityCurve]) -> list[dict[str, Any]]:
     """Tabulate what each attack cost over all eps, and what it reached.
+
+    Args:
+        curves: Classifier name to its curve.
 
     Returns:
         Rows with the classifier, the attack, its number of samples, seconds, forwards and backwards
@@ -92,8 +96,15 @@ def total_costs(attack: AttackCurve | Refinement) -> tuple[dict[str, float], int
 def format_table(curves: Mapping[str, SecurityCurve]) -> str:
     """Format the results as plain text: accuracy and rejection rate in percent.
 
-    It is a table with a row per eps and classifier and a pair of columns per attack and worst case,
-    a note on how to read it, and what to be careful about; a ``ValueError`` if there is no curve.
+    Args:
+        curves: Classifier name to its curve.
+
+    Returns:
+        Table with a row per eps and classifier and a pair of columns per attack and worst case,
+        a note on how to read it, and what to be careful about.
+
+    Raises:
+        ValueError: If there is no curve.
     """
     if not curves:
         raise ValueError("curves is empty: give at least one security curve")
@@ -185,15 +196,21 @@ def save_results(
 ) -> None:
     """Write the curves of all classifiers to one JSON file, atomically.
 
-    ``settings`` are what else the numbers depend on: data set, seed, layers, thresholds, ...;
-    ``more`` are further results by name: checks, measures, ...
+    Args:
+        path: File to write.
+        curves: Classifier name to its curve.
+        settings: What else the numbers depend on: data set, seed, layers, thresholds, ...
+        more: Further results by name, other than "settings" and "curves": checks, measures, ...
     """
     content = {name: curve.to_dict() for name, curve in curves.items()}
     write_json(path, {"settings": dict(settings or {}), **(more or {}), "curves": content})
 
 
 def load_results(path: str | Path) -> tuple[dict[str, SecurityCurve], dict[str, Any]]:
-    """Read what ``save_results`` wrote: curves by classifier name, and the settings.
+    """Read what ``save_results`` wrote.
+
+    Returns:
+        Curves by classifier name, and the settings.
 
     Raises:
         ValueError: If the file does not hold results.
@@ -210,8 +227,14 @@ def save_csv(path: str | Path, curves: Mapping[str, SecurityCurve]) -> None:
 
     Rates are shares in [0, 1], low and high the ends of their 95 % confidence intervals. The cost
     of a minimum-norm attack is in the row of its first positive eps; the worst case has the sum,
-    there that of the attacks below the norms found too. An earlier file stays until the new one is
-    complete.
+    there that of the attacks below the norms found too.
+
+    Args:
+        path: File to write, atomically.
+        curves: Classifier name to its curve.
+
+    Raises:
+        OSError: If the file cannot be written.
     """
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")

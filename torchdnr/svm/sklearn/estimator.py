@@ -207,10 +207,16 @@ class RBFSVC(ClassifierMixin, BaseEstimator):
         return (votes_and_confidence(values) if ovr else values).numpy(force=True)
 
     def predict(self, X: ArrayLike) -> NDArray:
-        """Predict labels, ``(n,)``, by the votes of the pairs; ``X`` as in ``decision_function``.
+        """Predict labels by the votes of the pairs.
 
-        Ties go to the first class, unless ``break_ties``, which with
-        ``decision_function_shape="ovo"`` is a ``ValueError``.
+        Args:
+            X: As in ``decision_function``.
+
+        Returns:
+            Labels, ``(n,)``; ties go to the first class, unless ``break_ties``.
+
+        Raises:
+            ValueError: If ``break_ties`` is set with ``decision_function_shape="ovo"``.
         """
         check_is_fitted(self)
         if self.break_ties and self.decision_function_shape == "ovo":
