@@ -131,3 +131,52 @@ def test_an_early_stop_finds_the_same_evasions_for_fewer_forwards():
     assert evading[0].any() and not evading[0].all()
     assert torch.equal(*evading)
     assert forwards[1] < 0.9 * forwards[0]
+
+
+def test_a_later_step_tries_sizes_near_the_last_one_that_improved():
+    rows = []
+
+    def model(x):
+        if not torch.is_grad_enabled():
+            rows.append(len(x))
+        return torch.stack([5 - x.square().sum(dim=1), x[:, 0]], dim=1)
+
+    inputs = torch.full((1, 40), 0.9)
+    line_search_pgd(model, inputs, torch.tensor([0]), 4.0, steps=6, step_size=0.05)
+    first, later = max(rows), sorted(rows)[-3]
+    assert first >= 8
+    assert later <= first / 2
+
+
+def all_sizes(model, inputs, labels, eps, sizes, steps=20):
+    """Descend on the paper's objective, and try all sizes in every step."""
+    here = inputs.clone()
+    measured = measure(model, here, labels, "paper")
+    for _ in range(steps):
+        point = here.clone().requires_grad_()
+        value = OBJECTIVES["paper"](*split_scores(model(point), True), labels)
+        slope = -torch.autograd.grad(value.sum(), point)[0]
+        blocked = (slope > 0) & (point >= 1) | (slope < 0) & (point <= 0)
+        slope = torch.nn.functional.normalize(torch.where(blocked, 0, slope))
+        for size in sizes:
+            change = here + size * slope - inputs
+            change *= (eps / change.norm(dim=1, keepdim=True)).clamp_max(1)
+            trial = (inputs + change).clamp(0, 1)  # in ball and box, if not the nearest there
+            new = measure(model, trial, labels, "paper")
+            lower = new[1] < measured[1]
+            point = torch.where(lower[:, None], trial, point.detach())
+            measured = measured[0] | new[0], torch.where(lower, new[1], measured[1])
+        here = point.detach()
+    return measured[0]
+
+
+def test_it_evades_as_often_as_a_search_of_all_sizes_in_every_step():
+    toy = RBFMap(seed=3)
+    inputs, labels, _ = toy.samples(n=60)
+    found, expected = 0, 0
+    for eps in (0.05, 0.1, 0.2, 0.4):
+        expected += all_sizes(toy, inputs, labels, eps, 0.01 * 2.0 ** torch.arange(-5, 11)).sum()
+        points = line_search_pgd(toy, inputs, labels, eps, step_size=0.01, early_stop=True)
+        found += evades(toy(points), labels, True).sum()
+    assert expected > 100
+    assert found >= 0.99 * expected

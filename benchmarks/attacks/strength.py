@@ -76,7 +76,8 @@ def measure(
         keep()
     classes = predict_labels(outputs(model, pool, 256), has_reject_column(model, None))
     known: dict[str, Any] = {"init_inputs": pool, "init_labels": classes}
-    best = torch.tensor([step["norms"] for step in steps.values()]).amin(dim=0)
+    norms_found = [list(map(float, step["norms"])) for step in steps.values()]  # "inf" from a file
+    best = torch.tensor(norms_found).amin(dim=0)
     for name, attack in {**NEAREST, **WITHIN}.items():
         if name in steps:
             continue

@@ -14,10 +14,11 @@ from torchdnr.attacks.fixed_eps import Run, best_within
 from torchdnr.attacks.objectives import find_objective
 from torchdnr.attacks.options import FixedEpsOptions, resolve
 from torchdnr.attacks.problem import problem
-from torchdnr.attacks.projections import Region, per_row
+from torchdnr.attacks.projections import Region, per_row, reading_is_free
 from torchdnr.attacks.target import Points, Target, best_trials, better, put, slope_at, unsolved
 
 _USEFUL = 2  # longest step tried but one, relative to eps: all longer ones project almost alike
+_NEAR = (0.5, 1.0, 2.0)  # sizes tried first, relative to that of the step before
 _PATIENCE = 3  # consecutive small changes that end a descent
 
 STEP_SIZES = {1: 1.0, 2: 0.1, math.inf: 0.005}
@@ -41,12 +42,14 @@ def line_search_pgd(
 ) -> Tensor:
     """Minimise the objective within ``eps`` of each input.
 
-    Each step follows the normalised gradient and tries ``step_size * 2^k`` for k = 0..doublings, of
-    those beyond twice its eps the last alone, and halved steps where none of them improves; every
-    trial is projected on ball and box and the best one is the next point. A sample stops when no
-    trial improves, or when three steps in a row change its objective by no more than ``tol`` of all
-    its descent. It then leaves the batch, and, without restarts, its result does not depend, but
-    for rounding, on which samples shared it.
+    The first step follows the normalised gradient and tries ``step_size * 2^k`` for
+    k = 0..doublings, of those beyond twice its eps the last alone, and halved steps where none of
+    them improves. A later one tries half, once and twice the size of the step before it and the
+    longest, and all others where none of these improves. Every trial is projected on ball and box
+    and the best one is the next point. A sample stops when no trial improves, or when three steps
+    in a row change its objective by no more than ``tol`` of all its descent. It then leaves the
+    batch, and, without restarts, its result does not depend, but for rounding, on which samples
+    shared it.
 
     What is returned is the best point evaluated: an evading point (accepted and wrong) beats any
     other, then the lower objective counts. More steps, or a start, never make it worse.
@@ -90,12 +93,8 @@ def line_search_pgd(
         smallest = STEP_SIZES[options.norm] if step_size is None else step_size
         exponents = torch.arange(-halvings, doublings + 1).to(attacked.region.center)
         sizes = smallest * torch.exp2(exponents)
-        first, shorter = sizes[halvings:], sizes[:halvings]
-        useful = first <= _USEFUL * attacked.region.eps.amax()  # for any sample
-        useful[-1:] = True
-        first = first[useful]
         descend = partial(
-            _descend, first=first, shorter=shorter, steps=steps, tol=tol, early_stop=early_stop
+            _descend, sizes=sizes, halvings=halvings, steps=steps, tol=tol, early_stop=early_stop
         )
         return best_within(
             attacked, descend, steps=steps, name="line search", after_evasion=not early_stop
@@ -103,30 +102,38 @@ def line_search_pgd(
 
 
 def _descend(
-    run: Run, *, first: Tensor, shorter: Tensor, steps: int, tol: float, early_stop: bool
+    run: Run, *, sizes: Tensor, halvings: int, steps: int, tol: float, early_stop: bool
 ) -> Points:
     """Descend from the first points and return the best point evaluated, row by row.
 
-    The steps ``first`` are tried together, the ``shorter`` ones where none of those improves.
+    The first step tries the ``sizes`` from number ``halvings`` on, later ones those near the size
+    of the step before and the longest; where none of these improves, all others.
     """
     target, labels = run.target, run.labels
     current, best = run.first.clone(), run.first.clone()
     small = torch.zeros_like(labels)  # small changes in a row
+    size = torch.zeros_like(run.region.eps)  # of the last step
+    nearby = torch.tensor(_NEAR, dtype=size.dtype, device=size.device)
     running = torch.arange(len(labels), device=labels.device)
     if early_stop:
         running = unsolved(best)
-    for _ in range(steps):
+    for step in range(steps):
         if len(running) == 0:
             break
         here, row_labels, region = current.rows(running), labels[running], run.region.rows(running)
         direction = slope_at(target, here.inputs, row_labels, region.bounds).direction
         direction = steepest(direction, here.inputs, region.norm, region.bounds)
-        where = row_labels, direction, here.inputs
-        lowest, reached = _try_steps(target, region, *where, first)
+        first, further = sizes[halvings:].expand(len(running), -1), sizes[:halvings]
+        if step > 0:
+            near = size[running][:, None] * nearby
+            first, further = torch.cat([near, sizes[-1:].expand(len(near), 1)], dim=1), sizes
+        where = region, row_labels, direction, here.inputs
+        lowest, reached, size[running] = _try_steps(target, *where, first)
         stuck = (~(lowest.values < here.values)).nonzero()[:, 0]  # waits for the device
-        if len(stuck) and len(shorter):
-            where = row_labels[stuck], direction[stuck], here.inputs[stuck]
-            low, good = _try_steps(target, region.rows(stuck), *where, shorter)
+        if len(stuck) and len(further):
+            where = region.rows(stuck), row_labels[stuck], direction[stuck], here.inputs[stuck]
+            low, good, taken = _try_steps(target, *where, further.expand(len(stuck), -1))
+            size[running[stuck]] = taken
             put(lowest, stuck, low, low.values < lowest.values[stuck])
             put(reached, stuck, good, better(good, reached.rows(stuck)))
         put(best, running, reached, better(reached, best.rows(running)))
@@ -148,15 +155,23 @@ def _descend(
 
 def _try_steps(
     target: Target, region: Region, labels: Tensor, direction: Tensor, here: Tensor, sizes: Tensor
-) -> tuple[Points, Points]:
-    """Try steps of all sizes from each row; return the lowest and the best point of each."""
+) -> tuple[Points, Points, Tensor]:
+    """Try steps of several sizes, ``(n, k)``, the last of which are the longest.
+
+    Returns the lowest and the best point of each row, and the size of the step to the former.
+    """
+    # Rows of another eps in the batch change nothing: what is too long for a row does not count.
+    limit = _USEFUL * region.eps[:, None]
+    useful = sizes <= limit
+    useful[:, -1:] = True
+    if reading_is_free(useful):
+        some = useful.any(dim=0)
+        sizes, useful = sizes[:, some], useful[:, some]
 
     def trials(rows: Tensor) -> Tensor:
-        steps = per_row(sizes.repeat(len(rows)), here)
-        rows = rows.repeat_interleave(len(sizes))
+        steps = per_row(sizes[rows].flatten(), here)
+        rows = rows.repeat_interleave(sizes.shape[1])
         return here[rows] + steps * direction[rows]
 
-    # Rows of another eps in the batch change nothing: what is too long for a row does not count.
-    useful = sizes <= _USEFUL * region.eps[:, None]
-    useful[:, -1:] = True
-    return best_trials(target, region, labels, trials, useful)
+    lowest, best, column = best_trials(target, region, labels, trials, useful)
+    return lowest, best, sizes.gather(1, column[:, None]).minimum(limit)[:, 0]

@@ -108,13 +108,15 @@ def best_trials(
     labels: Tensor,
     make: Callable[[Tensor], Tensor],
     usable: Tensor,
-) -> tuple[Points, Points]:
-    """Project and evaluate k trials of each row, in batches; return the lowest and the best.
+) -> tuple[Points, Points, Tensor]:
+    """Project and evaluate k trials of each row, in batches.
 
     ``make`` maps the rows of a batch to their trials, ``(k n, ...)``, those of a row together;
-    ``usable`` says which count, bool ``(n, k)``, at least one per row.
+    ``usable`` says which count, bool ``(n, k)``, at least one per row. Returns the lowest and the
+    best trial of each row, and which one the lowest is, int64 ``(n,)``.
     """
-    count, parts = usable.shape[1], []
+    count = usable.shape[1]
+    low, good, columns = [], [], []
     every = torch.arange(len(labels), device=labels.device)
     for rows in every.split(max(1, target.batch_size // count)):
         repeated = rows.repeat_interleave(count)
@@ -123,13 +125,11 @@ def best_trials(
         values = torch.where(usable[rows], tried.values.view(-1, count), torch.inf)
         evading = tried.evading.view(-1, count) & usable[rows]
         first = torch.arange(len(rows), device=labels.device) * count
-        columns = values.argmin(dim=1), best_column(values, evading)
-        parts.append([tried.rows(first + column) for column in columns])
-    lowest, best = zip(*parts, strict=True)
-    return (
-        Points(*map(torch.cat, zip(*lowest, strict=True))),
-        Points(*map(torch.cat, zip(*best, strict=True))),
-    )
+        columns.append(values.argmin(dim=1))
+        low.append(tried.rows(first + columns[-1]))
+        good.append(tried.rows(first + best_column(values, evading)))
+    lowest, best = (Points(*map(torch.cat, zip(*some, strict=True))) for some in (low, good))
+    return lowest, best, torch.cat(columns)
 
 
 class Slope(NamedTuple):

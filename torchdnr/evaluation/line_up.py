@@ -112,9 +112,9 @@ def _walks(options: Mapping[str, Any]) -> Passes:
 
 
 def _line_searches(options: Mapping[str, Any]) -> Passes:
-    """Count descents that stop halfway on average, with the trials of each step, half of all."""
+    """Count descents that stop halfway on average, with the trials of each step, a third of all."""
     steps = options["steps"] * (2 + options["restarts"]) / 2
-    return Passes(steps * (2 + options["doublings"] / 2), steps)
+    return Passes(steps * (2 + options["doublings"] / 3), steps)
 
 
 class Entry(NamedTuple):
