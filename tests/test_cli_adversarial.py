@@ -25,6 +25,7 @@ from torchdnr.cli.settings import CLASSIFIERS
 from torchdnr.decisions import REJECT
 from torchdnr.rejection import LogitRejection
 
+pytestmark = pytest.mark.slow  # trainings, and attacks on what they make
 BOTH = ["--adversarial", "1.5", "--adversarial-epochs", "2", "--end-to-end"]
 ATTACKING = [
     *("--attack", "pgd", "--steps", "2", "--samples", "4", "--eps", "0", "1", "--examples", "1"),

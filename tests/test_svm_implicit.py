@@ -36,7 +36,8 @@ def test_derivatives_are_those_of_refits(C):
     def scores(features, inputs, C, gamma, weight):
         return svm_scores(features, labels, inputs, C=C, gamma=gamma, sample_weight=weight)
 
-    assert torch.autograd.gradcheck(scores, given, eps=1e-6, atol=1e-4, rtol=1e-3)
+    near = {"eps": 1e-6, "atol": 1e-4, "rtol": 1e-3}
+    assert torch.autograd.gradcheck(scores, given, fast_mode=C != 2, **near)
 
 
 def test_hundreds_of_real_samples_agree_with_refits():
