@@ -340,3 +340,26 @@ def test_more_steps_of_training_wait_no_more_often():
             counts.append(Counter({k: v for k, v in waits.items() if "models/" in k}))
             assert all(p.device.type == device.type for p in net.parameters())
     assert counts[0].total() == counts[1].total(), counts
+
+
+def test_attacks_on_confidence_are_of_all_sizes_up_to_eps():
+    images, labels = digits()
+    net, seen = small_mlp(), []
+    loss = AdversarialLoss(net, Adversary(eps=0.5, loss="confidence"), images, labels)
+    net.register_forward_pre_hook(lambda module, given: seen.append(given[0].detach()))
+    loss(images, labels, 1.0)
+    attacked = seen[-2]  # the last but one pass is on the attacked images, the last on clean ones
+    sizes = (attacked - images).flatten(1).norm(dim=1) / 0.5
+    assert sizes.min() < 0.2 and 0.8 < sizes.max() <= 1.001
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_the_loss_is_that_of_clean_and_of_attacked_images(loss):
+    images, labels = digits()
+    net = small_mlp(4 if loss == "class" else 3)
+    total, shown = AdversarialLoss(net, Adversary(eps=0.5, loss=loss), images, labels)(
+        images, labels, 1.0
+    )
+    logits = nn.functional.pad(net(images), (0, 1)) if loss == "reject" else net(images)
+    clean = nn.functional.cross_entropy(logits, labels) if loss != "plain" else 0
+    assert total.item() == pytest.approx(float(shown["robust_loss"] + clean), rel=1e-5)

@@ -200,3 +200,46 @@ def test_what_cannot_be_trained_is_refused():
         model.fit_end_to_end(images, None, AGAINST)
     with pytest.raises(NotFittedError):
         DNR(network(), ["3"]).fit_end_to_end(images, labels, AGAINST)
+
+
+@pytest.mark.parametrize("freeze", [False, True])
+def test_a_checkpoint_of_the_other_kind_is_refused(tmp_path, freeze):
+    images, labels = digits()
+    path, once = tmp_path / "training.safetensors", replace(QUICK, epochs=1)
+    dnr(images).fit_end_to_end(
+        images, labels, AGAINST, once, freeze_network=freeze, checkpoint=path
+    )
+    model = dnr(images)
+    before = {name: value.clone() for name, value in model.net.state_dict().items()}
+    with pytest.raises(ValueError, match="freeze_network"):
+        model.fit_end_to_end(
+            images, labels, AGAINST, once, freeze_network=not freeze, checkpoint=path
+        )
+    assert all(torch.equal(v, before[name]) for name, v in model.net.state_dict().items())
+
+
+@pytest.mark.parametrize("freeze", [False, True])
+def test_every_module_stays_in_its_mode(freeze):
+    images, labels = digits()
+    model = dnr(images)
+    model.net[0].train()
+    model.net[1].eval()
+    before = {name: module.training for name, module in model.net.named_modules()}
+    once = replace(QUICK, epochs=1)
+    model.fit_end_to_end(images, labels, AGAINST, once, freeze_network=freeze)
+    assert {name: module.training for name, module in model.net.named_modules()} == before
+
+
+def test_a_network_that_cannot_be_trained_is_refused():
+    images, labels = digits()
+    model = dnr(images)
+    model.net.requires_grad_(False)
+    with pytest.raises(ValueError, match="freeze_network=True"):
+        model.fit_end_to_end(images, labels, AGAINST, QUICK)
+
+
+def test_a_saved_one_is_loaded_onto_a_wrapped_network_too(trained, tmp_path):
+    model, given, _ = trained
+    model.save(tmp_path / "dnr.safetensors")
+    wrapped = DNR.load(tmp_path / "dnr.safetensors", nn.DataParallel(given))
+    assert torch.equal(wrapped.scores(digits()[0]), model.scores(digits()[0]))

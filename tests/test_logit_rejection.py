@@ -132,3 +132,23 @@ def test_an_inconsistent_prediction_is_rejected_and_attacks_adapt(net):
     assert evades(model(walked), labels, reject=True).float().mean() > 0.9
     with pytest.raises(ValueError, match="eps > 0"):
         consistent_prediction_rejection(net, 0)
+
+
+def test_odds_of_a_sure_network_are_finite_and_have_gradients():
+    logits = torch.tensor([[60.0, 0.0, -5.0], [0.0, 0.0, 0.0]], requires_grad=True)
+    model = LogitRejection(nn.Identity(), head="softmax")
+    scores = model.scores(logits)
+    expected = [60.0, -60.0, -65.0]
+    assert scores[0].tolist() == pytest.approx(expected, abs=0.01)
+    assert torch.allclose(scores[1], torch.tensor(0.5).log().expand(3))
+    assert torch.autograd.grad(scores.sum(), logits)[0].isfinite().all()
+
+
+def test_a_flat_network_has_a_score_and_inference_mode_one_too(net):
+    flat = nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
+    nn.init.zeros_(flat[1].weight)
+    score = PredictionInconsistency(flat, 50.0)
+    assert score(images()).isfinite().all()
+    with torch.inference_mode():
+        assert score(images()).isfinite().all()
+        assert PredictionInconsistency(net, 0.1)(images()).isfinite().all()

@@ -79,8 +79,8 @@ def test_the_example_of_training_runs(examples):
     images = torch.rand(60, 8) / 2 + labels[:, None] / 2
     net = nn.Sequential(OrderedDict(hidden=nn.Linear(8, 6), relu=nn.ReLU(), out=nn.Linear(6, 2)))
     model = torchdnr.DNR(net, ["relu", "out"]).fit(images, labels)
-    variables = {"model": model, "net": net, "images": images, "labels": labels}
-    exec(examples["training"], variables | {"calibration_images": images.flip(1)})
+    variables = {"model": model, "net": net, "calibration_images": images.flip(1)}
+    exec(examples["training"], variables | {"train_images": images, "train_labels": labels})
     assert model.predict(images).shape == (60,)
 
 

@@ -116,3 +116,7 @@ def test_shapes_that_do_not_fit_are_refused():
     features, labels, inputs = blobs()
     with pytest.raises(ValueError, match=r"expected features \(e, n, d\)"):
         svm_scores(features, labels[None], inputs, gamma=0.2)
+    with pytest.raises(ValueError, match=r"inputs \(e, m, d\)"):
+        svm_scores(features, labels, inputs[:, :2], gamma=0.2)
+    with pytest.raises(ValueError, match="gamma must be one number > 0"):
+        svm_scores(features, labels, inputs, gamma=-0.5)

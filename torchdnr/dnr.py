@@ -18,6 +18,7 @@ from torchdnr.features.choice import default_layers
 from torchdnr.features.extraction import distortions, extract, prepare_features, training_features
 from torchdnr.features.layers import LayerFeatures
 from torchdnr.features.network import (
+    bare_name,
     has_digest,
     network_digest,
     warn_unless_savable,
@@ -540,7 +541,8 @@ class DNR(nn.Module):
 
         Raises:
             NotFittedError: If the classifier is not fitted.
-            ValueError: If an argument is not as said above.
+            ValueError: If an argument is not as said above, or no parameter of the network requires
+                a gradient.
             CheckpointError: If ``checkpoint`` belongs to another run.
             FloatingPointError: If the loss is not finite after an epoch.
 
@@ -663,7 +665,9 @@ class DNR(nn.Module):
         if owns_network := metadata.get("owns_network", False):
             net = deepcopy(net)
             weights = {k: tensors.pop(k) for k in list(tensors) if k.startswith(NETWORK)}
-            weights = {name.removeprefix(NETWORK): value for name, value in weights.items()}
+            known = {bare_name(name): name for name in net.state_dict()}  # in a wrapper or not
+            bare = {bare_name(name.removeprefix(NETWORK)): v for name, v in weights.items()}
+            weights = {known.get(name, name): value for name, value in bare.items()}
             if difference := compare_states(net.state_dict(), weights):
                 raise CheckpointError(
                     f"{path} holds a network that does not fit this {type(net).__name__}: "

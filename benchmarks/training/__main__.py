@@ -49,7 +49,8 @@ def make_study(options: argparse.Namespace, seed: int) -> tuple[Study, Tensor, T
     order = torch.randperm(len(data.labels_train), generator=generator)
     train, rest = order[: options.images], order[options.images :]
     svm, threshold = rest[:SVM_SAMPLES], rest[SVM_SAMPLES : 2 * SVM_SAMPLES]
-    name = f"{options.network}-{options.norm:g}-eps{options.eps:g}-seed{seed}"
+    budget = f"{options.images}x{options.epochs}"
+    name = f"{options.network}-{options.norm:g}-eps{options.eps:g}-{budget}-seed{seed}"
     folder = options.run / name
     folder.mkdir(parents=True, exist_ok=True)
     study = Study(
@@ -185,7 +186,7 @@ def transferred(study: Study, images: Tensor, labels: Tensor) -> dict[str, dict[
         result |= {
             "transfer": int((norms < before - 1e-6).sum()),
             "norms": norms.tolist(),
-            "median": norms.quantile(0.5).item(),
+            "median": norms.quantile(0.5, interpolation="lower").item(),
             "kept": [
                 result["kept"][0],
                 *((norms > eps).double().mean().item() for eps in result["eps"][1:]),

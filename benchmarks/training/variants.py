@@ -1,5 +1,6 @@
 """The networks that are trained and the classifiers on them, by name; made where a file lacks."""
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -24,7 +25,7 @@ from torchdnr.rejection import consistent_prediction_rejection
 
 PLAIN = "plain"
 PLAIN_EPOCHS = 3
-CONSISTENT_EPS = 0.5  # of CPR's perturbation
+CONSISTENT = {2.0: (0.5, 10), math.inf: (0.1, 20)}  # eps and steps of CPR's perturbation, by norm
 SVM_SAMPLES = 1_000
 RAMP = 0.4  # of the training end to end
 
@@ -108,7 +109,8 @@ class Study:
         if not name.startswith(PLAIN):
             start = self.trained("plain class" if outputs == 11 else PLAIN)
             net.load_state_dict(start.state_dict())
-        began = time.process_time()
+        began, checkpoint = time.process_time(), self.folder / f"training {name}.safetensors"
+        in_one_piece = not checkpoint.exists()
         adversary, epochs = None, PLAIN_EPOCHS
         if name in TRAININGS:
             adversary = Adversary(eps=self.eps, norm=self.norm, **TRAININGS[name])
@@ -120,10 +122,11 @@ class Study:
             replace(ADVERSARIAL_TRAINING, epochs=epochs),
             adversary=adversary,
             seed=self.seed,
-            checkpoint=self.folder / f"training {name}.safetensors",
+            checkpoint=checkpoint,
         )
         save_network(net, path)
-        self.note(name, time.process_time() - began)
+        if in_one_piece:
+            self.note(name, time.process_time() - began)
         return net
 
     def note(self, name: str, seconds: float) -> None:
@@ -152,8 +155,8 @@ class Study:
         path = self.folder / f"{name}.safetensors"
         if path.exists():
             return kind.load(path, self.trained(PLAIN))
-        model = self.fitted(kind, PLAIN)
-        began = time.process_time()
+        model, checkpoint = self.fitted(kind, PLAIN), self.folder / f"training {name}.safetensors"
+        began, in_one_piece = time.process_time(), not checkpoint.exists()
         model.fit_end_to_end(
             self.images,
             self.labels,
@@ -161,18 +164,19 @@ class Study:
             replace(ADVERSARIAL_TRAINING, epochs=self.epochs),
             freeze_network=freeze,
             seed=self.seed,
-            checkpoint=self.folder / f"training {name}.safetensors",
+            checkpoint=checkpoint,
             progress=True,
         )
         model.save(path)
-        self.note(name, time.process_time() - began)
+        if in_one_piece:
+            self.note(name, time.process_time() - began)
         return model
 
     def consistent(self, training: str) -> nn.Module:
         """Build CPR on a network."""
-        return consistent_prediction_rejection(
-            self.trained(training), CONSISTENT_EPS, norm=self.norm
-        )
+        eps, steps = CONSISTENT[self.norm]
+        net = self.trained(training)
+        return consistent_prediction_rejection(net, eps, norm=self.norm, steps=steps)
 
 
 class Variant(NamedTuple):
@@ -208,7 +212,7 @@ VARIANTS: dict[str, Variant] = {
     "trained to reject, DNR refitted": _on(DNR, "reject"),
     "trained to reject, NR refitted": _on(NR, "reject"),
     "class that rejects": _logit("class", "class"),
-    "confidence-calibrated (CCAT)": _logit("confidence", "softmax"),
+    "confidence-calibrated, after CCAT": _logit("confidence", "softmax"),
     "adversarial training, CPR": Variant(
         lambda study: study.consistent("plain loss"), "plain loss"
     ),

@@ -5,6 +5,7 @@ trained, on those of the SVMs.
 """
 
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
@@ -53,7 +54,8 @@ def train_robust(job: Job, net: nn.Module, progress: bool) -> LogitRejection:
 
 def train_end_to_end(job: Job, net: nn.Module, progress: bool) -> DNR:
     """Train DNR and a copy of its network together against attacks, without a threshold."""
-    model = DNR.load(job.folder / "dnr.safetensors", net)
+    usual = deepcopy(net).to(memory_format=torch.contiguous_format)  # as in ``train_robust``
+    model = DNR.load(job.folder / "dnr.safetensors", usual)
     return model.fit_end_to_end(
         *_images(job),
         job.settings.adversary("reject"),

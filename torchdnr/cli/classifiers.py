@@ -125,8 +125,7 @@ def _against_attacks(job: Job, console: Console, net: nn.Module, name: str) -> n
             model = train(job, net, console.progress)
             _calibrate(model, job)
             model.save(path)
-    if isinstance(model, LogitRejection):
-        _in_faster_format(model.net, job, console)
+    _in_faster_format(model.net, job, console)
     return model
 
 

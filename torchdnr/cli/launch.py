@@ -92,9 +92,10 @@ def further_processes(count: int, work: Work, options: argparse.Namespace) -> It
     try:
         for rank in ranks[1:]:
             message, told = context.Pipe(duplex=False)
-            others.append(context.Process(target=_follow, args=(told, rank, share, work, options)))
-            others[-1].daemon = True
-            others[-1].start()
+            given = told, rank, share, work, options
+            other = context.Process(target=_follow, args=given, daemon=True)
+            other.start()
+            others.append(other)
             told.close()  # the other's alone now: it reads as ended when the other has
             messages.append(message)
         if hasattr(signal, "SIGCHLD"):
@@ -105,6 +106,8 @@ def further_processes(count: int, work: Work, options: argparse.Namespace) -> It
         yield
         for other in others:
             other.join()
+        if any(other.exitcode for other in others):
+            raise PeerError("another process of this job has ended")
     except PeerError as error:
         raise PeerError(_last_words(others, messages) or str(error)) from error
     finally:

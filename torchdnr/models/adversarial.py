@@ -56,7 +56,8 @@ class Adversary:
         loss: "reject": an attacked image may be rejected, rejection is one more logit fixed at 0;
             "plain": it has to be right (Madry et al.); "class": it may be rejected, which is a
             class that the network has an output for, the last one; "confidence": the prediction
-            has to be the less sure the larger the perturbation (CCAT).
+            has to be the less sure the larger the perturbation, whose largest size is then drawn
+            for each image, uniformly up to eps (after CCAT).
         steps: Steps of the attack, >= 1.
         far_starts: Share of the attacks, in [0, 1], that start at one of the ``neighbours`` nearest
             images of other classes in the batch; the others start at random points of the ball.
@@ -68,9 +69,10 @@ class Adversary:
             many black or white pixels.
 
     Source: "plain": Madry et al., "Towards deep learning models resistant to adversarial attacks",
-    ICLR 2018. "class": Chen et al., "Stratified adversarial robustness with rejection", ICML 2023,
-    compare with one. "confidence": Stutz et al., "Confidence-calibrated adversarial training", ICML
-    2020. "reject": the loss of "class", with a logit that is not learned.
+    ICLR 2018. "class": a baseline of Chen et al., "Stratified adversarial robustness with
+    rejection", ICML 2023. "confidence": Stutz et al., "Confidence-calibrated adversarial training",
+    ICML 2020, whose attack starts at the image instead. "reject": the loss of "class", with a logit
+    that is not learned.
     """
 
     eps: float
@@ -106,22 +108,23 @@ class Adversary:
 
 
 def attack_batch(
-    target: Target, inputs: Tensor, labels: Tensor, adversary: Adversary, eps: float
+    target: Target, inputs: Tensor, labels: Tensor, adversary: Adversary, eps: float | Tensor
 ) -> Tensor:
     """Attack a batch ``(n, ...)`` within ``eps``, with no wait for a GPU; return the best points.
 
-    Random numbers are those of the device's global generator.
+    ``eps`` is a number or ``(n,)``. Random numbers are those of the device's global generator.
     """
-    region = Region(inputs, inputs.new_full((len(inputs),), eps), adversary.norm, BOUNDS)
+    radius = torch.as_tensor(eps, dtype=inputs.dtype, device=inputs.device).expand(len(inputs))
+    region = Region(inputs, radius, adversary.norm, BOUNDS)
     points = _starts(region, labels, adversary)
     bounds = BOUNDS if adversary.masked else UNBOUNDED
     best = None
     for step in range(adversary.steps):
         slope = slope_at(target, points, labels, bounds)
         best = slope.points if best is None else keep_lower(best, slope.points)
-        size = eps * cosine(step, adversary.steps, *adversary.step_sizes)
+        sizes = per_row(radius * cosine(step, adversary.steps, *adversary.step_sizes), points)
         direction = steepest(slope.direction, points, region.norm, bounds)
-        points = project(torch.add(points, direction, alpha=size), *region)
+        points = project(torch.addcmul(points, sizes, direction), *region)
     last = evaluate(target, points, labels)
     return (last if best is None else keep_lower(best, last)).inputs
 
@@ -156,7 +159,8 @@ class _Loss(NamedTuple):
     attacked: LossFunction
     clean: bool  # whether the cross-entropy on the images themselves is part of the loss
     reject: bool  # whether outputs have a last column that rejects
-    learned: bool = False  # whether it is the network's
+    learned: bool = False  # whether that column is an output of the network, not 0
+    any_size: bool = False  # whether each attack has an eps of its own, up to that of the adversary
 
 
 def _stay(scores: Tensor, threshold: Tensor | None, labels: Tensor) -> Tensor:
@@ -204,7 +208,9 @@ LOSSES = {
     "class": _Loss(
         soft_decision_objective, loss_unless_rejected, clean=True, reject=True, learned=True
     ),
-    "confidence": _Loss(wrong_confidence_objective, loss_if_sure, clean=True, reject=False),
+    "confidence": _Loss(
+        wrong_confidence_objective, loss_if_sure, clean=True, reject=False, any_size=True
+    ),
 }
 """Losses by name, see ``Adversary``."""
 
@@ -260,11 +266,13 @@ class AdversarialLoss:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Attack a batch and compute its loss; see ``training.BatchLoss``."""
         self.share = share
-        eps = self.adversary.eps_at(share)
+        eps: float | Tensor = self.adversary.eps_at(share)
+        if self.loss.any_size:
+            eps = eps * torch.rand(len(inputs), dtype=inputs.dtype, device=inputs.device)
         with evaluation_mode(self.net):
             attacked = attack_batch(self.target, inputs, labels, self.adversary, eps)
         output = self.output(attacked)
-        size = lengths(attacked, inputs, self.adversary.norm) / eps
+        size = lengths(attacked, inputs, self.adversary.norm) / self.adversary.eps
         loss = robust = self.loss.attacked(output, labels, size)
         shown = {"robust_loss": robust.detach()}
         if self.loss.clean:

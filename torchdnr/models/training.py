@@ -197,11 +197,12 @@ def train_against(
     images: Tensor,
     labels: Tensor,
     settings: TrainingSettings,
-    **options: Any,  # noqa: ANN401 - seed, checkpoint and progress of ``train``
+    **options: Any,  # noqa: ANN401 - seed, checkpoint, progress and against of ``train``
 ) -> None:
     """Train against an adversary in place, on all images but those held out; see ``train``."""
     loss = AdversarialLoss(net, adversary, images, labels)
-    options |= {"measure": loss.measure, "against": {"adversary": asdict(adversary)}}
+    against = {"adversary": asdict(adversary), **options.pop("against", {})}
+    options |= {"measure": loss.measure, "against": against}
     train(net, groups, loss, images, labels, settings, rows=loss.rows, **options)
 
 

@@ -51,8 +51,8 @@ class PredictionInconsistency(nn.Module):
     def forward(self, inputs: Tensor) -> Tensor:
         """Return the score of images ``(n, ...)``, ``(n,)``."""
         keep = torch.is_grad_enabled()
-        with torch.enable_grad():
-            points = inputs if inputs.requires_grad else inputs.detach().requires_grad_()
+        with torch.inference_mode(False), torch.enable_grad():
+            points = inputs if inputs.requires_grad else inputs.detach().clone().requires_grad_()
             center = points
             logits = class_scores(self.net(points))
             predicted = logits.detach().argmax(dim=1)
@@ -69,7 +69,8 @@ class PredictionInconsistency(nn.Module):
         if self.norm == math.inf:
             shift = (points - self.step_size * slope.sign() - center).clamp(-self.eps, self.eps)
         else:
-            step = self.step_size / _length(slope).clamp_min(torch.finfo(slope.dtype).tiny)
+            length = _length(slope)
+            step = torch.where(length > 0, self.step_size / length, 0)
             shift = points - per_row(step, points) * slope - center
             shrink = self.eps / _length(shift).clamp_min(self.eps)
             shift = per_row(shrink, points) * shift

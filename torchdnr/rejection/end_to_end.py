@@ -118,7 +118,13 @@ def train_end_to_end(
 ) -> None:
     """Train the SVMs of a model, and its network unless it is None; see ``DNR.fit_end_to_end``."""
     margins = ScaledMargins(model, theta).to(next(model.parameters()).device)
+    modes = {module: module.training for module in margins.modules()}
     frozen = [p for p in model.parameters() if p.requires_grad] if net is None else []
+    if net is not None and not any(p.requires_grad for p in net.parameters()):
+        raise ValueError(
+            "expected a network that can be trained, got one whose parameters all have "
+            "requires_grad=False; call net.requires_grad_(True), or pass freeze_network=True"
+        )
     with trainable(m for m in model.modules() if isinstance(m, RBFSVM)) as groups:
         groups = [*groups, {"params": [margins.log_scale]}]
         if net is not None:
@@ -127,7 +133,10 @@ def train_end_to_end(
             parameter.requires_grad_(False)
         try:
             options: Any = {"seed": seed, "checkpoint": checkpoint, "progress": progress}
+            options["against"] = {"freeze_network": net is None}
             train_against(margins, groups, adversary, images, labels, settings, **options)
         finally:
             for parameter in frozen:
                 parameter.requires_grad_(True)
+            for module, training in modes.items():
+                module.training = training

@@ -23,9 +23,12 @@ KIND = "LogitRejection"
 
 def _by_odds(logits: Tensor) -> Tensor:
     """Compute the log-odds of the softmax, ``log p_k - log(1 - p_k)``."""
-    own = torch.eye(logits.shape[1], dtype=torch.bool, device=logits.device)
-    others = logits[:, None, :].masked_fill(own, -torch.inf).logsumexp(dim=2)
-    return logits - others
+    top = logits.argmax(dim=1, keepdim=True)
+    # 1 - p loses its digits for the best class alone: there the others are summed by themselves.
+    p = logits.softmax(dim=1).scatter(1, top, 0)
+    others = logits.logsumexp(dim=1, keepdim=True) + torch.log1p(-p)
+    of_top = logits.scatter(1, top, -torch.inf).logsumexp(dim=1, keepdim=True)
+    return logits - others.scatter(1, top, of_top)
 
 
 HEADS = {

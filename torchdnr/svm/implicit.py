@@ -117,7 +117,8 @@ def svm_scores(
         weight = None if sample_weight is None else sample_weight[None]
         options: Any = {"C": C, "gamma": gamma, "sample_weight": weight, "num_classes": num_classes}
         return svm_scores(features[None], labels[None], inputs[None], **options)[0]
-    if features.ndim != 3 or labels.shape != features.shape[:2] or inputs.ndim != 3:
+    fits = features.ndim == inputs.ndim == 3 and labels.shape == features.shape[:2]
+    if not fits or inputs.shape[::2] != features.shape[::2]:
         raise ValueError(
             "expected features (e, n, d), labels (e, n) and inputs (e, m, d), or all without e, "
             f"got {tuple(features.shape)}, {tuple(labels.shape)} and {tuple(inputs.shape)}"
@@ -125,6 +126,8 @@ def svm_scores(
     e, n, _ = features.shape
     c = max(check_labels(of_one, n, num_classes) for of_one in labels)
     gamma = torch.as_tensor(gamma, dtype=features.dtype, device=features.device)
+    if gamma.ndim or not gamma > 0:
+        raise ValueError(f"gamma must be one number > 0, got {gamma.tolist()}")
     bounds = torch.as_tensor(C, dtype=torch.float64, device=features.device).expand(c)
     # One problem per episode and class, which holds out the samples of all other episodes.
     own = torch.eye(e, dtype=torch.float64, device=features.device)
