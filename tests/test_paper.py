@@ -41,8 +41,8 @@ def small_protocol():
         settings.MNIST,
         variants={"later": later},
         runs=2,
-        network_samples=400,
-        svm_samples=100,
+        network_samples=600,
+        svm_samples=200,
         threshold_samples=60,
         test_samples=80,
         attacked=4,
@@ -250,7 +250,7 @@ def test_the_samples_of_a_run_are_disjoint_and_differ_between_runs(digits, tmp_p
     found = [{key: names(x) for key, (x, _) in study.samples(run).items()} for run in (0, 1)]
     for parts in found:
         sets = [network, *parts.values()]
-        sizes = {"svm": 100, "threshold": 60, "test": 80}
+        sizes = {"svm": 200, "threshold": 60, "test": 80}
         assert {key: len(value) for key, value in parts.items()} == sizes
         assert len(set.union(*sets)) == sum(map(len, sets))
         assert all(marker == 255 for *_, marker in parts["test"])
@@ -260,7 +260,7 @@ def test_the_samples_of_a_run_are_disjoint_and_differ_between_runs(digits, tmp_p
 
 def test_a_folder_of_other_experiments_is_refused(small, digits):
     study, *_ = small
-    other = replace(study, protocol=replace(study.protocol, svm_samples=90))
+    other = replace(study, protocol=replace(study.protocol, svm_samples=100))
     with pytest.raises(ValueError, match="other svm_samples"):
         other.claim_folder()
 
