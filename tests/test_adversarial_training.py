@@ -1,5 +1,6 @@
 import math
 from collections import Counter
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
@@ -182,82 +183,41 @@ class Stopped(Exception):
     """Something ended the training."""
 
 
-def trained(tmp_path, *, stop_after=None, seed=0):
+def trained(path, *, stop_after=None, seed=0):
+    """Train a small network; return its weights, or stop the training after some epochs."""
     images, labels = digits()
     torch.manual_seed(0)
-    net = small_network()
-    path = tmp_path / f"{seed}-{stop_after}.safetensors"
-    if stop_after is not None:
-        calls = 0
+    net, calls = small_network(), 0
 
-        def stop(module, args):
-            nonlocal calls
-            calls += module.training
-            if calls > stop_after * 2 * 4:  # two training passes for each of four batches
-                raise Stopped
+    def stop(module, args):
+        nonlocal calls
+        calls += module.training
+        if (
+            stop_after is not None and calls > stop_after * 2 * 4
+        ):  # two passes a batch, four batches
+            raise Stopped
 
-        handle = net.register_forward_pre_hook(stop)
-        with pytest.raises(Stopped):
-            train_network(
-                net,
-                images,
-                labels,
-                QUICK,
-                adversary=Adversary(eps=0.5),
-                seed=seed,
-                checkpoint=path,
-                progress=False,
-            )
-        handle.remove()
-        torch.manual_seed(0)
-        net = small_network()
-    train_network(
-        net,
-        images,
-        labels,
-        QUICK,
-        adversary=Adversary(eps=0.5),
-        seed=seed,
-        checkpoint=path,
-        progress=False,
-    )
+    net.register_forward_pre_hook(stop)
+    options = {"seed": seed, "checkpoint": path, "progress": False}
+    train_network(net, images, labels, QUICK, adversary=Adversary(eps=0.5), **options)
     return torch.cat([p.detach().flatten() for p in net.parameters()])
 
 
 def test_a_stopped_training_goes_on_and_a_seed_decides_the_network(tmp_path):
-    whole = trained(tmp_path)
-    assert torch.equal(whole, trained(tmp_path, stop_after=1))
-    assert not torch.equal(whole, trained(tmp_path, seed=1))
+    whole, path = trained(tmp_path / "whole.safetensors"), tmp_path / "stopped.safetensors"
+    with pytest.raises(Stopped):
+        trained(path, stop_after=1)
+    assert torch.equal(trained(path), whole)
+    assert not torch.equal(trained(tmp_path / "other.safetensors", seed=1), whole)
 
 
 def test_a_checkpoint_of_another_adversary_is_refused(tmp_path):
     images, labels = digits()
-    torch.manual_seed(0)
-    state = small_network().state_dict()
-    for eps in (0.5, 0.6):
-        net = small_network()
-        net.load_state_dict(state)
-        if eps == 0.6:
-            with pytest.raises(ValueError, match="adversary"):
-                train_network(
-                    net,
-                    images,
-                    labels,
-                    QUICK,
-                    adversary=Adversary(eps=eps),
-                    checkpoint=tmp_path / "c.safetensors",
-                    progress=False,
-                )
-        else:
-            train_network(
-                net,
-                images,
-                labels,
-                QUICK,
-                adversary=Adversary(eps=eps),
-                checkpoint=tmp_path / "c.safetensors",
-                progress=False,
-            )
+    net = small_mlp()
+    options = {"checkpoint": tmp_path / "c.safetensors", "progress": False}
+    train_network(deepcopy(net), images, labels, QUICK, adversary=Adversary(eps=0.5), **options)
+    with pytest.raises(ValueError, match="adversary"):
+        train_network(net, images, labels, QUICK, adversary=Adversary(eps=0.6), **options)
 
 
 def test_a_weak_attack_is_said():

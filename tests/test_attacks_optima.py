@@ -125,7 +125,7 @@ def test_fixed_eps_attacks_succeed_where_success_exists(name, norm, seeds, n):
     found = FIXED_EPS[name](toy, inputs, labels, eps, norm=norm, init_inputs=pool)
     evading += int(evades(toy(found), labels, True).sum())
     count += len(inputs)
-    assert count - evading <= count // 24  # 1 of 24, or 6 of 160
+    assert count - evading <= min(3, count // 24)  # of 24 one, of 80 or 160 three
 
 
 @pytest.mark.parametrize("norm", NORMS)

@@ -78,6 +78,7 @@ def test_transfer_and_the_search_for_rejection_reach_as_far_whatever_lies_beyond
     [
         pytest.param(1, (1, 2, 8, 64, 1e3), {}, marks=pytest.mark.slow),
         pytest.param(2, (0.5, 1, 2, 8, 100), {}, marks=pytest.mark.slow),
+        pytest.param(math.inf, (0.3, 0.5, 1, 8, 255), {}, marks=pytest.mark.slow),
         (math.inf, (0.3, 0.5, 1, 8, 255), {"steps": 30}),
     ],
 )
@@ -139,7 +140,11 @@ SLOW = pytest.mark.slow
 
 @pytest.mark.parametrize(
     ("norm", "sizes", "options"),
-    [pytest.param(2, (1.5, 3, 6, 20), {}, marks=SLOW), (math.inf, (0.25, 0.5, 8), {"steps": 25})],
+    [
+        pytest.param(2, (1.5, 3, 6, 20), {}, marks=SLOW),
+        pytest.param(math.inf, (0.25, 0.5, 1, 8), {}, marks=SLOW),
+        (math.inf, (0.25, 0.5, 8), {"steps": 25}),
+    ],
 )
 @pytest.mark.parametrize(
     "attack", [pgd, apgd, *(pytest.param(a, marks=SLOW) for a in (orthogonal_pgd, multi_target))]

@@ -9,16 +9,14 @@ import os
 import resource
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
-import threading
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from interrupts import stopping_at
 from sklearn.datasets import load_digits
 
 import torchdnr
@@ -170,26 +168,6 @@ def test_clean_images_alone_give_no_adversarial_examples(run):
     assert not (run / "examples.png").exists()
 
 
-@contextmanager
-def _stopping_at(path):
-    """Press Ctrl-C, so to speak, as soon as a file is there."""
-    ended = threading.Event()
-
-    def watch():
-        while not path.exists():
-            if ended.wait(1e-3):
-                return
-        os.kill(os.getpid(), signal.SIGINT)
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        watcher.join()
-
-
 @pytest.mark.slow
 def test_stopped_in_every_stage_and_resumed_equals_never_stopped(
     digits, finished, tmp_path, capsys
@@ -206,7 +184,7 @@ def test_stopped_in_every_stage_and_resumed_equals_never_stopped(
         "curve.png",
     ]
     for stop in stops:
-        with _stopping_at(run / stop):
+        with stopping_at(run / stop):
             assert attack.main(command) == 130
         assert "the same command goes on" in capsys.readouterr().err
         there = {path.name for path in run.iterdir()}

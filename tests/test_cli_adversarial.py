@@ -2,16 +2,13 @@
 
 import csv
 import json
-import os
 import shutil
-import signal
-import threading
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from interrupts import stopping_at
 from PIL import Image
 from sklearn.datasets import load_digits
 
@@ -136,26 +133,6 @@ def test_they_are_trained_further_and_come_back_as_they_were_saved(finished):
         entry = results(finished)["settings"]["classifiers"][name]
         assert entry["test_accuracy"] == pytest.approx((predicted == labels).double().mean())
     assert classifiers["DNR"].net is classifiers["DNN"]
-
-
-@contextmanager
-def stopping_at(path):
-    """Press Ctrl-C, so to speak, as soon as a file is there."""
-    ended = threading.Event()
-
-    def watch():
-        while not path.exists():
-            if ended.wait(1e-3):
-                return
-        os.kill(os.getpid(), signal.SIGINT)
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        watcher.join()
 
 
 def test_a_stopped_training_goes_on(run, finished):

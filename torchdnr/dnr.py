@@ -18,7 +18,7 @@ from torchdnr.features.choice import default_layers
 from torchdnr.features.extraction import distortions, extract, prepare_features, training_features
 from torchdnr.features.layers import LayerFeatures
 from torchdnr.features.network import (
-    bare_name,
+    copy_with_state,
     has_digest,
     network_digest,
     warn_unless_savable,
@@ -29,7 +29,6 @@ from torchdnr.files import CheckpointError, load_tensors, plain_json, save_tenso
 from torchdnr.kernels.any_kernel import rbf_gamma
 from torchdnr.kernels.rbf import full_precision
 from torchdnr.models.adversarial import Adversary
-from torchdnr.models.paper import compare_states
 from torchdnr.models.training import TrainingSettings
 from torchdnr.rejection.end_to_end import (
     END_TO_END_TRAINING,
@@ -559,9 +558,9 @@ class DNR(nn.Module):
                 f"{adversary}: the scores of SVMs have no class that rejects"
             )
         # A copy is trained: a training that fails leaves the classifier as it was.
-        trained, net = copy(self), deepcopy(self.net) if copy_network else self.net
-        features = copy(self.features)
-        features._modules = {**features._modules, "net": self.net if freeze_network else net}
+        net = deepcopy(self.net) if copy_network and not freeze_network else self.net
+        trained, features = copy(self), copy(self.features)
+        features._modules = {**features._modules, "net": net}
         trained._modules = {**self._modules, "features": features, "svms": deepcopy(self.svms)}
         theta = self.threshold.item()
         train_end_to_end(
@@ -663,17 +662,9 @@ class DNR(nn.Module):
         """
         tensors, metadata = load_tensors(path, kind=cls.__name__)
         if owns_network := metadata.get("owns_network", False):
-            net = deepcopy(net)
-            weights = {k: tensors.pop(k) for k in list(tensors) if k.startswith(NETWORK)}
-            known = {bare_name(name): name for name in net.state_dict()}  # in a wrapper or not
-            bare = {bare_name(name.removeprefix(NETWORK)): v for name, v in weights.items()}
-            weights = {known.get(name, name): value for name, value in bare.items()}
-            if difference := compare_states(net.state_dict(), weights):
-                raise CheckpointError(
-                    f"{path} holds a network that does not fit this {type(net).__name__}: "
-                    f"{difference}; build the network that was trained"
-                )
-            net.load_state_dict(weights)
+            weights = [name for name in tensors if name.startswith(NETWORK)]
+            state = {name.removeprefix(NETWORK): tensors.pop(name) for name in weights}
+            net = copy_with_state(net, state, path)
         if strict and not has_digest(net, metadata["network_digest"]):
             raise CheckpointError(
                 f"{path}: expected the network it was fitted on, got one with other weights; load "

@@ -128,15 +128,15 @@ def _descend(
             near = size[running][:, None] * nearby
             first, further = torch.cat([near, sizes[-1:].expand(len(near), 1)], dim=1), sizes
         where = region, row_labels, direction, here.inputs
-        lowest, reached, size[running] = _try_steps(target, *where, first)
+        lowest, harmful, size[running] = _try_steps(target, *where, first)
         stuck = (~(lowest.values < here.values)).nonzero()[:, 0]  # waits for the device
         if len(stuck) and len(further):
             where = region.rows(stuck), row_labels[stuck], direction[stuck], here.inputs[stuck]
-            low, good, taken = _try_steps(target, *where, further.expand(len(stuck), -1))
-            size[running[stuck]] = taken
-            put(lowest, stuck, low, low.values < lowest.values[stuck])
-            put(reached, stuck, good, better(good, reached.rows(stuck)))
-        put(best, running, reached, better(reached, best.rows(running)))
+            tried = _try_steps(target, *where, further.expand(len(stuck), -1))
+            lower, more_harmful, size[running[stuck]] = tried
+            put(lowest, stuck, lower, lower.values < lowest.values[stuck])
+            put(harmful, stuck, more_harmful, better(more_harmful, harmful.rows(stuck)))
+        put(best, running, harmful, better(harmful, best.rows(running)))
         moved = lowest.values < here.values
         put(current, running, lowest, moved)
         # Relative to its own descent: a combiner may live within 0.1 of its intercept.

@@ -82,7 +82,7 @@ def further_processes(count: int, work: Work, options: argparse.Namespace) -> It
     share = max(1, threads // count)
     context = multiprocessing.get_context("spawn")
     others: list[SpawnProcess] = []
-    messages: list[Connection] = []
+    receivers: list[Connection] = []
 
     def heed(number: int, frame: object) -> None:
         if any(other.exitcode for other in others):
@@ -91,13 +91,13 @@ def further_processes(count: int, work: Work, options: argparse.Namespace) -> It
     handlers = {signal.SIGINT: signal.signal(signal.SIGINT, signal.SIG_IGN)}  # they inherit it
     try:
         for rank in ranks[1:]:
-            message, told = context.Pipe(duplex=False)
-            given = told, rank, share, work, options
+            receiver, sender = context.Pipe(duplex=False)
+            given = sender, rank, share, work, options
             other = context.Process(target=_follow, args=given, daemon=True)
             other.start()
             others.append(other)
-            told.close()  # the other's alone now: it reads as ended when the other has
-            messages.append(message)
+            sender.close()  # the other's alone now: it reads as ended when the other has
+            receivers.append(receiver)
         if hasattr(signal, "SIGCHLD"):
             handlers[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, heed)
         signal.signal(signal.SIGINT, handlers[signal.SIGINT])
@@ -109,7 +109,7 @@ def further_processes(count: int, work: Work, options: argparse.Namespace) -> It
         if any(other.exitcode for other in others):
             raise PeerError("another process of this job has ended")
     except PeerError as error:
-        raise PeerError(_last_words(others, messages) or str(error)) from error
+        raise PeerError(_last_words(others, receivers) or str(error)) from error
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler or signal.SIG_DFL)
@@ -125,7 +125,7 @@ def further_processes(count: int, work: Work, options: argparse.Namespace) -> It
 
 
 def _follow(
-    told: Connection, rank: dict[str, str], threads: int, work: Work, options: argparse.Namespace
+    sender: Connection, rank: dict[str, str], threads: int, work: Work, options: argparse.Namespace
 ) -> NoReturn:
     """Do the work in a further process, and tell the first why it fails, if it does by itself."""
     threading.Thread(target=_end_with_the_first, daemon=True).start()
@@ -136,7 +136,7 @@ def _follow(
     except PeerError:  # another one has failed, and tells why
         sys.exit(1)
     except Exception as error:
-        told.send(str(error) if is_for_user(error) else traceback.format_exc())
+        sender.send(str(error) if is_for_user(error) else traceback.format_exc())
         sys.exit(1)
     sys.exit(0)
 
@@ -149,16 +149,16 @@ def _end_with_the_first() -> None:
     os._exit(1)
 
 
-def _last_words(others: list[SpawnProcess], messages: list[Connection]) -> str:
-    """Return what the process that failed has told, or that it was killed; "" if it is unknown."""
-    left = dict(zip(messages, others, strict=True))
+def _last_words(others: list[SpawnProcess], receivers: list[Connection]) -> str:
+    """Return what the process that failed has sent, or that it was killed; "" if it is unknown."""
+    left = dict(zip(receivers, others, strict=True))
     while left and wait(left, timeout=_LAST_WORDS):
-        for message, other in [*left.items()]:
-            if message.poll():
+        for receiver, other in [*left.items()]:
+            if receiver.poll():
                 try:
-                    return message.recv()
+                    return receiver.recv()
                 except EOFError:  # it has ended without a word
-                    del left[message]
+                    del left[receiver]
                 other.join()
                 if other.exitcode is not None and other.exitcode < 0:
                     return (

@@ -1,12 +1,15 @@
 """The network that a file of a classifier belongs to, in a wrapper (`nn.DataParallel`) or not."""
 
 from collections.abc import Mapping
+from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from torchdnr.distributed.processes import warn_once
-from torchdnr.files import check_tensors, digest
+from torchdnr.files import CheckpointError, check_tensors, digest
+from torchdnr.models.paper import compare_states
 
 WRAPPERS = "module", "_orig_mod"
 """What ``DataParallel``, ``DistributedDataParallel`` and ``torch.compile`` call a network."""
@@ -41,6 +44,23 @@ def warn_unless_savable(kind: str, own_state: Mapping[str, Any], net: nn.Module)
         digest(others)
     except TypeError as error:
         warn_once(f"{error}; fit goes on, but save will raise this", stacklevel=3)
+
+
+def copy_with_state(net: nn.Module, state: Mapping[str, Tensor], path: str | Path) -> nn.Module:
+    """Copy a network, and give the copy a state of the same architecture, wrapped or not.
+
+    Raises ``CheckpointError`` where the state, which ``path`` holds, does not fit.
+    """
+    net = deepcopy(net)
+    known = {bare_name(name): name for name in net.state_dict()}
+    state = {known.get(bare_name(name), name): value for name, value in state.items()}
+    if difference := compare_states(net.state_dict(), state):
+        raise CheckpointError(
+            f"{path} holds a network that does not fit this {type(net).__name__}: {difference}; "
+            "build the network that was trained"
+        )
+    net.load_state_dict(state)
+    return net
 
 
 def with_names_of(net: nn.Module, metadata: Mapping[str, Any]) -> dict[str, Any]:

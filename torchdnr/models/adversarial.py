@@ -2,7 +2,6 @@
 
 import math
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -327,7 +326,3 @@ class AdversarialLoss:
 def _spread(rows: Tensor, count: int) -> Tensor:
     """Choose so many rows, evenly, or all."""
     return rows[:: max(1, len(rows) // max(1, count))][:count]
-
-
-Measure = Callable[[], dict[str, float]]
-"""Measures after an epoch; see ``AdversarialLoss.measure``."""

@@ -22,7 +22,7 @@ from torchdnr.files import (
     plain_json,
     save_tensors,
 )
-from torchdnr.models.adversarial import AdversarialLoss, Adversary, Measure
+from torchdnr.models.adversarial import AdversarialLoss, Adversary
 from torchdnr.models.paper import Network
 from torchdnr.resources import progress_bar
 
@@ -218,7 +218,7 @@ def train(
     checkpoint: str | Path | None,
     progress: bool,
     rows: Tensor | None = None,
-    measure: Measure | None = None,
+    measure: Callable[[], dict[str, float]] | None = None,
     against: Mapping[str, Any] | None = None,
 ) -> None:
     """Descend a loss in place; see ``train_network``, whose loop this is.
