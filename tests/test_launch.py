@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from torchdnr.cli.launch import process_count
+from torchdnr.cli.launch import container_limits, process_count
 
 # Two processes that meet, do something, each for itself, and meet again.
 SCRIPT = """
@@ -180,3 +180,18 @@ def test_torchrun_has_started_all(monkeypatch):
     assert process_count(None, "cpu") == process_count(1, "cpu") == 1
     with pytest.raises(ValueError, match="--processes 3 starts processes, and torchrun has"):
         process_count(3, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("cpu", "memory", "limits"),
+    [
+        ("200000 100000", "4294967296", (2, 2**32)),
+        ("max 100000", "max", (float("inf"), float("inf"))),
+        (None, None, (float("inf"), float("inf"))),
+    ],
+)
+def test_the_limits_of_a_container_are_read(tmp_path, cpu, memory, limits):
+    if cpu is not None:
+        (tmp_path / "cpu.max").write_text(f"{cpu}\n")
+        (tmp_path / "memory.max").write_text(f"{memory}\n")
+    assert container_limits(tmp_path) == limits

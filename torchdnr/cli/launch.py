@@ -1,6 +1,7 @@
 """Start further processes on this machine, which share the work of a command with the first."""
 
 import argparse
+import math
 import multiprocessing
 import os
 import signal
@@ -11,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
+from pathlib import Path
 from typing import NoReturn
 
 import torch
@@ -53,8 +55,23 @@ def process_count(asked: int | None, device: str | None, most: int | None = None
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError, OSError):  # not on all systems
         return 1
-    cores = torch.get_num_threads()
-    return max(1, min(cores, most or cores, round(memory / _MEMORY)))
+    allowed, granted = container_limits()
+    cores = math.ceil(min(torch.get_num_threads(), allowed))
+    return max(1, min(cores, most or cores, round(min(memory, granted) / _MEMORY)))
+
+
+def container_limits(folder: Path = Path("/sys/fs/cgroup")) -> tuple[float, float]:
+    """Read how many cores and bytes a container (control group v2) may use; infinite without one.
+
+    Neither PyTorch nor the operating system heeds these where it counts cores and memory.
+    """
+    try:
+        quota, period = (folder / "cpu.max").read_text().split()
+        memory = (folder / "memory.max").read_text().strip()
+        cores = math.inf if quota == "max" else int(quota) / int(period)
+        return cores, math.inf if memory == "max" else int(memory)
+    except (OSError, ValueError):  # no such limits here
+        return math.inf, math.inf
 
 
 @contextmanager
