@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -205,12 +206,17 @@ def test_a_stopped_call_says_that_it_starts_again(run, photographs, capsys):
     images, pipe, path = photographs[0], run / "endless.png", run / "labels.csv"
     os.mkfifo(pipe)
 
-    def stop_once_it_is_read():
-        with pipe.open("wb"):  # waits until the command reads it
-            os.kill(os.getpid(), signal.SIGINT)
+    ended = threading.Event()
 
-    threading.Thread(target=stop_once_it_is_read, daemon=True).start()
+    def stop_while_it_is_read():
+        with pipe.open("wb"):  # waits until the command reads it; nothing comes, nor an end
+            time.sleep(0.2)
+            os.kill(os.getpid(), signal.SIGINT)
+            ended.wait(30)
+
+    threading.Thread(target=stop_while_it_is_read, daemon=True).start()
     asked = [str(images / "00.PNG"), str(pipe), "--batch-size", "1", "--csv", str(path)]
     assert predict.main([*asked, "--run", str(run), "--device", "cpu"]) == 130
+    ended.set()
     assert capsys.readouterr().err.endswith("stopped; the same command starts again\n")
     assert not path.exists() and not list(run.glob("*.tmp"))
