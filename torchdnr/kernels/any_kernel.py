@@ -24,14 +24,19 @@ def gamma_for_variance(variance: float, d: int) -> float:
     return 1.0 / (d * variance) if variance > 0.0 else 1.0
 
 
-def make_rbf_kernel(gamma: float, like: Tensor) -> RBFKernel:
+def make_rbf_kernel(gamma: float | Tensor, like: Tensor) -> RBFKernel:
     """Build the gpytorch RBF kernel of a width > 0: gamma = 1 / (2 lengthscale^2).
 
     It takes the dtype and device of ``like``. Its hyper-parameter is frozen; call
-    ``requires_grad_()`` on it to train it.
+    ``requires_grad_()`` on it to train it. A width that has a graph keeps it.
     """
     kernel = RBFKernel().to(like)
-    kernel.lengthscale = math.sqrt(0.5 / gamma)
+    kernel.lengthscale = math.sqrt(0.5 / (gamma.item() if isinstance(gamma, Tensor) else gamma))
+    if isinstance(gamma, Tensor) and gamma.requires_grad:
+        lengthscale = (0.5 / gamma).sqrt().reshape(1, 1).to(like)
+        raw = kernel.raw_lengthscale_constraint.inverse_transform(lengthscale)
+        del kernel.raw_lengthscale
+        kernel.register_buffer("raw_lengthscale", raw)
     return kernel.requires_grad_(False)
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from torchdnr.kernels.rbf import full_precision, rbf_scores
 from torchdnr.svm.checks import check_labels
+from torchdnr.svm.dual import Certificate, DualSolution
 from torchdnr.svm.gram import rbf_rows
 from torchdnr.svm.multiclass import ONE_VS_REST, binary_targets
 from torchdnr.svm.solver import solve_dual
@@ -40,15 +41,23 @@ class ImplicitSolution(NamedTuple):
         degenerate: Samples at a bound that lie at the margin, bool ``(n, P)``: there derivatives
             are those to one side only. So are those of a problem without free samples, all of whose
             samples count.
+        certificate: How good the solutions are, see ``Certificate``.
     """
 
     dual_coef: Tensor
     intercept: Tensor
     degenerate: Tensor
+    certificate: Certificate
 
 
 def implicit_solution(
-    features: Tensor, targets: Tensor, C: Tensor, gamma: Tensor, *, tol: float = TOL
+    features: Tensor,
+    targets: Tensor,
+    C: Tensor,
+    gamma: Tensor,
+    *,
+    tol: float = TOL,
+    other_side: bool = False,
 ) -> ImplicitSolution:
     """Solve P duals on one RBF kernel, ``exp(-gamma |z_i - z_j|^2)``, with exact derivatives.
 
@@ -61,9 +70,12 @@ def implicit_solution(
         C: Upper bound of each alpha, ``(n, P)`` or what broadcasts to it; 0 holds a sample out.
         gamma: Kernel width, a scalar tensor > 0.
         tol: KKT violation up to which the solver goes on.
+        other_side: Whether degenerate samples count as free ones in the derivatives. By how much
+            these differ then is how far they are one-sided.
 
     Returns:
-        The solutions, on device and in dtype of the features; what is degenerate is told.
+        The solutions, on device and in dtype of the features, which samples are degenerate, and the
+        certificate.
 
     Raises:
         ValueError: If shapes or values do not fit, or a problem holds one class only.
@@ -73,8 +85,13 @@ def implicit_solution(
     """
     limits = torch.as_tensor(C, dtype=torch.float64, device=features.device)
     limits = limits.expand(targets.shape)
-    dual_coef, intercept, degenerate = _Solution.apply(features, limits, gamma, targets, tol)
-    return ImplicitSolution(dual_coef, intercept, degenerate)
+    with torch.no_grad():
+        wide = features.detach().double()
+        kernel = rbf_rows(wide, gamma.item(), wide.mean(dim=0))
+        solved = solve_dual(kernel, targets.double(), limits, tol=tol)
+    tensors = (features, limits, gamma, targets)
+    dual_coef, intercept, degenerate = _Solution.apply(*tensors, solved, other_side)
+    return ImplicitSolution(dual_coef, intercept, degenerate, solved.certificate())
 
 
 def svm_scores(
@@ -145,7 +162,7 @@ def svm_scores(
 
 
 class _Solution(torch.autograd.Function):
-    """``implicit_solution``: the solver forward, one adjoint system per problem backward."""
+    """A solution as a function of what was solved: one adjoint system per problem backward."""
 
     @staticmethod
     def forward(
@@ -154,28 +171,24 @@ class _Solution(torch.autograd.Function):
         limits: Tensor,
         gamma: Tensor,
         targets: Tensor,
-        tol: float,
+        solved: DualSolution,
+        other_side: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        wide = features.double()
-        center = wide.mean(dim=0)
-        kernel = rbf_rows(wide, gamma.item(), center)
-        solution = solve_dual(kernel, targets.double(), limits, tol=tol)
-        b, t, upper = solution.dual_coef, solution.intercept, targets * limits
+        b, t, upper = solved.dual_coef, solved.intercept, targets * limits
         free = (b != 0) & (b != upper)
-        systems = _systems(wide - center, gamma.double(), free)
-        centred = wide - center
-        products = rbf_scores(centred, centred, b, gamma.double())
+        at_margin = (solved.scores - targets).abs() < NEAR
+        degenerate = ~free & (limits > 0) & (at_margin | ~free.any(dim=0))
+        moving = free | degenerate if other_side else free
+        centred = features.double()
+        systems = _systems(centred - centred.mean(dim=0), gamma.double(), moving)
         # K_FF b_F + t 1 = y_F - K_FB b_B, written as a correction of what the solver found.
-        residual = torch.where(free, targets - products - t, 0)
+        residual = torch.where(free, targets - solved.scores, 0)
         step, shift = _solve(systems, residual, b.new_zeros(b.shape[1]))
         moved = b + step
         low, high = upper.clamp_max(0), upper.clamp_min(0)
         inside = ((moved >= low) & (moved <= high)).all(dim=0)  # else the solver's own digits stay
         b, t = torch.where(inside, moved, b), torch.where(inside, t + shift, t)
-        products = rbf_scores(centred, centred, b, gamma.double())
-        margins = (products + t - targets).abs()
-        degenerate = ~free & (limits > 0) & ((margins < NEAR) | ~free.any(dim=0))
-        ctx.save_for_backward(features, limits, gamma, targets, b, free)
+        ctx.save_for_backward(features, limits, gamma, targets, b, moving)
         ctx.systems = systems
         ctx.mark_non_differentiable(degenerate)
         return b.to(features), t.to(features), degenerate
@@ -191,15 +204,21 @@ class _Solution(torch.autograd.Function):
         features, limits, gamma, targets, b, free = ctx.saved_tensors
         by_coef, by_intercept = by_coef.double(), by_intercept.double()
         u, v = _solve(ctx.systems, torch.where(free, by_coef, 0), by_intercept)
+        rows, columns = free.any(dim=1), b.ne(0).any(dim=1)  # whose kernel values count at all
         with torch.enable_grad():
             z = (features.detach() - features.detach().mean(dim=0)).double().requires_grad_()
             width = gamma.detach().double().requires_grad_()
-            moment = -(u * rbf_scores(z, z, b, width)).sum()
+            moment = -(u[rows] * rbf_scores(z[rows], z[columns], b[columns], width)).sum()
             by_features, by_gamma = torch.autograd.grad(moment, (z, width))
-        at_upper = (b == targets * limits) & (limits > 0) & ~free
-        products = rbf_scores(z.detach(), z.detach(), u, width.detach())
-        by_limits = torch.where(at_upper, targets * (by_coef - products - v), 0)
-        return by_features.to(features), by_limits, by_gamma.to(gamma), None, None
+        by_limits = None
+        if ctx.needs_input_grad[1]:
+            at_upper = (b == targets * limits) & (limits > 0) & ~free
+            some = at_upper.any(dim=1)
+            products = torch.zeros_like(u)
+            z, width = z.detach(), width.detach()
+            products[some] = rbf_scores(z[some], z[rows], u[rows], width)
+            by_limits = torch.where(at_upper, targets * (by_coef - products - v), 0)
+        return by_features.to(features), by_limits, by_gamma.to(gamma), None, None, None
 
 
 class _System(NamedTuple):

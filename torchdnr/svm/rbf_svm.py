@@ -18,6 +18,7 @@ from torchdnr.kernels.any_kernel import kernel_matrix, kernel_scores, make_rbf_k
 from torchdnr.kernels.rbf import full_precision, is_transformed, rbf_scores, squared_norms
 from torchdnr.svm.checks import check_labels, checked_features
 from torchdnr.svm.dual import Certificate
+from torchdnr.svm.implicit import implicit_solution
 from torchdnr.svm.multiclass import (
     ONE_VS_ONE,
     ONE_VS_REST,
@@ -32,7 +33,7 @@ from torchdnr.svm.multiclass import (
     votes_and_confidence,
 )
 from torchdnr.svm.solver import solve_dual
-from torchdnr.svm.training_data import checked_gamma, select_training_data
+from torchdnr.svm.training_data import TrainingData, checked_gamma, select_training_data
 
 if TYPE_CHECKING:
     from sklearn.base import ClassifierMixin
@@ -80,6 +81,8 @@ class RBFSVM(nn.Module):
         kernel: The gpytorch kernel in use; None with a precomputed one.
         solution: ``Certificate`` of the last fit, one entry per problem, on the CPU; None before it
             and after loading. ``solve_dual`` returns the whole solution.
+        degenerate: Samples by which the derivatives of a differentiable fit are one-sided, bool
+            ``(n, P)``; None after any other.
     """
 
     def __init__(
@@ -115,6 +118,7 @@ class RBFSVM(nn.Module):
         if kernel is None:
             self.kernel = RBFKernel().requires_grad_(False)
         self.solution: Certificate | None = None
+        self.degenerate: Tensor | None = None
 
     @property
     def is_fitted(self) -> bool:
@@ -143,6 +147,7 @@ class RBFSVM(nn.Module):
         distances: ArrayLike | None = None,
         initial: ArrayLike | None = None,
         memory_limit: int | None = None,
+        differentiable: bool = False,
     ) -> "RBFSVM":
         """Solve the binary problems and keep the support vectors.
 
@@ -164,12 +169,18 @@ class RBFSVM(nn.Module):
             memory_limit: Bytes that the fit may take beyond its inputs, in each process; default
                 4 GiB. Kernel rows are evaluated on demand; those that do not fit are evaluated
                 again.
+            differentiable: Whether to keep the graph: scores of any inputs have exact gradients by
+                these features and weights then, see ``implicit_solution``, whose tolerance and
+                float64 it takes in the place of ``tol``, ``distances``, ``initial`` and
+                ``memory_limit``. For those by C and gamma see ``svm_scores``. torch copies no
+                module with a graph: fit again without before ``deepcopy``.
 
         Returns:
             The module itself.
 
         Raises:
-            ValueError: If an argument is not as said above.
+            ValueError: If an argument is not as said above; or if a fit with a graph has sharded
+                features or a kernel that is not the RBF of width ``gamma``.
             TypeError: If one holds anything but numbers.
 
         Warns:
@@ -178,6 +189,8 @@ class RBFSVM(nn.Module):
         features = ShardedFeatures.of(checked_features(features))
         labels = as_labels("labels", labels, features.local.device)
         c = check_labels(labels, len(features), num_classes)
+        if differentiable:
+            return self._fit_with_graph(features, labels.long(), sample_weight, c)
         if distances is not None:
             distances = as_features("distances", distances, features.local)
         features = replace(features, local=features.local.detach())
@@ -199,13 +212,40 @@ class RBFSVM(nn.Module):
             max_steps=self.max_steps,
             initial=None if initial is None else as_features("initial", initial)[data.kept],
         )
-        chosen = solution.dual_coef.ne(0).any(dim=1)
-        self.support_vectors, self.support = data.support_vectors(chosen), data.kept[chosen]
-        self.dual_coef = solution.dual_coef[chosen].to(features.local)
-        self.intercept = solution.intercept.to(features.local)
-        self.center, self.kernel = data.center, kernel
+        self._keep(data, solution.dual_coef, solution.intercept)
+        self.kernel, self.degenerate = kernel, None
         self.solution = replace(solution.certificate(), samples=len(features))
         return self
+
+    @torch.enable_grad()
+    def _fit_with_graph(
+        self, features: ShardedFeatures, labels: Tensor, weight: ArrayLike | None, c: int
+    ) -> "RBFSVM":
+        """Fit as ``fit`` does, with what is kept as a function of the features and weights."""
+        if self.is_precomputed or self.has_own_kernel or features.partition.processes.count > 1:
+            raise ValueError(
+                "differentiable=True needs the RBF kernel of width gamma, and the features in one "
+                "process; fit without it, or call it `with torchdnr.distributed.alone():`"
+            )
+        data = select_training_data(features, labels, c, weight, None, False)
+        gamma = data.differentiable_gamma(self.gamma)
+        limits = upper_bounds(data.labels, c, self.strategy, self.C, self.class_weight, data.weight)
+        targets = binary_targets(data.labels, c, self.strategy)
+        limits = torch.as_tensor(limits, dtype=torch.float64, device=targets.device)
+        solution = implicit_solution(data.features.local, targets, limits, gamma)
+        self._keep(data, solution.dual_coef, solution.intercept)
+        self.kernel = make_rbf_kernel(gamma, like=features.local)
+        self.degenerate = targets.new_zeros(len(features), targets.shape[1], dtype=torch.bool)
+        self.degenerate[data.kept] = solution.degenerate
+        self.solution = replace(solution.certificate, samples=len(features))
+        return self
+
+    def _keep(self, data: TrainingData, dual_coef: Tensor, intercept: Tensor) -> None:
+        """Keep what scores: samples whose coefficients are not all 0."""
+        chosen, like = dual_coef.detach().ne(0).any(dim=1), data.features.local
+        self.support_vectors, self.support = data.support_vectors(chosen), data.kept[chosen]
+        self.dual_coef, self.intercept = dual_coef[chosen].to(like), intercept.to(like)
+        self.center = data.center.detach()
 
     def forward(self, features: ArrayLike, *, vote: bool = True) -> Tensor:
         """Compute class scores.

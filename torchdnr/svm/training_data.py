@@ -41,6 +41,13 @@ class TrainingData:
             )
         return gamma
 
+    def differentiable_gamma(self, given: float | str) -> Tensor:
+        """Compute the kernel width as a float64 scalar, a function of the features if "scale"."""
+        local = self.features.local.double()
+        if given == "scale" and self.gamma(given):
+            return 1.0 / (local.shape[1] * local.var(correction=0))
+        return local.new_tensor(self.gamma(given))
+
     @torch.no_grad()
     def gram(
         self, kernel: Kernel | None, problems: int, memory_limit: int | None
