@@ -220,3 +220,24 @@ def test_a_stopped_call_says_that_it_starts_again(run, photographs, capsys):
     ended.set()
     assert capsys.readouterr().err.endswith("stopped; the same command starts again\n")
     assert not path.exists() and not list(run.glob("*.tmp"))
+
+
+def test_a_picture_explains_decisions_by_training_images(finished, photographs, tmp_path):
+    """The data set has to be there, and to be the one that the folder was made with."""
+    run, picture = tmp_path / "run", tmp_path / "why.png"
+    shutil.copytree(finished, run)
+    data = tmp_path / "data.npz"
+    torch.manual_seed(0)
+    images = (make_images(120, 1, 28) * 255).round() / 255
+    np.savez(data, x_train=images.numpy(), y_train=np.arange(120) % 3)
+    settings = json.loads((run / "settings.json").read_text()) | {"dataset": f"npz:{data}"}
+    (run / "settings.json").write_text(json.dumps(settings))
+    asked = ["--run", str(run), str(photographs[0]), "--csv", str(tmp_path / "out.csv")]
+    asked += ["--device", "cpu", "--quiet", "--explain", str(picture)]
+    assert predict.main(asked) == 0
+    with Image.open(picture) as drawn:
+        width, height = drawn.size
+    assert width > height > 1_000  # eight rows
+    assert predict.main([*asked, "--classifier", "DNN"]) == 2
+    np.savez(data, x_train=1 - images.numpy(), y_train=np.arange(120) % 3)
+    assert predict.main(asked) == 2

@@ -43,6 +43,7 @@ from torchdnr.rejection.threshold import (
 )
 from torchdnr.resources import stage
 from torchdnr.svm.compression import SMOOTHNESS, STEPS
+from torchdnr.svm.influence import Influence, influence
 from torchdnr.svm.model_selection import C_GRID, GAMMA_GRID
 from torchdnr.svm.multiclass import ClassWeight, checked_class_weight
 from torchdnr.svm.rbf_svm import RBFSVM
@@ -413,6 +414,60 @@ class DNR(nn.Module):
                 f"this {type(self).__name__} is not fitted: call fit(images, labels) or load()"
             )
 
+    def refitted(self, images: Tensor, labels: Tensor, sample_weight: Tensor | None = None) -> Self:
+        """Return a view whose SVMs are fitted on other images, as a function of these.
+
+        What the view computes has exact gradients by the images and weights that it was fitted on:
+        ``refitted(images, labels).scores(others)`` tells how each training image moves the scores
+        of others. Hyper-parameters, threshold and network are those of the classifier.
+
+        Args:
+            images: ``(n, ...)`` in [0, 1]; all pass the network at once.
+            labels: ``(n,)`` int64 in 0..c-1.
+            sample_weight: Factor >= 0 of C per image, ``(n,)``.
+
+        Returns:
+            The view, to be called as the classifier is. Do not move or copy it.
+
+        Raises:
+            NotFittedError: If the classifier is not fitted.
+            ValueError: If images, labels or weights do not fit.
+        """
+        self._require_fit()
+        return self._view(self.svms.refitted(self.features(images), labels, sample_weight))
+
+    @torch.no_grad()
+    def influence(self, images: Tensor) -> dict[str, Influence]:
+        """Tell which training images each decision rests on, layer by layer.
+
+        Args:
+            images: ``(n, ...)`` in [0, 1].
+
+        Returns:
+            By SVM, named as in ``hyperparameters``: what each training image does to the score of
+            the class that has the best final score, accepted or not; see ``svm.influence``.
+
+        Raises:
+            NotFittedError: If the classifier is not fitted.
+            ValueError: If it is compressed, or the images are not as said above.
+        """
+        self._require_fit()
+        features = self.features(as_images("images", images, self.net))
+        best, effects = self.svms(features).argmax(dim=1), {}
+        held: list[Tensor] = []
+        for name, svm in self.svms.named().items():
+            inputs = features[name] if name in self.layers else torch.cat(held, dim=1)
+            held.append(svm(inputs))
+            effects[name] = influence(svm, inputs, best)
+        return effects
+
+    def _view(self, svms: SVMStack) -> Self:
+        """Return a classifier of the same network and threshold with other SVMs."""
+        view, rejection = copy(self), copy(self.rejection)
+        rejection._buffers = dict(self.rejection._buffers)  # a new theta here changes no view
+        view._modules = {**self._modules, "svms": svms, "rejection": rejection}
+        return view
+
     def smoothed(self, factor: float, svms: Collection[str] | None = None) -> Self:
         """Return a view whose kernels have ``factor`` times the gamma; everything else is shared.
 
@@ -432,11 +487,7 @@ class DNR(nn.Module):
             ValueError: If ``factor`` is not > 0, or there is no SVM of a name.
         """
         self._require_fit()
-        view, rejection = copy(self), copy(self.rejection)
-        rejection._buffers = dict(self.rejection._buffers)  # a new theta here changes no view
-        changed = {"svms": self.svms.smoothed(factor, svms), "rejection": rejection}
-        view._modules = {**self._modules, **changed}
-        return view
+        return self._view(self.svms.smoothed(factor, svms))
 
     @torch.inference_mode(False)
     @torch.no_grad()

@@ -15,26 +15,29 @@ from torchdnr.cli.adversarial import load_robust
 from torchdnr.cli.console import Console, command
 from torchdnr.cli.network import choose_network
 from torchdnr.cli.options import add_device_options
-from torchdnr.cli.run_folder import find_device, read_settings, remembered_format
+from torchdnr.cli.run_folder import find_device, read_settings, remembered_format, svm_images
 from torchdnr.cli.settings import CLASSIFIERS, ROBUST, number
 from torchdnr.data.readers import find_images, read_batches
 from torchdnr.decisions import REJECT, class_scores, has_reject_column, predict_labels
 from torchdnr.dnr import DNR, NR
+from torchdnr.evaluation.explanation import explain
 from torchdnr.files import atomic_path
 from torchdnr.models.paper import load_network
 from torchdnr.resources import default_batch_size, progress_bar
 
 _DESCRIPTION = """\
 Label image files with a classifier of a run folder that train.py made, or reject them. The data
-set is not needed. Images are read as those of folder: data sets are: turned as their EXIF data say,
-16-bit and floating-point values scaled to [0, 1], transparency on white; the short side is resized
-to what the network takes, then the centre is cropped to a square. Writes a CSV file with a row per
-image: file, label (empty if rejected), class (its number, -1 if rejected), rejected (0 or 1),
-best_label and best_score (the class with the highest score, rejected or not), threshold, which the
-best score must exceed. Exit status: 0; 1 if a file could not be read, which has no row; 2 error."""
+set is not needed, but for --explain. Images are read as those of folder: data sets are: turned as
+their EXIF data say, 16-bit and floating-point values scaled to [0, 1], transparency on white; the
+short side is resized to what the network takes, then the centre is cropped to a square. Writes a
+CSV file with a row per image: file, label (empty if rejected), class (its number, -1 if rejected),
+rejected (0 or 1), best_label and best_score (the class with the highest score, rejected or not),
+threshold, which the best score must exceed. Exit status: 0; 1 if a file could not be read, which
+has no row; 2 error."""
 
 COLUMNS = "file", "label", "class", "rejected", "best_label", "best_score", "threshold"
 SOME_UNREADABLE = 1
+EXPLAINED = 8
 PROG = "python -m torchdnr.predict"
 
 
@@ -51,6 +54,13 @@ def predict_parser(prog: str = PROG) -> argparse.ArgumentParser:
         default="DNR",
         help="DNN is the network alone, which rejects nothing (default: %(default)s)",
     )
+    option(
+        "--explain",
+        metavar="PICTURE",
+        help=f"image file to write: the first {EXPLAINED} images, and the training images that "
+        "decided on them, by layer; needs the data set",
+    )
+    option("--data-root", default="data", metavar="DIR", help="of that data set (default: data)")
     option("--all-scores", action="store_true", help='add a column "score CLASS" for every class')
     add_device_options(option)
     option(
@@ -92,10 +102,11 @@ def predict(options: argparse.Namespace, console: Console) -> int:
     """Label the images, and write the table; return how many files could not be read."""
     files = find_images(options.images)
     settings, device = read_settings(options.run), find_device(options.device)
-    model = load_classifier(
+    model: Any = load_classifier(
         options.run, options.classifier, device, channels_last=options.channels_last
     )
     classes, images_read, rejected, unreadable = settings.classes, 0, 0, 0
+    training, explained = _training_images(options, device), []
 
     def count_unreadable(file: Path, error: Exception) -> None:
         nonlocal unreadable
@@ -110,17 +121,32 @@ def predict(options: argparse.Namespace, console: Console) -> int:
         shape = settings.image_shape
         size = options.batch_size or default_batch_size(torch.empty(1, *shape, device=device))
         for readable, images in read_batches(files, shape, size, count_unreadable):
+            if training is not None and images_read < EXPLAINED:
+                explained.append(images[: EXPLAINED - images_read].to(device))
             for row in _rows(model, readable, images.to(device), classes):
                 images_read += 1
                 rejected += row[COLUMNS.index("rejected")]
                 writer.writerow(row if scores else row[: len(COLUMNS)])
             bar.n = images_read + unreadable
             bar.refresh()
+    if training is not None and explained:
+        explain(model, torch.cat(explained), options.explain, training, classes)
     console.say(
         f"{options.classifier}: {images_read:,} images, {rejected:,} rejected, "
         f"{unreadable:,} unreadable" + (f": {options.csv}" if options.csv else "")
     )
     return unreadable
+
+
+def _training_images(
+    options: argparse.Namespace, device: torch.device
+) -> tuple[Tensor, Tensor] | None:
+    """Load what the SVMs were fitted on, if decisions are to be explained."""
+    if options.explain is None:
+        return None
+    if options.classifier not in ("DNR", "NR"):
+        raise ValueError(f"--explain needs the classifier DNR or NR, got {options.classifier}")
+    return svm_images(options.run, options.data_root, device)
 
 
 def _rows(

@@ -13,6 +13,7 @@ from torchdnr.evaluation.checks.result import ORDER, broken_off
 from torchdnr.evaluation.curve import SecurityCurve, most_telling_eps
 from torchdnr.evaluation.detection import Measures
 from torchdnr.evaluation.environment import describe_environment
+from torchdnr.evaluation.explanation import explain
 from torchdnr.evaluation.figures import (
     plot_curves,
     plot_examples,
@@ -41,6 +42,7 @@ RESULTS = "results.json"  # written last: where it is there, all is done
 CAPTIONS = {
     "curve.png": "Accuracy under attack and rejection rate",
     "examples.png": "Adversarial examples",
+    "explanation.png": "Training images that decided on adversarial examples",
     "roc.png": "Detection of adversarial images at every threshold",
     "risk-coverage.png": "Wrong of the accepted clean images over the share accepted",
     "stratified.png": "Robustness where early rejection is an error",
@@ -152,6 +154,8 @@ def _draw(
     plot_curves(curves, folder / "curve.png")
     if _draw_examples(evaluation, curves, folder / "examples.png"):
         drawn.append("examples.png")
+    if _draw_explanation(evaluation, curves, folder / "explanation.png"):
+        drawn.append("explanation.png")
     if _draw_roc(curves, measures, folder / "roc.png"):
         drawn.append("roc.png")
     plot_risk_coverage(evaluation.clean.risks, folder / "risk-coverage.png")
@@ -188,6 +192,21 @@ def _draw_examples(evaluation: Evaluation, curves: Mapping[str, SecurityCurve], 
         evaluation.job.dataset.classes,
         norm=evaluation.settings.norm,
     )
+    return True
+
+
+def _draw_explanation(
+    evaluation: Evaluation, curves: Mapping[str, SecurityCurve], path: Path
+) -> bool:
+    """Draw what the examples of DNR, or else NR, were decided by; return whether there are any."""
+    eps = evaluation.example_eps()
+    examples = None if eps is None else evaluation.examples(curves, eps)
+    name = next((name for name in ("DNR", "NR") if name in curves), None)
+    if examples is None or name is None:
+        return False
+    job = evaluation.job
+    model: Any = evaluation.classifiers[name]
+    explain(model, examples[2][name], path, job.images("svm"), job.dataset.classes)
     return True
 
 

@@ -114,6 +114,18 @@ def prepare(options: argparse.Namespace, console: Console, processes: Processes 
     return job
 
 
+def svm_images(folder: Path, data_root: str, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Load the images that the SVMs of a run folder were fitted on, and their labels."""
+    settings = read_settings(folder)
+    size = settings.image_shape[-1]
+    dataset = load_dataset(settings.dataset, data_root, image_size=size, progress=False)
+    if _digest(dataset) != settings.data_digest:
+        raise ValueError(f"{folder} was made with other contents of {settings.dataset}")
+    sizes = {part.name: getattr(settings, f"{part.name}_samples") for part in fields(Splits)}
+    images, labels = dataset.select(split(dataset, **sizes, seed=settings.seed).svm)
+    return images.to(device), labels.to(device)
+
+
 def read_settings(folder: Path) -> RunSettings:
     """Read what a finished run folder was made with, for use without its data set."""
     settings = remembered_settings(folder)
@@ -187,6 +199,10 @@ def _default_folder(source: str) -> str:
     return f"runs/{Path(path).stem if path else kind}"
 
 
+def _digest(dataset: Dataset) -> str:
+    return digest({k: v for k, v in vars(dataset).items() if torch.is_tensor(v)})
+
+
 def _settle(
     choices: Mapping[str, Any], dataset: Dataset, preset: Preset, earlier: RunSettings | None
 ) -> RunSettings:
@@ -208,7 +224,7 @@ def _settle(
         **settled | {k: v for k, v in asdict(training).items() if k in _REMEMBERED},
         test_samples=_test_size(dataset, {name: settled[name] for name in sizes}),
         network=preset.name,
-        data_digest=digest({k: v for k, v in vars(dataset).items() if torch.is_tensor(v)}),
+        data_digest=_digest(dataset),
         classes=list(dataset.classes),
         image_shape=list(dataset.images_train.shape[1:]),
         torchdnr=(earlier and earlier.torchdnr) or version("torchdnr"),

@@ -174,6 +174,55 @@ def plot_examples(
     _save(figure, path)
 
 
+def plot_explanations(
+    path: str | Path,
+    images: Tensor,
+    titles: Sequence[str],
+    examples: Mapping[str, Sequence[tuple[Sequence[int], Sequence[int]]]],
+    training_images: Tensor,
+    training_labels: Tensor,
+    class_names: Sequence[str] | None = None,
+) -> None:
+    """Draw images, and by SVM the training images that support and oppose each decision most.
+
+    Args:
+        path: Image file, of a type that its suffix names; replaced atomically.
+        images: ``(n, 1, H, W)`` or ``(n, 3, H, W)`` in [0, 1]; a row each, so few.
+        titles: What was decided on each.
+        examples: SVM to supporting and opposing training images of each row, see
+            ``Influence.strongest``.
+        training_images: What the SVMs were fitted on, ``(m, ...)``.
+        training_labels: ``(m,)``.
+        class_names: Names of the classes; None: their numbers.
+
+    Raises:
+        ValueError: If there is no image.
+    """
+    if len(images) == 0:
+        raise ValueError("images is empty: give at least one")
+    most = max(len(side) for rows in examples.values() for row in rows for side in row)
+    width = 2 * most * len(examples)
+    figure = Figure(figsize=(1.6 + 0.85 * width, 0.8 + 1.25 * len(images)), layout="constrained")
+    ratios = [1.6] + [0.85 * most] * 2 * len(examples)
+    parts = figure.subfigures(1, 1 + 2 * len(examples), width_ratios=ratios, squeeze=False)[0]
+    parts[0].suptitle("decided", fontsize=10)
+    for row, axes in enumerate(parts[0].subplots(len(images), 1, squeeze=False)[:, 0]):
+        _show(axes, images[row], titles[row])
+    for place, (name, rows) in enumerate(examples.items()):
+        for side, word in enumerate(("for", "against")):
+            part = parts[1 + 2 * place + side]
+            part.suptitle(f"{name}: {word}", fontsize=10)
+            part.set_facecolor("0.96" if place % 2 else "white")
+            for row, line in enumerate(part.subplots(len(images), most, squeeze=False)):
+                chosen = rows[row][side]
+                for axes, index in zip(line, chosen, strict=False):
+                    k = int(training_labels[index])
+                    _show(axes, training_images[index], class_names[k] if class_names else str(k))
+                for axes in line[len(chosen) :]:
+                    axes.set_axis_off()
+    _save(figure, path)
+
+
 def plot_threshold_sweep(
     sweeps: Mapping[str, ThresholdSweep],
     path: str | Path,

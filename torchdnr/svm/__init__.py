@@ -3,6 +3,7 @@
 from torchdnr.decisions import NotFittedError
 from torchdnr.svm.dual import Certificate, ConvergenceWarning, DualSolution
 from torchdnr.svm.implicit import ImplicitSolution, implicit_solution, svm_scores
+from torchdnr.svm.influence import Influence, influence
 from torchdnr.svm.model_selection import (
     GridSearch,
     SelectionWarning,
@@ -19,10 +20,12 @@ __all__ = [
     "DualSolution",
     "GridSearch",
     "ImplicitSolution",
+    "Influence",
     "NotFittedError",
     "SelectionWarning",
     "grid_search",
     "implicit_solution",
+    "influence",
     "out_of_fold_scores",
     "solve_dual",
     "svm_scores",

@@ -19,7 +19,7 @@ from torchdnr.kernels.rbf import full_precision, rbf_scores
 from torchdnr.svm.checks import check_labels
 from torchdnr.svm.dual import Certificate, DualSolution
 from torchdnr.svm.gram import rbf_rows
-from torchdnr.svm.multiclass import ONE_VS_REST, binary_targets
+from torchdnr.svm.multiclass import ONE_VS_REST, CheckedWeight, binary_targets, upper_bounds
 from torchdnr.svm.solver import solve_dual
 
 TOL = 1e-6
@@ -39,8 +39,8 @@ class ImplicitSolution(NamedTuple):
         dual_coef: b = y * alpha, ``(n, P)``.
         intercept: t, ``(P,)``.
         degenerate: Samples at a bound that lie at the margin, bool ``(n, P)``: there derivatives
-            are those to one side only. So are those of a problem without free samples, all of whose
-            samples count.
+            are those to one side only. So are those by C of a problem without free samples, all of
+            whose samples count.
         certificate: How good the solutions are, see ``Certificate``.
     """
 
@@ -161,6 +161,47 @@ def svm_scores(
     return torch.stack([rbf_scores(x, z, b, gamma) for x, z, b in pairs]) + intercept
 
 
+def implicit_out_of_fold_scores(
+    features: Tensor,
+    labels: Tensor,
+    fold: Tensor,
+    *,
+    C: float | Tensor,
+    gamma: float | Tensor,
+    class_weight: CheckedWeight = None,
+    sample_weight: Tensor | None = None,
+) -> Tensor:
+    """Score every sample by the SVM fitted on the other folds, with gradients by all its tensors.
+
+    Args:
+        features: ``(n, d)``.
+        labels: ``(n,)`` in 0..c-1.
+        fold: Of each sample, from 0, ``(n,)``; see ``stratified_folds``.
+        C: Upper bound of alpha: a number, a scalar tensor, or one per class, ``(c,)``.
+        gamma: Kernel width > 0, a number or a scalar tensor.
+        class_weight: As in ``RBFSVM``.
+        sample_weight: Factor > 0 of C per sample, ``(n,)``.
+
+    Returns:
+        Scores, ``(n, c)``.
+    """
+    c, folds = int(labels.max()) + 1, int(fold.max()) + 1
+    weight = (
+        torch.ones_like(labels, dtype=torch.float64) if sample_weight is None else sample_weight
+    )
+    limits = [
+        torch.as_tensor(upper_bounds(labels, c, ONE_VS_REST, 1.0, class_weight, kept)) * C
+        for kept in (weight * (fold != k) for k in range(folds))
+    ]
+    bounds = torch.cat([limit.expand(len(labels), c) for limit in limits], dim=1)
+    gamma = torch.as_tensor(gamma, dtype=features.dtype, device=features.device)
+    targets = binary_targets(labels, c, ONE_VS_REST).repeat(1, folds)
+    solution = implicit_solution(features, targets, bounds, gamma)
+    centred = features - features.detach().mean(dim=0)
+    scores = rbf_scores(centred, centred, solution.dual_coef, gamma) + solution.intercept
+    return scores.unflatten(1, (folds, c))[torch.arange(len(labels), device=labels.device), fold]
+
+
 class _Solution(torch.autograd.Function):
     """A solution as a function of what was solved: one adjoint system per problem backward."""
 
@@ -188,7 +229,8 @@ class _Solution(torch.autograd.Function):
         low, high = upper.clamp_max(0), upper.clamp_min(0)
         inside = ((moved >= low) & (moved <= high)).all(dim=0)  # else the solver's own digits stay
         b, t = torch.where(inside, moved, b), torch.where(inside, t + shift, t)
-        ctx.save_for_backward(features, limits, gamma, targets, b, moving)
+        deciding = _deciding(targets - solved.scores, b, low, high) * ~moving.any(dim=0)
+        ctx.save_for_backward(features, limits, gamma, targets, b, moving, deciding)
         ctx.systems = systems
         ctx.mark_non_differentiable(degenerate)
         return b.to(features), t.to(features), degenerate
@@ -201,10 +243,11 @@ class _Solution(torch.autograd.Function):
         by_intercept: Tensor,
         _: Tensor,
     ) -> tuple[Tensor | None, ...]:
-        features, limits, gamma, targets, b, free = ctx.saved_tensors
+        features, limits, gamma, targets, b, free, deciding = ctx.saved_tensors
         by_coef, by_intercept = by_coef.double(), by_intercept.double()
         u, v = _solve(ctx.systems, torch.where(free, by_coef, 0), by_intercept)
-        rows, columns = free.any(dim=1), b.ne(0).any(dim=1)  # whose kernel values count at all
+        u = u + deciding * by_intercept
+        rows, columns = u.ne(0).any(dim=1), b.ne(0).any(dim=1)  # whose kernel values count at all
         with torch.enable_grad():
             z = (features.detach() - features.detach().mean(dim=0)).double().requires_grad_()
             width = gamma.detach().double().requires_grad_()
@@ -229,6 +272,18 @@ class _System(NamedTuple):
     valid: Tensor  # which count, bool (p, f)
     factor: Tensor  # of K_FF, with an identity where it is padded, (p, f, f)
     ones: Tensor  # K_FF^-1 1, (p, f)
+
+
+def _deciding(residual: Tensor, b: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """Return the share of each sample in the intercept of problems without free samples, (n, P).
+
+    That is the mean of y - K b of two samples: the largest of those whose b can grow, and the
+    smallest of those whose b can shrink; see ``dual.intercepts``.
+    """
+    largest = residual.masked_fill(b >= high, -torch.inf).argmax(dim=0, keepdim=True)
+    smallest = residual.masked_fill(b <= low, torch.inf).argmin(dim=0, keepdim=True)
+    half = residual.new_full(largest.shape, 0.5)
+    return torch.zeros_like(residual).scatter_add(0, largest, half).scatter_add(0, smallest, half)
 
 
 def _systems(centred: Tensor, gamma: Tensor, free: Tensor) -> list[_System]:

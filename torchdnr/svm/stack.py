@@ -18,7 +18,8 @@ from torchdnr.svm.compression import (
     compress_stack,
     stack_losses,
 )
-from torchdnr.svm.model_selection import grid_search, out_of_fold_scores
+from torchdnr.svm.implicit import implicit_out_of_fold_scores
+from torchdnr.svm.model_selection import grid_search, out_of_fold_scores, stratified_folds
 from torchdnr.svm.multiclass import CheckedWeight
 from torchdnr.svm.rbf_svm import RBFSVM
 
@@ -194,6 +195,35 @@ class SVMStack(nn.Module):
                     )
                 held_out.append(scores)
         return self
+
+    def refitted(
+        self, features: Mapping[str, Tensor], labels: Tensor, sample_weight: Tensor | None = None
+    ) -> "SVMStack":
+        """Return a stack fitted on other features, which keeps the graph; see ``DNR.refitted``."""
+        if sample_weight is not None and not sample_weight.all():
+            kept = sample_weight.nonzero().squeeze(1)
+            labels, sample_weight = labels[kept], sample_weight[kept]
+            features = {name: rows[kept] for name, rows in features.items()}
+        options, held_out = self.options, list[Tensor]()
+        fold = stratified_folds(labels, options.stacking_folds, options.seed)
+        svms: dict[str, RBFSVM] = {}
+        for name in self.named():
+            inputs = features[name] if name in self.layers else torch.cat(held_out, dim=1)
+            C, gamma = self.selection[name]["C"], self.selection[name]["gamma"]
+            svm = RBFSVM(C, gamma, tol=options.tol, class_weight=options.class_weight)
+            svms[name] = svm.fit(inputs, labels, sample_weight=sample_weight, differentiable=True)
+            if name in self.layers and self.combiner is not None:
+                scores = implicit_out_of_fold_scores(
+                    inputs,
+                    labels,
+                    fold,
+                    C=C,
+                    gamma=gamma,
+                    class_weight=options.class_weight,
+                    sample_weight=sample_weight,
+                )
+                held_out.append(scores)
+        return self._with(svms)
 
     def smoothed(self, factor: float, names: Collection[str] | None = None) -> "SVMStack":
         """Return a view whose kernels have ``factor`` times the gamma; see ``DNR.smoothed``."""
