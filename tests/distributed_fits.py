@@ -1,4 +1,7 @@
-"""Fits that are made alone, and by two processes when this file is run: `FOLDER [NAME ...]`."""
+"""Fits that are made alone, and by two processes when this file is run: `FOLDER [NAME ...]`.
+
+What they take is counted where all are made: counting takes longer than the fits.
+"""
 
 import sys
 import warnings
@@ -256,7 +259,7 @@ def main(folder, *names):
     torch.set_num_threads(1)
     with joined(torch.device("cpu")) as processes:
         for name in names or FITS:
-            found = make(name, folder)
+            found = FITS[name](folder) if names else make(name, folder)
             save_tensors(f"{folder}/{name}-{processes.rank}", found, {}, "fit")
         save_tensors(f"{folder}/refused-{processes.rank}", {}, refused(processes), "refused")
 

@@ -121,7 +121,7 @@ def chosen_by_hand(search, n, scale):
 )
 def test_of_points_within_one_standard_error_the_one_nearest_C_1_and_gamma_scale_is_chosen(noise):
     x, y = digits(80, noise)
-    search = grid_search(x, y, folds=3)
+    search = grid_search(x, y, folds=2)
     expected = chosen_by_hand(search, len(x), scale_gamma(x))
     assert (search.C, search.gamma) == pytest.approx(expected, rel=1e-6)
     assert search.reason.startswith(f"C = {search.C:g}, gamma = {search.gamma:.4g}, ")
