@@ -62,7 +62,7 @@ setup(
             *SKLEARN,
             TABULATE,
             "pytest>=8",
-            "pytest-xdist>=3.6",
+            "pytest-xdist>=3.8",
             "hypothesis>=6.100",
             "ruff>=0.17",
             "mypy>=1.18",

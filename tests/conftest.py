@@ -1,6 +1,8 @@
 """What every test shares."""
 
+import gc
 import os
+from collections import Counter
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported; child processes inherit it
 
@@ -10,6 +12,12 @@ from hypothesis import settings
 settings.register_profile("default", max_examples=25, deadline=None)  # see property_examples.py
 settings.register_profile("ci", max_examples=100, deadline=None)
 settings.load_profile("default")
+
+FEW_BUT_LONG = {
+    *("test_paper", "test_end_to_end", "test_cli_backbone", "test_call_depth", "test_compile"),
+    *("test_distributed_fit", "test_checks_models", "test_predict", "test_inference_mode"),
+}
+"""Modules of few tests that take seconds: begun last, one would keep the other worker waiting."""
 
 
 def pytest_configure(config):
@@ -22,6 +30,18 @@ def pytest_configure(config):
     accelerator.register()
     torch.set_num_threads(1)  # each worker of pytest-xdist, and each child process, has one core
     config.addinivalue_line("filterwarnings", "error::torchdnr.svm.ConvergenceWarning")
+
+
+def pytest_collection_modifyitems(items):
+    """Begin with the modules that take longest, as far as names and numbers of tests tell."""
+    tests = Counter(item.path for item in items)
+    items.sort(key=lambda item: (item.path.stem not in FEW_BUT_LONG, -tests[item.path]))
+
+
+def pytest_collection_finish():
+    """Spare the garbage collector the millions of objects that imports have made."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

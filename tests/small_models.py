@@ -1,6 +1,8 @@
 """A small network, images that it can tell apart, and classifiers fitted on them in no time."""
 
 from collections import OrderedDict
+from copy import deepcopy
+from functools import wraps
 
 import torch
 from torch import nn
@@ -43,6 +45,26 @@ def fitted(model, images):
     return model.calibrate(images.flip(-1), 0.2)
 
 
+def once(make):
+    """Decorate what makes a classifier for images: what was made already is copied.
+
+    Random numbers, before and after, are those of making it anew.
+    """
+    made = {}
+
+    @wraps(make)
+    def made_once(images):
+        key = images.numpy().tobytes(), torch.get_rng_state().numpy().tobytes()
+        if key not in made:
+            made[key] = make(images), torch.get_rng_state()
+        model, state = made[key]
+        torch.set_rng_state(state)
+        return deepcopy(model)
+
+    return made_once
+
+
+@once
 def small_dnr(images):
     net = small_network().train()  # DNR runs it in evaluation mode, and leaves it as found
     return fitted(DNR(net, LAYERS, **options(*LAYERS, "combiner")), images)

@@ -67,6 +67,7 @@ def _making(digits, run):
 
 ATTACKING = [
     *("--samples", "4", "--eps", "0", "2", "1", "--steps", "2", "--examples", "1"),
+    *("--restarts", "0"),
     *("--check-samples", "2", "--only-checks", "deterministic", "noise control"),
 ]
 

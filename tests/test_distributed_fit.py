@@ -82,7 +82,7 @@ def test_two_processes_fit_one_dnr(tmp_path):
     both = start_two(ROOT / "tests" / "distributed_fits.py", [str(tmp_path), name])
     said = [process.communicate(timeout=200)[1] for process in both]
     assert [process.returncode for process in both] == [0, 0], said
-    assert_alike(make(name, tmp_path), found_by(tmp_path, name, 1))
+    assert_alike(FITS[name](tmp_path), found_by(tmp_path, name, 1))
 
 
 @pytest.mark.slow

@@ -143,8 +143,11 @@ def test_a_loader_gives_the_same_classifier_as_tensors(net, device):
     torch.testing.assert_close(by_loader(test), by_tensor(test), atol=1e-5, rtol=0)
     assert by_tensor(test).device == test.device
     assert by_tensor.threshold.device == test.device
-    by_list = DNR(net, LAYERS, hyperparameters=PAIRS, batch_size=50).fit(x, y.tolist())
-    assert torch.equal(by_list.scores(test), by_tensor.scores(test))
+    by_list, nr = (
+        NR(net, "head", hyperparameters={"head": PAIRS["head"]}).fit(x, labels)
+        for labels in (y.tolist(), y)
+    )
+    assert torch.equal(by_list.scores(test), nr.scores(test))
 
 
 @pytest.mark.parametrize("device", DEVICES)

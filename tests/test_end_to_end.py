@@ -2,7 +2,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from small_models import fitted, make_images, options, small_network
+from small_models import fitted, make_images, once, options, small_network
 from torch import nn
 
 from torchdnr import DNR, NR, Adversary
@@ -28,6 +28,11 @@ def digits(n=60):
 
 def dnr(images):
     torch.manual_seed(0)
+    return _dnr(images)
+
+
+@once
+def _dnr(images):
     return fitted(DNR(network(), ["2", "3"], **options("2", "3", "combiner")), images)
 
 

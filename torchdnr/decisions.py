@@ -68,17 +68,11 @@ def has_reject_column(model: Callable[[Tensor], Tensor], reject: bool | None) ->
 
 
 def class_scores(output: Any) -> Tensor:  # noqa: ANN401 - what networks return differs
-    """Take the class scores from what a classifier returned, with theta where it has one.
+    """Take the class scores ``(n, ...)`` from what a classifier returned, with theta if it has one.
 
-    Args:
-        output: A tensor; a mapping or an object with ``logits`` as transformers has it, or with
-            ``"out"`` as torchvision has it; or a tuple or list that starts with the scores.
-
-    Returns:
-        The scores, ``(n, ...)``.
-
-    Raises:
-        TypeError: If it is none of these.
+    That is a tensor; a mapping or an object with ``logits`` as transformers has it, or with
+    ``"out"`` as torchvision has it; or a tuple or list that starts with the scores. Anything else
+    is a ``TypeError``.
     """
     scores = output
     if isinstance(output, Mapping):
@@ -191,13 +185,7 @@ def evaluation_mode(model: Callable[[Tensor], Tensor]) -> Iterator[None]:
 
     Threads may share modules: one is put back when the last block that needs it ends. ``train()``
     of it in the meantime counts from then on; ``eval()`` of it changes nothing, and is undone.
-
-    Args:
-        model: Any module; one that is in evaluation mode throughout is not touched, nor is a
-            function.
-
-    Yields:
-        Nothing.
+    One that is in evaluation mode throughout is not touched, nor is a function.
     """
     modules = model.modules() if isinstance(model, nn.Module) else ()
     blocks, lock = _BLOCKS, cast(AbstractContextManager[object], _BLOCKS_LOCK)
@@ -220,15 +208,9 @@ def evaluation_mode(model: Callable[[Tensor], Tensor]) -> Iterator[None]:
 
 
 def check_images(name: str, images: Tensor, bounds: tuple[float, float] = (0.0, 1.0)) -> None:
-    """Refuse a batch of images that is empty, not floating point, or outside ``bounds``.
+    """Refuse images ``(n, ...)``: none, not floating point, NaN, or outside ``bounds``.
 
-    Args:
-        name: What the message calls them.
-        images: Candidate batch, ``(n, ...)``.
-        bounds: Smallest and largest value allowed.
-
-    Raises:
-        ValueError: If it is; also for NaN.
+    The ``ValueError`` calls them by ``name``.
     """
     if images.ndim < 2 or len(images) == 0:
         raise ValueError(

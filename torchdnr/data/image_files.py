@@ -20,19 +20,11 @@ def open_image(file: str | Path, channels: int = 3) -> Image.Image:
 
     It is turned as its EXIF data say. Grey values of 16 bits, or of as many as a TIFF says, are
     scaled from their whole range, floating point from [0, 1]. What is transparent shows a white
-    ground.
+    ground. The image has ``channels`` of 8 bits, 1 for grey (mode "L") or 3 for colours ("RGB").
 
-    Args:
-        file: The file.
-        channels: 1 for grey (mode "L"), 3 for colours (mode "RGB").
-
-    Returns:
-        The image, 8 bits per channel.
-
-    Raises:
-        OSError: If it cannot be read, or is no image.
-        ValueError: If nothing says what its values mean: floating point outside [0, 1], or integers
-            that are signed or of more than 16 bits.
+    It is an ``OSError`` if the file cannot be read or is no image, and a ``ValueError`` if nothing
+    says what its values mean: floating point outside [0, 1], or integers that are signed or of more
+    than 16 bits.
     """
     with Image.open(file) as opened:
         image = ImageOps.exif_transpose(opened)

@@ -73,15 +73,13 @@ def extract(
         batch_size: Images per forward pass where ``data`` is a tensor, >= 1.
         device: Where the network runs and the results stay; default: the device of the network.
         progress: Whether to show a progress bar over the batches.
-        memory_limit: Bytes that the features of all layers together may take in memory; beyond
-            that, they go to a temporary folder, with a warning. Default: no limit.
-        folder: Where features go in any case, and are kept; a ``CheckpointError`` if it holds those
-            of other images or another network.
+        memory_limit: Bytes that all features may take in memory; beyond that, they go to a
+            temporary folder, with a warning. Default: no limit.
+        folder: Where features are kept; a ``CheckpointError`` if it holds those of other images.
         widen: Whether features of half precision come back as float32, which SVMs need.
 
     Returns:
-        Layer name -> features ``(n, d)``, and the labels ``(n,)`` where ``data`` yields them,
-        else None.
+        Layer name -> features ``(n, d)``, and the labels ``(n,)`` if ``data`` yields them, or None.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be >= 1, got {batch_size}")

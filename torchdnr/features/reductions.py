@@ -274,20 +274,12 @@ _BUILT_IN = {"flatten": Flatten, "avg": Average, "grid": Grid, "project": Projec
 
 
 def build_reduction(given: ReductionLike, seed: int = 0) -> nn.Module:
-    """Make the reduction that a user asks for.
+    """Make the reduction that a user asks for; a ``ValueError`` where there is no such.
 
-    Args:
-        given: ``"flatten"``; ``"avg"``; ``("grid", k)``; ``("project", d)``; or a module that
-            takes the layer's output, of any shape, to ``(n, d)``, which is returned as it is.
-            ``("avg", "channels_last")`` and ``("grid", k, "channels_last")`` (or
-            ``"channels_first"``) say where the channels are, where shapes do not.
-        seed: Of a random projection.
-
-    Returns:
-        A ``Reduction``, or the module given.
-
-    Raises:
-        ValueError: If it is none of these.
+    It is ``"flatten"``; ``"avg"``; ``("grid", k)``; ``("project", d)``, drawn by ``seed``; or a
+    module that takes the layer's output, of any shape, to ``(n, d)``, which is returned as it is.
+    ``("avg", "channels_last")`` and ``("grid", k, "channels_last")`` (or ``"channels_first"``) say
+    where the channels are, where shapes do not.
     """
     if isinstance(given, nn.Module):
         return given

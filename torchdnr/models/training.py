@@ -221,22 +221,12 @@ def train(
     measure: Callable[[], dict[str, float]] | None = None,
     against: Mapping[str, Any] | None = None,
 ) -> None:
-    """Descend a loss in place; see ``train_network``, whose loop this is.
+    """Descend a loss in place; see ``train_network``, whose loop this is, for the arguments.
 
-    Args:
-        net: What is trained, on its device; left in training mode.
-        groups: Groups of its parameters, as the optimizer takes them: "params", and "lr", relative
-            to that of the settings, where it is not 1.
-        batch_loss: The loss.
-        images: As in ``train_network``.
-        labels: As in ``train_network``.
-        settings: As in ``train_network``.
-        seed: As in ``train_network``.
-        checkpoint: As in ``train_network``.
-        progress: As in ``train_network``.
-        rows: Indices of the images to train on; None: all.
-        measure: What to measure up to four times, the last time at the end.
-        against: What else decides the outcome, as JSON values.
+    ``net`` is left in training mode. ``groups`` are those of its parameters, as the optimizer takes
+    them: "params", and "lr", relative to that of the settings, where it is not 1. ``rows`` are
+    indices of the images to train on; None: all. ``measure`` is called up to four times, the last
+    time at the end. ``against`` is what else decides the outcome, as JSON values.
     """
     device = next(net.parameters()).device
     run: dict[str, Any] = {}
