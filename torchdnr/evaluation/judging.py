@@ -23,7 +23,7 @@ from torchdnr.decisions import (
     predict_labels,
     split_scores,
 )
-from torchdnr.resources import has_float64
+from torchdnr.resources import in_float64
 
 TOLERANCE = 1e-5  # of float32 arithmetic, relative to the larger of eps and 1
 
@@ -204,11 +204,8 @@ def judge(task: Task, points: Tensor) -> Judged:
 
 def norms(task: Task, points: Tensor) -> Tensor:
     """Compute the norm of each perturbation in float64, ``(n,)``; on the CPU if it has to be."""
-    inputs = task.inputs
-    if not has_float64(inputs.device):
-        points, inputs = points.cpu(), inputs.cpu()
-    pairs = zip(points.split(task.batch_size), inputs.split(task.batch_size), strict=True)
-    moved = ((new.double() - old.double()).flatten(1) for new, old in pairs)
+    pairs = zip(points.split(task.batch_size), task.inputs.split(task.batch_size), strict=True)
+    moved = ((in_float64(new) - in_float64(old)).flatten(1) for new, old in pairs)
     return torch.cat([torch.linalg.vector_norm(part, task.norm, dim=1) for part in moved])
 
 
