@@ -1,8 +1,11 @@
-"""Toys whose nearest accepted-and-wrong points are known, for the tests of attacks."""
+"""Toys for the tests of attacks: nearest evasions that are known, and a small trained network."""
 
 import math
+from functools import cache
 
 import torch
+from sklearn.datasets import load_digits
+from torch import nn
 
 NORMS = (1, 2, math.inf)
 DUAL = {1: math.inf, 2: 2, math.inf: 1}
@@ -90,3 +93,22 @@ class RBFMap:
     def _accepted(self, points):
         best, classes = self(points)[:, :3].max(dim=1)
         return points[best > self.theta], classes[best > self.theta]
+
+
+@cache
+def digits():
+    """A small network trained on digits of 8 x 8 pixels; 24 right images, labels, and a pool."""
+    images, labels = (torch.from_numpy(part) for part in load_digits(return_X_y=True))
+    images = (images.float().view(-1, 1, 8, 8) / 16 * 255).round() / 255
+    torch.manual_seed(0)
+    parts = nn.Conv2d(1, 16, 3), nn.ReLU(), nn.Flatten(), nn.Linear(576, 10)
+    net = nn.Sequential(*parts)
+    optimizer = torch.optim.Adam(net.parameters(), lr=3e-3)
+    for _ in range(150):
+        rows = torch.randint(0, 1000, (100,))
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(net(images[rows]), labels[rows]).backward()
+        optimizer.step()
+    with torch.no_grad():
+        right = (net(images).argmax(dim=1) == labels) & (torch.arange(len(labels)) >= 1000)
+    return net.eval(), images[right][:24], labels[right][:24], images[:300]

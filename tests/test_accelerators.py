@@ -8,6 +8,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from torchdnr import DNR, NR, RBFSVM
+from torchdnr.adapters import attack_all_targets
 from torchdnr.attacks import (
     apgd,
     boundary_walk,
@@ -23,7 +24,17 @@ from torchdnr.attacks import (
     square,
     transfer,
 )
-from torchdnr.evaluation import security_evaluation
+from torchdnr.evaluation import (
+    auroc_difference,
+    measure,
+    median_of,
+    risk_coverage,
+    roc_curve,
+    security_evaluation,
+    stratified_curve,
+    threshold_sweep,
+)
+from torchdnr.evaluation.checks import run_checks
 from torchdnr.evaluation.line_up import build_line_up
 from torchdnr.models.training import TrainingSettings, train_network
 from torchdnr.resources import default_device, has_float64
@@ -208,6 +219,57 @@ def test_a_security_evaluation_runs_on_any_device(float64):
         )
     assert len(curve.accuracy) == 2 and all(0 <= rate <= 1 for rate in curve.accuracy)
     assert curve.adversarial.device.type == "cpu"
+
+
+@pytest.mark.filterwarnings("ignore:found no evading point")
+def test_what_is_measured_on_a_device_without_float64_is_what_a_cpu_measures():
+    torch.manual_seed(0)
+    model = WithTheta()
+    inputs, labels, step = IMAGES[:6], LABELS[:6], {"steps": 2, "starts": 1, "neighbours": 1}
+
+    attacks = build_line_up(["boundary-walk", "pgd"], inputs, options=step)
+    curve = security_evaluation(model, inputs, labels, [0, 6.0], attacks=attacks, progress=False)
+
+    def measured(images, labels):
+        attacks = build_line_up(["pgd"], images, options={"steps": 2})
+        given = model.to(images.device), images, labels
+        few = {"noise_draws": 2, "recorded": 1, "init_inputs": images, "reference": {3.0: 0.5}}
+        few["only"] = ["silent success", "converged", "noise control", "plausible at eps / 2"]
+        checks = run_checks(*given, curve, attacks=attacks, **few).to_dict()["checks"]
+        assert not [check for check in checks if "errors" in check["counts"]]
+        points, output = curve.adversarial[1], model(images).detach()
+        best, worst = output[:, 0], output[:, 1]
+        groups = (best[:3], best[3:]), (worst[:3], worst[3:])
+        found = attack_all_targets(lambda view, x, _: (x + 0.1).clamp(0, 1), *given)
+        return {
+            "measures": measure(*given[:2], curve, calibration=(images, labels)).to_dict(),
+            "stratified": stratified_curve(
+                *given, points, 6.0, reject_options={"steps": 1, "restarts": 0}
+            ).to_dict(),
+            "sweep": threshold_sweep(*given, {6.0: points}, [-0.2, 0.1]).to_dict(),
+            "risk": risk_coverage(output, labels, True).to_dict(),
+            "roc": [rates.cpu().tolist() for rates in roc_curve(*groups[0])],
+            "areas": auroc_difference(*groups).to_dict(),
+            "median": median_of(best).to_dict(),
+            "targets": found.cpu().tolist(),
+        }
+
+    expected = measured(inputs, labels)
+    with accelerator(float64=False) as device:
+        found = measured(inputs.to(device), labels.to(device))
+    for name, numbers in expected.items():
+        assert close(found[name], numbers), name
+
+
+def close(one, two):
+    """Compare results as JSON has them, numbers up to rounding."""
+    if isinstance(two, dict):
+        return one.keys() == two.keys() and all(close(one[key], two[key]) for key in two)
+    if isinstance(two, list):
+        return len(one) == len(two) and all(map(close, one, two))
+    return (
+        one == pytest.approx(two, abs=1e-4, nan_ok=True) if isinstance(two, float) else one == two
+    )
 
 
 def test_a_step_of_newtons_method_waits_twice_and_an_outer_step_little_more_often():

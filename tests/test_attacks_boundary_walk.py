@@ -95,6 +95,15 @@ def test_more_steps_are_never_worse():
         kept = norms
 
 
+@pytest.mark.parametrize("steps", [50, 70, 80])
+def test_a_walk_ends_where_nothing_evades_straight_ahead_also_within_a_cycle(steps):
+    model, _, inputs, labels, pool = linear_problem()
+    adversarial = boundary_walk(model, inputs, labels, pool, steps=steps)
+    assert evades(model(adversarial), labels, False).all()
+    nearer = inputs + 0.998 * (adversarial - inputs)
+    assert not evades(model(nearer), labels, False).any()
+
+
 def test_evading_inputs_stay_and_farther_points_end_on_the_ball():
     model, inputs, labels, pool = problem()
     labels[0] = (labels[0] + 1) % 3

@@ -7,9 +7,8 @@ from functools import cache, partial
 import pytest
 import torch
 from attack_promises import sizes
+from attack_toys import digits
 from PIL import Image
-from sklearn.datasets import load_digits
-from torch import nn
 
 from torchdnr.attacks import (
     EnsembleAttack,
@@ -30,25 +29,6 @@ from torchdnr.evaluation.line_up import build_line_up
 from torchdnr.evaluation.report.table import attack_rates, format_table, save_csv
 
 EPS = {1: 2.0, 2: 0.6, math.inf: 16 / 255}
-
-
-@cache
-def digits():
-    """A small network trained on digits of 8 x 8 pixels; 24 right images, labels, and a pool."""
-    images, labels = (torch.from_numpy(part) for part in load_digits(return_X_y=True))
-    images = (images.float().view(-1, 1, 8, 8) / 16 * 255).round() / 255
-    torch.manual_seed(0)
-    parts = nn.Conv2d(1, 16, 3), nn.ReLU(), nn.Flatten(), nn.Linear(576, 10)
-    net = nn.Sequential(*parts)
-    optimizer = torch.optim.Adam(net.parameters(), lr=3e-3)
-    for _ in range(150):
-        rows = torch.randint(0, 1000, (100,))
-        optimizer.zero_grad()
-        nn.functional.cross_entropy(net(images[rows]), labels[rows]).backward()
-        optimizer.step()
-    with torch.no_grad():
-        right = (net(images).argmax(dim=1) == labels) & (torch.arange(len(labels)) >= 1000)
-    return net.eval(), images[right][:24], labels[right][:24], images[:300]
 
 
 def rounded(points):

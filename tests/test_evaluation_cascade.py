@@ -346,3 +346,27 @@ def test_only_what_depends_on_a_change_is_run_again(data, tmp_path):
     assert changed[0] == ("far", math.inf) and set(changed[1:]) == {"move"}
     assert names(attacks=line_up()) == []
     assert names(attacks={"move": line_up()["move"], **line_up()}) == []
+
+
+def three(x):
+    """Two classes told apart at x_0 = 0.5, and a third that is far behind."""
+    side = x[:, :1] - 0.5
+    return torch.cat([-side, side, torch.full_like(side, -1.0)], dim=1)
+
+
+def at_the_border(model, inputs, labels, eps, start):
+    """Go beyond the border by as little as a number can, where that is within eps."""
+    points = inputs.clone()
+    points[:, 0] = torch.nextafter(torch.tensor(0.5), 1.0 - labels)
+    near = (points - inputs).norm(dim=1) <= eps
+    return torch.where(near[:, None], points, inputs)
+
+
+def test_what_evades_by_rounding_alone_is_no_nearer_evasion(data):
+    inputs, labels = data
+    border = Attack(at_the_border, every_eps=False)
+    line_up = {"far": Attack(far, minimum_norm=True), "border": border}
+    curve = security_evaluation(three, *data, [1.0], attacks=line_up, progress=False)
+    found = (far(three, inputs, labels, None, None) - inputs).norm(dim=1)
+    right = torch.arange(13) != 2
+    torch.testing.assert_close(curve.evasion_norm, torch.where(right, found, 0).double())

@@ -28,6 +28,11 @@ def has_float64(device: torch.device) -> bool:
     return True
 
 
+def in_float64(values: Tensor) -> Tensor:
+    """Convert to float64: on the CPU, where the device has none."""
+    return (values if has_float64(values.device) else values.cpu()).double()
+
+
 def default_device() -> torch.device:
     """Choose an accelerator if there is one that computes in float64, else the CPU."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)

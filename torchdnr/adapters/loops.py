@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torchdnr.adapters.views import for_label, for_target
 from torchdnr.attacks.checks import checked_inputs
 from torchdnr.attacks.objectives import decision_objective
+from torchdnr.attacks.starts import lengths
 from torchdnr.attacks.target import Target, check_classes, evaluate, put
 from torchdnr.decisions import evaluation_mode, has_reject_column
 
@@ -88,7 +89,7 @@ def attack_all_targets(
     with evaluation_mode(model):
         best = evaluate(target, inputs, labels).clone()
         done = best.evading.clone()
-        sizes = torch.zeros(len(inputs), dtype=torch.float64, device=inputs.device)
+        sizes = torch.zeros_like(best.values)
         for wanted in range(classes):
             rows = ((labels != wanted) & ~done).nonzero()[:, 0]
             if len(rows) == 0:
@@ -97,8 +98,7 @@ def attack_all_targets(
             returned = attack(view, inputs[rows], torch.full_like(labels[rows], wanted))
             new = evaluate(target, _points(returned, inputs[rows]), labels[rows])
             old = best.rows(rows)
-            shift = (new.inputs.double() - inputs[rows].double()).flatten(1)
-            new_sizes = torch.linalg.vector_norm(shift, norm, dim=1)
+            new_sizes = lengths(new.inputs, inputs[rows], norm).to(sizes)
             nearer = ~old.evading | (new_sizes < sizes[rows])
             lower = ~old.evading & (new.values < old.values)
             chosen = torch.where(new.evading, nearer, lower)

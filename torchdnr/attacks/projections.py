@@ -31,14 +31,14 @@ class Region(NamedTuple):
         return torch.maximum(self.center - low, high - self.center).flatten(1)
 
     def within_reach(self) -> "Region":
-        """Lower each radius to the distance of the farthest corner of the box.
+        """Set each radius that holds all of the box to the distance of its farthest corner.
 
         A larger ball bounds nothing, and what is derived from its radius would only be coarser.
         """
         reach = torch.linalg.vector_norm(self.farthest(), self.norm, dim=1)
         # A little more, so that rounding keeps no corner out of the ball.
-        reach = reach * (1 + 16 * torch.finfo(reach.dtype).eps)
-        return self._replace(eps=self.eps.minimum(reach))
+        beyond = reach * (1 + 16 * torch.finfo(reach.dtype).eps)
+        return self._replace(eps=torch.where(self.eps >= reach, beyond, self.eps))
 
 
 def rows_of(bounds: Bounds, rows: Tensor | slice) -> Bounds:

@@ -48,9 +48,10 @@ def none_kept(task: Task) -> Kept:
 
 
 def keep_nearer(task: Task, kept: Kept, judged: Judged) -> Kept:
-    """Keep what evades and is nearer."""
-    evades = task.succeeds(judged.predictions)
-    return kept.update(judged.points, judged.size.cpu(), evades.cpu())
+    """Keep what evades, by more than rounding unless it is the input itself, and is nearer."""
+    size = judged.size.cpu()
+    evades = judged.safe.cpu() | (task.succeeds(judged.predictions).cpu() & (size == 0))
+    return kept.update(judged.points, size, evades)
 
 
 class Cascade:
@@ -181,7 +182,7 @@ class Cascade:
             new = self._bound(name, task, eps, task.inputs, from_pool=not near)()
             new, outside = keep_inside(task, checked_points(new, task.inputs, name), eps, name)
             judged = judge(task, new)
-            evades = task.succeeds(judged.predictions).cpu()
+            evades = judged.safe.cpu()
             counts["violations"] += outside
             counts["nearer"] += int((evades & untried[rows]).sum())
             kept = evades | untried[rows]

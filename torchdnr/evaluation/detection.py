@@ -238,7 +238,7 @@ def threshold_at_tpr(output: Tensor, labels: Tensor, reject: bool, tpr: float) -
     lowest = best[needed_rank(len(best), tpr) - 1]
     below = best[best < lowest]
     if len(below) == 0:
-        return torch.nextafter(lowest, lowest.new_tensor(-math.inf)).item()
+        return torch.nextafter(lowest, torch.full_like(lowest, -math.inf)).item()
     middle = below[0] + (lowest - below[0]) / 2
     return torch.where(middle < lowest, middle, below[0]).item()
 

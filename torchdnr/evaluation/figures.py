@@ -18,6 +18,7 @@ from torchdnr.decisions import REJECT
 from torchdnr.evaluation.line_up import LINE_SEARCH_PGD
 from torchdnr.evaluation.metrics import Estimate
 from torchdnr.files import atomic_path
+from torchdnr.resources import in_float64
 
 if TYPE_CHECKING:  # a curve can draw itself
     from torchdnr.evaluation.curve import Predictions, SecurityCurve
@@ -158,7 +159,7 @@ def plot_examples(
     for part, (name, images) in zip(parts[1:], adversarials.items(), strict=True):
         part.suptitle(name, fontsize=12)
         for row, (left, right) in enumerate(part.subplots(n, 2, squeeze=False)):
-            change = (images[row] - inputs[row]).double()
+            change = in_float64(images[row] - inputs[row]).cpu()
             size = torch.linalg.vector_norm(change.flatten(), norm).item()
             largest = change.abs().max().item()
             stretched = 0.5 + change / (2 * largest) if largest > 0 else 0.5 + change

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from torchdnr.attacks.levels import round_to_levels
+from torchdnr.attacks.minimum_norm import safe_decision_objective
 from torchdnr.attacks.objectives import decision_objective
 from torchdnr.attacks.projections import Bounds, Region, masked_bounds, project
 from torchdnr.attacks.view import ModelView
@@ -22,7 +23,7 @@ from torchdnr.decisions import (
     predict_labels,
     split_scores,
 )
-from torchdnr.resources import has_float64
+from torchdnr.resources import in_float64
 
 TOLERANCE = 1e-5  # of float32 arithmetic, relative to the larger of eps and 1
 
@@ -185,28 +186,26 @@ class Judged(NamedTuple):
     predictions: Tensor  # labels or REJECT, (n,)
     margin: Tensor  # max(s_y, theta) - max_{j != y} s_j, (n,); negative only if evaded
     size: Tensor  # norm of the perturbation in float64, (n,)
+    safe: Tensor  # whether it evades by more than rounding, in any batch, bool (n,)
 
 
 def judge(task: Task, points: Tensor) -> Judged:
     """Evaluate the model on points, whatever an attack has reported of them."""
     output = outputs(task.model, points, task.batch_size)
     scores = split_scores(output, task.reject)
-    if task.targets is None:
-        margin = decision_objective(*scores, task.labels)
-    else:
-        wanted = torch.as_tensor(task.targets).to(task.labels).expand(len(task.labels))
-        margin = decision_objective(*scores, wanted, targeted=True)
+    classes, targeted = task.labels, task.targets is not None
+    if task.targets is not None:
+        classes = torch.as_tensor(task.targets).to(classes).expand(len(classes))
+    margin = decision_objective(*scores, classes, targeted)
     predictions = predict_labels(output, task.reject)
-    return Judged(points.cpu(), predictions, margin, norms(task, points))
+    safe = task.succeeds(predictions) & (safe_decision_objective(*scores, classes, targeted) < 0)
+    return Judged(points.cpu(), predictions, margin, norms(task, points), safe)
 
 
 def norms(task: Task, points: Tensor) -> Tensor:
     """Compute the norm of each perturbation in float64, ``(n,)``; on the CPU if it has to be."""
-    inputs = task.inputs
-    if not has_float64(inputs.device):
-        points, inputs = points.cpu(), inputs.cpu()
-    pairs = zip(points.split(task.batch_size), inputs.split(task.batch_size), strict=True)
-    moved = ((new.double() - old.double()).flatten(1) for new, old in pairs)
+    pairs = zip(points.split(task.batch_size), task.inputs.split(task.batch_size), strict=True)
+    moved = ((in_float64(new) - in_float64(old)).flatten(1) for new, old in pairs)
     return torch.cat([torch.linalg.vector_norm(part, task.norm, dim=1) for part in moved])
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from torchdnr.decisions import REJECT, is_evasion, is_success
+from torchdnr.resources import in_float64
 
 
 class Plain:
@@ -217,7 +218,7 @@ def median_of(values: Tensor, *, confidence: float = 0.95, smallest: float = 0.0
             f"values must be (n,) with n >= 1 and no NaN, got {tuple(values.shape)} "
             f"with {int(values.isnan().sum())} NaN"
         )
-    ordered, n = values.double().sort().values, len(values)
+    ordered, n = in_float64(values).sort().values, len(values)
     middle = (ordered[(n - 1) // 2] + ordered[n // 2]) / 2
     low, high = quantile_ranks(n, 0.5, confidence)
     return Estimate(

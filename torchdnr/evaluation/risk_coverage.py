@@ -63,9 +63,10 @@ def risk_coverage(output: Tensor, labels: Tensor, reject: bool) -> RiskCoverage:
     11 (2010); Geifman et al., "Bias-reduced uncertainty estimation", ICLR 2019, for AURC.
     """
     check_labels(labels, output)
+    output, labels = output.cpu(), labels.cpu()  # some devices have no float64
     decisions, n = decide(output, reject), len(labels)
     wrong = decisions.classes != labels
-    scores, order = (-rejection_scores(output.cpu().double(), reject)).sort(descending=True)
+    scores, order = (-rejection_scores(output.double(), reject)).sort(descending=True)
     is_last = torch.ones_like(wrong)  # of those with equal scores
     is_last[:-1] = scores[:-1] > scores[1:]
     k = is_last.nonzero()[:, 0].double() + 1

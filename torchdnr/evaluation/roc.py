@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from torchdnr.evaluation.metrics import Estimate, quantile_ranks, square_and_add, wilson_interval
+from torchdnr.resources import in_float64
 
 
 class ROC(NamedTuple):
@@ -46,7 +47,7 @@ def roc_curve(negatives: Tensor, positives: Tensor) -> ROC:
 
     def rates(group: Tensor) -> Tensor:
         at_least = len(group) - torch.searchsorted(group.sort().values, values)
-        return torch.cat([at_least.new_zeros(1), at_least]).double() / len(group)
+        return in_float64(torch.cat([at_least.new_zeros(1), at_least])) / len(group)
 
     thresholds = torch.cat([values.new_full((1,), torch.inf), values])
     return ROC(rates(negatives), rates(positives), thresholds)
@@ -208,7 +209,7 @@ def _share_below(points: Tensor, group: Tensor) -> Tensor:
     ordered = group.sort().values
     less = torch.searchsorted(ordered, points)
     not_greater = torch.searchsorted(ordered, points, right=True)
-    return (less + not_greater).double() / (2 * len(group))
+    return in_float64(less + not_greater) / (2 * len(group))
 
 
 def _check(negatives: Tensor, positives: Tensor) -> None:

@@ -175,7 +175,7 @@ class WithReject(nn.Module):
         with evaluation_mode(self):
             theta = calibrated_threshold(self, judge, inputs, labels, **options)
         # A score equal to theta is rejected, but one equal to a detector's threshold is accepted.
-        self.threshold = -torch.nextafter(theta, theta.new_tensor(math.inf)).item()
+        self.threshold = -torch.nextafter(theta, torch.full_like(theta, math.inf)).item()
         return self
 
     def _device(self) -> torch.device | None:

@@ -19,7 +19,7 @@ from torchdnr.evaluation.checks.result import CannotRun, Finding, Status
 from torchdnr.evaluation.curve import SecurityCurve, most_telling_eps
 from torchdnr.evaluation.judging import CountedModel, Task, outputs
 from torchdnr.evaluation.line_up import Attack
-from torchdnr.resources import synchronize
+from torchdnr.resources import in_float64, synchronize
 
 Model = Callable[[Tensor], Tensor]
 
@@ -195,7 +195,7 @@ def missed_evasions(
 
 def drop_status(context: Context, count: int, samples: int, allowed: float) -> tuple[Status, float]:
     """Grade missed evasions by the fall of the accuracy that they amount to."""
-    drop = count / samples * (~context.evading).double().mean().item()
+    drop = count / samples * in_float64(~context.evading).mean().item()
     return ("pass" if count == 0 else "warn" if drop <= allowed else "fail"), drop
 
 

@@ -15,6 +15,7 @@ from torchdnr.evaluation.checks.result import CannotRun, Finding
 from torchdnr.evaluation.curve import Predictions, SecurityCurve
 from torchdnr.evaluation.judging import in_ball, in_box, outputs
 from torchdnr.evaluation.metrics import wilson_interval
+from torchdnr.resources import in_float64
 
 _ROUNDING = 1e-4  # of the spread of the scores: a margin below it may turn with the hardware
 FAR_ABOVE = 0.1  # how far the lower end of the interval may exceed the reference at eps / 2
@@ -258,4 +259,4 @@ def _reference(context: Context, wanted: list[float]) -> tuple[dict[float, float
     points = context.attack(pgd, rows, model=context.surrogate, eps=eps / 2, **options)
     output = outputs(context.surrogate, points, context.batch_size)
     right = predict_labels(output, False) == context.labels[rows]
-    return {eps: right.double().mean().item()}, "the surrogate"
+    return {eps: in_float64(right).mean().item()}, "the surrogate"

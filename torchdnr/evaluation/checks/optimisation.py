@@ -17,6 +17,7 @@ from torchdnr.evaluation.checks.context import Context, evades_at, missed_evasio
 from torchdnr.evaluation.checks.result import Finding
 from torchdnr.evaluation.judging import outputs
 from torchdnr.evaluation.line_up import Attack
+from torchdnr.resources import in_float64
 
 NOT_CONVERGED = 0.05  # fall of the accuracy, by longer attacks, above which the check fails
 MORE = 4  # times the steps of the longer attack
@@ -132,7 +133,7 @@ def _apart(context: Context, rows: Tensor) -> list[Tensor]:
         if group is None:
             groups.append(group := [])
         group.append(place)
-    return [rows[group] for group in groups]
+    return [rows[torch.tensor(group)] for group in groups]
 
 
 def _record(context: Context, attack: Attack, rows: Tensor) -> list[_Recorded]:
@@ -201,7 +202,7 @@ class _Recorder:
 
     def __init__(self, context: Context, rows: Tensor) -> None:
         self._context = context
-        self._centers = context.inputs[rows].double()
+        self._centers = in_float64(context.inputs[rows]).flatten(1)
         self._labels = context.labels[rows]
         self._box = rows_of(context.box, rows)
         self.seen: list[_Seen] = []
@@ -214,14 +215,15 @@ class _Recorder:
     def grade(self, points: Tensor, output: Tensor, owner: Tensor | None = None) -> _Seen:
         """Grade points by the output of the model on them; None: they belong to the nearest."""
         exact = "donot_use_mm_for_euclid_dist"
-        flat, centers = points.double().flatten(1), self._centers.flatten(1)
-        distances = torch.cdist(flat, centers, self._context.norm, compute_mode=exact)
-        owner = distances.argmin(dim=1) if owner is None else owner.to(points.device)
-        norm = distances.gather(1, owner[:, None])[:, 0]
-        labels, reject = self._labels[owner], self._context.reject
-        margin = decision_objective(*split_scores(output, reject), labels).double()
-        norm = norm.masked_fill(~self._allowed(points, owner), math.inf)
-        return _Seen(owner, margin, norm, evades(output, labels, reject))
+        flat, norm = in_float64(points).flatten(1), self._context.norm
+        distances = torch.cdist(flat, self._centers, norm, compute_mode=exact)
+        owner = distances.argmin(dim=1) if owner is None else owner.to(distances.device)
+        distance, there = distances.gather(1, owner[:, None])[:, 0], owner.to(points.device)
+        labels, reject = self._labels[there], self._context.reject
+        margin = in_float64(decision_objective(*split_scores(output, reject), labels))
+        success, allowed = evades(output, labels, reject), self._allowed(points, there)
+        distance = distance.masked_fill(~allowed.to(distance.device), math.inf)
+        return _Seen(owner, margin, distance, success.to(distance.device))
 
     def _allowed(self, points: Tensor, owner: Tensor) -> Tensor:
         """Tell which points are within bounds and mask, and on levels if any, bool ``(k,)``."""
