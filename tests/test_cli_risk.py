@@ -7,12 +7,14 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 
+from torchdnr import DNR
 from torchdnr.cli import attack, train
 from torchdnr.cli.classifiers import make_classifiers
 from torchdnr.cli.console import Console
 from torchdnr.cli.options import train_parser
 from torchdnr.cli.run_folder import prepare
 from torchdnr.evaluation import risk_coverage
+from torchdnr.models.paper import load_network
 
 GOAL = ["--max-error", "0.1", "--confidence", "0.9"]
 
@@ -84,3 +86,38 @@ def test_what_cannot_be_promised_is_refused_before_any_work(made, goal, message,
     options, _ = made
     assert train.main([*options, "--run", str(tmp_path / "run"), *goal]) == 2
     assert message in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_after_a_promise_that_cannot_be_kept_another_one_goes_on_with_what_is_fitted(
+    made, tmp_path, capsys
+):
+    options, folder = made
+    with np.load(folder / "digits.npz") as content:
+        x, y = content["x_train"], content["y_train"]
+    y = np.where(np.arange(len(y)) % 4 == 0, 1 - y, y)  # a quarter of the labels are wrong
+    np.savez(tmp_path / "wrong.npz", x_train=x, y_train=y)
+    run = tmp_path / "run"
+    asked = ["--run", str(run), *options, "--dataset", f"npz:{tmp_path / 'wrong.npz'}"]
+    assert train.main([*asked, "--max-error", "0.05"]) == 2
+    message = capsys.readouterr().err
+    assert "can be promised" in message and "another --max-error or --confidence" in message
+    made_before = (run / "network.safetensors").read_bytes()
+    job = prepare(train_parser().parse_args(asked), Console(quiet=True))
+    net = load_network(job.build_network(), run / "network.safetensors")
+    fitted = DNR.load(run / "dnr.safetensors", net)
+    assert fitted.threshold.isnan()
+    assert train.main([*asked, "--max-error", "0.05"]) == 2  # again, without a new fit
+    assert train.main([*asked, "--max-error", "0.6"]) == 0
+    assert (run / "network.safetensors").read_bytes() == made_before
+    job = prepare(train_parser().parse_args(asked), Console(quiet=True))
+    for name, model in make_classifiers(job, Console(quiet=True)).items():
+        if name != "DNN":
+            theta = model.threshold.clone()
+            model.calibrate(*job.images("threshold"), max_error=0.6)
+            assert theta == model.threshold
+        if name == "DNR":
+            images = job.images("test")[0]
+            assert torch.equal(model.scores(images), fitted.scores(images))
+    assert train.main([*asked, "--max-error", "0.5"]) == 2  # now the folder is finished
+    assert "was made with --max-error 0.6 (given: 0.5)" in capsys.readouterr().err

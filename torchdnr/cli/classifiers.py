@@ -72,7 +72,9 @@ def make_classifiers(
     for name in job.settings.classifiers:
         if name not in classifiers:
             with processes.first_alone(), alone():  # it trains, and the others then load
-                classifiers[name] = _against_attacks(job, console, net, name)
+                classifiers[name] = _against_attacks(job, console, net, name, processes.first)
+    if job.without_theta and processes.first:
+        job.remember_theta(unset=False)
     return classifiers
 
 
@@ -107,15 +109,22 @@ def _network(job: Job, console: Console) -> nn.Module:
     return _in_faster_format(net.to(job.device).eval(), job, console)
 
 
-def _against_attacks(job: Job, console: Console, net: nn.Module, name: str) -> nn.Module:
+def _against_attacks(
+    job: Job, console: Console, net: nn.Module, name: str, first: bool
+) -> nn.Module:
     """Load the robust network or DNR end to end, or train it against attacks."""
     path = job.folder / f"{name.lower()}.safetensors"
     model: DNR | LogitRejection
     if path.exists():
         with _loading(console, name, path):
             if name == END_TO_END:
-                return DNR.load(path, net)
-            model = load_robust(job.folder, job.settings, job.preset.build).to(job.device).eval()
+                model = DNR.load(path, net)
+            else:
+                robust = load_robust(job.folder, job.settings, job.preset.build)
+                model = robust.to(job.device).eval()
+        if job.without_theta and first:
+            _calibrate(model, job, first)
+            model.save(path)
     else:
         adversary, epochs = job.settings.adversary(), job.settings.adversarial_epochs
         loss = "" if name == END_TO_END else f'loss "{adversary.loss}", '
@@ -123,7 +132,7 @@ def _against_attacks(job: Job, console: Console, net: nn.Module, name: str) -> n
         with console.stage(name, f"{attacks}, {loss}{epochs} epochs"):
             train = train_robust if name == ROBUST else train_end_to_end
             model = train(job, net, console.progress)
-            _calibrate(model, job)
+            _calibrate(model, job, first)
             model.save(path)
     _in_faster_format(model.net, job, console)
     return model
@@ -180,22 +189,27 @@ def _rejecting(
     path = job.folder / f"{name.lower()}.safetensors"
     if processes.broadcast_text(str(path.exists())) == "True":  # all load it, or none does
         with _loading(console, name, path):
-            return kind.load(path, net)
-    model = build().to(job.device)
-    layers = ", ".join(model.layers)
-    sizes = f"{len(job.splits.svm):,} images, theta on {len(job.splits.threshold):,} others"
-    with console.stage(name, f"SVMs on {layers}, {sizes}"):
-        model.fit(*job.images("svm"), progress=console.progress)
-        for svm, chosen in model.selection.items():
-            if "reason" in chosen:
-                console.say(f"    {svm}: {chosen['reason']}")
-        _calibrate(model, job)
-        if processes.first:
-            model.save(path)
+            model = kind.load(path, net)
+        if not job.without_theta and model.threshold.isfinite():
+            return model
+    else:
+        model = build().to(job.device)
+        layers = ", ".join(model.layers)
+        sizes = f"{len(job.splits.svm):,} images, theta on {len(job.splits.threshold):,} others"
+        with console.stage(name, f"SVMs on {layers}, {sizes}"):
+            model.fit(*job.images("svm"), progress=console.progress)
+            for svm, chosen in model.selection.items():
+                if "reason" in chosen:
+                    console.say(f"    {svm}: {chosen['reason']}")
+            if processes.first:
+                model.save(path)  # before theta, which it may be impossible to set as asked
+    _calibrate(model, job, processes.first)
+    if processes.first:
+        model.save(path)
     return model
 
 
-def _calibrate(model: DNR | NR | LogitRejection, job: Job) -> None:
+def _calibrate(model: DNR | NR | LogitRejection, job: Job, first: bool) -> None:
     (images, labels), settings = job.images("threshold"), job.settings
     if settings.max_error is None:
         model.calibrate(images, settings.rejection_rate)
@@ -204,8 +218,11 @@ def _calibrate(model: DNR | NR | LogitRejection, job: Job) -> None:
     try:
         model.calibrate(images, labels, **goal)
     except ValueError as error:
+        if first:
+            job.remember_theta(unset=True)
         raise ValueError(
-            f"{type(model).__name__}: {error} (--threshold-samples, --max-error, in another --run)"
+            f"{type(model).__name__}: {error}. What is trained and fitted is kept in {job.folder}: "
+            "the same command with another --max-error or --confidence goes on"
         ) from error
 
 

@@ -2,7 +2,7 @@
 
 import argparse
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -32,7 +32,9 @@ from torchdnr.files import digest, read_json, write_json
 from torchdnr.rejection.risk import fewest_accepted
 from torchdnr.resources import default_device
 
-_FORMAT = "channels_last"  # in settings.json, beside the settings
+# In settings.json, beside the settings: the memory format, and whether no thresholds could be set.
+_FORMAT, _WITHOUT_THETA = "channels_last", "without_thresholds"
+_FOR_THETA = "max_error", "confidence"
 _REMEMBERED = {entry.name for entry in fields(RunSettings)}
 
 
@@ -47,6 +49,7 @@ class Job:
     preset: Preset
     device: torch.device
     channels_last: bool | None  # as asked for, or remembered; None: to be chosen
+    without_theta: bool = False  # whether the thresholds of all classifiers are yet to be set
 
     def build_network(self, **options: int) -> nn.Module:
         """Build the network, with the starting weights of the seed; see ``Preset``."""
@@ -58,7 +61,12 @@ class Job:
     def remember_format(self, channels_last: bool | None) -> None:
         """Write the settings, with the memory format: results depend on it by rounding alone."""
         form = {} if channels_last is None else {_FORMAT: channels_last}
-        write_json(self.folder / "settings.json", self.settings.to_json() | form)
+        unset = {_WITHOUT_THETA: True} if self.without_theta else {}
+        write_json(self.folder / "settings.json", self.settings.to_json() | form | unset)
+
+    def remember_theta(self, unset: bool) -> None:
+        """Write whether the thresholds are yet to be set: until then others may be asked for."""
+        replace(self, without_theta=unset).remember_format(remembered_format(self.folder))
 
     def layers(self, net: nn.Module) -> dict[str, ReductionLike]:
         """Name the layers of a network that DNR reads, with their reductions."""
@@ -80,9 +88,10 @@ def prepare(options: argparse.Namespace, console: Console, processes: Processes 
     choices = {entry.name: entry.metadata["default"] for entry in option_fields(RunSettings)}
     folder = Path(options.run or _default_folder(options.dataset or choices["dataset"]))
     earlier = remembered_settings(folder)
+    unset = earlier is not None and read_json(folder / "settings.json").get(_WITHOUT_THETA, False)
     given = {name: getattr(options, name) for name in choices if getattr(options, name) is not None}
     if earlier is not None:
-        check_agreement(folder, earlier, given)
+        check_agreement(folder, earlier, given, free=_FOR_THETA if unset else ())
         choices |= {name: getattr(earlier, name) for name in choices}
     choices |= given
     size = FOLDER_IMAGE_SIZE if choices["backbone"] is None else BACKBONE_IMAGE_SIZE
@@ -103,7 +112,7 @@ def prepare(options: argparse.Namespace, console: Console, processes: Processes 
     channels_last: bool | None = options.channels_last
     if channels_last is None and earlier is not None:
         channels_last = remembered_format(folder)
-    job = Job(folder, settings, dataset, splits, preset, device, channels_last)
+    job = Job(folder, settings, dataset, splits, preset, device, channels_last, unset)
     model = _check_network(job)
     _check_samples(job, model.svm_options.folds)
     if processes.first:
@@ -165,12 +174,17 @@ def remembered_format(folder: Path) -> bool | None:
     return read_json(folder / "settings.json").get(_FORMAT)
 
 
-def check_agreement(folder: Path, earlier: RunSettings, given: Mapping[str, Any]) -> None:
-    """Refuse options that disagree with what a run folder was made with: all, with both values."""
+def check_agreement(
+    folder: Path, earlier: RunSettings, given: Mapping[str, Any], free: Sequence[str] = ()
+) -> None:
+    """Refuse options that disagree with what a run folder was made with: all, with both values.
+
+    Those that are ``free`` may.
+    """
     differ: dict[str, str] = {}
     for entry in option_fields(RunSettings):
         made, flag = getattr(earlier, entry.name), flag_of(entry)
-        added = entry.name in AGAINST_ATTACKS and not made
+        added = entry.name in free or (entry.name in AGAINST_ATTACKS and not made)
         if not added and given.get(entry.name, made) != made:
             differ[flag] = f"{flag} {in_words(made)} (given: {in_words(given[entry.name])})"
     if differ:

@@ -93,8 +93,20 @@ def threshold_at_error(
     best, wrong = best[order], wrong[order]
     # How many can be accepted while the next is not: equal scores go together.
     accepted = ((best[:-1] > best[1:]).nonzero()[:, 0] + 1).tolist()
+    if chosen := _most_accepted(wrong, accepted, max_error, confidence):
+        return best[chosen]
+    reason = _why_none(wrong, accepted, max_error, confidence)
+    for percent in range(math.floor(100 * max_error) + 1, 100):
+        if _most_accepted(wrong, accepted, percent / 100, confidence):
+            reason += f"; with inputs like these {percent / 100:g} can be promised"
+            break
+    raise ValueError(reason)
+
+
+def _most_accepted(wrong: Tensor, accepted: list[int], max_error: float, confidence: float) -> int:
+    """Return how many inputs can be accepted, of these numbers; 0 if none can be promised."""
     p_values = [1.0, *_p_values(wrong, max_error).tolist()]
-    starts = _starts(len(best) - 1, max_error, 1 - confidence)
+    starts = _starts(len(wrong) - 1, max_error, 1 - confidence)
     part = (1 - confidence) / len(starts)
     chosen, level = 0, 0.0
     for m in accepted:
@@ -105,9 +117,7 @@ def threshold_at_error(
             chosen = m
         else:
             level = 0.0
-    if not chosen:
-        raise ValueError(_why_none(wrong, accepted, p_values, max_error, confidence))
-    return best[chosen]
+    return chosen
 
 
 def fewest_accepted(max_error: float, level: float) -> int:
@@ -149,12 +159,12 @@ def _starts(most: int, max_error: float, level: float) -> list[int]:
 def _why_none(
     wrong: Tensor,
     accepted: list[int],
-    p_values: list[float],
     max_error: float,
     confidence: float,
 ) -> str:
     """Say why no threshold can be promised, and how many inputs could change that."""
     n, left = len(wrong), 1 - confidence
+    p_values = [1.0, *_p_values(wrong, max_error).tolist()]
     head = (
         f"no threshold promises an error of at most {max_error:g} among accepted inputs with "
         f"confidence {confidence:g}"
