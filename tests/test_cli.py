@@ -29,7 +29,7 @@ ROOT = Path(__file__).parents[1]
 FILES = {
     *("settings.json", "training.safetensors", "network.safetensors", "dnr.safetensors"),
     *("nr.safetensors", "results.json", "results.csv", "report.html"),
-    *("curve.png", "examples.png", "roc.png", "risk-coverage.png"),
+    *("curve.png", "examples.png", "explanation.png", "roc.png", "risk-coverage.png"),
     *(f"checks-{name}.json" for name in ("dnn", "nr", "dnr")),
     *(f"attack-{name}-1-of-1.safetensors" for name in ("dnn", "nr", "dnr")),
 }
@@ -420,7 +420,7 @@ def test_every_file_of_the_report_tells_the_same(finished):
         check["name"] for check in content["checks"]["DNR"]["checks"]
     }
     page = (finished / "report.html").read_text()
-    assert page.count("<figure>") == 4 and content["settings"]["command"] in html.unescape(page)
+    assert page.count("<figure>") == 5 and content["settings"]["command"] in html.unescape(page)
     with (finished / "results.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 3 * 4 * 3
@@ -483,7 +483,7 @@ def test_stratified_curve_and_threshold_sweep_on_request(run, capsys):
         for fixed, again in zip(sweep["accuracy"], sweep["reattacked_accuracy"], strict=True):
             assert all(a["value"] <= f["value"] for f, a in zip(fixed, again, strict=True))
     page = (run / "report.html").read_text()
-    assert page.count("<figure>") == 6
+    assert page.count("<figure>") == 7
     assert "Stratified robustness" in page and "Threshold sweep" in page
     assert "--stratified --sweep" in content["settings"]["command"]
     made = {path.name: path.read_bytes() for path in run.glob("s*-*.json")}

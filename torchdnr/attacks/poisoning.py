@@ -74,7 +74,7 @@ def poison_inputs(
         objective: What falls on the validation inputs, one of ``OBJECTIVES``: "paper", in which
             theta takes no part, counts errors; "decision" only errors that are accepted.
         bounds: Smallest and largest value of an input.
-        progress: Whether to show a progress bar.
+        progress: Whether to show a bar of the steps.
 
     Returns:
         The points, with the losses on the way.
