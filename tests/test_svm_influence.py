@@ -9,9 +9,9 @@ from torchdnr.svm import RBFSVM, influence
 def left_out(request):
     """Effects on the best score, and what scores really lose in a fit without each sample."""
     generator = torch.Generator().manual_seed(0)
-    labels = torch.arange(60) % 3
+    labels = torch.arange(36) % 3
     centres = 1.5 * torch.randn(3, 5, dtype=torch.float64, generator=generator)
-    features = centres[labels] + torch.randn(60, 5, dtype=torch.float64, generator=generator)
+    features = centres[labels] + torch.randn(36, 5, dtype=torch.float64, generator=generator)
     inputs, classes = centres + 0.5, torch.arange(3)
 
     def fit(weight=None):
@@ -20,8 +20,8 @@ def left_out(request):
 
     svm, lost = fit(), []
     scores = svm(inputs).diagonal()
-    for i in range(60):
-        weight = torch.ones(60)
+    for i in range(36):
+        weight = torch.ones(36)
         weight[i] = 0.0
         lost.append(scores - fit(weight)(inputs).diagonal())
     return influence(svm, inputs, classes), torch.stack(lost, dim=1)
@@ -39,7 +39,7 @@ def test_effects_are_what_a_fit_without_the_sample_loses(left_out):
 
 def test_samples_that_are_no_support_vectors_have_no_effect(left_out):
     found, lost = left_out
-    others = torch.ones(60, dtype=torch.bool)
+    others = torch.ones(36, dtype=torch.bool)
     others[found.support] = False
     assert others.any() and lost[:, others].abs().max() < 1e-4
 
