@@ -1,12 +1,10 @@
 """The repetition of the paper's experiments: the protocol, small."""
 
 import shutil
-from collections import OrderedDict
 from dataclasses import replace
 
 import pytest
 import torch
-from torch import nn
 
 from benchmarks.paper import __main__ as paper
 from benchmarks.paper import merge, settings
@@ -34,39 +32,17 @@ def digits():
     )
 
 
-class SmallNet(nn.Sequential):
-    """A network whose layers have the names of those that the variant reads."""
-
-    def __init__(self, num_classes, channels):
-        super().__init__(
-            OrderedDict(
-                conv=nn.Conv2d(channels, 8, 5, stride=4),
-                relu2=nn.ReLU(),
-                flatten=nn.Flatten(),
-                fc1=nn.Linear(8 * 6 * 6, 32),
-                relu3=nn.ReLU(),
-                fc2=nn.Linear(32, 32),
-                relu4=nn.ReLU(),
-                logits=nn.Linear(32, num_classes),
-            )
-        )
-
-
-def quick_line_up(*arguments, options, **more):
-    return build_line_up(*arguments, options={**options, "steps": 10}, **more)
-
-
 def small_protocol():
     training = TrainingSettings(
         epochs=2, lr=0.05, momentum=0.9, batch_size=64, schedule="one-cycle"
     )
-    later = replace(settings.MNIST.variants["later"], network=SmallNet, trainings=(training,))
+    later = replace(settings.MNIST.variants["later"], trainings=(training,))
     return replace(
         settings.MNIST,
         variants={"later": later},
         runs=2,
         network_samples=600,
-        svm_samples=60,
+        svm_samples=200,
         threshold_samples=60,
         test_samples=80,
         attacked=4,
@@ -79,8 +55,7 @@ def small_protocol():
 
 def make(digits, folder, results, protocol=None):
     protocol = protocol or small_protocol()
-    device = torch.device("cpu")
-    study = runs.Study(protocol, digits, folder, device, False, make_line_up=quick_line_up)
+    study = runs.Study(protocol, digits, folder, torch.device("cpu"), False)
     study.claim_folder()
     for variant in protocol.variants:
         for run in range(protocol.runs):
@@ -199,7 +174,7 @@ def test_a_run_that_was_stopped_goes_on(digits, tmp_path, small):
 
     def stopping(after):
         def built(*arguments, **options):
-            line_up = quick_line_up(*arguments, **options)
+            line_up = build_line_up(*arguments, **options)
             return {name: replace(one, run=counted(one.run)) for name, one in line_up.items()}
 
         def counted(run):
@@ -275,7 +250,7 @@ def test_the_samples_of_a_run_are_disjoint_and_differ_between_runs(digits, tmp_p
     found = [{key: names(x) for key, (x, _) in study.samples(run).items()} for run in (0, 1)]
     for parts in found:
         sets = [network, *parts.values()]
-        sizes = {"svm": 60, "threshold": 60, "test": 80}
+        sizes = {"svm": 200, "threshold": 60, "test": 80}
         assert {key: len(value) for key, value in parts.items()} == sizes
         assert len(set.union(*sets)) == sum(map(len, sets))
         assert all(marker == 255 for *_, marker in parts["test"])

@@ -117,7 +117,7 @@ def test_a_search_weights_its_folds_and_its_accuracy(data, class_weight):
     y, w = labels.numpy(), weight.numpy()
     common = {"class_weight": class_weight, "sample_weight": weight, "tol": TOL}
     # With balanced weights a C so small that all samples are at it leaves the intercept open.
-    grid = {"C_grid": (4.0, 20.0), "gamma_grid": (2.0,), "folds": 3}
+    grid = {"C_grid": (4.0, 20.0), "gamma_grid": (0.5, 2.0), "folds": 3}
     search = grid_search(torch.tensor(z), labels, **grid, **common)
     for row, limit in enumerate(search.C_grid):
         for column, gamma in enumerate(search.gamma_grid):
@@ -131,7 +131,7 @@ def test_a_search_weights_its_folds_and_its_accuracy(data, class_weight):
 
 
 def searched(images, labels, **options):
-    model = DNR(network(), ["logits"], C_grid=(0.1, 2.0), gamma_grid=(1.0,), folds=2, tol=TOL)
+    model = DNR(network(), LAYERS, C_grid=(0.1, 2.0), gamma_grid=(1.0,), folds=3, tol=TOL)
     return model.fit(images.double(), labels, **options)
 
 
@@ -172,7 +172,7 @@ def test_weights_go_with_a_loader_in_its_order(data):
     images, labels, weight = data
     loader = list(zip(images.double().split(16), labels.split(16), strict=True))
     one = searched(images, labels, sample_weight=weight)
-    model = DNR(network(), ["logits"], C_grid=(0.1, 2.0), gamma_grid=(1.0,), folds=2, tol=TOL)
+    model = DNR(network(), LAYERS, C_grid=(0.1, 2.0), gamma_grid=(1.0,), folds=3, tol=TOL)
     two = model.fit(loader, sample_weight=weight.tolist())
     torch.testing.assert_close(one.scores(images.double()), two.scores(images.double()))
 

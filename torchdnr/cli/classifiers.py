@@ -123,8 +123,7 @@ def _against_attacks(
                 robust = load_robust(job.folder, job.settings, job.preset.build)
                 model = robust.to(job.device).eval()
         if job.without_theta and first:
-            _calibrate(model, job, first)
-            model.save(path)
+            _calibrate(model, job, path, first)
     else:
         adversary, epochs = job.settings.adversary(), job.settings.adversarial_epochs
         loss = "" if name == END_TO_END else f'loss "{adversary.loss}", '
@@ -132,8 +131,7 @@ def _against_attacks(
         with console.stage(name, f"{attacks}, {loss}{epochs} epochs"):
             train = train_robust if name == ROBUST else train_end_to_end
             model = train(job, net, console.progress)
-            _calibrate(model, job, first)
-            model.save(path)
+            _calibrate(model, job, path, first)
     _in_faster_format(model.net, job, console)
     return model
 
@@ -201,29 +199,31 @@ def _rejecting(
             for svm, chosen in model.selection.items():
                 if "reason" in chosen:
                     console.say(f"    {svm}: {chosen['reason']}")
-            if processes.first:
-                model.save(path)  # before theta, which it may be impossible to set as asked
-    _calibrate(model, job, processes.first)
-    if processes.first:
-        model.save(path)
+    _calibrate(model, job, path, processes.first)
     return model
 
 
-def _calibrate(model: DNR | NR | LogitRejection, job: Job, first: bool) -> None:
+def _calibrate(model: DNR | NR | LogitRejection, job: Job, path: Path, first: bool) -> None:
+    """Set theta, and save the classifier: without theta where it cannot be set as asked."""
     (images, labels), settings = job.images("threshold"), job.settings
-    if settings.max_error is None:
-        model.calibrate(images, settings.rejection_rate)
-        return
-    goal = {"max_error": settings.max_error, "confidence": settings.confidence}
     try:
-        model.calibrate(images, labels, **goal)
+        if settings.max_error is None:
+            model.calibrate(images, settings.rejection_rate)
+        else:
+            goal = {"max_error": settings.max_error, "confidence": settings.confidence}
+            model.calibrate(images, labels, **goal)
     except ValueError as error:
+        if settings.max_error is None:
+            raise
         if first:
+            model.save(path)
             job.remember_theta(unset=True)
         raise ValueError(
             f"{type(model).__name__}: {error}. What is trained and fitted is kept in {job.folder}: "
             "the same command with another --max-error or --confidence goes on"
         ) from error
+    if first:
+        model.save(path)
 
 
 @contextmanager
