@@ -15,6 +15,7 @@ from benchmarks.common import RESULTS, Page, table
 from benchmarks.cost import report as cost
 from benchmarks.ood import report as ood
 from benchmarks.paper import report as paper
+from benchmarks.poisoning import report as poisoning
 from benchmarks.svm import report as svm
 from benchmarks.training import report as training
 from torchdnr.files import atomic_write_bytes
@@ -24,6 +25,7 @@ PAGES: dict[str, Page] = {
     **paper.PAGES,
     **attacks.PAGES,
     **training.PAGES,
+    **poisoning.PAGES,
     **svm.PAGES,
     **cost.PAGES,
     **ood.PAGES,
