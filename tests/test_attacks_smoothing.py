@@ -74,7 +74,7 @@ def classifier(kind, gamma=2000.0, dtype=torch.float32):
     return model.fit(inputs, labels).calibrate(inputs, 0.2).eval()
 
 
-@pytest.mark.parametrize("kind", ["NR", "DNR"])
+@pytest.mark.parametrize("kind", [pytest.param("NR", marks=pytest.mark.slow), "DNR"])
 def test_succeeds_where_gradients_vanish_and_pgd_fails(kind):
     model = classifier(kind)
     inputs, labels, _ = clusters()

@@ -1,6 +1,7 @@
 """A reader gets from what is called to the mathematics in a few steps."""
 
 import call_depth
+import pytest
 
 
 def test_a_forward_pass():
@@ -12,5 +13,6 @@ def test_a_fit():
     assert 0 < len(call_depth.fit()) <= 8
 
 
+@pytest.mark.slow
 def test_an_attack_of_the_command_line():
     assert 0 < len(call_depth.attack()) <= 10

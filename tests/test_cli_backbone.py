@@ -82,6 +82,7 @@ def settings_of(folder):
     return json.loads((folder / "settings.json").read_text())
 
 
+@pytest.mark.slow
 def test_weights_are_taken_and_not_trained(made, weights):
     settings, given = settings_of(made), torch.load(weights, weights_only=True)
     assert (settings["network"], settings["network_samples"]) == ("squeezenet1_1", 0)
@@ -91,6 +92,7 @@ def test_weights_are_taken_and_not_trained(made, weights):
     assert all(torch.equal(kept[f"network.{name}"], value) for name, value in given.items())
 
 
+@pytest.mark.slow
 def test_layers_are_reduced_as_said(made):
     _, metadata = load_tensors(made / "dnr.safetensors", kind="DNR")
     sizes = {name: entry["features"] for name, entry in metadata["sizes"].items()}
@@ -103,6 +105,7 @@ def test_layers_are_reduced_as_said(made):
     assert metadata["sizes"]["network.features.12"]["features"] == 512
 
 
+@pytest.mark.slow
 def test_attack_needs_the_run_folder_alone(made, photographs, weights, tmp_path, capsys):
     """Not the file with the weights, which is in the folder."""
     folder = tmp_path / "run"
@@ -123,6 +126,7 @@ def test_attack_needs_the_run_folder_alone(made, photographs, weights, tmp_path,
     assert (asked.weights, asked.outputs) == (str(weights), [7, 3])
 
 
+@pytest.mark.slow
 def test_predict_labels_files_as_the_classifier_does(made, photographs, tmp_path):
     table = tmp_path / "labels.csv"
     asked = [str(photographs / "val"), "--run", str(made), "--csv", str(table), "--device", "cpu"]

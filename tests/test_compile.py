@@ -74,7 +74,7 @@ def assert_same(got, expected, tol=1e-4):
         torch.testing.assert_close(g, e, rtol=0, atol=tol * e.abs().max().item())
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", INDUCTOR])
+@pytest.mark.parametrize("backend", [pytest.param("aot_eager", marks=pytest.mark.slow), INDUCTOR])
 def test_compiled_scores_and_gradients_are_the_eager_ones(model, images, backend):
     expected = scores_and_gradient(model, images[:8])
     assert expected[0].std(0)[:-1].min() > 0.1 and expected[1].abs().max() > 0

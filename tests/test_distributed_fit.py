@@ -77,6 +77,7 @@ def assert_alike(one, two):
     assert all(torch.equal(one[key], two[key]) for key in supports)
 
 
+@pytest.mark.slow
 def test_two_processes_fit_one_dnr(tmp_path):
     name = "given_hyperparameters"
     both = start_two(ROOT / "tests" / "distributed_fits.py", [str(tmp_path), name])

@@ -108,7 +108,7 @@ def test_a_smoothed_and_a_compressed_one_know_the_trained_network(trained, tmp_p
     assert torch.equal(loaded.scores(images), small.scores(images))
 
 
-@pytest.mark.parametrize("make", [dnr, nr])
+@pytest.mark.parametrize("make", [dnr, pytest.param(nr, marks=pytest.mark.slow)])
 def test_training_takes_evasions_away(make):
     images, labels = digits(90)
     model = make(images)

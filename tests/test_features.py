@@ -32,7 +32,9 @@ def hooks_of(net):
     return sum(len(module._forward_hooks) for module in net.modules())
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize(
+    "name", ["resnet18", *(pytest.param(n, marks=pytest.mark.slow) for n in list(NETWORKS)[1:])]
+)
 def test_torchvision_networks_against_its_own_feature_extractor(name):
     make, size, layers = NETWORKS[name]
     net = make(weights=None).train()

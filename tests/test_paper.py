@@ -148,6 +148,7 @@ def test_a_variant_of_other_settings_is_left_out_visibly(digits, tmp_path):
     assert list(read_json(tmp_path / "fewer.json")["variants"]) == ["later"]
 
 
+@pytest.mark.slow
 def test_what_is_done_is_not_done_again(small):
     study, *_ = small
 
@@ -210,6 +211,7 @@ def test_a_run_that_was_stopped_goes_on(digits, tmp_path, small):
     assert curves["DNR"].accuracy == accuracy["runs"][0]
 
 
+@pytest.mark.slow
 def test_every_stage_has_its_cost(small):
     _, _, content, _ = small
     cost = content["cost"]["later"]
@@ -221,6 +223,7 @@ def test_every_stage_has_its_cost(small):
     assert all(entry["seconds"] > 0 for entry in cost["DNR"]["attack"])
 
 
+@pytest.mark.slow
 def test_the_text_holds_verdicts_and_rates(small):
     _, text, content, _ = small
     for markdown in (page(content), one_run_page(content)):
@@ -258,6 +261,7 @@ def test_the_samples_of_a_run_are_disjoint_and_differ_between_runs(digits, tmp_p
     assert all(found[0][key] != found[1][key] for key in found[0])
 
 
+@pytest.mark.slow
 def test_a_folder_of_other_experiments_is_refused(small, digits):
     study, *_ = small
     other = replace(study, protocol=replace(study.protocol, svm_samples=100))
@@ -265,6 +269,7 @@ def test_a_folder_of_other_experiments_is_refused(small, digits):
         other.claim_folder()
 
 
+@pytest.mark.slow
 def test_other_attacks_keep_the_classifiers_and_are_made_anew(small):
     study, *_ = small
 
@@ -280,6 +285,7 @@ def test_other_attacks_keep_the_classifiers_and_are_made_anew(small):
         merge.write_report(other, "none", study.folder / "none")
 
 
+@pytest.mark.slow
 def test_a_run_copied_under_another_number_is_refused(small, tmp_path):
     study, *_ = small
     shutil.copytree(study.folder, tmp_path / "copy")
@@ -290,6 +296,7 @@ def test_a_run_copied_under_another_number_is_refused(small, tmp_path):
         merge.write_report(copy, "none", tmp_path)
 
 
+@pytest.mark.slow
 def test_nothing_complete_is_an_error(small, tmp_path):
     study, *_ = small
     with pytest.raises(ValueError, match="no run"):

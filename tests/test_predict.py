@@ -222,6 +222,7 @@ def test_a_stopped_call_says_that_it_starts_again(run, photographs, capsys):
     assert not path.exists() and not list(run.glob("*.tmp"))
 
 
+@pytest.mark.slow
 def test_a_picture_explains_decisions_by_training_images(finished, photographs, tmp_path):
     """The data set has to be there, and to be the one that the folder was made with."""
     run, picture = tmp_path / "run", tmp_path / "why.png"

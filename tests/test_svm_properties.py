@@ -400,10 +400,7 @@ def descended(solve, kernel, targets, C, max_steps):
     "newton",
     [
         unsolved,
-        garbage,
-        lying,
-        idle,
-        broken,
+        *(pytest.param(f, marks=pytest.mark.slow) for f in (garbage, lying, idle, broken)),
     ],
 )
 def test_where_newton_fails_two_variable_updates_converge(newton, device):

@@ -40,7 +40,7 @@ FAMILIES: dict[str, tuple] = {
     "vit_": ("vit_b_32", {"image_size": 64}, 64),
     "wide_resnet": ("wide_resnet50_2", {}, 32),
 }
-IN_NO_TIME = {"mobilenet_v3_", "squeezenet"}
+IN_NO_TIME = {"squeezenet"}
 SLOW = pytest.mark.slow
 # A search over one pair of multiples of gamma = "scale" is none, and fits a layer of any size.
 QUICK = {"C_grid": [10.0], "gamma_grid": [0.2], "folds": 2, "stacking_folds": 2}
