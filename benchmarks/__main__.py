@@ -13,6 +13,7 @@ from benchmarks import record_run
 from benchmarks.attacks import report as attacks
 from benchmarks.common import RESULTS, Page, table
 from benchmarks.cost import report as cost
+from benchmarks.gpu import report as gpu
 from benchmarks.ood import report as ood
 from benchmarks.paper import report as paper
 from benchmarks.poisoning import report as poisoning
@@ -28,6 +29,7 @@ PAGES: dict[str, Page] = {
     **poisoning.PAGES,
     **svm.PAGES,
     **cost.PAGES,
+    **gpu.PAGES,
     **ood.PAGES,
 }
 """Beginning of a result's name to its page; the rest of the name tells the device or the size."""
