@@ -83,7 +83,7 @@ def make_data(options: argparse.Namespace, seed: int) -> tuple[nn.Sequential, Da
 def make_fit(name: str, net: nn.Sequential, data: Data) -> tuple[Fit, nn.Module]:
     """Return a classifier as a function of what it is fitted on, and the clean one."""
     if name == "DNN":
-        fit: Fit = partial(retrain, net[:-1])
+        fit: Fit = partial(retrain, nn.Sequential(*list(net)[:-1]))
         return fit, fit(*data.fitted, None).requires_grad_(False)
     layers: Any = NETWORKS["small"][1]
     kind, given = (NR, layers[-1]) if name == "NR" else (DNR, layers)
