@@ -18,12 +18,14 @@ ALPHAS = 0, 0.25, 0.5, 1
 MISSED = 0.05
 INTRODUCTION = """\
 `python -m benchmarks.training --images N --epochs E --samples K --seeds ...` trains a network on
-MNIST, plainly and then against attacks of size eps on every batch, with four losses; and NR and
-DNR, fitted on the plain network, together with it (end to end). All thresholds reject a tenth of
-1,000 clean images of their own. "right" and "rejected" are of the 10,000 clean test images. The
-median is that of the smallest norms that evade (accepted and wrong), by the whole line-up, Square,
-and the points found on every other classifier of the table: how many samples these alone evaded
-nearer is the column "transfer". "kept": images that no attack evades at that size, in percent."""
+MNIST or CIFAR-10, plainly and then against attacks of size eps on every batch, with four losses;
+and NR and DNR, fitted on the plain network, together with it (end to end). All thresholds reject a
+tenth of 1,000 clean images of their own, but those "as often right as" another classifier: these
+leave as many clean images accepted and right as that one does. "right" and "rejected" are of the
+10,000 clean test images. The median is that of the smallest norms that evade (accepted and wrong),
+by the whole line-up, Square, and the points found on every other classifier of the table: how many
+samples these alone evaded nearer is the column "transfer". "kept": images that no attack evades at
+that size, in percent."""
 
 
 def merged(seeds: Mapping[str, Mapping[str, Any]], name: str) -> list[Mapping[str, Any]]:

@@ -17,6 +17,7 @@ from torchdnr.models import (
     ADVERSARIAL_TRAINING,
     MNIST_LAYERS,
     MNISTNet,
+    TrainingSettings,
     load_network,
     save_network,
     train_network,
@@ -24,24 +25,24 @@ from torchdnr.models import (
 from torchdnr.rejection import consistent_prediction_rejection
 
 PLAIN = "plain"
-PLAIN_EPOCHS = 3
+PLAIN_EPOCHS = {"mnist": 3, "cifar10": 12}
 CONSISTENT = {2.0: (0.5, 10), math.inf: (0.1, 20)}  # eps and steps of CPR's perturbation, by norm
 SVM_SAMPLES = 1_000
 RAMP = 0.4  # of the training end to end
 
 
 class SmallNet(nn.Sequential):
-    """Two convolutions and two hidden layers, for 28 x 28 images: quick to train."""
+    """Two convolutions and two hidden layers: quick to train."""
 
-    def __init__(self, num_classes: int = 10) -> None:
+    def __init__(self, num_classes: int = 10, channels: int = 1, side: int = 28) -> None:
         super().__init__()
         layers = {
-            "conv1": nn.Conv2d(1, 32, 4, 2, 1),
+            "conv1": nn.Conv2d(channels, 32, 4, 2, 1),
             "relu1": nn.ReLU(),
             "conv2": nn.Conv2d(32, 64, 4, 2, 1),
             "relu2": nn.ReLU(),
             "flatten": nn.Flatten(),
-            "fc1": nn.Linear(64 * 49, 200),
+            "fc1": nn.Linear(64 * (side // 4) ** 2, 200),
             "relu_fc1": nn.ReLU(),
             "fc2": nn.Linear(200, 200),
             "relu_fc2": nn.ReLU(),
@@ -51,11 +52,13 @@ class SmallNet(nn.Sequential):
             self.add_module(name, layer)
 
 
+SMALL_LAYERS = ["relu2", "relu_fc1", "relu_fc2"]
 NETWORKS: dict[str, tuple[Callable[..., nn.Module], list[str]]] = {
-    "small": (SmallNet, ["relu2", "relu_fc1", "relu_fc2"]),
+    "small": (SmallNet, SMALL_LAYERS),
     "table1": (MNISTNet, list(MNIST_LAYERS)),
+    "cifar": (partial(SmallNet, channels=3, side=32), SMALL_LAYERS),
 }
-"""Networks by name, with the layers that DNR reads; NR reads the last."""
+"""Networks by name, with the layers that DNR reads; NR reads the last. "cifar" is for CIFAR-10."""
 
 TRAININGS: dict[str, dict[str, Any]] = {
     "reject": {"loss": "reject"},
@@ -89,9 +92,19 @@ class Study:
     images: Tensor
     labels: Tensor
     svm: tuple[Tensor, Tensor]
-    threshold: Tensor
+    threshold: tuple[Tensor, Tensor]
     epochs: int
     folder: Path
+
+    @property
+    def dataset(self) -> str:
+        """Name of the data set, which the network implies."""
+        return "cifar10" if self.network == "cifar" else "mnist"
+
+    def training(self, epochs: int) -> TrainingSettings:
+        """Say how to train, with or without an adversary."""
+        augment = self.dataset == "cifar10"
+        return replace(ADVERSARIAL_TRAINING, epochs=epochs, augment=augment)
 
     def build(self, outputs: int = 10) -> nn.Module:
         """Build the network with the weights of the seed."""
@@ -111,7 +124,7 @@ class Study:
             net.load_state_dict(start.state_dict())
         began, checkpoint = time.process_time(), self.folder / f"training {name}.safetensors"
         in_one_piece = not checkpoint.exists()
-        adversary, epochs = None, PLAIN_EPOCHS
+        adversary, epochs = None, PLAIN_EPOCHS[self.dataset]
         if name in TRAININGS:
             adversary = Adversary(eps=self.eps, norm=self.norm, **TRAININGS[name])
             epochs = self.epochs
@@ -119,7 +132,7 @@ class Study:
             net,
             self.images,
             self.labels,
-            replace(ADVERSARIAL_TRAINING, epochs=epochs),
+            self.training(epochs),
             adversary=adversary,
             seed=self.seed,
             checkpoint=checkpoint,
@@ -161,7 +174,7 @@ class Study:
             self.images,
             self.labels,
             Adversary(eps=self.eps, norm=self.norm, ramp=RAMP),
-            replace(ADVERSARIAL_TRAINING, epochs=self.epochs),
+            self.training(self.epochs),
             freeze_network=freeze,
             seed=self.seed,
             checkpoint=checkpoint,
@@ -185,6 +198,7 @@ class Variant(NamedTuple):
     make: Callable[[Study], nn.Module]
     training: str | None = None  # whose seconds it cost, beside what it starts from
     ablation: bool = False
+    matched: str | None = None  # whose share of accepted and right clean images theta leaves
 
 
 def _logit(training: str, head: str = "logit", ablation: bool = False) -> Variant:
@@ -196,6 +210,10 @@ def _logit(training: str, head: str = "logit", ablation: bool = False) -> Varian
 
 def _on(kind: type[DNR], training: str) -> Variant:
     return Variant(partial(Study.fitted, kind=kind, training=training), training)
+
+
+def _matched(kind: type[DNR], robust: str) -> Variant:
+    return Variant(partial(Study.fitted, kind=kind, training=PLAIN), PLAIN, matched=robust)
 
 
 VARIANTS: dict[str, Variant] = {
@@ -217,6 +235,8 @@ VARIANTS: dict[str, Variant] = {
         lambda study: study.consistent("plain loss"), "plain loss"
     ),
     "plain network, logit": _logit(PLAIN),
+    "NR, as often right as trained to reject": _matched(NR, "trained to reject, logit"),
+    "DNR, as often right as trained to reject": _matched(DNR, "trained to reject, logit"),
     "trained to reject, softmax": _logit("reject", "softmax", ablation=True),
     "trained to reject without far starts": _logit("no far starts", ablation=True),
     "trained to reject without mask": _logit("no mask", ablation=True),
