@@ -19,12 +19,12 @@ INTRODUCTION = """\
 An attacker who knows everything changes labels of the training data, or adds points with labels of
 his choice; the network is trained on other, clean digits. `python -m benchmarks.poisoning` fits NR
 and DNR on {samples} MNIST digits, or retrains the network's last layer on them ("DNN"), with a
-share of poison on top, and then measures them on clean test digits; hyper-parameters are those
-chosen on clean data.
+share of poison on top, and measures them on clean test digits then. Hyper-parameters are those
+chosen on clean data; a DNN rejects nothing.
 
 - random labels, random points: labels changed at random; other digits with random wrong labels.
 - chosen labels: changed where that raises the loss on {validation} digits of the attacker's own
-  most, by its derivative through the fit.
+  the most, by its derivative through the fit.
 - moved points: digits and wrong labels chosen in the same way, then moved in the image box by
   gradient ascent of that loss, through network and fit.
 - moved points, for evasion: the same, but what shall rise is the loss on points on the way to
@@ -77,8 +77,9 @@ def _details(result: Mapping[str, Any], share: str) -> list[str]:
             if not norms:
                 continue
             old, new = (
-                f"{percent(some, kind, f'right, {theta}')} / "
-                f"{percent(some, kind, f'rejected, {theta}')}"
+                " / ".join(
+                    percent(some, kind, f"{what}, {theta}") for what in ("right", "rejected")
+                )
                 for theta in ("old theta", "new theta")
             )
             noticed = percent(some, kind, "noticed")
@@ -136,8 +137,8 @@ def plot(result: Mapping[str, Any], path: Path) -> None:
             axes.plot(list(runs), means, color=colour, marker=marker, label=kind)
             axes.fill_between(list(runs), low, high, color=colour, alpha=0.15, linewidth=0)
         _style(axes, "poison, percent", "accuracy, percent" if axes is panels[0] else "")
-        axes.autoscale(axis="y")
         axes.set_title(name)
+    panels[0].autoscale(axis="y")
     panels[0].legend(frameon=False)
     _save(figure, path)
 
