@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from torchdnr.cli.adversarial import load_robust, train_end_to_end, train_robust
 from torchdnr.cli.console import Console
+from torchdnr.cli.declaration import in_words
 from torchdnr.cli.run_folder import Job, remembered_format
-from torchdnr.cli.settings import END_TO_END, ROBUST, in_words
+from torchdnr.cli.settings import END_TO_END, ROBUST
 from torchdnr.decisions import has_reject_column, predict_labels
 from torchdnr.distributed.processes import ALONE, Processes, alone
 from torchdnr.dnr import DNR, NR
@@ -55,8 +56,12 @@ def make_classifiers(
     """
     with processes.first_alone():  # it trains the network, which the others then load
         net = _network(job, console)
-    layers, seed = job.layers(net), job.settings.seed
-    build_dnr = partial(DNR, net, layers, seed=seed, **job.settings.grids)
+    layers = job.layers(net)
+    svm_options: dict[str, Any] = {
+        "seed": job.settings.seed,
+        "class_weight": job.settings.class_weight,
+    }
+    build_dnr = partial(DNR, net, layers, **svm_options, **job.settings.grids)
     dnr = _rejecting(job, console, processes, net, DNR, build_dnr)
 
     def build_nr() -> NR:
@@ -65,7 +70,7 @@ def make_classifiers(
         last, reduction = list(layers.items())[-1]
         chosen = dnr.selection[last]
         known = {last: (chosen["C"], chosen["gamma"])}
-        return NR(net, last, reduction=reduction, hyperparameters=known, seed=seed)
+        return NR(net, last, reduction=reduction, hyperparameters=known, **svm_options)
 
     nr = _rejecting(job, console, processes, net, NR, build_nr)
     classifiers = {"DNN": net, "NR": nr, "DNR": dnr}

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from torchdnr.cli.console import Console
+from torchdnr.cli.declaration import flag_of, in_words, option_fields
 from torchdnr.cli.network import Preset, choose_network, layers_for, parse_layers, split_sizes
 from torchdnr.cli.settings import (
     AGAINST_ATTACKS,
@@ -20,9 +21,6 @@ from torchdnr.cli.settings import (
     FEWEST_ADVERSARIAL,
     FOLDER_IMAGE_SIZE,
     RunSettings,
-    flag_of,
-    in_words,
-    option_fields,
 )
 from torchdnr.data.sources import Dataset, Splits, load_dataset, split
 from torchdnr.distributed.processes import ALONE, Processes, local_device
