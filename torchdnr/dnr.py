@@ -41,7 +41,7 @@ from torchdnr.rejection.threshold import (
     calibrated_threshold,
     predict_in_batches,
 )
-from torchdnr.resources import stage
+from torchdnr.resources import check_batch_size, stage
 from torchdnr.svm.compression import SMOOTHNESS, STEPS
 from torchdnr.svm.influence import Influence, influence
 from torchdnr.svm.model_selection import C_GRID, GAMMA_GRID
@@ -82,7 +82,7 @@ class DNR(nn.Module):
         stacking_folds: Stratified folds of the scores that the combiner learns from.
         tol: Largest KKT violation accepted.
         seed: Of all folds.
-        batch_size: Images per forward pass.
+        batch_size: Images per forward pass; None: as many as suits their size.
         memory_limit: Bytes that one fit may take beyond the features, and that the features of all
             layers may take before they go to files, see ``fit``; default 4 GiB.
         class_weight: Factors of C by class in all SVMs, as in ``RBFSVM``: one per class, a dict, or
@@ -113,14 +113,13 @@ class DNR(nn.Module):
         stacking_folds: int = 3,
         tol: float = 1e-3,
         seed: int = 0,
-        batch_size: int = 256,
+        batch_size: int | None = None,
         memory_limit: int | None = None,
         class_weight: ClassWeight | None = None,
         combine: bool = True,
     ) -> None:
         super().__init__()
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be >= 1, got {batch_size}")
+        check_batch_size(batch_size)
         options = SVMOptions(
             hyperparameters=hyperparameters or {},
             C_grid=tuple(C_grid),
@@ -639,7 +638,7 @@ class DNR(nn.Module):
     def _extract(self, inputs: Tensor | Iterable[Any], progress: bool = False) -> dict[str, Tensor]:
         """Extract the features of checked images, by layer."""
         inputs = as_data(inputs, self.net)
-        images = (batch for batch, _ in checked_batches(inputs, self.batch_size))
+        images = (batch for batch, _ in checked_batches(inputs, self.batch_size, self.device))
         return extract(self.features, images, progress=progress)[0]
 
     def settings(self) -> dict[str, Any]:

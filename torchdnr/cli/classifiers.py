@@ -12,7 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchdnr.cli.adversarial import load_robust, train_end_to_end, train_robust
+from torchdnr.cli.adversarial import (
+    load_robust,
+    train_end_to_end,
+    train_robust,
+    training_warnings,
+    warnings_kept,
+)
 from torchdnr.cli.console import Console
 from torchdnr.cli.declaration import in_words
 from torchdnr.cli.run_folder import Job, remembered_format
@@ -38,7 +44,8 @@ class Summary:
     """How the classifiers do on clean images, in words and as JSON values by classifier.
 
     These are its test accuracy and AURC, and if it rejects theta, the rates that theta reaches and
-    what the search chose; each rate with its 95 % interval. ``risks`` are the curves of the AURC.
+    what the search chose; each rate with its 95 % interval; and what its training warned of.
+    ``risks`` are the curves of the AURC.
     """
 
     text: str
@@ -135,7 +142,8 @@ def _against_attacks(
         attacks = f"attacks of eps {adversary.eps:g}, norm {in_words(adversary.norm)}"
         with console.stage(name, f"{attacks}, {loss}{epochs} epochs"):
             train = train_robust if name == ROBUST else train_end_to_end
-            model = train(job, net, console.progress)
+            with warnings_kept(job.folder, name):
+                model = train(job, net, console.progress)
             _calibrate(model, job, path, first)
     _in_faster_format(model.net, job, console)
     return model
@@ -258,6 +266,8 @@ def summarise(job: Job, classifiers: dict[str, nn.Module]) -> Summary:
         )
         rates = {"test_accuracy": (accuracy_under_attack(predicted, labels, eps=0), len(labels))}
         entries[name] = {"aurc": risks[name].aurc}
+        if told := training_warnings(job.folder, name):
+            entries[name]["warnings"] = told
         if reject:
             before = predict_labels(outputs(model, calibration, size), reject)
             rates["calibration_rejection_rate"] = rejection_rate(before), len(before)

@@ -22,12 +22,14 @@ def number(low: float, kind: type[float] | type[int] = int) -> Callable[[str], f
     name = "whole number" if kind is int else "number"
 
     def parse(text: str) -> float:
-        value = kind(text)
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
         if not low <= value < math.inf:
             raise argparse.ArgumentTypeError(f"expected a {name} >= {low}, got {text}")
         return value
 
-    parse.__name__ = name  # argparse: "invalid number value: 'x'"
     return parse
 
 
