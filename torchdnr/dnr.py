@@ -93,7 +93,8 @@ class DNR(nn.Module):
         features: ``LayerFeatures``: images to features ``(n, d)``, by layer.
         svms: ``SVMStack``: features to class scores ``(n, c)``.
         rejection: ``Threshold``: theta, and whether it is set.
-        owns_network: Whether the network was trained with the SVMs, and is saved with them.
+        owns_network: Whether the network was trained with the SVMs, or got other weights with them
+            by ``load_state_dict``, and is saved with them.
 
     Raises:
         ValueError: If an option is not as said above.
@@ -728,7 +729,8 @@ class DNR(nn.Module):
             model.features.sizes = metadata.get("sizes", {})
             model.svms.selection = metadata["selection"]
             for name, svm in model.svms.named().items():
-                svm.C, svm.gamma = model.selection[name]["C"], model.selection[name]["gamma"]
+                chosen = model.selection.get(name, {})  # none where its state dict was loaded
+                svm.C, svm.gamma = chosen.get("C", svm.C), chosen.get("gamma", svm.gamma)
             # The network has its weights, and some networks change themselves when they load.
             model.features.register_module("net", None)
             model.load_state_dict(tensors)
@@ -756,12 +758,19 @@ class DNR(nn.Module):
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: object, **kwargs: object
     ) -> None:
-        """Give the tensors of version 0.1 the names that they have now."""
+        """Give the tensors of version 0.1 the names that they have now; look at the network's."""
         if prefix + "threshold" in state_dict:
             state_dict[prefix + "rejection.theta"] = state_dict.pop(prefix + "threshold")
         for name in list(state_dict):
             if name.startswith((prefix + "base_svms.", prefix + "combiner.")):
                 state_dict[f"{prefix}svms.{name[len(prefix) :]}"] = state_dict.pop(name)
+        held = {} if self.net is None else self.net.state_dict(prefix=prefix + NETWORK)
+        self.owns_network |= any(
+            isinstance(value, Tensor)
+            and (value.shape != held[name].shape or not torch.equal(value.cpu(), held[name].cpu()))
+            for name, value in state_dict.items()
+            if name in held
+        )
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
