@@ -1,5 +1,7 @@
 """On any device that is not the CPU: nothing stays behind there, and loops hardly wait for it."""
 
+from functools import partial
+
 import pytest
 import torch
 from accelerator import accelerator, waits
@@ -10,6 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchdnr import DNR, NR, RBFSVM
 from torchdnr.adapters import attack_all_targets
 from torchdnr.attacks import (
+    EnsembleAttack,
     apgd,
     boundary_walk,
     ddn,
@@ -20,6 +23,7 @@ from torchdnr.attacks import (
     noise,
     orthogonal_pgd,
     pgd,
+    primal_dual,
     smoothed_pgd,
     square,
     transfer,
@@ -160,6 +164,14 @@ STEPS = {
     ),
     "ddn": lambda *given, steps: ddn(*given, IMAGES.to(given[1].device), steps=steps),
     "fmn": lambda *given, steps: fmn(*given, IMAGES.to(given[1].device), steps=steps),
+    "primal-dual": lambda *given, steps: primal_dual(
+        *given, IMAGES.to(given[1].device), steps=steps
+    ),
+    "ensemble": lambda *given, steps: EnsembleAttack(
+        {"pgd": partial(pgd, steps=steps), "apgd": partial(apgd, steps=steps)}
+    )(*given, 1.0),
+    "mask": lambda *given, steps: pgd(*given, 1.0, steps=steps, mask=given[1][0] > 0.5),
+    "one class for all": lambda *given, steps: apgd(*given, 1.0, steps=steps, targets=1),
 }
 
 

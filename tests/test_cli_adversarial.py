@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -14,12 +15,14 @@ from sklearn.datasets import load_digits
 
 from torchdnr import DNR
 from torchdnr.cli import attack, predict, train
+from torchdnr.cli.adversarial import warnings_kept
 from torchdnr.cli.classifiers import make_classifiers
 from torchdnr.cli.console import Console
 from torchdnr.cli.options import attack_parser, train_parser
 from torchdnr.cli.run_folder import prepare
 from torchdnr.cli.settings import CLASSIFIERS
 from torchdnr.decisions import REJECT
+from torchdnr.models import WeakAttackWarning
 from torchdnr.rejection import LogitRejection
 
 pytestmark = pytest.mark.slow  # trainings, and attacks on what they make
@@ -181,6 +184,11 @@ def test_options_that_disagree_with_the_folder_are_refused(finished, capsys, opt
         (["--end-to-end"], "--end-to-end must go with --adversarial EPS"),
         (["--loss", "class"], "--loss must go with --adversarial EPS"),
         (["--adversarial", "0"], "expected eps > 0"),
+        (["--adversarial", "28.5"], "must be at most 28, the distance of the farthest two images"),
+        (
+            ["--adversarial", "8", "--adversarial-norm", "inf"],
+            "images in norm inf, got 8; pixels are in [0, 1]: 8 of 255 levels are 0.0314",
+        ),
         (["--classifiers", "robust"], "must be among DNN, NR, DNR, got robust"),
     ],
 )
@@ -189,6 +197,39 @@ def test_what_cannot_be_made_is_refused_before_any_work(run, capsys, options, me
     assert attack.main(["--quiet", "--run", str(run), *options]) == 2
     assert message in capsys.readouterr().err
     assert {path.name: path.read_bytes() for path in run.iterdir()} == before
+
+
+def test_the_report_tells_that_the_attack_of_a_training_was_weak(run, finished, capsys):
+    shutil.copytree(finished, run, dirs_exist_ok=True)
+    for text in ("a walk finds <more>", "and more"):  # before a stop, and after it
+        with pytest.warns(WeakAttackWarning, match=text), warnings_kept(run, "robust"):
+            warnings.warn(text, WeakAttackWarning, stacklevel=1)
+    asked = ["--quiet", "--run", str(run), *ATTACKING, "--classifiers", "robust", "DNN"]
+    for _ in range(2):  # the second time from the results
+        assert attack.main(asked) == 0
+        above = capsys.readouterr().out.partition("worst case")[0]
+        assert "WARNING robust: a walk finds <more>" in above and "robust: and more" in above
+    entries = results(run)["settings"]["classifiers"]
+    assert entries["robust"]["warnings"] == ["a walk finds <more>", "and more"]
+    assert "warnings" not in entries["DNN"]
+    assert "a walk finds &lt;more&gt;" in (run / "report.html").read_text()
+
+
+@pytest.mark.parametrize("typed", ["-1", "8/255", "nan", "inf"])
+def test_a_mistyped_size_says_what_was_expected(capsys, typed):
+    with pytest.raises(SystemExit):
+        train.main(["--adversarial", typed])
+    assert f"--adversarial: expected a number >= 0, got {typed}" in capsys.readouterr().err
+
+
+def test_a_process_that_finds_them_trains_none(run, finished):
+    """As all but the first do, which trains while the others wait."""
+    shutil.copytree(finished, run, dirs_exist_ok=True)
+    for name in ("robust", "dnr-end-to-end"):
+        (run / f"{name}-training.safetensors").unlink()
+    made = load(run)[1]
+    assert list(made) == list(CLASSIFIERS) and not list(run.glob("*-end-*-training*"))
+    assert not (run / "robust-training.safetensors").exists()
 
 
 @pytest.mark.parametrize(

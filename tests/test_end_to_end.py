@@ -98,6 +98,21 @@ def test_a_saved_one_has_the_same_scores_on_any_network_of_its_architecture(trai
         DNR.load(path, small_network())
 
 
+def test_a_state_dict_brings_the_trained_network_into_files_too(trained, tmp_path):
+    model, given, _ = trained
+    path, images = tmp_path / "dnr.safetensors", digits()[0]
+    plain = network()
+    plain.load_state_dict(given.state_dict())
+    fresh = DNR(plain, ["2", "3"])
+    fresh.load_state_dict(model.state_dict())
+    assert torch.equal(fresh.scores(images), model.scores(images))
+    fresh.save(path)
+    assert torch.equal(DNR.load(path, given).scores(images), model.scores(images))
+    again = DNR(given, ["2", "3"])
+    again.load_state_dict(dnr(images).state_dict())  # the network has these weights already
+    assert not again.owns_network
+
+
 def test_a_smoothed_and_a_compressed_one_know_the_trained_network(trained, tmp_path):
     model, *_ = trained
     images = digits()[0]

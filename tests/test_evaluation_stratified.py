@@ -154,3 +154,54 @@ def test_refuses_what_makes_no_sense(options, message):
         stratified_curve(
             Strip(), inputs, labels, **{"adversarial": adversarial, "eps": 0.4} | options
         )
+
+
+def test_what_the_mask_holds_moves_neither_to_evade_nor_to_be_rejected():
+    inputs, labels, adversarial = problem()
+    options = {"reject_options": {"steps": 20, "restarts": 0}}
+    free = stratified_curve(Strip(), inputs, labels, adversarial, 0.4, **options)
+    one = torch.tensor([True, False])  # x_0 alone decides
+    same = stratified_curve(Strip(), inputs, labels, adversarial, 0.4, mask=one, **options)
+    assert torch.equal(same.evaded, free.evaded) and torch.equal(same.rejected, free.rejected)
+    with pytest.warns(UserWarning, match="adversarial at eps = 0.4"):
+        held = stratified_curve(
+            Strip(), inputs, labels, adversarial, 0.4, mask=(~one).expand(60, 2), **options
+        )
+    assert not held.evaded.any() and free.evaded.any() and held.settings["masked"]
+    assert torch.equal(held.rejected, free.rejected[:1].expand(len(ALPHAS), 60))
+    masks = []
+
+    def attack(model, x, y, radius, mask):
+        masks.append(mask)
+        return x
+
+    stratified_curve(
+        Strip(), inputs, labels, adversarial, 0.4, alphas=[1], mask=one, reject_attack=attack
+    )
+    accepted = ~free.rejected[0]
+    assert torch.equal(masks[0], one.expand(int(accepted.sum()), 2))
+
+
+def test_with_a_target_only_what_is_accepted_as_it_is_evaded():
+    inputs, labels, adversarial = problem()
+    options = {"alphas": [0]}
+    free = stratified_curve(Strip(), inputs, labels, adversarial, 0.4, **options)
+    found = stratified_curve(Strip(), inputs, labels, adversarial, 0.4, targets=1, **options)
+    assert torch.equal(found.evaded, free.evaded & (labels == 0)) and found.evaded.any()
+    with pytest.raises(ValueError, match="below the 2 classes of the model"):
+        stratified_curve(Strip(), inputs, labels, adversarial, 0.4, targets=2, **options)
+
+
+def test_on_levels_what_no_image_file_holds_is_rejected_by_nobody():
+    class OffLevels(Strip):
+        """Rejects what lies between four levels."""
+
+        def forward(self, x):
+            off = ((3 * x - (3 * x).round()).abs() > 1e-3).any(dim=1, keepdim=True)
+            return torch.cat([x, off.to(x) * 9 - 1], dim=1)
+
+    inputs = torch.tensor([[0.0, 1.0], [1.0, 1 / 3], [2 / 3, 0.0]], dtype=torch.float64)
+    options = {"alphas": [1], "reject_attack": lambda model, x, y, radius: x * 0.9 + 0.02}
+    given = OffLevels(), inputs, inputs.argmax(dim=1), inputs, 0.5
+    assert stratified_curve(*given, **options).rejected.all()
+    assert not stratified_curve(*given, levels=4, **options).rejected.any()

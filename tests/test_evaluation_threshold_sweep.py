@@ -2,6 +2,7 @@ import json
 import math
 import warnings
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -165,7 +166,8 @@ def test_sweep_as_json_and_as_figure(data, tmp_path):
     found = {"fixed": sweep(data), "again": sweep(data, step_over, settings={"seed": 1})}
     content = json.loads(json.dumps(found["again"].to_dict()))
     assert content["accuracy"][1][2] == found["again"].accuracy[1][2].to_dict()
-    assert content["settings"] == {"samples": 80, "confidence": 0.95, "seed": 1}
+    about = {"levels": None, "masked": False, "targeted": False}
+    assert content["settings"] == {"samples": 80, "confidence": 0.95, **about, "seed": 1}
     plot_threshold_sweep(found, tmp_path / "sweep.png")
     plot_threshold_sweep({"fixed": found["fixed"]}, tmp_path / "one.png", operating_point=None)
     plot_threshold_sweep(found, tmp_path / "theta.png", over_threshold=True)
@@ -214,3 +216,46 @@ def test_view_offers_smoothed_views_where_the_model_does(data):
     smooth = WithThreshold(model, 0.2).smoothed(0.5)
     assert torch.equal(smooth(data[0])[:, :2], 0.5 * model(data[0])[:, :2])
     assert (smooth(data[0])[:, 2] == 0.2).all()
+
+
+@pytest.mark.parametrize("each", [False, True])
+def test_attacks_change_what_the_mask_lets_them_and_nothing_else(data, each):
+    free = sweep(data, partial(line_search_pgd, steps=3))
+    other = torch.tensor([[False, True]]).expand(80, 2) if each else torch.tensor([0, 1])
+    with pytest.warns(UserWarning, match="adversarial at eps"):  # the given points move x_0
+        held = sweep(data, partial(line_search_pgd, steps=3), mask=other)
+    clean = Sides().eval()(data[0]).detach()
+    for column, theta in enumerate(THETAS):
+        best, classes = clean[:, :2].max(dim=1)
+        right = ((classes == data[1]) | (best <= theta)).double().mean()
+        assert held.accuracy[1][column].value == pytest.approx(right.item())
+        assert held.reattacked_accuracy[1][column].value == pytest.approx(right.item())
+    assert values(free.reattacked_accuracy[1])[2] < values(held.reattacked_accuracy[1])[2]
+    one = sweep(data, partial(line_search_pgd, steps=3), mask=torch.tensor([True, False]))
+    for rate in ("accuracy", "reattacked_accuracy"):  # x_0 alone decides
+        assert [values(row) for row in getattr(one, rate)] == [
+            values(row) for row in getattr(free, rate)
+        ]
+
+
+def test_with_a_target_only_what_is_accepted_as_it_counts(data):
+    inputs = data[0]
+    labels = (inputs[:, 0] > 0.5).long()
+    given = []
+
+    def attack(view, images, of_images, eps, targets, levels):
+        given.append((targets, levels))
+        return step_over(view, images, of_images, eps)
+
+    levelled = (inputs * 255).round() / 255
+    found = sweep((levelled, labels), attack, targets=1, levels=256)
+    assert set(given) == {(1, 256)}
+    zero = labels == 0
+    alone = sweep((levelled[zero], labels[zero]), step_over)
+    for row, of_zero in zip(found.reattacked_accuracy, alone.reattacked_accuracy, strict=True):
+        for rate, one in zip(row, of_zero, strict=True):  # inputs of class 1 stay right
+            evaded = (1 - one.value) * zero.sum().item()
+            assert rate.value == pytest.approx(1 - evaded / 80)
+    assert found.settings["targeted"] and found.settings["levels"] == 256
+    with pytest.raises(ValueError, match="below the 2 classes of the model"):
+        sweep((inputs, labels), targets=2)

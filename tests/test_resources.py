@@ -6,9 +6,13 @@ from small_process import run_apart
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from torchdnr import DNR
+from torchdnr import DNR, NR
+from torchdnr.adapters import attack_all_targets
 from torchdnr.attacks import boundary_walk, pgd
-from torchdnr.evaluation import security_evaluation
+from torchdnr.evaluation import measure, security_evaluation, stratified_curve, threshold_sweep
+from torchdnr.evaluation.line_up import build_line_up
+from torchdnr.features.extraction import extract
+from torchdnr.rejection import LogitRejection, WithReject
 from torchdnr.resources import Cost, default_batch_size, record_costs, stage
 
 
@@ -142,6 +146,44 @@ def test_a_model_sees_no_more_large_images_at_once_than_the_batch_size(given, mo
     options = {} if given is None else {"batch_size": given}
     curve = security_evaluation(model, inputs, labels, [0], progress=False, **options)
     assert max(model.rows) == curve.settings["batch_size"] == most
+
+
+class Seen(nn.Module):
+    """Passes images on, and keeps how many it saw at once."""
+
+    def __init__(self):
+        super().__init__()
+        self.rows = []
+
+    def forward(self, inputs):
+        self.rows.append(len(inputs))
+        return inputs
+
+
+@pytest.mark.parametrize(("given", "most"), [(None, 16), (20, 20)])
+def test_classifiers_and_evaluations_see_no_more_at_once_either(given, most):
+    inputs, labels = torch.rand(40, 3, 80, 80), torch.arange(40) % 2
+    size = {} if given is None else {"batch_size": given}
+    seen = Seen()
+    net = nn.Sequential(seen, nn.AvgPool2d(80), nn.Flatten())
+    net.append(nn.Linear(3, 2))
+    nr = NR(net, "2", hyperparameters={"2": (1.0, 1.0)}, **size)
+    logits = LogitRejection(net, **size)
+    detector = WithReject(net, lambda images: images.flatten(1).mean(dim=1), 0.5, **size)
+    nr.fit(inputs, labels)
+    extract(nr.features, inputs, **size)
+    for model in (nr, logits, detector):
+        model.calibrate(inputs).predict(inputs)
+    assert max(seen.rows) == most
+    seen.rows.clear()
+    options = {"attacks": build_line_up(["noise"], inputs), **size}
+    curve = security_evaluation(net, inputs, labels, [0, 0.1], **options)
+    measure(net, inputs, curve, calibration=(inputs, labels), **size)
+    points = curve.adversarial[1]
+    stratified_curve(nr, inputs, labels, points, 0.1, reject_options={"steps": 1}, **size)
+    threshold_sweep(net, inputs, labels, {0.1: points}, [0.1], **size)
+    attack_all_targets(lambda view, images, wanted: images, net, inputs, labels, **size)
+    assert max(seen.rows) == most
 
 
 class Largest(TorchDispatchMode):

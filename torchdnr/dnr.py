@@ -41,7 +41,7 @@ from torchdnr.rejection.threshold import (
     calibrated_threshold,
     predict_in_batches,
 )
-from torchdnr.resources import stage
+from torchdnr.resources import check_batch_size, stage
 from torchdnr.svm.compression import SMOOTHNESS, STEPS
 from torchdnr.svm.influence import Influence, influence
 from torchdnr.svm.model_selection import C_GRID, GAMMA_GRID
@@ -82,7 +82,7 @@ class DNR(nn.Module):
         stacking_folds: Stratified folds of the scores that the combiner learns from.
         tol: Largest KKT violation accepted.
         seed: Of all folds.
-        batch_size: Images per forward pass.
+        batch_size: Images per forward pass; None: as many as suits their size.
         memory_limit: Bytes that one fit may take beyond the features, and that the features of all
             layers may take before they go to files, see ``fit``; default 4 GiB.
         class_weight: Factors of C by class in all SVMs, as in ``RBFSVM``: one per class, a dict, or
@@ -93,7 +93,8 @@ class DNR(nn.Module):
         features: ``LayerFeatures``: images to features ``(n, d)``, by layer.
         svms: ``SVMStack``: features to class scores ``(n, c)``.
         rejection: ``Threshold``: theta, and whether it is set.
-        owns_network: Whether the network was trained with the SVMs, and is saved with them.
+        owns_network: Whether the network was trained with the SVMs, or got other weights with them
+            by ``load_state_dict``, and is saved with them.
 
     Raises:
         ValueError: If an option is not as said above.
@@ -113,14 +114,13 @@ class DNR(nn.Module):
         stacking_folds: int = 3,
         tol: float = 1e-3,
         seed: int = 0,
-        batch_size: int = 256,
+        batch_size: int | None = None,
         memory_limit: int | None = None,
         class_weight: ClassWeight | None = None,
         combine: bool = True,
     ) -> None:
         super().__init__()
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be >= 1, got {batch_size}")
+        check_batch_size(batch_size)
         options = SVMOptions(
             hyperparameters=hyperparameters or {},
             C_grid=tuple(C_grid),
@@ -639,7 +639,7 @@ class DNR(nn.Module):
     def _extract(self, inputs: Tensor | Iterable[Any], progress: bool = False) -> dict[str, Tensor]:
         """Extract the features of checked images, by layer."""
         inputs = as_data(inputs, self.net)
-        images = (batch for batch, _ in checked_batches(inputs, self.batch_size))
+        images = (batch for batch, _ in checked_batches(inputs, self.batch_size, self.device))
         return extract(self.features, images, progress=progress)[0]
 
     def settings(self) -> dict[str, Any]:
@@ -729,7 +729,8 @@ class DNR(nn.Module):
             model.features.sizes = metadata.get("sizes", {})
             model.svms.selection = metadata["selection"]
             for name, svm in model.svms.named().items():
-                svm.C, svm.gamma = model.selection[name]["C"], model.selection[name]["gamma"]
+                chosen = model.selection.get(name, {})  # none where its state dict was loaded
+                svm.C, svm.gamma = chosen.get("C", svm.C), chosen.get("gamma", svm.gamma)
             # The network has its weights, and some networks change themselves when they load.
             model.features.register_module("net", None)
             model.load_state_dict(tensors)
@@ -757,12 +758,19 @@ class DNR(nn.Module):
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: object, **kwargs: object
     ) -> None:
-        """Give the tensors of version 0.1 the names that they have now."""
+        """Give the tensors of version 0.1 the names that they have now; look at the network's."""
         if prefix + "threshold" in state_dict:
             state_dict[prefix + "rejection.theta"] = state_dict.pop(prefix + "threshold")
         for name in list(state_dict):
             if name.startswith((prefix + "base_svms.", prefix + "combiner.")):
                 state_dict[f"{prefix}svms.{name[len(prefix) :]}"] = state_dict.pop(name)
+        held = {} if self.net is None else self.net.state_dict(prefix=prefix + NETWORK)
+        self.owns_network |= any(
+            isinstance(value, Tensor)
+            and (value.shape != held[name].shape or not torch.equal(value.cpu(), held[name].cpu()))
+            for name, value in state_dict.items()
+            if name in held
+        )
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 

@@ -41,17 +41,24 @@ def default_device() -> torch.device:
     return accelerator
 
 
-def default_batch_size(inputs: Tensor) -> int:
+def default_batch_size(inputs: Tensor, device: torch.device | None = None) -> int:
     """Choose how many inputs a forward takes with its gradient: 256, fewer of large ones.
 
     Memory bounds it, 256 colour images of 64 x 64 pixels or 20 of 224 x 224, and on a CPU its
     cache: there batches of 16 to 64 of such images were up to a third faster than larger ones.
+    ``device`` is where they are taken; None: where they are.
     """
     values = max(1, inputs[:1].numel())
     most = _BATCH_VALUES // values
-    if inputs.device.type == "cpu":
+    if (device or inputs.device).type == "cpu":
         most = min(most, max(16, _CACHED_VALUES // values))
     return max(1, min(256, most))
+
+
+def check_batch_size(batch_size: int | None) -> None:
+    """Refuse a batch of less than one input: ValueError; None is left to be chosen."""
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"batch_size must be >= 1, got {batch_size}")
 
 
 def device_name(device: torch.device) -> str:

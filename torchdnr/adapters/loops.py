@@ -11,6 +11,7 @@ from torchdnr.attacks.objectives import decision_objective
 from torchdnr.attacks.starts import lengths
 from torchdnr.attacks.target import Target, check_classes, evaluate, put
 from torchdnr.decisions import evaluation_mode, has_reject_column
+from torchdnr.resources import default_batch_size
 
 ForeignAttack = Callable[[nn.Module, Tensor, Tensor], Tensor]
 """``attack(view, inputs, classes) -> points``: the view returns logits, all classes are equal."""
@@ -62,7 +63,7 @@ def attack_all_targets(
     norm: float = 2,
     bounds: tuple[float, float] = (0.0, 1.0),
     reject: bool | None = None,
-    batch_size: int = 256,
+    batch_size: int | None = None,
 ) -> Tensor:
     """Run a targeted attack once per wrong class, and keep the best point of each input.
 
@@ -76,7 +77,7 @@ def attack_all_targets(
         norm: Norm by which evading points are compared: 1, 2 or infinity.
         bounds: Smallest and largest value of an input.
         reject: Whether the last column is the threshold; ``None`` asks ``model.reject_index``.
-        batch_size: Rows in one forward when points are compared.
+        batch_size: Rows in one forward when points are compared; None: as many as suits their size.
 
     Returns:
         The evading point of smallest norm. Where none evades, that of the lowest "decision"
@@ -113,13 +114,14 @@ def _checked(
     labels: Tensor,
     bounds: tuple[float, float],
     reject: bool | None,
-    batch_size: int,
+    batch_size: int | None,
 ) -> tuple[Target, int, Tensor, Tensor]:
     """Check the arguments; return the model with the objective to compare by, and its classes.
 
     The inputs and labels follow, converted to tensors.
     """
     inputs, labels = checked_inputs(inputs, labels, 2, bounds, model)
+    batch_size = default_batch_size(inputs) if batch_size is None else batch_size
     target = Target(model, decision_objective, has_reject_column(model, reject), batch_size)
     with evaluation_mode(model):
         return target, check_classes(target, inputs, labels), inputs, labels

@@ -61,7 +61,8 @@ def boundary_walk(
     how many it takes. So many starts are walked for a while, and restarts begin with other steps
     too: in l2 as long as the best norm, then 4 times as long, then half as long. After 60 steps the
     best point alone is polished, in cycles of 20, 40, 80, ... steps: more are never worse, and 80,
-    120, 200, ... make the best use of them. Each step is one forward and backward of every start
+    120, 200, ... make the best use of them, since at the end of a cycle the line to the input is
+    bisected once more. Each step is one forward and backward of every start
     still walked; with the defaults an input costs about 590 of them, plus some 290 forwards.
 
     A point counts as evading only if it does so by more than rounding, so that it still evades when

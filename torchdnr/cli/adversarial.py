@@ -4,7 +4,9 @@ Both go on from what the folder holds, on the images that trained its network, o
 trained, on those of the SVMs.
 """
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +17,8 @@ from torch import Tensor, nn
 from torchdnr.cli.run_folder import Job
 from torchdnr.cli.settings import END_TO_END, ROBUST, RunSettings
 from torchdnr.dnr import DNR
+from torchdnr.files import read_json, write_json
+from torchdnr.models.adversarial import WeakAttackWarning
 from torchdnr.models.paper import load_network, save_network
 from torchdnr.models.training import ADVERSARIAL_TRAINING, TrainingSettings, train_network
 from torchdnr.rejection.logits import LogitRejection
@@ -64,6 +68,32 @@ def train_end_to_end(job: Job, net: nn.Module, progress: bool) -> DNR:
         checkpoint=job.folder / f"{END_TO_END.lower()}-training.safetensors",
         progress=progress,
     )
+
+
+@contextmanager
+def warnings_kept(folder: Path, name: str) -> Iterator[None]:
+    """Write down that the attack of a training is too weak, for the report; warn as usual too."""
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always", WeakAttackWarning)
+        try:
+            yield
+        finally:
+            weak = [str(one.message) for one in told if one.category is WeakAttackWarning]
+            if weak:  # those of the part before a stop too
+                found = {"warnings": training_warnings(folder, name) + weak}
+                write_json(_warnings_file(folder, name), found)
+    for one in told:
+        warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
+
+
+def training_warnings(folder: Path, name: str) -> list[str]:
+    """Read what was warned of as a classifier was trained."""
+    path = _warnings_file(folder, name)
+    return read_json(path)["warnings"] if path.exists() else []
+
+
+def _warnings_file(folder: Path, name: str) -> Path:
+    return folder / f"{name.lower()}-warnings.json"
 
 
 def _network_file(folder: Path) -> Path:

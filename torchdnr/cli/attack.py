@@ -5,12 +5,13 @@ from collections.abc import Sequence
 
 from torchdnr.cli.classifiers import make_classifiers, summarise
 from torchdnr.cli.console import Console, command
+from torchdnr.cli.declaration import in_words
 from torchdnr.cli.evaluation import Evaluation
 from torchdnr.cli.launch import further_processes, process_count
 from torchdnr.cli.options import attack_parser
 from torchdnr.cli.report import FILES, load_report, write_report
 from torchdnr.cli.run_folder import find_device, prepare
-from torchdnr.cli.settings import SAMPLES, AttackSettings, in_words
+from torchdnr.cli.settings import SAMPLES, AttackSettings
 from torchdnr.distributed.processes import joined
 from torchdnr.evaluation.shares import split_into_shares
 
@@ -22,7 +23,8 @@ def attack(options: argparse.Namespace, console: Console) -> None:
         with processes.first_alone():  # it downloads and writes what the others then read
             job = prepare(options, console, processes)
             made = job.settings.classifiers
-            settings = AttackSettings.from_options(options, job.images("test")[0], made)
+            images, classes = job.images("test")[0], job.dataset.classes
+            settings = AttackSettings.from_options(options, images, made, classes)
         console.stages = len(made) + 2 + settings.checks + settings.stratified + settings.sweep
         classifiers = make_classifiers(job, console, processes)
         surrogate = classifiers["DNN"]

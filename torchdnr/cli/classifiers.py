@@ -12,10 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchdnr.cli.adversarial import load_robust, train_end_to_end, train_robust
+from torchdnr.cli.adversarial import (
+    load_robust,
+    train_end_to_end,
+    train_robust,
+    training_warnings,
+    warnings_kept,
+)
 from torchdnr.cli.console import Console
+from torchdnr.cli.declaration import in_words
 from torchdnr.cli.run_folder import Job, remembered_format
-from torchdnr.cli.settings import END_TO_END, ROBUST, in_words
+from torchdnr.cli.settings import END_TO_END, ROBUST
 from torchdnr.decisions import has_reject_column, predict_labels
 from torchdnr.distributed.processes import ALONE, Processes, alone
 from torchdnr.dnr import DNR, NR
@@ -37,7 +44,8 @@ class Summary:
     """How the classifiers do on clean images, in words and as JSON values by classifier.
 
     These are its test accuracy and AURC, and if it rejects theta, the rates that theta reaches and
-    what the search chose; each rate with its 95 % interval. ``risks`` are the curves of the AURC.
+    what the search chose; each rate with its 95 % interval; and what its training warned of.
+    ``risks`` are the curves of the AURC.
     """
 
     text: str
@@ -55,8 +63,12 @@ def make_classifiers(
     """
     with processes.first_alone():  # it trains the network, which the others then load
         net = _network(job, console)
-    layers, seed = job.layers(net), job.settings.seed
-    build_dnr = partial(DNR, net, layers, seed=seed, **job.settings.grids)
+    layers = job.layers(net)
+    svm_options: dict[str, Any] = {
+        "seed": job.settings.seed,
+        "class_weight": job.settings.class_weight,
+    }
+    build_dnr = partial(DNR, net, layers, **svm_options, **job.settings.grids)
     dnr = _rejecting(job, console, processes, net, DNR, build_dnr)
 
     def build_nr() -> NR:
@@ -65,7 +77,7 @@ def make_classifiers(
         last, reduction = list(layers.items())[-1]
         chosen = dnr.selection[last]
         known = {last: (chosen["C"], chosen["gamma"])}
-        return NR(net, last, reduction=reduction, hyperparameters=known, seed=seed)
+        return NR(net, last, reduction=reduction, hyperparameters=known, **svm_options)
 
     nr = _rejecting(job, console, processes, net, NR, build_nr)
     classifiers = {"DNN": net, "NR": nr, "DNR": dnr}
@@ -130,7 +142,8 @@ def _against_attacks(
         attacks = f"attacks of eps {adversary.eps:g}, norm {in_words(adversary.norm)}"
         with console.stage(name, f"{attacks}, {loss}{epochs} epochs"):
             train = train_robust if name == ROBUST else train_end_to_end
-            model = train(job, net, console.progress)
+            with warnings_kept(job.folder, name):
+                model = train(job, net, console.progress)
             _calibrate(model, job, path, first)
     _in_faster_format(model.net, job, console)
     return model
@@ -253,6 +266,8 @@ def summarise(job: Job, classifiers: dict[str, nn.Module]) -> Summary:
         )
         rates = {"test_accuracy": (accuracy_under_attack(predicted, labels, eps=0), len(labels))}
         entries[name] = {"aurc": risks[name].aurc}
+        if told := training_warnings(job.folder, name):
+            entries[name]["warnings"] = told
         if reject:
             before = predict_labels(outputs(model, calibration, size), reject)
             rates["calibration_rejection_rate"] = rejection_rate(before), len(before)

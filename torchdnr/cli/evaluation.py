@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,9 @@ from torch import Tensor, nn
 from torchdnr.attacks.line_search import line_search_pgd
 from torchdnr.cli.classifiers import Summary
 from torchdnr.cli.console import Console
+from torchdnr.cli.declaration import in_words
 from torchdnr.cli.run_folder import Job
-from torchdnr.cli.settings import AGAINST_ATTACKS, AttackSettings, in_words
+from torchdnr.cli.settings import AGAINST_ATTACKS, AttackSettings
 from torchdnr.decisions import has_reject_column, predict_labels
 from torchdnr.distributed.processes import Processes
 from torchdnr.evaluation.checks.result import broken_off
@@ -61,6 +63,13 @@ class Evaluation:
         count = self.settings.samples  # any beginning of a split is a stratified sample of it
         return images[:count], labels[:count]
 
+    @cached_property
+    def task(self) -> dict[str, Any]:
+        """What the attacks may change, want and keep to: ``mask``, ``targets`` and ``levels``."""
+        settings = self.settings
+        mask = settings.read_mask(self.images()[0])
+        return {"mask": mask, "targets": settings.targets, "levels": settings.levels}
+
     def line_up(self) -> dict[str, Attack]:
         """Build the attacks."""
         return build_line_up(
@@ -83,7 +92,7 @@ class Evaluation:
             attacks=self.line_up(),
             every_eps=self.settings.every_eps,
             init_inputs=self.job.images("svm")[0],
-            levels=self.settings.levels,
+            **self.task,
             batch_size=self.settings.batch_size,
             settings={"seed": run.seed, "dataset": run.dataset},
             checkpoints={
@@ -213,7 +222,8 @@ class Evaluation:
             curve,
             attacks=self.line_up(),
             init_inputs=self.job.images("svm")[0],
-            levels=self.settings.levels,
+            mask=self.task["mask"],
+            levels=self.task["levels"],
             surrogate=self.surrogate if curve.rejects else None,
             batch_size=self.settings.batch_size,
             only=self.settings.only_checks,
@@ -230,6 +240,7 @@ class Evaluation:
             eps,
             norm=self.settings.norm,
             reject_options=self._options("steps"),
+            **self.task,
             batch_size=self.settings.batch_size,
             name=name,
             progress=self.console.progress,
@@ -241,17 +252,15 @@ class Evaluation:
         options: dict[str, Any] = {"norm": curve.norm, "init_inputs": pool, "batch_size": size}
         options |= {"objective": "decision", **self._options("objective", "steps", "restarts")}
 
-        def attack(view: nn.Module, inputs: Tensor, labels: Tensor, eps: float) -> Tensor:
-            return line_search_pgd(view, inputs, labels, eps, **options)
-
         calibration = outputs(model, self.job.images("threshold")[0], size)
         return threshold_sweep(
             model,
             *self.images(),
             {eps: points for eps, points in zip(curve.eps, _points(curve), strict=True) if eps > 0},
             thresholds_at_rates(calibration[:, :-1], SWEEP_RATES),
-            attack=attack,
+            attack=partial(line_search_pgd, **options),
             norm=curve.norm,
+            **self.task,
             batch_size=size,
             name=name,
             progress=self.console.progress,

@@ -3,15 +3,8 @@
 import argparse
 from collections.abc import Callable, Sequence
 
-from torchdnr.cli.settings import (
-    AttackSettings,
-    RunSettings,
-    dest_of,
-    flag_of,
-    in_words,
-    number,
-    option_fields,
-)
+from torchdnr.cli.declaration import dest_of, flag_of, in_words, number, option_fields
+from torchdnr.cli.settings import AttackSettings, RunSettings
 from torchdnr.evaluation.line_up import ATTACKS
 
 _TRAIN = """\

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from torchdnr.cli.adversarial import load_robust
 from torchdnr.cli.console import Console, command
+from torchdnr.cli.declaration import number
 from torchdnr.cli.network import choose_network
 from torchdnr.cli.options import add_device_options
 from torchdnr.cli.run_folder import find_device, read_settings, remembered_format, svm_images
-from torchdnr.cli.settings import CLASSIFIERS, ROBUST, number
+from torchdnr.cli.settings import CLASSIFIERS, ROBUST
 from torchdnr.data.readers import find_images, read_batches
 from torchdnr.decisions import REJECT, class_scores, has_reject_column, predict_labels
 from torchdnr.dnr import DNR, NR

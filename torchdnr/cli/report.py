@@ -65,7 +65,7 @@ def load_report(evaluation: Evaluation) -> str | None:
         return None  # none yet, or damaged: written again
     same = same and all(settings.get(key) == known[key] for key in known if key != "attack")
     complete = all((folder / name).exists() for name in files)
-    return _as_text(curves, checks) if same and complete else None
+    return _as_text(curves, checks, known["classifiers"]) if same and complete else None
 
 
 def write_report(
@@ -102,7 +102,7 @@ def write_report(
         checks=results["checks"],
         measures=measured,
         figures=figures,
-        tables=_risk_table(evaluation.clean.risks) | _tables(results),
+        tables=_risk_table(evaluation.clean.risks) | _tables(results) | _warnings(identity),
         title=f"Security evaluation: {identity['run']['dataset']}",
         command=settings["command"],
     )
@@ -118,17 +118,25 @@ def write_report(
         "costs": attack_costs(curves),
     }
     save_results(folder / RESULTS, curves, settings, more)
-    return _as_text(curves, results["checks"])
+    return _as_text(curves, results["checks"], identity["classifiers"])
 
 
-def _as_text(curves: Mapping[str, SecurityCurve], checks: Mapping[str, Mapping[str, Any]]) -> str:
-    """Format what the checks say of each classifier, failures in full, then the table."""
+def _as_text(
+    curves: Mapping[str, SecurityCurve],
+    checks: Mapping[str, Mapping[str, Any]],
+    classifiers: Mapping[str, Mapping[str, Any]],
+) -> str:
+    """Format what the checks and trainings say of each classifier, then the table."""
+    lines = [
+        line
+        for name, entry in classifiers.items()
+        for text in entry.get("warnings", ())
+        for line in wrap(f"WARNING {name}: {text}", 98, subsequent_indent="  ")
+    ]
     if not checks:
-        return (
-            "checks: none were made, so whether the attacks were strong enough is unknown\n\n"
-            f"{format_table(curves)}"
-        )
-    lines = ["checks of the evaluation (all of them in full: report.html):"]
+        lines.append("checks: none were made, so whether the attacks were strong enough is unknown")
+        return "\n".join(lines) + f"\n\n{format_table(curves)}"
+    lines += ["checks of the evaluation (all of them in full: report.html):"]
     for name, report in checks.items():
         statuses = [entry["status"] for entry in report["checks"]]
         counts = ", ".join(f"{statuses.count(status)} {status}" for status in ORDER)
@@ -241,6 +249,13 @@ def _risk_table(risks: Mapping[str, RiskCoverage]) -> dict[str, list[list[Any]]]
         for name, risk in risks.items()
     ]
     return {"Risk and coverage, clean images": [header, *rows]}
+
+
+def _warnings(identity: Mapping[str, Any]) -> dict[str, list[list[Any]]]:
+    """List what the trainings of the classifiers warned of, if anything."""
+    entries = identity["classifiers"].items()
+    rows = [[name, text] for name, entry in entries for text in entry.get("warnings", ())]
+    return {"Warnings of the training": [["", "warning"], *rows]} if rows else {}
 
 
 def _tables(results: Mapping[str, Mapping[str, Any]]) -> dict[str, list[list[Any]]]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from torchdnr.cli.console import Console
+from torchdnr.cli.declaration import flag_of, in_words, option_fields
 from torchdnr.cli.network import Preset, choose_network, layers_for, parse_layers, split_sizes
 from torchdnr.cli.settings import (
     AGAINST_ATTACKS,
@@ -20,9 +21,6 @@ from torchdnr.cli.settings import (
     FEWEST_ADVERSARIAL,
     FOLDER_IMAGE_SIZE,
     RunSettings,
-    flag_of,
-    in_words,
-    option_fields,
 )
 from torchdnr.data.sources import Dataset, Splits, load_dataset, split
 from torchdnr.distributed.processes import ALONE, Processes, local_device
@@ -298,7 +296,14 @@ def _check_network(job: Job) -> DNR:
             "more, or give --weights"
         )
     if job.settings.adversarial is not None:
-        job.settings.adversary()  # raises for an eps out of range
+        adversary = job.settings.adversary()  # raises for an eps that is not > 0
+        farthest = image.numel() ** (1 / adversary.norm)
+        if adversary.eps > farthest:
+            raise ValueError(
+                f"--adversarial must be at most {farthest:.4g}, the distance of the farthest two "
+                f"images in norm {in_words(adversary.norm)}, got {in_words(adversary.eps)}; pixels "
+                "are in [0, 1]: 8 of 255 levels are 0.0314"
+            )
         if job.settings.loss == "class" and job.settings.outputs is not None:
             raise ValueError(
                 "--loss class adds an output to the network, and --outputs names all "

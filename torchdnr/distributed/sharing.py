@@ -13,6 +13,7 @@ from torchdnr.decisions import check_images
 from torchdnr.distributed.processes import ALONE, Processes
 from torchdnr.files import digest
 from torchdnr.kernels.row_blocks import column_means, entry_moments, joint_moments
+from torchdnr.resources import default_batch_size
 
 
 @dataclass(frozen=True)
@@ -184,11 +185,17 @@ def _check_enough(partition: Partition, what: str) -> None:
         )
 
 
-def checked_batches(data: Tensor | Iterable[Any], batch_size: int) -> Iterator[Batch]:
-    """Yield checked batches of images in [0, 1], with labels or None, from a tensor or a loader."""
+def checked_batches(
+    data: Tensor | Iterable[Any], batch_size: int | None, device: torch.device | None = None
+) -> Iterator[Batch]:
+    """Yield checked batches of images in [0, 1], with labels or None, from a tensor or a loader.
+
+    Without a batch size those of a tensor are as large as suits the ``device`` that takes them.
+    """
     if isinstance(data, Tensor):
         check_images("inputs", data)
-        yield from ((batch, None) for batch in data.split(batch_size))
+        size = default_batch_size(data, device) if batch_size is None else batch_size
+        yield from ((batch, None) for batch in data.split(size))
         return
     count = 0
     for batch in data:

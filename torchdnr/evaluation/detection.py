@@ -14,6 +14,7 @@ from torchdnr.evaluation.curve import SecurityCurve, median_evasion_norm
 from torchdnr.evaluation.judging import check_labels, decide, outputs, stacked
 from torchdnr.evaluation.metrics import Estimate, Plain, share
 from torchdnr.evaluation.roc import ROC, auroc, fpr_at_tpr, needed_rank, roc_curve
+from torchdnr.resources import default_batch_size
 
 CLEAN_TPR = 0.99, 0.98, 0.95
 ADVERSARIALS = "successful", "all"
@@ -306,7 +307,7 @@ def measure(
     curve: SecurityCurve,
     *,
     calibration: tuple[Tensor, Tensor] | None = None,
-    batch_size: int = 256,
+    batch_size: int | None = None,
 ) -> Measures:
     """Measure detection and error at every eps of an evaluation.
 
@@ -316,7 +317,7 @@ def measure(
         curve: Its security evaluation, with ``adversarial``.
         calibration: Further clean inputs and labels, on which thresholds are set that accept given
             shares of them; None: only the threshold of the classifier counts.
-        batch_size: Inputs per batch.
+        batch_size: Inputs per batch; None: as many as suits their size.
 
     Returns:
         ``Measures``.
@@ -327,6 +328,7 @@ def measure(
     if curve.adversarial is None:
         raise ValueError("curve must hold its adversarial points, got one without: evaluate again")
     labels = curve.labels.to(inputs.device)
+    batch_size = default_batch_size(inputs) if batch_size is None else batch_size
     detection: dict[float, Detection | None] = {}
     errors: dict[float, dict[str, Estimate]] = {}
     with evaluation_mode(model):

@@ -10,20 +10,30 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from torchdnr.attacks.checks import (
+    as_targets,
+    check_count,
+    check_levels,
+    check_mask,
+    check_targets,
+    checked_inputs,
+)
 from torchdnr.attacks.levels import round_to_levels
 from torchdnr.attacks.minimum_norm import safe_decision_objective
 from torchdnr.attacks.objectives import decision_objective
 from torchdnr.attacks.projections import Bounds, Region, masked_bounds, project
+from torchdnr.attacks.target import Target, check_classes
 from torchdnr.attacks.view import ModelView
 from torchdnr.decisions import (
     REJECT,
     accepted,
     class_scores,
+    has_reject_column,
     is_success,
     predict_labels,
     split_scores,
 )
-from torchdnr.resources import in_float64
+from torchdnr.resources import default_batch_size, in_float64
 
 TOLERANCE = 1e-5  # of float32 arithmetic, relative to the larger of eps and 1
 
@@ -67,16 +77,21 @@ def decide(output: Tensor, reject: bool, threshold: float | Tensor | None = None
 
 
 def worst_predictions(
-    output: Tensor, labels: Tensor, reject: bool, threshold: float | Tensor | None = None
+    output: Tensor,
+    labels: Tensor,
+    reject: bool,
+    threshold: float | Tensor | None = None,
+    targets: int | Tensor | None = None,
 ) -> Tensor:
     """Predict labels ``(n,)`` in the worst case, by ``worst_of``, over outputs ``(k, n, ...)``."""
     decisions = decide(output, reject, threshold)
     scores, theta = split_scores(output.flatten(0, 1), reject)
     if threshold is not None:
         theta = torch.as_tensor(threshold).to(scores).expand(len(scores))
-    margin = decision_objective(scores, theta, labels.repeat(len(output)))
+    classes = wanted_classes(labels, targets).repeat(len(output))
+    margin = decision_objective(scores, theta, classes, targets is not None)
     predictions = torch.where(decisions.accepted, decisions.classes, REJECT)
-    worst = worst_of(predictions, margin.view_as(decisions.confidence), labels)
+    worst = worst_of(predictions, margin.view_as(decisions.confidence), labels, targets)
     return predictions.gather(0, worst[None])[0]
 
 
@@ -91,6 +106,11 @@ def worst_of(
     """
     evading = is_success(predictions, labels, targets)
     return torch.where(evading == evading.any(dim=0), margins, torch.inf).argmin(dim=0)
+
+
+def wanted_classes(labels: Tensor, targets: int | Tensor | None) -> Tensor:
+    """Return the classes that the margin is about, ``(n,)``: those wanted, else the true ones."""
+    return labels if targets is None else torch.as_tensor(targets).to(labels).expand(len(labels))
 
 
 def stacked(adversarial: Tensor, clean: Tensor) -> Tensor:
@@ -148,6 +168,12 @@ class Task:
                 given[name] = value[rows] if isinstance(value, Tensor) else value
         return given
 
+    @property
+    def about(self) -> dict[str, Any]:
+        """What the results of a task depend on beside its eps and norm, in short."""
+        masked, targeted = self.mask is not None, self.targets is not None
+        return {"levels": self.levels, "masked": masked, "targeted": targeted}
+
     def part(self, rows: Tensor) -> "Task":
         """Return the task of some samples alone."""
         some: Any = {name: one[rows] for name, one in vars(self).items() if torch.is_tensor(one)}
@@ -179,6 +205,43 @@ class Task:
         return is_success(predictions, self.labels, self.targets)
 
 
+def checked_task(
+    model: Callable[[Tensor], Tensor],
+    inputs: Tensor,
+    labels: Tensor,
+    *,
+    norm: float,
+    bounds: tuple[float, float],
+    batch_size: int | None,
+    reject: bool | None,
+    mask: Tensor | None,
+    targets: int | Tensor | None,
+    levels: int | None,
+) -> Task:
+    """Check what an evaluation is given, and build the task.
+
+    Arrays are converted; ``batch_size`` None becomes one that suits the inputs, ``reject`` None
+    what the model says. Anything that no attack can work with is a ValueError.
+    """
+    inputs, labels = checked_inputs(inputs, labels, norm, bounds, model)
+    batch_size = default_batch_size(inputs) if batch_size is None else batch_size
+    check_count("batch_size", batch_size, 1)
+    targets = as_targets(targets, inputs.device)
+    check_targets(targets, labels)
+    check_levels(levels, inputs, bounds)
+    rejects = has_reject_column(model, reject)
+    given = check_mask(mask, inputs), targets, levels
+    return Task(model, inputs, labels, norm, bounds, batch_size, rejects, *given)
+
+
+def check_outputs(task: Task) -> None:
+    """Refuse a model output that does not fit, and labels or targets that are no class of it."""
+    target = Target(task.model, decision_objective, task.reject, task.batch_size)
+    check_classes(target, task.inputs, task.labels)
+    if task.targets is not None:
+        check_classes(target, task.inputs, wanted_classes(task.labels, task.targets))
+
+
 class Judged(NamedTuple):
     """Points and the decisions of the model on them, one entry per sample."""
 
@@ -193,9 +256,7 @@ def judge(task: Task, points: Tensor) -> Judged:
     """Evaluate the model on points, whatever an attack has reported of them."""
     output = outputs(task.model, points, task.batch_size)
     scores = split_scores(output, task.reject)
-    classes, targeted = task.labels, task.targets is not None
-    if task.targets is not None:
-        classes = torch.as_tensor(task.targets).to(classes).expand(len(classes))
+    classes, targeted = wanted_classes(task.labels, task.targets), task.targets is not None
     margin = decision_objective(*scores, classes, targeted)
     predictions = predict_labels(output, task.reject)
     safe = task.succeeds(predictions) & (safe_decision_objective(*scores, classes, targeted) < 0)

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
@@ -11,26 +12,17 @@ from torch import Tensor
 
 from torchdnr.arrays import as_features
 from torchdnr.attacks.checks import (
-    as_targets,
-    check_count,
-    check_levels,
-    check_mask,
     check_pool,
-    check_targets,
-    checked_inputs,
 )
-from torchdnr.attacks.objectives import decision_objective
-from torchdnr.attacks.target import Target, check_classes
 from torchdnr.decisions import evaluation_mode, has_reject_column
 from torchdnr.distributed.processes import ALONE, Processes
 from torchdnr.evaluation.cascade import refining
 from torchdnr.evaluation.curve import SecurityCurve
 from torchdnr.evaluation.estimate import Meter, in_words
-from torchdnr.evaluation.judging import Task, increasing, judge
+from torchdnr.evaluation.judging import check_outputs, checked_task, increasing, judge
 from torchdnr.evaluation.line_up import Attack, default_line_up
 from torchdnr.evaluation.shares import Attacked, deal, gather
 from torchdnr.evaluation.worst_case import worst_case
-from torchdnr.resources import default_batch_size
 
 
 class EvaluationOptions(TypedDict, total=False):
@@ -155,27 +147,31 @@ def security_evaluations(
     Source: Sotgiu et al., Sec. IV-A, "Security Evaluation".
     """
     eps = increasing("eps", eps, "finite, >= 0", lambda value: 0 <= value < math.inf)
-    inputs, labels = checked_inputs(inputs, labels, norm, bounds, next(iter(models.values()), None))
+    if not models:
+        return {}
+    task = checked_task(
+        next(iter(models.values())),
+        inputs,
+        labels,
+        norm=norm,
+        bounds=bounds,
+        batch_size=batch_size,
+        reject=reject,
+        mask=mask,
+        targets=targets,
+        levels=levels,
+    )
+    inputs, labels, batch_size = task.inputs, task.labels, task.batch_size
     if init_inputs is not None:
         init_inputs = as_features("init_inputs", init_inputs, inputs)
         check_pool(init_inputs, None, inputs, bounds)
-    batch_size = default_batch_size(inputs) if batch_size is None else batch_size
-    check_count("batch_size", batch_size, 1)
-    targets = as_targets(targets, inputs.device)
-    classes = check_targets(targets, labels)
-    check_levels(levels, inputs, bounds)
-    mask = check_mask(mask, inputs)
     attacked = []
     with ExitStack() as stack:
         for name, model in models.items():
             stack.enter_context(evaluation_mode(model))
             rejects = has_reject_column(model, reject)
-            given = norm, bounds, batch_size, rejects, mask, targets, levels
-            task = Task(model, inputs, labels, *given)
-            target = Target(model, decision_objective, rejects, batch_size)
-            check_classes(target, inputs, labels)
-            if classes is not None:
-                check_classes(target, inputs, classes)
+            task = replace(task, model=model, reject=rejects)
+            check_outputs(task)
             candidates = attacks
             if candidates is None:
                 candidates = default_line_up(
@@ -193,9 +189,7 @@ def security_evaluations(
                 "bounds": list(bounds),
                 "batch_size": batch_size,
                 "reject": rejects,
-                "levels": levels,
-                "masked": mask is not None,
-                "targeted": targets is not None,
+                **task.about,
                 "samples": len(inputs),
                 "init_inputs": None if init_inputs is None else len(init_inputs),
                 "every_eps": every_eps,

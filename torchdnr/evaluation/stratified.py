@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from torchdnr.attacks.checks import checked_inputs
 from torchdnr.attacks.lowest_confidence import lowest_confidence
-from torchdnr.decisions import REJECT, evaluation_mode, has_reject_column, is_evasion
-from torchdnr.evaluation.judging import Task, increasing, judge, keep_inside, stacked
+from torchdnr.decisions import REJECT, evaluation_mode
+from torchdnr.evaluation.judging import (
+    check_outputs,
+    checked_task,
+    increasing,
+    judge,
+    keep_inside,
+    stacked,
+)
 from torchdnr.evaluation.metrics import Estimate, share, to_plain
 from torchdnr.resources import progress_bar
 
@@ -77,8 +83,11 @@ def stratified_curve(
     alphas: Sequence[float] = ALPHAS,
     reject_attack: Callable[..., Tensor] | None = None,
     reject_options: Mapping[str, Any] | None = None,
+    mask: Tensor | None = None,
+    targets: int | Tensor | None = None,
+    levels: int | None = None,
     bounds: tuple[float, float] = (0.0, 1.0),
-    batch_size: int = 256,
+    batch_size: int | None = None,
     reject: bool | None = None,
     confidence: float = 0.95,
     name: str | None = None,
@@ -103,10 +112,14 @@ def stratified_curve(
         norm: Norm of the perturbation; 1, 2 or infinity.
         alphas: Shares of ``eps``, in [0, 1] and increasing.
         reject_attack: ``reject_attack(model, inputs, labels, radius) -> points``, each within
-            ``radius``; None: ``lowest_confidence``, from where it ended at the previous alpha.
+            ``radius``, given ``mask`` by name too if there is one; None: ``lowest_confidence``,
+            from where it ended at the previous alpha.
         reject_options: Options of ``lowest_confidence``: steps, restarts, seed, ...
+        mask: What of each input may change, as in ``security_evaluation``; None: everything.
+        targets: Class wanted, as there: only what is accepted as it is evaded.
+        levels: Levels of a pixel, as there: the points of the reject attack are rounded to them.
         bounds: Smallest and largest value of an input.
-        batch_size: Inputs per batch.
+        batch_size: Inputs per batch; None: as many as suits their size.
         reject: Whether the last column of the output is theta; None: ask the model.
         confidence: Coverage of the intervals, in (0, 1).
         name: Name of the classifier.
@@ -121,34 +134,47 @@ def stratified_curve(
 
     Source: Chen et al., "Stratified adversarial robustness with rejection", ICML 2023.
     """
-    inputs, labels = checked_inputs(inputs, labels, norm, bounds, model)
+    task = checked_task(
+        model,
+        inputs,
+        labels,
+        norm=norm,
+        bounds=bounds,
+        batch_size=batch_size,
+        reject=reject,
+        mask=mask,
+        targets=targets,
+        levels=levels,
+    )
+    inputs, labels, reject = task.inputs, task.labels, task.reject
     alphas = increasing("alphas", alphas, "in [0, 1]", lambda value: 0 <= value <= 1)
     if not 0 < eps < float("inf"):
         raise ValueError(f"eps must be > 0 and finite, got {eps}")
     if reject_attack is not None and reject_options:
         raise ValueError("reject_options belong to the default attack: leave out one of the two")
-    reject = has_reject_column(model, reject)
-    task = Task(model, inputs, labels, norm, bounds, batch_size, reject)
     options = dict(reject_options or {})
-    shared: dict[str, Any] = {"norm": norm, "bounds": bounds, "batch_size": batch_size}
+    shared: dict[str, Any] = {"norm": norm, "bounds": bounds, "batch_size": task.batch_size}
     shared |= {"reject": reject, **options}
     with evaluation_mode(model):
+        check_outputs(task)
         clean = judge(task, inputs).predictions
-        evading, rejected = is_evasion(clean, labels), clean == REJECT
+        evading, rejected = task.succeeds(clean), clean == REJECT
         for points in stacked(adversarial, inputs):
             points, _ = keep_inside(task, points.to(inputs), eps, "adversarial")
-            evading = evading | is_evasion(judge(task, points).predictions, labels)
+            evading = evading | task.succeeds(judge(task, points).predictions)
         lowest, within = inputs.clone(), []
         for alpha in progress_bar(progress, alphas, desc=name, unit="alpha"):
             radius, rows = alpha * eps, (~rejected).nonzero()[:, 0]
             if radius > 0 and reject and len(rows):
-                part = replace(task, inputs=inputs[rows], labels=labels[rows])
+                part = task.part(rows)
+                masked = {} if part.mask is None else {"mask": part.mask}
                 if reject_attack is not None:
-                    points = reject_attack(model, part.inputs, part.labels, radius)
+                    points = reject_attack(model, part.inputs, part.labels, radius, **masked)
                 else:
-                    start = lowest[rows]
-                    points = lowest_confidence(model, part.inputs, radius, start=start, **shared)
+                    shared |= {"start": lowest[rows], **masked}
+                    points = lowest_confidence(model, part.inputs, radius, **shared)
                 points, _ = keep_inside(part, points, radius, "reject attack")
+                points = points if levels is None else part.inside(points, radius)
                 lowest = lowest.index_copy(0, rows, points)
                 rejects = judge(part, points).predictions == REJECT
                 rejected = rejected.index_copy(0, rows, rejects)
@@ -163,6 +189,7 @@ def stratified_curve(
         confidence=confidence,
         settings={
             "reject_attack": "lowest confidence" if reject_attack is None else "given",
+            **task.about,
             **options,
             **(settings or {}),
         },

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
-from torchdnr.attacks.checks import checked_inputs
 from torchdnr.attacks.view import ModelView
-from torchdnr.decisions import evaluation_mode, has_reject_column, is_evasion, split_scores
+from torchdnr.decisions import evaluation_mode, has_reject_column, split_scores
 from torchdnr.evaluation.judging import (
     Task,
+    check_outputs,
     checked_points,
+    checked_task,
     keep_inside,
     outputs,
     stacked,
+    wanted_classes,
     worst_predictions,
 )
 from torchdnr.evaluation.metrics import DecisionRates, Estimate, Plain, decision_rates
@@ -49,7 +51,7 @@ class WithThreshold(ModelView):
 
 
 Rates = list[list[Estimate]]
-AttackAtEps = Callable[[nn.Module, Tensor, Tensor, float], Tensor]
+AttackAtEps = Callable[..., Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,8 +117,11 @@ def threshold_sweep(
     *,
     attack: AttackAtEps | None = None,
     norm: float = 2,
+    mask: Tensor | None = None,
+    targets: int | Tensor | None = None,
+    levels: int | None = None,
     bounds: tuple[float, float] = (0.0, 1.0),
-    batch_size: int = 256,
+    batch_size: int | None = None,
     reject: bool | None = None,
     confidence: float = 0.95,
     name: str | None = None,
@@ -139,10 +144,14 @@ def threshold_sweep(
             eps.
         thresholds: Values of theta, finite; see ``thresholds_at_rates``.
         attack: ``attack(model, inputs, labels, eps) -> points`` on a model that has the threshold
-            in question, for the samples not evaded yet; None: only the given points.
+            in question, for the samples not evaded yet, given ``mask``, ``targets`` and ``levels``
+            by name where there are such; None: only the given points.
         norm: Norm of the perturbation; 1, 2 or infinity.
+        mask: What of each input may change, as in ``security_evaluation``; None: everything.
+        targets: Class wanted, as there: only what is accepted as it is evaded.
+        levels: Levels of a pixel, as there.
         bounds: Smallest and largest value of an input.
-        batch_size: Inputs per batch.
+        batch_size: Inputs per batch; None: as many as suits their size.
         reject: Whether the last column of the output is theta; None: ask the model.
         confidence: Coverage of the intervals, in (0, 1).
         name: Name of the classifier.
@@ -157,23 +166,35 @@ def threshold_sweep(
 
     Source: Sotgiu et al., Fig. 4.
     """
-    inputs, labels = checked_inputs(inputs, labels, norm, bounds, model)
+    task = checked_task(
+        model,
+        inputs,
+        labels,
+        norm=norm,
+        bounds=bounds,
+        batch_size=batch_size,
+        reject=reject,
+        mask=mask,
+        targets=targets,
+        levels=levels,
+    )
+    inputs, labels = task.inputs, task.labels
+    wanted = None if task.targets is None else wanted_classes(labels, task.targets)
     eps, thetas = _checked_grid(adversarial, thresholds)
-    reject = has_reject_column(model, reject)
-    task = Task(model, inputs, labels, norm, bounds, batch_size, reject)
 
     def rates_at(pool: Tensor, theta: float, value: float) -> DecisionRates:
-        predictions = worst_predictions(pool, labels, reject, theta)
-        return decision_rates(predictions, labels, value, confidence=confidence)
+        predictions = worst_predictions(pool, labels, task.reject, theta, wanted)
+        return decision_rates(predictions, labels, value, targets=wanted, confidence=confidence)
 
     with evaluation_mode(model):
-        clean = outputs(model, inputs, batch_size)[None]
+        check_outputs(task)
+        clean = outputs(model, inputs, task.batch_size)[None]
         at_clean = [rates_at(clean, theta, 0.0) for theta in thetas]
         pools, pool = [], clean
         for value in eps:
             for points in stacked(adversarial[value], inputs):
                 points, _ = keep_inside(task, points.to(inputs), value, "adversarial")
-                pool = torch.cat([pool, outputs(model, points, batch_size)[None]])
+                pool = torch.cat([pool, outputs(model, points, task.batch_size)[None]])
             pools.append(pool)
         fixed = [
             [rates_at(pool, theta, value) for theta in thetas]
@@ -194,7 +215,12 @@ def threshold_sweep(
         rejection_rate=_column(fixed, "rejection"),
         reattacked_accuracy=None if again is None else _column(again, "accuracy"),
         reattacked_rejection_rate=None if again is None else _column(again, "rejection"),
-        settings={"samples": len(inputs), "confidence": confidence, **(settings or {})},
+        settings={
+            "samples": len(inputs),
+            "confidence": confidence,
+            **task.about,
+            **(settings or {}),
+        },
     )
 
 
@@ -216,11 +242,12 @@ def _attack_again(
     for theta in reversed(thetas):
         view = WithThreshold(task.model, theta, task.reject)
         for row, value in enumerate(eps):
-            predictions = worst_predictions(pools[row], task.labels, task.reject, theta)
-            rows = (~is_evasion(predictions, task.labels)).nonzero()[:, 0]
+            given = task.labels, task.reject, theta, task.targets
+            predictions = worst_predictions(pools[row], *given)
+            rows = (~task.succeeds(predictions)).nonzero()[:, 0]
             if len(rows):
-                part = replace(task, inputs=task.inputs[rows], labels=task.labels[rows])
-                points = attack(view, part.inputs, part.labels, value)
+                part = task.part(rows)
+                points = attack(view, part.inputs, part.labels, value, **task.given(rows))
                 points = checked_points(points, part.inputs, "attack")
                 points, _ = keep_inside(part, points, value, "attack")
                 output = outputs(task.model, points, task.batch_size)

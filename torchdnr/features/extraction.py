@@ -29,7 +29,7 @@ from torchdnr.features.layers import LayerFeatures
 from torchdnr.features.reductions import PAIRED, Project, Reduction, prepare_reduction
 from torchdnr.features.storage import FeatureStore, LayerFiles, RowsInMemory, temporary_files
 from torchdnr.files import digest
-from torchdnr.resources import has_float64, progress_bar
+from torchdnr.resources import check_batch_size, default_batch_size, has_float64, progress_bar
 from torchdnr.svm.checks import check_labels, checked_sample_weight
 from torchdnr.svm.memory_plan import MEMORY_LIMIT
 
@@ -48,7 +48,7 @@ def extract(
     features: LayerFeatures,
     data: Tensor | Iterable[Any],
     *,
-    batch_size: int = 256,
+    batch_size: int | None = None,
     device: str | torch.device | None = None,
     progress: bool = False,
     memory_limit: int | None = None,
@@ -70,7 +70,8 @@ def extract(
         features: The layers to read.
         data: Images ``(n, ...)``, or an iterable such as a ``DataLoader`` that yields batches of
             images or ``(images, labels)``; not empty, and labels with every batch or with none.
-        batch_size: Images per forward pass where ``data`` is a tensor, >= 1.
+        batch_size: Images per forward pass where ``data`` is a tensor, >= 1; None: as many as
+            suits their size.
         device: Where the network runs and the results stay; default: the device of the network.
         progress: Whether to show a progress bar over the batches.
         memory_limit: Bytes that all features may take in memory; beyond that, they go to a
@@ -81,13 +82,14 @@ def extract(
     Returns:
         Layer name -> features ``(n, d)``, and the labels ``(n,)`` if ``data`` yields them, or None.
     """
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be >= 1, got {batch_size}")
+    check_batch_size(batch_size)
     if device is None:
         tensors = chain(features.net.parameters(), features.net.buffers())
         device = next((tensor.device for tensor in tensors), "cpu")
     device = torch.device(device)
     n = len(data) if isinstance(data, Tensor) else None
+    if batch_size is None and isinstance(data, Tensor):
+        batch_size = default_batch_size(data, device)
     labels: list[Tensor] = []
     count = images_seen = 0
     with ExitStack() as stack:
@@ -98,7 +100,7 @@ def extract(
             run = _describe(features, device, n, batch_size if n is not None else None)
             run["widened"] = widen
             rows = stack.enter_context(FeatureStore(folder, run, n))
-        batches = data.split(batch_size) if isinstance(data, Tensor) else data
+        batches = data.split(batch_size) if batch_size and isinstance(data, Tensor) else data
         for batch in progress_bar(progress, batches, desc="features", unit="batch"):
             images, *rest = batch if isinstance(batch, Sequence) else (batch,)
             count, images_seen = count + 1, images_seen + len(images)
@@ -219,7 +221,7 @@ def training_features(
     prepare: Callable[[list[Tensor]], LayerFeatures],
     *,
     device: torch.device,
-    batch_size: int,
+    batch_size: int | None,
     memory_limit: int | None,
     folder: str | Path | None,
     progress: bool,
@@ -241,7 +243,7 @@ def training_features(
     processes = current()
     if memory_limit is None and device.type == "cpu":
         memory_limit = MEMORY_LIMIT
-    sample, batches = first_images(checked_batches(data, batch_size))
+    sample, batches = first_images(checked_batches(data, batch_size, device))
     ready = prepare([images.to(device) for images in sample])
     batch_labels: list[Tensor | None] = []
     local: Tensor | Iterable[Any]

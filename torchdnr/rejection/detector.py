@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from torchdnr.decisions import class_scores, evaluation_mode
 from torchdnr.rejection.threshold import best_and_wrong, calibrated_threshold, predict_in_batches
+from torchdnr.resources import check_batch_size
 
 
 def spacing(values: Tensor) -> Tensor:
@@ -44,7 +45,7 @@ class WithReject(nn.Module):
         threshold: An input is rejected iff its score is above; finite.
         scale: What a unit of the detector's score is worth in units of the class scores; > 0. It
             changes no decision, only how an attack weighs the two sides.
-        batch_size: Inputs per forward pass in ``predict``.
+        batch_size: Inputs per forward pass in ``predict``; None: as many as suits their size.
 
     Raises:
         ValueError: If a part is not callable, or a number is out of range.
@@ -59,7 +60,7 @@ class WithReject(nn.Module):
         threshold: float,
         *,
         scale: float = 1.0,
-        batch_size: int = 256,
+        batch_size: int | None = None,
     ) -> None:
         super().__init__()
         for name, part in (("classifier", classifier), ("score_fn", score_fn)):
@@ -70,8 +71,7 @@ class WithReject(nn.Module):
             raise ValueError(f"threshold must be finite, got {threshold}")
         if not 0 < self.scale < math.inf:
             raise ValueError(f"scale must be finite and > 0, got {scale}")
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be >= 1, got {batch_size}")
+        check_batch_size(batch_size)
         self.classifier = classifier
         self.score_fn = score_fn
         # Whoever puts the pair back into the mode it was in must not train the classifier.

@@ -17,6 +17,7 @@ from torchdnr.rejection.threshold import (
     calibrated_threshold,
     predict_in_batches,
 )
+from torchdnr.resources import check_batch_size
 
 KIND = "LogitRejection"
 
@@ -51,18 +52,20 @@ class LogitRejection(nn.Module):
         head: What the scores are: "logit", the logits; "softmax", the log-odds of their softmax, by
             which inputs are ordered as by its probabilities, without their saturation; "class", how
             far each logit is above the last one, that of a class which rejects.
-        batch_size: Images per forward pass in ``predict`` and ``calibrate``.
+        batch_size: Images per forward pass in ``predict`` and ``calibrate``; None: as many
+            as suits their size.
 
     Raises:
         ValueError: If there is no such head, or ``batch_size`` is below 1.
     """
 
-    def __init__(self, net: nn.Module, *, head: str = "logit", batch_size: int = 256) -> None:
+    def __init__(
+        self, net: nn.Module, *, head: str = "logit", batch_size: int | None = None
+    ) -> None:
         super().__init__()
         if head not in HEADS:
             raise ValueError(f"no head {head!r}; choose from: {', '.join(HEADS)}")
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be >= 1, got {batch_size}")
+        check_batch_size(batch_size)
         self.net, self.head, self.batch_size = net, head, batch_size
         self.rejection = Threshold()
         self.training = net.training  # whoever puts it back into its mode must not train the net

@@ -16,6 +16,7 @@ from torchdnr.distributed import current
 from torchdnr.distributed.processes import warn_once
 from torchdnr.distributed.sharing import Batch, check_same, checked_batches
 from torchdnr.rejection.risk import threshold_at_error
+from torchdnr.resources import default_batch_size
 
 REJECTION_RATE = 0.10
 """Share of clean inputs that ``calibrate`` rejects by default, that of the paper's experiments."""
@@ -55,7 +56,7 @@ def calibrated_threshold(
     inputs: Tensor | Iterable[Any],
     labels: Tensor | float | None,
     *,
-    batch_size: int,
+    batch_size: int | None,
     rejection_rate: float | None,
     max_error: float | None,
     confidence: float,
@@ -71,6 +72,9 @@ def calibrated_threshold(
         raise ValueError("expected rejection_rate or max_error, got both: drop one")
     inputs = as_data(inputs, model)
     labels = None if labels is None else as_labels("labels", labels)
+    if batch_size is None:  # a loader has its own
+        device = next((p.device for p in model.parameters()), None)
+        batch_size = default_batch_size(inputs, device) if isinstance(inputs, Tensor) else 1
     best, wrong = _outcomes(model, judge, inputs, labels, batch_size).unbind(dim=1)
     if max_error is None:
         rate = REJECTION_RATE if rejection_rate is None else rejection_rate
@@ -207,7 +211,7 @@ class Threshold(nn.Module):
 def predict_in_batches(
     model: nn.Module,
     inputs: Tensor | Iterable[Any],
-    batch_size: int,
+    batch_size: int | None,
     device: torch.device | None,
     return_scores: bool,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -215,7 +219,7 @@ def predict_in_batches(
     inputs = as_data(inputs, model)
     with torch.no_grad():
         # Called as a user calls it: after compile() it runs the compiled program.
-        batches = checked_batches(inputs, batch_size)
+        batches = checked_batches(inputs, batch_size, device)
         output = torch.cat([model(images.to(device)) for images, _ in batches])
     labels = predict_labels(output, reject=True)
     return (labels, output[:, :-1]) if return_scores else labels

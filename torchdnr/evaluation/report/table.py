@@ -166,6 +166,14 @@ def _remarks(curves: Mapping[str, SecurityCurve]) -> list[str]:
                 f"  Note: {left}. Every defence has to fail at some eps: "
                 "try a larger one, or stronger attacks."
             )
+        if curve.targets is not None:
+            reached = ", ".join(
+                f"{100 * rate:.1f} % at eps = {eps:g}"
+                for eps, rate in zip(curve.eps, curve.evasion_rate, strict=True)
+            )
+            lines.append(f"  Note: the attacks wanted one class each, accepted as it: {reached}.")
+        if curve.settings.get("masked"):
+            lines.append("  Note: the attacks could change only what a mask lets them.")
         if missing := curve.settings.get("left_out"):
             names = ", ".join(missing)
             lines.append(f"  Note: left out, as the model lacks what they need: {names}.")
