@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+from accelerator import accelerator
 from torch import nn
 
 from torchdnr import DNR, NR
 from torchdnr.attacks.poisoning import choose_points, flip_labels, poison_inputs
-from torchdnr.svm import svm_scores
+from torchdnr.svm import RBFSVM, influence, svm_scores
 
 
 def blobs(n, seed):
@@ -141,3 +142,31 @@ def test_influence_is_that_of_each_svm(fitted):
     for name, svm in model.svms.named().items():
         assert torch.equal(effects[name].support, svm.support)
         assert effects[name].effects.shape == (5, len(svm.support))
+
+
+def gradient_through_a_fit(inputs, labels, others):
+    inputs = inputs.requires_grad_()
+    scores = RBFSVM(5.0, 10.0).fit(inputs, labels, differentiable=True)(others)
+    return torch.autograd.grad(scores.square().sum(), inputs)[0]
+
+
+CALLS = {
+    "gradient": lambda fitted, others, pool: gradient_through_a_fit(*fitted, others[0]),
+    "moved": lambda fitted, others, pool: (
+        poison_inputs(
+            fit, *fitted, pool[0], (pool[1] + 1) % 3, *others, steps=3, step_size=0.1
+        ).inputs
+    ),
+    "chosen": lambda fitted, others, pool: choose_points(fit, *fitted, *pool, 5, *others)[0],
+    "flipped": lambda fitted, others, pool: flip_labels(fit, *fitted, 5, *others),
+    "influence": lambda fitted, others, pool: influence(RBFSVM().fit(*fitted), *others)[0],
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_on_any_device_derivatives_through_a_fit_are_those_of_the_cpu(name):
+    data = blobs(60, 0), blobs(60, 1), blobs(9, 3)
+    expected = CALLS[name](*data)
+    with accelerator() as device:
+        there = [[part.detach().to(device) for part in pair] for pair in data]
+        torch.testing.assert_close(CALLS[name](*there).cpu(), expected)

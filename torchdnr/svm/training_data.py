@@ -46,7 +46,7 @@ class TrainingData:
         local = self.features.local.double()
         if given == "scale" and self.gamma(given):
             return 1.0 / (local.shape[1] * local.var(correction=0))
-        return local.new_tensor(self.gamma(given))
+        return torch.tensor(self.gamma(given), dtype=local.dtype, device=local.device)
 
     @torch.no_grad()
     def gram(
