@@ -56,7 +56,8 @@ def make_classifiers(
     with processes.first_alone():  # it trains the network, which the others then load
         net = _network(job, console)
     layers, seed = job.layers(net), job.settings.seed
-    build_dnr = partial(DNR, net, layers, seed=seed, **job.settings.grids)
+    search: dict[str, Any] = {"refine": job.settings.refine, **job.settings.grids}
+    build_dnr = partial(DNR, net, layers, seed=seed, **search)
     dnr = _rejecting(job, console, processes, net, DNR, build_dnr)
 
     def build_nr() -> NR:

