@@ -13,6 +13,7 @@ from benchmarks import record_run
 from benchmarks.attacks import report as attacks
 from benchmarks.common import RESULTS, Page, table
 from benchmarks.cost import report as cost
+from benchmarks.few_shot import report as few_shot
 from benchmarks.ood import report as ood
 from benchmarks.paper import report as paper
 from benchmarks.svm import report as svm
@@ -27,6 +28,7 @@ PAGES: dict[str, Page] = {
     **svm.PAGES,
     **cost.PAGES,
     **ood.PAGES,
+    **few_shot.PAGES,
 }
 """Beginning of a result's name to its page; the rest of the name tells the device or the size."""
 

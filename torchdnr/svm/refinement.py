@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
-from torch.nn.functional import softplus
+from torch.nn.functional import cross_entropy, one_hot
 
 from torchdnr.svm.implicit import implicit_out_of_fold_scores
 from torchdnr.svm.multiclass import CheckedWeight
@@ -33,9 +33,8 @@ class Refinement:
     Attributes:
         C: C before, and of each class after.
         gamma: Gamma before and after.
-        loss: Out of fold, the mean of ``softplus(-slope * margin)`` at its best slope, where a
-            margin is the score of the true class less the best other one. With a fixed slope it
-            would fall by making all scores larger.
+        loss: Out of fold, the cross-entropy of ``softmax(slope * scores)`` at its best slope. With
+            a fixed slope it would fall by making all scores larger.
         accuracy: Cross-validated accuracy.
         accepted_errors: Share of all samples that are wrong and yet accepted, where a tenth is
             rejected: those of the lowest best scores. It is what rejection is for. An area under a
@@ -94,16 +93,15 @@ class FoldedProblem(NamedTuple):
 
     def loss(self, scores: Tensor) -> Tensor:
         """Average the smooth loss, a scalar."""
-        own = self.labels.unsqueeze(1)
-        others = scores.scatter(1, own, -torch.inf).amax(dim=1)
-        margin = scores.gather(1, own).squeeze(1) - others
         with torch.no_grad():  # at the best slope its own derivative is 0
-            low, high = margin.new_tensor(SLOPES).log()
+            low, high = scores.new_tensor(SLOPES).log()
+            own = one_hot(self.labels, scores.shape[1])
             for _ in range(HALVINGS):
                 middle = (low + high) / 2
-                falls = self._mean(margin * (-middle.exp() * margin).sigmoid()) > 0
+                excess = (middle.exp() * scores).softmax(dim=1) - own
+                falls = self._mean((excess * scores).sum(dim=1)) < 0
                 low, high = torch.where(falls, middle, low), torch.where(falls, high, middle)
-        return self._mean(softplus(-low.exp() * margin))
+        return self._mean(cross_entropy(low.exp() * scores, self.labels, reduction="none"))
 
     def judge(self, scores: Tensor) -> tuple[float, float]:
         """Return accuracy and accepted errors, see ``Refinement``."""
@@ -151,7 +149,8 @@ def refine_point(
     Source: Chapelle et al., "Choosing multiple parameters for support vector machines", Machine
     Learning 46 (2002), who follow the gradient of an estimate of the error; Bertrand et al.,
     "Implicit differentiation for fast hyperparameter selection in non-smooth convex learning",
-    JMLR 23 (2022).
+    JMLR 23 (2022); the slope is the temperature of Guo et al., "On calibration of modern neural
+    networks", ICML 2017.
     """
     wide = features.detach().to(torch.float64, copy=True)  # one of inference mode has no gradients
     seen, judging = (
