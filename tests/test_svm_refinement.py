@@ -83,7 +83,7 @@ def test_what_is_kept_is_not_worse_out_of_fold(seed):
         scores = out_of_fold_scores(features, labels, C=C, gamma=gamma, **folds)
         best, predicted = scores.max(dim=1)
         wrong, accepted = predicted != labels, best >= best.sort().values[10]
-        rates.append([(~wrong).double().mean(), (wrong & accepted).double().mean()])
+        rates.append([(~wrong).double().mean().item(), (wrong & accepted).double().mean().item()])
     (accuracy, errors), (new_accuracy, new_errors) = rates
     assert found.accuracy == pytest.approx((accuracy, new_accuracy))
     assert found.accepted_errors == pytest.approx((errors, new_errors))

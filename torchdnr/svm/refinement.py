@@ -94,7 +94,7 @@ class FoldedProblem(NamedTuple):
     def loss(self, scores: Tensor) -> Tensor:
         """Average the smooth loss, a scalar."""
         with torch.no_grad():  # at the best slope its own derivative is 0
-            low, high = scores.new_tensor(SLOPES).log()
+            low, high = (scores.new_full((), math.log(slope)) for slope in SLOPES)
             own = one_hot(self.labels, scores.shape[1])
             for _ in range(HALVINGS):
                 middle = (low + high) / 2
@@ -159,7 +159,7 @@ def refine_point(
     )
     c = int(labels.max()) + 1
     C, gamma = point
-    first = torch.tensor([C] * c + [gamma], dtype=torch.float64, device=wide.device)
+    first = torch.tensor([C] * c + [gamma], dtype=torch.float64)
     steps = torch.zeros_like(first, requires_grad=True)
     losses: list[float] = []
     best, start = first, None
@@ -168,7 +168,8 @@ def refine_point(
         nonlocal best, start
         optimizer.zero_grad()
         values = first * (REACH * (steps / REACH).tanh()).exp()
-        scores, start = seen.scores(values[:-1], values[-1], start)
+        there = values.to(wide.device)
+        scores, start = seen.scores(there[:-1], there[-1], start)
         loss = seen.loss(scores)
         if not losses or loss.item() < min(losses):
             best = values.detach()
@@ -188,7 +189,8 @@ def refine_point(
     optimizer.step(closure)
     with torch.no_grad():
         before, after = (
-            judging.judge(judging.scores(values[:-1], values[-1])[0]) for values in (first, best)
+            judging.judge(judging.scores(values[:-1], values[-1])[0])
+            for values in (first.to(wide.device), best.to(wide.device))
         )
     accuracy, errors = zip(before, after, strict=True)
     reached = (*best[:-1].tolist(),), best[-1].item()
