@@ -119,6 +119,14 @@ def test_samples_of_weight_0_are_as_good_as_removed():
     assert whole.judge(scores) == pytest.approx(part.judge(expected))
 
 
+def test_where_all_is_right_by_far_nothing_is_left_to_refine():
+    labels = torch.arange(30) % 2
+    features = 100.0 * labels.double()[:, None] + torch.linspace(0, 1, 30)[:, None]
+    search = grid_search(features, labels, refine=True, C_grid=[1.0], gamma_grid=[1.0], folds=3)
+    assert search.refinement.reason.startswith("not kept, no point of a smaller loss")
+    assert search.C == 1.0 and search.refinement.accuracy == (1.0, 1.0)
+
+
 def test_a_search_that_is_not_refined_says_nothing_of_it():
     features, labels = digits(80)
     search = grid_search(features, labels, **POOR)

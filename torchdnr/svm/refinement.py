@@ -19,6 +19,8 @@ EVALUATIONS = 25
 SLOPES = 0.01, 1_000.0
 HALVINGS = 40
 """Where the slope of the loss is looked for, and in how many steps."""
+NEGLIGIBLE = 1e-6
+"""Loss from which on there is nothing to gain."""
 REJECTED = 0.1
 """Share of held-out samples that the threshold rejects when two points are compared."""
 
@@ -174,7 +176,8 @@ def refine_point(
         if not losses or loss.item() < min(losses):
             best = values.detach()
         losses.append(loss.item())
-        logarithm = loss.log()  # its derivatives say by which share the loss falls
+        # Its derivatives say by which share the loss falls, and vanish with it.
+        logarithm = (loss + NEGLIGIBLE).log()
         logarithm.backward()
         return logarithm
 
