@@ -87,7 +87,8 @@ class DNR(nn.Module):
         memory_limit: Bytes that one fit may take beyond the features, and that the features of all
             layers may take before they go to files, see ``fit``; default 4 GiB.
         refine: Whether to improve what each search chose: C by class, and gamma, along the gradient
-            of a smooth out-of-fold loss; see ``grid_search``. It takes about as long again.
+            of a smooth out-of-fold loss; see ``grid_search``. It takes about as long again, and is
+            for coarse grids: near a good point it gains no more than chance does.
         class_weight: Factors of C by class in all SVMs, as in ``RBFSVM``: one per class, a dict, or
             ``"balanced"``, which balances every fold by itself too.
         combine: Whether a combiner scores, on what the SVMs of the layers return; see ``NR``.

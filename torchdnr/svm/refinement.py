@@ -154,9 +154,11 @@ def refine_point(
     JMLR 23 (2022); the slope is the temperature of Guo et al., "On calibration of modern neural
     networks", ICML 2017.
     """
-    wide = features.detach().to(torch.float64, copy=True)  # one of inference mode has no gradients
+    # Copies, since autograd keeps no tensor that was made in inference mode.
+    wide, labels = features.detach().to(torch.float64, copy=True), labels.clone()
+    weight = None if sample_weight is None else sample_weight.clone()
     seen, judging = (
-        FoldedProblem(wide, labels, fold, class_weight, sample_weight, memory_limit)
+        FoldedProblem(wide, labels, fold.clone(), class_weight, weight, memory_limit)
         for fold in folds
     )
     c = int(labels.max()) + 1
