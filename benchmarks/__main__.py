@@ -13,6 +13,7 @@ from benchmarks import record_run
 from benchmarks.attacks import report as attacks
 from benchmarks.common import RESULTS, Page, table
 from benchmarks.cost import report as cost
+from benchmarks.few_shot import report as few_shot
 from benchmarks.gpu import report as gpu
 from benchmarks.ood import report as ood
 from benchmarks.paper import report as paper
@@ -31,6 +32,7 @@ PAGES: dict[str, Page] = {
     **cost.PAGES,
     **gpu.PAGES,
     **ood.PAGES,
+    **few_shot.PAGES,
 }
 """Beginning of a result's name to its page; the rest of the name tells the device or the size."""
 

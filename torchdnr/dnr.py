@@ -45,7 +45,7 @@ from torchdnr.resources import check_batch_size, stage
 from torchdnr.svm.compression import SMOOTHNESS, STEPS
 from torchdnr.svm.influence import Influence, influence
 from torchdnr.svm.model_selection import C_GRID, GAMMA_GRID
-from torchdnr.svm.multiclass import ClassWeight, checked_class_weight
+from torchdnr.svm.multiclass import ClassWeight, PerClass, checked_C, checked_class_weight
 from torchdnr.svm.rbf_svm import RBFSVM
 from torchdnr.svm.stack import SVMOptions, SVMStack, chosen_sizes, svm_names
 
@@ -74,8 +74,9 @@ class DNR(nn.Module):
             (random projection to d features), or a module; see ``build_reduction``. None: ``fit``
             chooses, by ``default_layers`` on its first images; see ``layers`` and
             ``features.describe()`` then.
-        hyperparameters: (C, gamma) for layers, or for ``"combiner"``, that are not to be searched.
-            Where a layer has that name the combiner is called ``".combiner"``, here and everywhere.
+        hyperparameters: (C, gamma) for layers, or for ``"combiner"``, that are not to be searched;
+            C is a number, or one per class. Where a layer has that name the combiner is called
+            ``".combiner"``, here and everywhere.
         C_grid: Values of C to search.
         gamma_grid: Multiples of gamma = "scale" to search.
         folds: Stratified folds of the search.
@@ -85,6 +86,9 @@ class DNR(nn.Module):
         batch_size: Images per forward pass; None: as many as suits their size.
         memory_limit: Bytes that one fit may take beyond the features, and that the features of all
             layers may take before they go to files, see ``fit``; default 4 GiB.
+        refine: Whether to improve what each search chose: C by class, and gamma, along the gradient
+            of a smooth out-of-fold loss; see ``grid_search``. It takes about as long again, and is
+            for coarse grids: near a good point it gains no more than chance does.
         class_weight: Factors of C by class in all SVMs, as in ``RBFSVM``: one per class, a dict, or
             ``"balanced"``, which balances every fold by itself too.
         combine: Whether a combiner scores, on what the SVMs of the layers return; see ``NR``.
@@ -107,7 +111,7 @@ class DNR(nn.Module):
         net: nn.Module,
         layers: Sequence[str] | Mapping[str, ReductionLike] | None = None,
         *,
-        hyperparameters: Mapping[str, tuple[float, float]] | None = None,
+        hyperparameters: Mapping[str, tuple[PerClass, float]] | None = None,
         C_grid: Sequence[float] = C_GRID,
         gamma_grid: Sequence[float] = GAMMA_GRID,
         folds: int = 5,
@@ -116,6 +120,7 @@ class DNR(nn.Module):
         seed: int = 0,
         batch_size: int | None = None,
         memory_limit: int | None = None,
+        refine: bool = False,
         class_weight: ClassWeight | None = None,
         combine: bool = True,
     ) -> None:
@@ -131,6 +136,7 @@ class DNR(nn.Module):
             seed=seed,
             memory_limit=memory_limit,
             class_weight=checked_class_weight(class_weight),
+            refine=refine,
         )
         self.batch_size = batch_size
         self.features = LayerFeatures(net, layers, seed=seed)
@@ -730,7 +736,8 @@ class DNR(nn.Module):
             model.svms.selection = metadata["selection"]
             for name, svm in model.svms.named().items():
                 chosen = model.selection.get(name, {})  # none where its state dict was loaded
-                svm.C, svm.gamma = chosen.get("C", svm.C), chosen.get("gamma", svm.gamma)
+                svm.C = checked_C(chosen.get("C", svm.C))
+                svm.gamma = chosen.get("gamma", svm.gamma)
             # The network has its weights, and some networks change themselves when they load.
             model.features.register_module("net", None)
             model.load_state_dict(tensors)

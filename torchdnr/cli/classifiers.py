@@ -68,7 +68,8 @@ def make_classifiers(
         "seed": job.settings.seed,
         "class_weight": job.settings.class_weight,
     }
-    build_dnr = partial(DNR, net, layers, **svm_options, **job.settings.grids)
+    search: dict[str, Any] = {"refine": job.settings.refine, **job.settings.grids}
+    build_dnr = partial(DNR, net, layers, **svm_options, **search)
     dnr = _rejecting(job, console, processes, net, DNR, build_dnr)
 
     def build_nr() -> NR:

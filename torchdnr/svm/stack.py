@@ -20,7 +20,7 @@ from torchdnr.svm.compression import (
 )
 from torchdnr.svm.implicit import implicit_out_of_fold_scores
 from torchdnr.svm.model_selection import grid_search, out_of_fold_scores, stratified_folds
-from torchdnr.svm.multiclass import CheckedWeight
+from torchdnr.svm.multiclass import CheckedWeight, PerClass, checked_C
 from torchdnr.svm.rbf_svm import RBFSVM
 
 COMBINER = "combiner"
@@ -40,7 +40,7 @@ def svm_names(layers: Sequence[str], combine: bool) -> list[str]:
 class SVMOptions:
     """What the SVMs of a stack have in common; the options are described in ``DNR``."""
 
-    hyperparameters: Mapping[str, tuple[float, float]]
+    hyperparameters: Mapping[str, tuple[PerClass, float]]
     C_grid: tuple[float, ...]
     gamma_grid: tuple[float, ...]
     folds: int
@@ -49,6 +49,7 @@ class SVMOptions:
     seed: int
     memory_limit: int | None
     class_weight: CheckedWeight = None
+    refine: bool = False
 
     def __post_init__(self) -> None:
         """Check what no SVM checks by itself."""
@@ -59,34 +60,38 @@ class SVMOptions:
             )
 
     def checked(self, names: Collection[str]) -> Self:
-        """Return these options with hyper-parameters as floats, for SVMs of these names."""
+        """Return these options with hyper-parameters as numbers, for SVMs of these names."""
         given = self.hyperparameters
         if unknown := sorted(set(given) - set(names)):
             raise ValueError(
                 f"hyperparameters must be named after one of {list(names)}, got {unknown}"
             )
-        for name, pair in given.items():
-            numbers = isinstance(pair, Sequence) and all(
-                isinstance(value, Real) and value > 0 for value in pair
-            )
-            if not numbers or len(pair) != 2:
-                raise ValueError(
-                    f"hyperparameters must be (C, gamma), two numbers > 0, got {name!r}: {pair!r}"
-                )
-        floats = {name: (float(C), float(gamma)) for name, (C, gamma) in given.items()}
-        return replace(self, hyperparameters=floats)
+        numbers = {name: _checked_pair(name, pair) for name, pair in given.items()}
+        return replace(self, hyperparameters=numbers)
 
     def to_dict(self) -> dict[str, Any]:
         """Convert to the constructor's arguments of a classifier, as JSON values."""
-        weight = self.class_weight
-        by_class = {"class_weight": list(weight) if isinstance(weight, tuple) else weight}
-        return {
-            **{name: value for name, value in vars(self).items() if name != "class_weight"},
-            **(by_class if weight is not None else {}),  # files without it can be read as before
-            "hyperparameters": {name: list(pair) for name, pair in self.hyperparameters.items()},
-            "C_grid": list(self.C_grid),
-            "gamma_grid": list(self.gamma_grid),
-        }
+        # Files without these two can be read as before.
+        unused = {"class_weight": self.class_weight is None, "refine": not self.refine}
+        values = {name: v for name, v in vars(self).items() if not unused.get(name)}
+        pairs = {name: list(map(_listed, pair)) for name, pair in self.hyperparameters.items()}
+        return {**{name: _listed(v) for name, v in values.items()}, "hyperparameters": pairs}
+
+
+def _listed(value: Any) -> Any:  # noqa: ANN401 - any option
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _checked_pair(name: str, pair: Any) -> tuple[float | tuple[float, ...], float]:  # noqa: ANN401
+    """Return (C, gamma) as floats, C perhaps one per class; refuse anything else."""
+    C, gamma = pair if isinstance(pair, Sequence) and len(pair) == 2 else (pair, None)
+    values: list[Any] = [*(C if isinstance(C, list | tuple) and C else [C]), gamma]
+    if not all(isinstance(value, Real) and float(value) > 0 for value in values):
+        raise ValueError(
+            "hyperparameters must be (C, gamma), two numbers > 0, where C may be one per class, "
+            f"got {name!r}: {pair!r}"
+        )
+    return checked_C(C), float(values[-1])
 
 
 class SVMStack(nn.Module):
@@ -163,7 +168,7 @@ class SVMStack(nn.Module):
                 svm = RBFSVM(C, gamma, **same)
                 with stage("fit"):
                     svm.fit(inputs, labels, **limits)
-                self.selection[name] = {"C": C, "gamma": gamma}
+                self.selection[name] = {"C": _listed(C), "gamma": gamma}
             else:
                 with stage("search"):
                     search = grid_search(
@@ -173,6 +178,7 @@ class SVMStack(nn.Module):
                         gamma_grid=options.gamma_grid,
                         folds=options.folds,
                         seed=options.seed,
+                        refine=options.refine,
                         progress=progress,
                         description=f"grid search, {name}",
                         **common,
@@ -213,7 +219,7 @@ class SVMStack(nn.Module):
             svm = RBFSVM(C, gamma, tol=options.tol, class_weight=options.class_weight)
             svms[name] = svm.fit(inputs, labels, sample_weight=sample_weight, differentiable=True)
             if name in self.layers and self.combiner is not None:
-                scores = implicit_out_of_fold_scores(
+                scores, _ = implicit_out_of_fold_scores(
                     inputs,
                     labels,
                     fold,

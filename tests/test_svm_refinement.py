@@ -1,0 +1,185 @@
+"""C by class and gamma, refined from a point of the grid."""
+
+import json
+
+import pytest
+import torch
+from accelerator import accelerator
+from small_models import LAYERS, make_images, small_network
+from test_model_selection import digits
+
+from torchdnr import DNR, NR
+from torchdnr.svm import RBFSVM, grid_search, out_of_fold_scores
+from torchdnr.svm.model_selection import stratified_folds
+from torchdnr.svm.refinement import FoldedProblem
+
+POOR = {"C_grid": [300.0], "gamma_grid": [0.02], "folds": 3}
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_the_gradient_of_the_loss_is_that_of_refits(weighted):
+    features, labels = digits(80)
+    weight = torch.linspace(0.5, 1.5, 80, dtype=torch.float64) if weighted else None
+    fold = stratified_folds(labels, 3)
+    options = ("balanced" if weighted else None), weight, None
+    problem = FoldedProblem(features, labels, fold, *options)
+
+    def loss(logs):
+        values = logs.exp()
+        return problem.loss(problem.scores(values[:-1], values[-1])[0])
+
+    logs = torch.tensor([0.1, 0.3, 0.5, 1.0, 0.02], dtype=torch.float64).log().requires_grad_()
+    (gradient,) = torch.autograd.grad(loss(logs), logs)
+    assert gradient[:4].abs().min() > 1e-5  # each C has a part in it
+    for index in range(5):
+        step = torch.zeros(5, dtype=torch.float64)
+        step[index] = 1e-4
+        with torch.no_grad():
+            central = (loss(logs + step) - loss(logs - step)) / 2e-4
+        assert gradient[index].item() == pytest.approx(central.item(), rel=2e-3, abs=1e-7)
+
+
+def test_the_loss_is_the_cross_entropy_at_its_best_slope():
+    """Scores that all are three times as large leave it the same."""
+    features, labels = digits(80)
+    problem = FoldedProblem(features, labels, stratified_folds(labels, 3), None, None, None)
+    scores, _ = problem.scores(torch.ones(4), torch.tensor(0.02))
+    logits = torch.logspace(-1, 2, 2_000, dtype=torch.float64)[:, None, None] * scores
+    expected = -logits.log_softmax(dim=2)[:, torch.arange(80), labels].mean(dim=1).max()
+    assert problem.loss(scores).item() == pytest.approx(expected.item(), rel=1e-5)
+    assert problem.loss(3 * scores).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_from_a_poor_grid_it_comes_close_to_the_best_of_a_fine_one():
+    features, labels = digits(120)
+    search = grid_search(features, labels, refine=True, **POOR)
+    found = search.refinement
+    assert found.kept and "; refined: kept: out-of-fold loss" in search.reason
+    assert search.C == found.C[1] == search.svm.C and search.gamma == found.gamma[1]
+    problem = FoldedProblem(features, labels, stratified_folds(labels, 3), None, None, None)
+    scale = search.gamma_grid[0] / 0.02
+
+    def loss(C, gamma):
+        scores, _ = problem.scores(torch.tensor(C, dtype=torch.float64).expand(4), gamma)
+        return problem.loss(scores).item()
+
+    assert loss(300.0, search.gamma_grid[0]) == pytest.approx(found.loss[0], rel=1e-3)
+    widths = torch.tensor([0.06, 0.2, 0.6], dtype=torch.float64) * scale
+    fine = min(loss(C, gamma) for C in (0.1, 0.3, 1.0, 10.0) for gamma in widths)
+    assert found.loss[1] < fine + 0.1 * (found.loss[0] - fine)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_what_is_kept_is_not_worse_out_of_fold(seed):
+    """Measured anew, by the solver of the search, on the folds that the comparison used."""
+    features, labels = digits(100, noise=0.8)
+    grid = {"C_grid": [0.1, 1.0], "gamma_grid": [0.2, 1.0], "folds": 3, "seed": seed}
+    search = grid_search(features, labels, refine=True, **grid)
+    found = search.refinement
+    pairs = list(zip(found.C, found.gamma, strict=True))
+    rates = []
+    for C, gamma in pairs:
+        folds = {"folds": 3, "seed": seed + 1, "tol": 1e-6}
+        scores = out_of_fold_scores(features, labels, C=C, gamma=gamma, **folds)
+        best, predicted = scores.max(dim=1)
+        wrong, accepted = predicted != labels, best >= best.sort().values[10]
+        rates.append([(~wrong).double().mean().item(), (wrong & accepted).double().mean().item()])
+    (accuracy, errors), (new_accuracy, new_errors) = rates
+    assert found.accuracy == pytest.approx((accuracy, new_accuracy))
+    assert found.accepted_errors == pytest.approx((errors, new_errors))
+    assert found.kept == (new_accuracy >= accuracy and new_errors <= errors)
+    C, gamma = pairs[found.kept]
+    expected = RBFSVM(C, gamma, tol=1e-6).fit(features, labels)
+    torch.testing.assert_close(search.svm(features), expected(features), rtol=0, atol=5e-3)
+    assert (search.C, search.gamma) == (C, gamma)
+    assert ("not kept" in search.reason) == (not found.kept)
+
+
+def test_out_of_fold_scores_with_a_c_by_class_are_those_of_refits():
+    features, labels = digits(80)
+    C, fold = (0.1, 1.0, 3.0, 10.0), stratified_folds(labels, 3, 0)
+    scores = out_of_fold_scores(features, labels, C=C, gamma=0.02, tol=1e-6)
+    for k in range(3):
+        svm = RBFSVM(C, 0.02, tol=1e-6).fit(features[fold != k], labels[fold != k])
+        expected = svm(features[fold == k])
+        torch.testing.assert_close(scores[fold == k], expected, rtol=0, atol=1e-4)
+
+
+def test_samples_of_weight_0_are_as_good_as_removed():
+    features, labels = digits(80)
+    fold = stratified_folds(labels, 3)
+    weight = (torch.arange(80) % 5 > 0).double()
+    kept = weight > 0
+    point = torch.ones(4, dtype=torch.float64), torch.tensor(0.02, dtype=torch.float64)
+    whole = FoldedProblem(features, labels, fold, None, weight, None)
+    part = FoldedProblem(features[kept], labels[kept], fold[kept], None, None, None)
+    scores, expected = (problem.scores(*point)[0] for problem in (whole, part))
+    torch.testing.assert_close(scores[kept], expected, rtol=0, atol=1e-5)
+    assert whole.loss(scores).item() == pytest.approx(part.loss(expected).item(), rel=1e-5)
+    assert whole.judge(scores) == pytest.approx(part.judge(expected))
+
+
+def test_where_all_is_right_by_far_nothing_is_left_to_refine():
+    labels = torch.arange(30) % 2
+    features = 100.0 * labels.double()[:, None] + torch.linspace(0, 1, 30)[:, None]
+    search = grid_search(features, labels, refine=True, C_grid=[1.0], gamma_grid=[1.0], folds=3)
+    assert search.refinement.reason.startswith("not kept, no point of a smaller loss")
+    assert search.C == 1.0 and search.refinement.accuracy == (1.0, 1.0)
+
+
+def test_a_search_that_is_not_refined_says_nothing_of_it():
+    features, labels = digits(80)
+    search = grid_search(features, labels, **POOR)
+    assert search.refinement is None and "refine" not in json.dumps(search.to_dict())
+    assert search.C == 300.0
+
+
+@pytest.mark.parametrize("kind", [DNR, NR])
+def test_a_refined_classifier_is_saved_loaded_and_refitted_with_its_c_by_class(tmp_path, kind):
+    torch.manual_seed(0)
+    images, labels = make_images(60), torch.arange(60) % 3
+    images = (images + 0.5 * images[labels]) / 1.5
+    grid = {**POOR, "stacking_folds": 2, "refine": True, "seed": 1}
+    fixed = {"hyperparameters": {LAYERS[0]: ((1.0, 2.0, 3.0), 0.1)}} if kind is DNR else {}
+    net = small_network()
+    model = kind(net, LAYERS if kind is DNR else LAYERS[-1], **grid, **fixed).fit(images, labels)
+    chosen = model.selection[LAYERS[-1]]
+    assert chosen["refinement"]["kept"] and len(chosen["C"]) == 3
+    svm = model.svms.named()[LAYERS[-1]]
+    assert list(svm.C) == chosen["C"] == chosen["refinement"]["C"][1]
+    if kind is DNR:  # what is given is not refined
+        assert model.selection[LAYERS[0]] == {"C": [1.0, 2.0, 3.0], "gamma": 0.1}
+    model.set_threshold(0.0)
+    model.save(tmp_path / "model.safetensors")
+    loaded = kind.load(tmp_path / "model.safetensors", net)
+    assert torch.equal(loaded(images), model(images))
+    assert loaded.selection == json.loads(json.dumps(model.selection))
+    assert loaded.svm_options.refine and loaded.svms.named()[LAYERS[-1]].C == svm.C
+    assert loaded.svm_options.hyperparameters == model.svm_options.hyperparameters
+    again = loaded.refitted(images, labels).scores(images)
+    torch.testing.assert_close(again, model.scores(images), rtol=0, atol=1e-2)
+
+
+def test_settings_say_nothing_of_refining_unless_it_is_asked_for():
+    net = small_network()
+    assert "refine" not in NR(net, LAYERS[-1]).settings()["options"]
+    assert NR(net, LAYERS[-1], refine=True).settings()["options"]["refine"] is True
+
+
+def test_a_c_by_class_among_the_hyperparameters_is_checked():
+    for wrong in ((), (1.0, -1.0), (1.0, "2")):
+        with pytest.raises(ValueError, match="where C may be one per class"):
+            NR(small_network(), LAYERS[-1], hyperparameters={LAYERS[-1]: (wrong, 0.1)})
+
+
+def test_a_search_is_refined_on_any_device_and_in_inference_mode():
+    features, labels = digits(60)
+    expected = grid_search(features, labels, refine=True, **POOR)
+    with accelerator() as device:
+        there = grid_search(features.to(device), labels.to(device), refine=True, **POOR)
+        assert there.svm.center.device == device
+    with torch.inference_mode():
+        inside = grid_search(features.clone(), labels.clone(), refine=True, **POOR)
+    for search in (there, inside):
+        assert search.refinement.loss == pytest.approx(expected.refinement.loss, rel=1e-3)
+        assert search.refinement.kept == expected.refinement.kept
