@@ -589,6 +589,22 @@ def test_the_search_chooses_from_the_given_grids(digits, tmp_path):
     assert json.loads((run / "settings.json").read_text())["C_grid"] == [3, 5]
 
 
+@pytest.mark.slow
+def test_a_search_is_refined_on_request_and_both_classifiers_tell_it(digits, tmp_path):
+    run, grids = tmp_path / "run", ["--C-grid", "3", "--gamma-grid", "0.5", "--refine"]
+    making = _making(digits, run)
+    making[making.index("--epochs") + 1] = "1"
+    assert train.main(["--quiet", *making, *grids]) == 0
+    net = load_network(MNISTNet(num_classes=3), run / "network.safetensors")
+    dnr = torchdnr.DNR.load(run / "dnr.safetensors", net)
+    losses = [chosen["refinement"]["loss"] for chosen in dnr.selection.values()]
+    assert len(losses) == 3 and all(before >= after >= 0 for before, after in losses)
+    (nr,) = torchdnr.NR.load(run / "nr.safetensors", net).selection.values()
+    of_dnr = dnr.selection[dnr.layers[-1]]
+    assert (nr["C"], nr["gamma"]) == (of_dnr["C"], of_dnr["gamma"])
+    assert json.loads((run / "settings.json").read_text())["refine"] is True
+
+
 def test_classifiers_without_the_settings_they_were_made_with_are_refused(run, capsys):
     (run / "settings.json").unlink()
     message = _error(capsys, train, ["--run", str(run), "--seed", "1"])
