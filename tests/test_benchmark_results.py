@@ -28,7 +28,7 @@ def test_a_page_holds_the_numbers_of_its_result(name):
 
 
 def test_the_table_of_the_readme_and_the_index_hold_the_results():
-    assert len(NAMES) == 16
+    assert len(NAMES) == 18
     assert f"\n{summary('benchmarks/results/')}\n" in (ROOT / "README.md").read_text()
     assert (RESULTS / "README.md").read_text() == index()
 
@@ -84,6 +84,25 @@ def test_no_recorded_attack_of_another_library_evades_where_ours_does_not():
     for entry in peers.values():
         assert entry["table"].keys() == {"1.5", "2"}
         assert all(row["peer_only"] == [] for row in entry["table"].values())
+
+
+# --- poisoning ---
+
+
+def test_recorded_points_that_follow_gradients_harm_more_than_chance_in_all_runs():
+    classifiers, missed = read("poisoning-cpu")["classifiers"], []
+    assert {name: len(runs["0.05"]) for name, runs in classifiers.items()} == (
+        dict.fromkeys(["DNN", "NR", "DNR"], 3)
+    )
+    for name, shares in classifiers.items():
+        for share in ("0.01", "0.02", "0.05", "0.1"):
+            for number, run in enumerate(shares[share]):
+                accuracy = {kind: entry["accuracy"] for kind, entry in run["kinds"].items()}
+                if accuracy["moved points"] >= min(
+                    accuracy["random labels"], accuracy["random points"]
+                ):
+                    missed.append((name, share, number))
+    assert missed == [("NR", "0.02", 0)]  # 10 points, which the page tells
 
 
 # --- cost ---
