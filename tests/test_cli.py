@@ -154,6 +154,7 @@ def test_rerun_is_quick_and_shows_the_same_table(run, capsys):
     assert "clean accuracy" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_results_without_figures_are_drawn_again(run):
     before = _results(run)
     (run / "curve.png").unlink()
@@ -198,6 +199,7 @@ def test_stopped_in_every_stage_and_resumed_equals_never_stopped(
         assert len({path.read_bytes() for path in both}) == 1
 
 
+@pytest.mark.slow
 def test_missing_classifier_is_made_again_with_the_same_results(run):
     before = _results(run)
     (run / "nr.safetensors").unlink()
@@ -378,6 +380,7 @@ def test_failed_checks_stand_above_the_table(run, capsys):
     assert "FAIL noise control: Noise evades. Attack harder." in above
 
 
+@pytest.mark.slow
 def test_a_further_attack_leaves_what_the_others_found(run, capsys):
     def steps():
         files = sorted(run.glob("attack-*"))
@@ -396,6 +399,7 @@ def test_a_further_attack_leaves_what_the_others_found(run, capsys):
     assert "checks: none were made" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_report_that_fails_leaves_the_earlier_one(run, capsys):
     names = "report.html", "results.json", "results.csv", "curve.png"
     before = {name: (run / name).read_bytes() for name in names}

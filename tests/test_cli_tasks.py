@@ -102,6 +102,7 @@ def test_class_weight_balances_the_svms_of_both_classifiers(finished, capsys):
     assert "invalid choice: '2'" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_attacks_change_only_what_a_picture_shows(run, tmp_path, capsys):
     mask = torch.zeros(28, 28, dtype=torch.bool)
     mask[4:14, 6:14] = True

@@ -7,6 +7,7 @@ from torchdnr import layer_table
 from torchdnr.features.layers import LayerFeatures
 
 
+@pytest.mark.slow
 def test_sizes_are_those_that_features_have():
     for net, size in ((resnet18(), 64), (swin_t(), 64)):
         table = layer_table(net, size, k=2)

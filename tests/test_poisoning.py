@@ -163,7 +163,13 @@ CALLS = {
 }
 
 
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("gradient", "influence"),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("moved", "chosen", "flipped")),
+    ],
+)
 def test_on_any_device_derivatives_through_a_fit_are_those_of_the_cpu(name):
     data = blobs(60, 0), blobs(60, 1), blobs(9, 3)
     expected = CALLS[name](*data)

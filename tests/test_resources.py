@@ -160,7 +160,9 @@ class Seen(nn.Module):
         return inputs
 
 
-@pytest.mark.parametrize(("given", "most"), [(None, 16), (20, 20)])
+@pytest.mark.parametrize(
+    ("given", "most"), [(None, 16), pytest.param(20, 20, marks=pytest.mark.slow)]
+)
 def test_classifiers_and_evaluations_see_no_more_at_once_either(given, most):
     inputs, labels = torch.rand(40, 3, 80, 80), torch.arange(40) % 2
     size = {} if given is None else {"batch_size": given}

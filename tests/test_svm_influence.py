@@ -5,7 +5,7 @@ from torchdnr.decisions import NotFittedError
 from torchdnr.svm import RBFSVM, influence
 
 
-@pytest.fixture(scope="module", params=[1.0, 10.0])
+@pytest.fixture(scope="module", params=[pytest.param(1.0, marks=pytest.mark.slow), 10.0])
 def left_out(request):
     """Effects on the best score, and what scores really lose in a fit without each sample."""
     generator = torch.Generator().manual_seed(0)

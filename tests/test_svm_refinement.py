@@ -134,7 +134,7 @@ def test_a_search_that_is_not_refined_says_nothing_of_it():
     assert search.C == 300.0
 
 
-@pytest.mark.parametrize("kind", [DNR, NR])
+@pytest.mark.parametrize("kind", [pytest.param(DNR, marks=pytest.mark.slow), NR])
 def test_a_refined_classifier_is_saved_loaded_and_refitted_with_its_c_by_class(tmp_path, kind):
     torch.manual_seed(0)
     images, labels = make_images(60), torch.arange(60) % 3
@@ -172,6 +172,7 @@ def test_a_c_by_class_among_the_hyperparameters_is_checked():
             NR(small_network(), LAYERS[-1], hyperparameters={LAYERS[-1]: (wrong, 0.1)})
 
 
+@pytest.mark.slow
 def test_a_search_is_refined_on_any_device_and_in_inference_mode():
     features, labels = digits(60)
     expected = grid_search(features, labels, refine=True, **POOR)
