@@ -82,6 +82,7 @@ def _details(result: Mapping[str, Any], share: str) -> list[str]:
                 )
                 for theta in ("old theta", "new theta")
             )
+            old, new = (cell if "-" not in cell else "-" for cell in (old, new))
             noticed = percent(some, kind, "noticed")
             rows.append([name, kind or "none", old, new, f"{fmean(norms):.2f}", noticed])
     header = ["classifier", "poison", "right / rejected, old theta", "new theta", "norm", "noticed"]
