@@ -581,12 +581,17 @@ def test_splits_fit_the_data_sets_of_the_paper():
         assert sum(sizes) <= available - (1_300 if source == "mnist-5k" else 0)
 
 
-def test_the_search_chooses_from_the_given_grids(digits, tmp_path):
-    run, grids = tmp_path / "run", ["--C-grid", "3", "5", "--gamma-grid", "0.5"]
+def _made_in_an_epoch(digits, run, *options):
+    """Make a run folder with options of the search; return its network."""
     making = _making(digits, run)
     making[making.index("--epochs") + 1] = "1"
-    assert train.main(["--quiet", *making, *grids]) == 0
-    net = load_network(MNISTNet(num_classes=3), run / "network.safetensors")
+    assert train.main(["--quiet", *making, *options]) == 0
+    return load_network(MNISTNet(num_classes=3), run / "network.safetensors")
+
+
+def test_the_search_chooses_from_the_given_grids(digits, tmp_path):
+    run = tmp_path / "run"
+    net = _made_in_an_epoch(digits, run, "--C-grid", "3", "5", "--gamma-grid", "0.5")
     searched = torchdnr.DNR.load(run / "dnr.safetensors", net).selection.values()
     assert len(searched) == 3 and all(chosen["C_grid"] == [3, 5] for chosen in searched)
     assert all(len(chosen["gamma_grid"]) == 1 for chosen in searched)
@@ -595,11 +600,8 @@ def test_the_search_chooses_from_the_given_grids(digits, tmp_path):
 
 @pytest.mark.slow
 def test_a_search_is_refined_on_request_and_both_classifiers_tell_it(digits, tmp_path):
-    run, grids = tmp_path / "run", ["--C-grid", "3", "--gamma-grid", "0.5", "--refine"]
-    making = _making(digits, run)
-    making[making.index("--epochs") + 1] = "1"
-    assert train.main(["--quiet", *making, *grids]) == 0
-    net = load_network(MNISTNet(num_classes=3), run / "network.safetensors")
+    run = tmp_path / "run"
+    net = _made_in_an_epoch(digits, run, "--C-grid", "3", "--gamma-grid", "0.5", "--refine")
     dnr = torchdnr.DNR.load(run / "dnr.safetensors", net)
     losses = [chosen["refinement"]["loss"] for chosen in dnr.selection.values()]
     assert len(losses) == 3 and all(before >= after >= 0 for before, after in losses)

@@ -167,22 +167,22 @@ def main() -> int:
     unseen = [new[digits == d] for d in range(5, 10)]
     failed = {name: works(head) for name, head in HEADS.items()}
     heads = {name: head for name, head in HEADS.items() if failed[name] is None}
-    found: dict[str, Any] = {n: {"error": error} for n, error in failed.items() if error}
+    results: dict[str, Any] = {n: {"error": error} for n, error in failed.items() if error}
     untrained = accuracy(Learner(0), HEADS["svm"], unseen, options.test_batches)
     for name, head in heads.items():
         learner = Learner(0)
         seconds = train(learner, head, seen, options.steps)
-        found[name] = accuracy(learner, head, unseen, options.test_batches)
-        found[name] |= {"training_seconds": seconds, "gamma": learner.log_gamma.exp().item()}
-        print(f"{name}: {found[name]}", flush=True)
+        results[name] = accuracy(learner, head, unseen, options.test_batches)
+        results[name] |= {"training_seconds": seconds, "gamma": learner.log_gamma.exp().item()}
+        print(f"{name}: {results[name]}", flush=True)
     for call, seconds in cost(learner, heads, unseen, options.repeats).items():
         name, kind = call.split()
-        found[name][f"{kind}_seconds"] = seconds
+        results[name][f"{kind}_seconds"] = seconds
     settings = {"ways": WAYS, "shots": SHOTS, "queries": QUERIES, "batch": BATCH, "C": C}
     settings |= {"steps": options.steps, "repeats": options.repeats, "classes": len(TURNED)}
     environment = {**describe_environment("cpu"), "qpth": qpth_version()}
     content = {**first, "environment": environment, "settings": settings}
-    write_json(options.output, {**content, "untrained": untrained, "heads": found})
+    write_json(options.output, {**content, "untrained": untrained, "heads": results})
     return 0
 
 

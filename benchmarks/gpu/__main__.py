@@ -64,18 +64,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in options.sections:
         began = time.monotonic()
         if setup.left() < LEAST_SECONDS:
-            found: dict[str, Any] = {"skipped": "no time was left"}
+            measured: dict[str, Any] = {"skipped": "no time was left"}
         else:
             try:
-                found = SECTIONS[name](setup)
+                measured = SECTIONS[name](setup)
             except Exception as error:  # whatever it is, it is recorded and the next goes on
-                found = {"error": f"{type(error).__name__}: {error}"[:2_000]}
-        found["section_seconds"] = round(time.monotonic() - began, 1)
-        record["sections"][name] = found
+                measured = {"error": f"{type(error).__name__}: {error}"[:2_000]}
+        measured["section_seconds"] = round(time.monotonic() - began, 1)
+        record["sections"][name] = measured
         write_json(options.out, record)
-        state = found.get("error") or found.get("skipped") or "done"
-        print(f"{name}: {state} ({found['section_seconds']:.0f} s)", flush=True)
-    return int(any("error" in found for found in record["sections"].values()))
+        state = measured.get("error") or measured.get("skipped") or "done"
+        print(f"{name}: {state} ({measured['section_seconds']:.0f} s)", flush=True)
+    return int(any("error" in measured for measured in record["sections"].values()))
 
 
 if __name__ == "__main__":

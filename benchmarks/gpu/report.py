@@ -16,33 +16,33 @@ def page(result: Record) -> str:
     environment = result["environment"]
     where = f"{environment['device']}, CUDA {environment['cuda']}; {machine(environment)}."
     lines = [INTRODUCTION.format(**result["settings"]), "", where]
-    for name, found in result["sections"].items():
-        lines += ["", f"## {name}, {found['section_seconds']:.0f} s", ""]
-        state = found.get("error") or found.get("skipped")
-        lines += [state] if state else FORMATS[name](found)
+    for name, section in result["sections"].items():
+        lines += ["", f"## {name}, {section['section_seconds']:.0f} s", ""]
+        state = section.get("error") or section.get("skipped")
+        lines += [state] if state else FORMATS[name](section)
     return "\n".join(lines)
 
 
 def headline(result: Record) -> str:
     """Say how many sections there are, and how many failed."""
     sections = result["sections"]
-    done = [name for name, found in sections.items() if not {"error", "skipped"} & set(found)]
+    done = [name for name, section in sections.items() if not {"error", "skipped"} & set(section)]
     return (
         f"{len(done)} of {len(sections)} sections on {result['environment']['device']}: "
         f"{', '.join(done)}"
     )
 
 
-def _tests(found: Record) -> list[str]:
-    counts = ", ".join(f"{count} {kind}" for kind, count in found["counts"].items())
-    stopped = found["exit_code"] is None
-    ended = f"stopped after {found['stopped_after']:.0f} s" if stopped else "to the end"
-    return [f"{counts or 'none'}, {ended}", *(f"- {failure}" for failure in found["failures"])]
+def _tests(section: Record) -> list[str]:
+    counts = ", ".join(f"{count} {kind}" for kind, count in section["counts"].items())
+    stopped = section["exit_code"] is None
+    ended = f"stopped after {section['stopped_after']:.0f} s" if stopped else "to the end"
+    return [f"{counts or 'none'}, {ended}", *(f"- {failure}" for failure in section["failures"])]
 
 
-def _fits(found: Record) -> list[str]:
+def _fits(section: Record) -> list[str]:
     rows = []
-    for d, entry in found["dimensions"].items():
+    for d, entry in section["dimensions"].items():
         grid = entry.get("grid", {"seconds": None})["seconds"]
         shares = entry["kernels"]
         rows.append(
@@ -57,15 +57,15 @@ def _fits(found: Record) -> list[str]:
         )
     header = ["features", "fit, s", "grid search, s", "largest violation", "Gram", "scores"]
     peak = (
-        f"{found['samples']:,} samples of 10 noisy clusters; the last two columns are shares of "
-        f"the rate of a large float32 product, {found['peak_flops'] / 1e12:.2f} Tflop/s."
+        f"{section['samples']:,} samples of 10 noisy clusters; the last two columns are shares of "
+        f"the rate of a large float32 product, {section['peak_flops'] / 1e12:.2f} Tflop/s."
     )
     return [peak, "", *table(header, rows)]
 
 
-def _pgd(found: Record) -> list[str]:
+def _pgd(section: Record) -> list[str]:
     rows = []
-    for name, entry in found.items():
+    for name, entry in section.items():
         if name == "section_seconds":
             continue
         waits = entry["waits_per_step"]
@@ -78,7 +78,7 @@ def _pgd(found: Record) -> list[str]:
     return table(header, rows)
 
 
-def _line_up(found: Record) -> list[str]:
+def _line_up(section: Record) -> list[str]:
     rows = [
         [
             name,
@@ -87,33 +87,33 @@ def _line_up(found: Record) -> list[str]:
             f"{one['right']:.1%} / {one['rejected']:.1%}",
             f"{one['median_norm']:.2f}",
         ]
-        for name, one in found.items()
+        for name, one in section.items()
         if name != "section_seconds"
     ]
     return table(["classifier", "digits", "seconds", "right / rejected", "median norm"], rows)
 
 
-def _training(found: Record) -> list[str]:
+def _training(section: Record) -> list[str]:
     return [
-        f"One epoch of training to reject on {found['images']:,} digits: {found['seconds']:.1f} s, "
-        f"{found['images_per_second']:,.0f} images/s"
+        f"One epoch of training to reject on {section['images']:,} digits: "
+        f"{section['seconds']:.1f} s, {section['images_per_second']:,.0f} images/s"
     ]
 
 
-def _photographs(found: Record) -> list[str]:
-    return list(_photograph_lines(found))
+def _photographs(section: Record) -> list[str]:
+    return list(_photograph_lines(section))
 
 
-def _photograph_lines(found: Record) -> Iterator[str]:
-    yield f"Fit of a DNR on {found['images']:,} images: {found['fit']:.1f} s"
+def _photograph_lines(section: Record) -> Iterator[str]:
+    yield f"Fit of a DNR on {section['images']:,} images: {section['fit']:.1f} s"
     yield ""
     rows = [
         [batch, f"{1_000 * one['network']:.1f}", f"{1_000 * one['DNR']:.1f}"]
-        for batch, one in found["batches"].items()
+        for batch, one in section["batches"].items()
     ]
     yield from table(["batch", "gradient of the network, ms", "of its DNR, ms"], rows)
     yield ""
-    pgd = found["pgd"]
+    pgd = section["pgd"]
     yield f"PGD, {pgd['steps']} steps on {pgd['images']} images: {pgd['seconds']:.1f} s"
 
 

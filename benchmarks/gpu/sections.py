@@ -126,7 +126,7 @@ def measure_fits(setup: Setup) -> dict[str, Any]:
     """Fit and search 10,000 samples, and compare kernels with the peak of a matrix product."""
     n, device = setup.size(10_000, 300), setup.device
     peak = _peak(setup)
-    found: dict[str, Any] = {"peak_flops": peak, "samples": n, "dimensions": {}}
+    measured: dict[str, Any] = {"peak_flops": peak, "samples": n, "dimensions": {}}
     for d in DIMENSIONS[:1] if setup.small else DIMENSIONS:
         problem = noisy_clusters(n, d=d, noise=0.02)
         z, y = problem.x_train.to(device), problem.y_train.to(device)
@@ -138,13 +138,13 @@ def measure_fits(setup: Setup) -> dict[str, Any]:
             name: getattr(solution, name).max().item() for name in ("violation", "duality_gap")
         }
         entry["kernels"] = _kernel_rates(svm, z, peak, setup)
-        found["dimensions"][str(d)] = entry
+        measured["dimensions"][str(d)] = entry
         if setup.left() < 4 * seconds:
-            return {**found, "grid": "no time was left"}
+            return {**measured, "grid": "no time was left"}
         grid = {"C_grid": (1.0, 10.0), "gamma_grid": (0.25, 1.0)} if setup.small else {}
         seconds, search = timed(lambda z=z, y=y, grid=grid: grid_search(z, y, **grid), device)
         entry["grid"] = {"seconds": seconds, "not_converged": search.not_converged}
-    return found
+    return measured
 
 
 def _peak(setup: Setup) -> float:
@@ -184,7 +184,7 @@ def measure_pgd(setup: Setup) -> dict[str, Any]:
     n = setup.size(256, 4)
     x, y = (part[:n] for part in setup.images["test"])
     samples = SimpleNamespace(inputs=x, labels=y, device=setup.device)
-    found: dict[str, Any] = {}
+    measured: dict[str, Any] = {}
     for name, model in setup.classifiers.items():
         entry: dict[str, Any] = {"waits_per_step": _waits_per_step(model, x, y)}
         for way, change in WAYS.items():
@@ -192,15 +192,15 @@ def measure_pgd(setup: Setup) -> dict[str, Any]:
                 continue
             try:
                 changed = change(model)
-                measured = overhead_of(changed, samples, setup.size(3, 1))
-                bare = sorted(measured["seconds"]["bare"])
-                entry[way] = {"ratio": measured["ratio"], "bare": bare[len(bare) // 2]}
+                overhead = overhead_of(changed, samples, setup.size(3, 1))
+                bare = sorted(overhead["seconds"]["bare"])
+                entry[way] = {"ratio": overhead["ratio"], "bare": bare[len(bare) // 2]}
             except Exception as error:  # a way that does not fit this classifier or device
                 entry[way] = {"error": f"{type(error).__name__}: {error}"[:300]}
             if setup.left() < 0:
                 break
-        found[name] = entry
-    return found
+        measured[name] = entry
+    return measured
 
 
 WAYS: dict[str, Callable[[nn.Module], Any]] = {
@@ -233,23 +233,23 @@ def measure_line_up(setup: Setup) -> dict[str, Any]:
     pool = setup.images["svm"][0]
     x, y = setup.images["test"]
     attacks = build_line_up(["default"], pool)
-    found: dict[str, Any] = {}
-    limit = LINE_UP_SHARE * setup.left()
+    measured: dict[str, Any] = {}
+    end = time.monotonic() + LINE_UP_SHARE * setup.left()
     for place, (name, model) in enumerate(setup.classifiers.items()):
-        share = limit / (len(setup.classifiers) - place)
-        n, seconds, curve = min(200, len(x)), 0.0, None
-        while curve is None or (n < len(x) and 1.5 * seconds < share):
-            if curve is not None:  # as many more as the first ones say that fit
-                n = min(len(x), max(n + 1, math.floor(0.8 * n * share / seconds)))
+        now = time.monotonic()
+        until, n = now + (end - now) / (len(setup.classifiers) - place), min(200, len(x))
+        while True:
             began = time.monotonic()
             curve = security_evaluation(
                 model, x[:n], y[:n], EPS, attacks=attacks, init_inputs=pool, progress=False
             )
             seconds = time.monotonic() - began
-            share -= seconds
-        limit -= min(limit, seconds)
+            left = until - time.monotonic()
+            if n == len(x) or left < 1.5 * seconds:
+                break
+            n = min(len(x), math.floor(0.8 * n * left / seconds))  # as many as should fit
         predicted = predict_labels(outputs(model, x, 1_000), name != "DNN")
-        found[name] = {
+        measured[name] = {
             "samples": n,
             "seconds": seconds,
             "median_norm": curve.median_evasion_norm,
@@ -257,7 +257,7 @@ def measure_line_up(setup: Setup) -> dict[str, Any]:
             "rejected": rejection_rate(predicted),
             "peak_memory_mib": take_peak_memory_mib(setup.device),
         }
-    return found
+    return measured
 
 
 def measure_training(setup: Setup) -> dict[str, Any]:
@@ -290,8 +290,8 @@ def measure_photographs(setup: Setup) -> dict[str, Any]:
     take_peak_memory_mib(setup.device)
     fit, _ = timed(lambda: model.fit(images, labels), setup.device)
     model.calibrate(images[: n // 2], rejection_rate=0.1)
-    found: dict[str, Any] = {"images": n, "fit": fit, "batches": {}}
-    for batch in setup.size(1, 1), setup.size(32, 4), setup.size(256, 8):
+    measured: dict[str, Any] = {"images": n, "fit": fit, "batches": {}}
+    for batch in 1, setup.size(32, 4), setup.size(256, 8):
         x = images[:batch].clone().requires_grad_()
         entry = {}
         for name, classifier in (("network", net), ("DNR", model)):
@@ -301,13 +301,13 @@ def measure_photographs(setup: Setup) -> dict[str, Any]:
 
             step()
             entry[name] = min(timed(step, setup.device)[0] for _ in range(setup.size(5, 1)))
-        found["batches"][str(batch)] = entry
+        measured["batches"][str(batch)] = entry
     attacked, steps = setup.size(64, 4), setup.size(40, 5)
     seconds, _ = timed(
         lambda: pgd(model, images[:attacked], labels[:attacked], 1.0, steps=steps), setup.device
     )
-    found["pgd"] = {"images": attacked, "steps": steps, "seconds": seconds}
-    return {**found, "peak_memory_mib": take_peak_memory_mib(setup.device)}
+    measured["pgd"] = {"images": attacked, "steps": steps, "seconds": seconds}
+    return {**measured, "peak_memory_mib": take_peak_memory_mib(setup.device)}
 
 
 SECTIONS: dict[str, Callable[[Setup], dict[str, Any]]] = {

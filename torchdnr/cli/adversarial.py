@@ -80,8 +80,8 @@ def warnings_kept(folder: Path, name: str) -> Iterator[None]:
         finally:
             weak = [str(one.message) for one in told if one.category is WeakAttackWarning]
             if weak:  # those of the part before a stop too
-                found = {"warnings": training_warnings(folder, name) + weak}
-                write_json(_warnings_file(folder, name), found)
+                all_warnings = training_warnings(folder, name) + weak
+                write_json(_warnings_file(folder, name), {"warnings": all_warnings})
     for one in told:
         warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
 

@@ -241,8 +241,10 @@ def _refined(
     whole = features.rows(slice(0, len(features)))
     if processes.first:
         with alone():
-            found = refine_point(whole, labels, folds, point, *weights, memory_limit=memory_limit)
-        text = json.dumps(found.to_dict())
+            refinement = refine_point(
+                whole, labels, folds, point, *weights, memory_limit=memory_limit
+            )
+        text = json.dumps(refinement.to_dict())
     return Refinement.from_dict(json.loads(processes.broadcast_text(text)))
 
 
