@@ -44,8 +44,25 @@ def pytest_collection_finish():
     gc.freeze()
 
 
-@pytest.fixture(autouse=True)
-def _seed():
+def seed(number):
+    """Let random numbers begin anew; PyTorch is imported late, for the process without it."""
     import torch
 
-    torch.manual_seed(0)
+    torch.manual_seed(number)
+
+
+def pytest_collectstart(collector):
+    """Give what a module draws as it is imported the same numbers whatever came before."""
+    if isinstance(collector, pytest.Module):
+        seed(2)
+
+
+def pytest_fixture_setup(fixturedef):
+    """Give what fixtures of modules draw the same numbers whatever ran before."""
+    if fixturedef.scope != "function":
+        seed(1)  # another than that of the tests: what is fitted is not what is held out
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    seed(0)

@@ -171,9 +171,10 @@ def search_of_features(folder):
 def refined_search(folder):
     """Refine from one point: the first process does that for all."""
     x, y = points(70, 3, spread=0.4)
-    grid = {"C_grid": (10.0,), "gamma_grid": (0.3,), "folds": 2, "refine": True}
+    grid = {"C_grid": (10.0,), "gamma_grid": (0.3,), "folds": 2, "refine": "ard"}
     search = grid_search(shared(x), y, tol=FINE, **grid)
-    found = torch.tensor([*search.refinement.C[1], *search.refinement.gamma])
+    refined = search.refinement
+    found = torch.tensor([*refined.C[1], *refined.gamma, *refined.scale])
     return {**_machine(search.svm), "refinement": found}
 
 

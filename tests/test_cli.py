@@ -601,14 +601,17 @@ def test_the_search_chooses_from_the_given_grids(digits, tmp_path):
 @pytest.mark.slow
 def test_a_search_is_refined_on_request_and_both_classifiers_tell_it(digits, tmp_path):
     run = tmp_path / "run"
-    net = _made_in_an_epoch(digits, run, "--C-grid", "3", "--gamma-grid", "0.5", "--refine")
+    grid = "--C-grid", "3", "--gamma-grid", "0.5"
+    net = _made_in_an_epoch(digits, run, *grid, "--refine", "ard")
     dnr = torchdnr.DNR.load(run / "dnr.safetensors", net)
     losses = [chosen["refinement"]["loss"] for chosen in dnr.selection.values()]
     assert len(losses) == 3 and all(before >= after >= 0 for before, after in losses)
+    widths = [len(chosen["refinement"].get("scale", ())) for chosen in dnr.selection.values()]
+    assert widths == [dnr.features.sizes[name]["features"] for name in dnr.layers] + [0]
     (nr,) = torchdnr.NR.load(run / "nr.safetensors", net).selection.values()
     of_dnr = dnr.selection[dnr.layers[-1]]
     assert (nr["C"], nr["gamma"]) == (of_dnr["C"], of_dnr["gamma"])
-    assert json.loads((run / "settings.json").read_text())["refine"] is True
+    assert json.loads((run / "settings.json").read_text())["refine"] == "ard"
 
 
 def test_classifiers_without_the_settings_they_were_made_with_are_refused(run, capsys):

@@ -1,17 +1,20 @@
 """C by class and gamma, refined from a point of the grid."""
 
 import json
+from copy import deepcopy
 
 import pytest
 import torch
 from accelerator import accelerator
+from gpytorch.kernels import RBFKernel
 from small_models import LAYERS, make_images, small_network
 from test_model_selection import digits
 
 from torchdnr import DNR, NR
+from torchdnr.features.layers import LayerFeatures
 from torchdnr.svm import RBFSVM, grid_search, out_of_fold_scores
 from torchdnr.svm.model_selection import stratified_folds
-from torchdnr.svm.refinement import FoldedProblem
+from torchdnr.svm.refinement import FoldedProblem, Refinement, refine_point
 
 POOR = {"C_grid": [300.0], "gamma_grid": [0.02], "folds": 3}
 
@@ -69,18 +72,25 @@ def test_from_a_poor_grid_it_comes_close_to_the_best_of_a_fine_one():
     assert found.loss[1] < fine + 0.1 * (found.loss[0] - fine)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
-def test_what_is_kept_is_not_worse_out_of_fold(seed):
-    """Measured anew, by the solver of the search, on the folds that the comparison used."""
+def test_what_is_kept_is_not_worse_where_each_sample_was_left_out_of_all(seed):
     features, labels = digits(100, noise=0.8)
-    grid = {"C_grid": [0.1, 1.0], "gamma_grid": [0.2, 1.0], "folds": 3, "seed": seed}
+    grid = {"C_grid": [1.0], "gamma_grid": [1.0], "folds": 3, "seed": seed}
     search = grid_search(features, labels, refine=True, **grid)
     found = search.refinement
     pairs = list(zip(found.C, found.gamma, strict=True))
-    rates = []
-    for C, gamma in pairs:
-        folds = {"folds": 3, "seed": seed + 1, "tol": 1e-6}
-        scores = out_of_fold_scores(features, labels, C=C, gamma=gamma, **folds)
+    seen, judging = (stratified_folds(labels, 3, seed + more) for more in (0, 1))
+    scores_of_both, rates = torch.zeros(2, 100, 4, dtype=torch.float64), []
+    for k in range(3):
+        rest, held_out = judging != k, judging == k
+        folds = seen[rest], torch.arange(int(rest.sum())) % 2  # on the latter nothing rests here
+        point = found.C[0], found.gamma[0]
+        part = refine_point(features[rest], labels[rest], folds, point)
+        for scores, C, gamma in zip(scores_of_both, part.C, part.gamma, strict=True):
+            svm = RBFSVM(C, gamma, tol=1e-6).fit(features[rest], labels[rest])
+            scores[held_out] = svm(features[held_out])
+    for scores in scores_of_both:
         best, predicted = scores.max(dim=1)
         wrong, accepted = predicted != labels, best >= best.sort().values[10]
         rates.append([(~wrong).double().mean().item(), (wrong & accepted).double().mean().item()])
@@ -93,6 +103,21 @@ def test_what_is_kept_is_not_worse_out_of_fold(seed):
     torch.testing.assert_close(search.svm(features), expected(features), rtol=0, atol=5e-3)
     assert (search.C, search.gamma) == (C, gamma)
     assert ("not kept" in search.reason) == (not found.kept)
+
+
+def test_widths_that_fit_chance_do_not_pass_for_better():
+    """They lower the loss, and the error on other folds, of samples that they were chosen by."""
+    generator = torch.Generator().manual_seed(1)
+    features = torch.randn(60, 40, dtype=torch.float64, generator=generator)
+    labels = torch.arange(60) % 2
+    grid = {"C_grid": [1.0], "gamma_grid": [0.3], "folds": 3}
+    search = grid_search(features, labels, refine="ard", **grid)
+    found = search.refinement
+    assert found.loss[1] < 0.9 * found.loss[0]
+    widths = features * torch.tensor(found.scale)
+    scores = out_of_fold_scores(widths, labels, C=found.C[1], gamma=found.gamma[1], seed=7)
+    assert (scores.argmax(dim=1) == labels).double().mean() > 0.7
+    assert found.accuracy[1] < 0.6
 
 
 def test_out_of_fold_scores_with_a_c_by_class_are_those_of_refits():
@@ -134,7 +159,8 @@ def test_a_search_that_is_not_refined_says_nothing_of_it():
     assert search.C == 300.0
 
 
-@pytest.mark.parametrize("kind", [pytest.param(DNR, marks=pytest.mark.slow), NR])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [DNR, NR])
 def test_a_refined_classifier_is_saved_loaded_and_refitted_with_its_c_by_class(tmp_path, kind):
     torch.manual_seed(0)
     images, labels = make_images(60), torch.arange(60) % 3
@@ -184,3 +210,90 @@ def test_a_search_is_refined_on_any_device_and_in_inference_mode():
     for search in (there, inside):
         assert search.refinement.loss == pytest.approx(expected.refinement.loss, rel=1e-3)
         assert search.refinement.kept == expected.refinement.kept
+
+
+def noisy(n, seed=0):
+    """Two features that tell the classes, and six of noise, which weigh as much."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(n) % 3
+    angle = labels * (2 * torch.pi / 3)
+    features = 1.5 * torch.randn(n, 8, dtype=torch.float64, generator=generator)
+    features[:, :2] /= 1.5
+    features[:, :2] += 1.5 * torch.stack([angle.cos(), angle.sin()], dim=1)
+    return features, labels
+
+
+def test_the_gradient_by_the_widths_of_features_is_that_of_refits():
+    features, labels = noisy(60)
+    problem = FoldedProblem(features, labels, stratified_folds(labels, 3), None, None, None)
+    C, gamma = torch.ones(3, dtype=torch.float64), torch.tensor(0.05, dtype=torch.float64)
+
+    def loss(scale):
+        return problem.loss(problem.scores(C, gamma, scale)[0])
+
+    scale = torch.linspace(0.6, 1.4, 8, dtype=torch.float64).requires_grad_()
+    (gradient,) = torch.autograd.grad(loss(scale), scale)
+    for index in range(8):
+        step = torch.zeros(8, dtype=torch.float64)
+        step[index] = 1e-4
+        with torch.no_grad():
+            central = (loss(scale + step) - loss(scale - step)) / 2e-4
+        assert gradient[index].item() == pytest.approx(central.item(), rel=2e-3, abs=1e-7)
+
+
+def test_features_of_noise_get_wide_kernels_and_scores_are_gpytorchs_of_such_widths():
+    (features, labels), (unseen, _) = noisy(300), noisy(50, seed=1)
+    grid = {"C_grid": [1.0], "gamma_grid": [1.0], "folds": 3}
+    search = grid_search(features, labels, refine="ard", **grid)
+    scale, refined = search.scale, search.refinement
+    assert refined.kept and scale[2:].max() < 0.7 * scale[:2].min()
+    kernel = RBFKernel(ard_num_dims=8).double()
+    kernel.lengthscale = (2 * search.gamma) ** -0.5 / scale
+    expected = RBFSVM(search.C, kernel=kernel, tol=1e-6).fit(features, labels)
+    torch.testing.assert_close(search.svm(unseen * scale), expected(unseen), rtol=0, atol=5e-3)
+    found = json.loads(json.dumps(search.to_dict()))["refinement"]
+    assert Refinement.from_dict(found) == refined
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [DNR, NR])
+def test_a_classifier_with_widths_of_features_does_all_that_others_do(tmp_path, kind):
+    torch.manual_seed(0)
+    images, labels = make_images(60), torch.arange(60) % 3
+    images = (images + images[labels]) / 2
+    options = {**POOR, "stacking_folds": 2, "refine": "ard", "seed": 3}
+    if kind is DNR:  # of one layer the widths stay as they are
+        options["hyperparameters"] = {LAYERS[0]: (1.0, 0.1)}
+    net = small_network()
+    model = kind(net, LAYERS if kind is DNR else LAYERS[-1], **options).fit(images, labels)
+    assert model.selection[LAYERS[-1]]["refinement"]["kept"]
+    scale = torch.tensor(model.selection[LAYERS[-1]]["refinement"]["scale"])
+    assert not torch.allclose(scale, torch.ones_like(scale))
+    plain = LayerFeatures(net, [LAYERS[-1]])(images)[LAYERS[-1]]
+    torch.testing.assert_close(model.features(images)[LAYERS[-1]], plain * scale)
+    assert "scaled one by one" in model.features.describe()
+    model.set_threshold(0.0)
+    model.save(tmp_path / "model.safetensors")
+    loaded = kind.load(tmp_path / "model.safetensors", net)
+    assert torch.equal(loaded(images), model(images))
+    assert torch.equal(deepcopy(model)(images), model(images))
+    again = loaded.refitted(images, labels).scores(images)
+    torch.testing.assert_close(again, model.scores(images), rtol=0, atol=1e-2)
+    whole = model.compress(images, factor=1, steps=0, joint_steps=0)
+    torch.testing.assert_close(whole.scores(images), model.scores(images), rtol=0, atol=1e-2)
+    wide, image = deepcopy(model).double(), images[:2].double()
+    assert torch.autograd.gradcheck(wide.scores, image.requires_grad_(), atol=1e-4)
+    # Fitted again without, and loaded into one that has none, it keeps nothing of them.
+    once_more = kind(net, LAYERS if kind is DNR else LAYERS[-1], **{**options, "refine": False})
+    other = once_more.fit(images, labels).state_dict()
+    model.load_state_dict(other)
+    torch.testing.assert_close(model.scores(images), once_more.scores(images))
+
+
+def test_what_to_refine_is_checked():
+    for make in (
+        lambda: NR(small_network(), LAYERS[-1], refine="all"),
+        lambda: grid_search(*digits(60), refine="all", **POOR),
+    ):
+        with pytest.raises(ValueError, match='refine must be False, True or "ard", got'):
+            make()

@@ -47,6 +47,7 @@ from torchdnr.svm.influence import Influence, influence
 from torchdnr.svm.model_selection import C_GRID, GAMMA_GRID
 from torchdnr.svm.multiclass import ClassWeight, PerClass, checked_C, checked_class_weight
 from torchdnr.svm.rbf_svm import RBFSVM
+from torchdnr.svm.refinement import Refine
 from torchdnr.svm.stack import SVMOptions, SVMStack, chosen_sizes, svm_names
 
 NETWORK = "features.net."
@@ -87,8 +88,10 @@ class DNR(nn.Module):
         memory_limit: Bytes that one fit may take beyond the features, and that the features of all
             layers may take before they go to files, see ``fit``; default 4 GiB.
         refine: Whether to improve what each search chose: C by class, and gamma, along the gradient
-            of a smooth out-of-fold loss; see ``grid_search``. It takes about as long again, and is
-            for coarse grids: near a good point it gains no more than chance does.
+            of a smooth out-of-fold loss; see ``grid_search``. It takes several times as long as the
+            search, and is for coarse grids: near a good point it gains no more than chance does.
+            ``"ard"``: also a width for each feature of the layers, by factors that ``features``
+            applies.
         class_weight: Factors of C by class in all SVMs, as in ``RBFSVM``: one per class, a dict, or
             ``"balanced"``, which balances every fold by itself too.
         combine: Whether a combiner scores, on what the SVMs of the layers return; see ``NR``.
@@ -120,7 +123,7 @@ class DNR(nn.Module):
         seed: int = 0,
         batch_size: int | None = None,
         memory_limit: int | None = None,
-        refine: bool = False,
+        refine: Refine = False,
         class_weight: ClassWeight | None = None,
         combine: bool = True,
     ) -> None:
@@ -271,6 +274,7 @@ class DNR(nn.Module):
         with full_precision(labels.device):  # autocast and TF32 are for the network alone
             self.svms.fit(by_layer, labels, sample_weight=weight, progress=progress)
         self.svms.to(self.device)  # from the CPU, where features that are mapped from files live
+        features.set_scales(self.svms.scales)
         for name, distortion in distortions(features).items():
             self.selection[name]["distortion"] = distortion
         return self

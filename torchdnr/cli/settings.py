@@ -185,14 +185,16 @@ class RunSettings(Settings):
         nargs="+",
         metavar="G",
     )
-    refine: bool = option(
+    refine: bool | str = option(
         "improve what the search chose: C by class, and gamma, along the gradient of a smooth "
-        "out-of-fold loss; kept if neither accuracy nor rejection becomes worse",
+        "out-of-fold loss; kept if neither accuracy nor rejection becomes worse. ard: also a width "
+        "for each feature of the layers",
         default=False,
         default_text="",
         optional=True,
-        action="store_const",
+        nargs="?",
         const=True,
+        choices=["ard"],
     )
     class_weight: str | None = option(
         "factors of C by class in the SVMs. balanced: the fewer images a class has, the more each "

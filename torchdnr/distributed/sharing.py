@@ -104,6 +104,10 @@ class ShardedFeatures:
             self.local[positions[is_local]], replace(self.partition, sizes=sizes)
         )
 
+    def times(self, factors: Tensor) -> "ShardedFeatures":
+        """Multiply every row by the same factors, ``(d,)``."""
+        return replace(self, local=self.local * factors.to(self.local))
+
     def means(self) -> Tensor:
         """Compute the mean of all rows, ``(d,)``."""
         means, processes = column_means(self.local), self.partition.processes

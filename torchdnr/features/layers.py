@@ -41,6 +41,7 @@ class LayerFeatures(nn.Module):
         seed: Of random projections.
 
     Attributes:
+        scale_0, ...: Factors of the features of each layer, ``(d,)``, see ``set_scales``, or None.
         reductions: One module per layer. A built-in one that depends on the layer's output is made
             ready by ``prepare_features``, or else by the first call.
         sizes: Layer name -> ``output``, the shape of one sample's output (of an output without its
@@ -62,6 +63,18 @@ class LayerFeatures(nn.Module):
         self.given = {name: given[name] for name in self.layers}
         self.reductions = nn.ModuleList(build_reduction(r, seed) for r in self.given.values())
         self.sizes: dict[str, dict[str, Any]] = {}
+        for index in range(len(self.layers)):
+            self.register_buffer(f"scale_{index}", None)
+
+    def set_scales(self, scales: Mapping[str, Tensor]) -> None:
+        """Multiply the features of some layers by factors, ``(d,)`` by name, from now on."""
+        for index, name in enumerate(self.layers):
+            scale = scales.get(name)
+            setattr(self, f"scale_{index}", None if scale is None else scale.to(self._device()))
+
+    def _device(self) -> torch.device | None:
+        """Return where the network is, if it has parameters."""
+        return next((p.device for p in self.parameters()), None)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """Copy it without the hooks of calls that are under way in other threads."""
@@ -76,11 +89,13 @@ class LayerFeatures(nn.Module):
 
     def describe(self) -> str:
         """Return a line per layer: name, output, reduction, number of features where known."""
-        lines = []
+        lines, scaled = [], self._scales()
         for name, reduction in zip(self.layers, self.reductions, strict=True):
             known = self.sizes.get(name, {"output": "(...)", "features": "?"})
             shape = str(known["output"]).replace("[", "(").replace("]", ")")
             text = reduction_text(reduction)
+            if name in scaled:
+                text += ", scaled one by one"
             lines.append(f"{name}: {shape} -> {text} -> {known['features']} features")
         return "\n".join(lines) or "no layers yet: fit chooses them"
 
@@ -100,7 +115,25 @@ class LayerFeatures(nn.Module):
                 if isinstance(reduction, Reduction) and not reduction.ready:
                     prepare_reduction(reduction, name, output, inputs)
                 features[name] = _check_features(name, reduction(output), inputs.shape[0])
+        for name, scale in self._scales().items():
+            features[name] = features[name] * scale
         return features
+
+    def _scales(self) -> dict[str, Tensor]:
+        """Return the factors of the layers that have some."""
+        scales = ((name, getattr(self, f"scale_{i}")) for i, name in enumerate(self.layers))
+        return {name: scale for name, scale in scales if scale is not None}
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: object, **kwargs: object
+    ) -> None:
+        """Make a buffer for factors of any number, or none, before torch copies into them."""
+        for index in range(len(self.layers)):
+            stored = state_dict.get(f"{prefix}scale_{index}")
+            with torch.inference_mode(False):
+                empty = None if stored is None else torch.empty_like(stored, device=self._device())
+            setattr(self, f"scale_{index}", empty)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def outputs(self, inputs: Tensor) -> dict[str, Tensor]:
         """Run the network once and return the outputs of its layers, by name: ``(n, ...)``.

@@ -31,13 +31,17 @@ from torchdnr.svm.multiclass import (
     upper_bounds,
 )
 from torchdnr.svm.rbf_svm import RBFSVM
-from torchdnr.svm.refinement import Refinement, refine_point
+from torchdnr.svm.refinement import Refine, Refinement, check_refine, refine_point
 from torchdnr.svm.solver import solve_dual
 from torchdnr.svm.working_set import make_feasible
 
 C_GRID = (0.01, 0.1, 1.0, 10.0, 100.0)
 GAMMA_GRID = (0.0625, 0.25, 1.0, 4.0)
 """Multiples of gamma = "scale", so that one grid fits any layer."""
+
+
+JUDGED = 3
+"""Folds at most on which a refinement is judged: it is repeated without each of them."""
 
 
 class SelectionWarning(UserWarning):
@@ -56,7 +60,7 @@ class GridSearch:
         accuracy: Cross-validated accuracy, ``(len(C_grid), len(gamma_grid))``.
         reason: Why this point was chosen, a sentence.
         not_converged: Dual problems that missed the tolerance, over the whole search.
-        svm: The fit of the chosen point on all samples.
+        svm: The fit of the chosen point on all samples, times ``scale`` where there is one.
         refinement: What became of refining the point of the grid; None where it was not asked for.
     """
 
@@ -69,6 +73,14 @@ class GridSearch:
     not_converged: int
     svm: RBFSVM
     refinement: Refinement | None = None
+
+    @property
+    def scale(self) -> Tensor | None:
+        """Factors of the features that ``svm`` takes, ``(d,)``; None: it takes them as they are."""
+        refined = self.refinement
+        if refined is None or refined.scale is None or not refined.kept:
+            return None
+        return torch.tensor(refined.scale, dtype=torch.float64).to(self.svm.center)
 
     def to_dict(self) -> dict[str, Any]:
         """Return all fields but the fit as JSON values."""
@@ -117,7 +129,7 @@ def grid_search(
     max_steps: int = 1_000_000,
     distances: Tensor | None = None,
     memory_limit: int | None = None,
-    refine: bool = False,
+    refine: Refine = False,
     progress: bool = False,
     description: str = "grid search",
 ) -> GridSearch:
@@ -145,7 +157,8 @@ def grid_search(
         memory_limit: Bytes that the search may take beyond its inputs; default 4 GiB.
         refine: Whether to improve the chosen point: C by class, and gamma, along the gradient of a
             smooth out-of-fold loss, in float64. What comes of it is kept if neither accuracy nor
-            rejection is worse on other folds, see ``Refinement``.
+            rejection is worse on samples that had no part in it, see ``Refinement``. ``"ard"``: also a width for each
+            feature, by factors of the features, ``GridSearch.scale``.
         progress: Whether to show a progress bar.
         description: What the progress bar is called.
 
@@ -153,7 +166,7 @@ def grid_search(
         The chosen pair, the whole table, and the fit of the chosen pair.
 
     Raises:
-        ValueError: If the data, a grid, the folds or the memory limit do not fit.
+        ValueError: If the data, a grid, the folds, ``refine`` or the memory limit do not fit.
 
     Warns:
         ConvergenceWarning: For each grid point with problems that missed ``tol``.
@@ -162,6 +175,7 @@ def grid_search(
     Source: the one-standard-error rule of Breiman et al., "Classification and regression trees",
     1984, Sec. 3.4.3.
     """
+    check_refine(refine)
     features = ShardedFeatures.of(checked_features(features))
     labels = as_labels("labels", labels, features.local.device)
     c, labels = check_labels(labels, len(features)), labels.long()
@@ -211,12 +225,16 @@ def grid_search(
     refinement = None
     chosen: tuple[float | tuple[float, ...], float] = C, gamma
     if refine:
-        folded = fold, stratified_folds(labels, folds, seed + 1)
+        folded = fold, stratified_folds(labels, min(folds, JUDGED), seed + 1)
         weights = checked_class_weight(class_weight), weight
-        refinement = _refined(features, labels, folded, (C, gamma), weights, kernels.limit)
+        ard = refine == "ard"
+        refinement = _refined(features, labels, folded, (C, gamma), weights, ard, kernels.limit)
         reason = f"{reason}; refined: {refinement.reason}"
         if refinement.kept:
             chosen = refinement.C[1], refinement.gamma[1]
+            if refinement.scale is not None:
+                features = features.times(torch.tensor(refinement.scale, dtype=torch.float64))
+                kernels.distances = None
     svm = RBFSVM(*chosen, tol=tol, max_steps=max_steps, class_weight=class_weight).fit(
         features,
         labels,
@@ -234,6 +252,7 @@ def _refined(
     folds: tuple[Tensor, Tensor],
     point: tuple[float, float],
     weights: tuple[CheckedWeight, Tensor | None],
+    ard: bool,
     memory_limit: int,
 ) -> Refinement:
     """Refine a point in the first process, and tell the others what came of it."""
@@ -242,7 +261,7 @@ def _refined(
     if processes.first:
         with alone():
             refinement = refine_point(
-                whole, labels, folds, point, *weights, memory_limit=memory_limit
+                whole, labels, folds, point, *weights, ard=ard, memory_limit=memory_limit
             )
         text = json.dumps(refinement.to_dict())
     return Refinement.from_dict(json.loads(processes.broadcast_text(text)))

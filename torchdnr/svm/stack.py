@@ -22,6 +22,7 @@ from torchdnr.svm.implicit import implicit_out_of_fold_scores
 from torchdnr.svm.model_selection import grid_search, out_of_fold_scores, stratified_folds
 from torchdnr.svm.multiclass import CheckedWeight, PerClass, checked_C
 from torchdnr.svm.rbf_svm import RBFSVM
+from torchdnr.svm.refinement import Refine, check_refine
 
 COMBINER = "combiner"
 """Name of the combiner in ``hyperparameters`` and ``selection``, see ``svm_names``."""
@@ -49,10 +50,11 @@ class SVMOptions:
     seed: int
     memory_limit: int | None
     class_weight: CheckedWeight = None
-    refine: bool = False
+    refine: Refine = False
 
     def __post_init__(self) -> None:
         """Check what no SVM checks by itself."""
+        check_refine(self.refine)
         if min(self.folds, self.stacking_folds) < 2:
             raise ValueError(
                 f"folds must be >= 2, got folds={self.folds} and "
@@ -98,7 +100,9 @@ class SVMStack(nn.Module):
     """RBF-SVMs on the features of layers, and perhaps a combiner on their concatenated scores.
 
     There are no layers while they are not chosen yet; one layer needs no combiner. ``selection``
-    says how each SVM got its hyper-parameters, named by ``svm_names``, as JSON values.
+    says how each SVM got its hyper-parameters, named by ``svm_names``, as JSON values. ``scales``
+    are the factors of features, by layer, ``(d,)``, that ``fit`` has found and that the SVMs expect
+    of ``LayerFeatures``.
     """
 
     base_svms: nn.ModuleList
@@ -113,6 +117,7 @@ class SVMStack(nn.Module):
         self.base_svms = nn.ModuleList(RBFSVM(**common) for _ in layers)
         self.register_module("combiner", RBFSVM(**common) if combine else None)
         self.selection: dict[str, dict[str, Any]] = {}
+        self.scales: dict[str, Tensor] = {}
         self.options = options.checked(list(self.named() if layers else options.hyperparameters))
 
     def named(self) -> dict[str, RBFSVM]:
@@ -170,6 +175,8 @@ class SVMStack(nn.Module):
                     svm.fit(inputs, labels, **limits)
                 self.selection[name] = {"C": _listed(C), "gamma": gamma}
             else:
+                # The inputs of the combiner are of one kind: they keep one width.
+                refine = options.refine if name in self.layers else bool(options.refine)
                 with stage("search"):
                     search = grid_search(
                         inputs,
@@ -178,12 +185,15 @@ class SVMStack(nn.Module):
                         gamma_grid=options.gamma_grid,
                         folds=options.folds,
                         seed=options.seed,
-                        refine=options.refine,
+                        refine=refine,
                         progress=progress,
                         description=f"grid search, {name}",
                         **common,
                     )
                 svm, self.selection[name] = search.svm, search.to_dict()
+                if search.scale is not None:
+                    self.scales[name] = search.scale
+                    inputs = inputs.times(search.scale)
             if name not in self.layers:
                 self.combiner = svm
                 break
