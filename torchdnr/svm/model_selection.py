@@ -157,8 +157,8 @@ def grid_search(
         memory_limit: Bytes that the search may take beyond its inputs; default 4 GiB.
         refine: Whether to improve the chosen point: C by class, and gamma, along the gradient of a
             smooth out-of-fold loss, in float64. What comes of it is kept if neither accuracy nor
-            rejection is worse on samples that had no part in it, see ``Refinement``. ``"ard"``: also a width for each
-            feature, by factors of the features, ``GridSearch.scale``.
+            rejection is worse on samples that had no part in it, see ``Refinement``. ``"ard"``:
+            also a width for each feature, by factors of the features, ``GridSearch.scale``.
         progress: Whether to show a progress bar.
         description: What the progress bar is called.
 
