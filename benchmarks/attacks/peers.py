@@ -1,11 +1,12 @@
 """Compare our attacks with those of other libraries, sample by sample, on one model.
 
-`python -m benchmarks.attacks.peers --run runs/mnist-5k` takes a run folder of attack.py: its model,
-its attacked test images and what our line-up reached on each of them at each eps. The attacks of
-foolbox, torchattacks, ART and AutoAttack (extra `peers`) then attack the same images through our
-adapters, so that a success is an accepted and wrong input, within the ball and the box, judged by
-the model itself. An evaluation is as strong as they are if no peer succeeds where it fails; the
-number of samples where one does is what counts here, per peer and eps.
+`python -m benchmarks.attacks.peers --run runs/mnist-5k --robust mnist_cnn_a_adv.pth` takes DNN, NR
+and DNR of a run folder of train.py, and an adversarially trained network with and without DNR. Our
+default line-up attacks the first test images. Where it does not evade, the attacks of foolbox,
+torchattacks, ART and AutoAttack (extra `peers`) try through our adapters, so that a success is an
+accepted and wrong input, within the ball and the box, judged by the model itself. An evaluation is
+as strong as they are if no peer succeeds where it fails; the number of samples where one does is
+what counts here, per peer and eps.
 
 A sample that a peer evades at one eps is evaded at every larger one and is not attacked again.
 Numbers go to benchmarks/results/peers-<device>.json after every attack and eps; a stopped run goes
@@ -25,12 +26,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.common import RESULTS, load_run
+from benchmarks.attacks.robust import robust_classifiers
+from benchmarks.common import RESULTS, load_run, stamp
 from torchdnr.adapters import attack_per_label
 from torchdnr.attacks import evades, project
 from torchdnr.attacks.starts import nearest_other_class
 from torchdnr.decisions import has_reject_column, is_evasion
-from torchdnr.evaluation import SecurityCurve, load_results, predict_labels
+from torchdnr.evaluation import predict_labels, security_evaluation
 from torchdnr.evaluation.environment import describe_environment
 from torchdnr.evaluation.judging import outputs
 from torchdnr.files import digest, read_json, write_json
@@ -38,7 +40,6 @@ from torchdnr.files import digest, read_json, write_json
 BATCH_SIZE = 256
 SEED = 0
 TOLERANCE = 1e-5  # by which a norm may exceed eps; a library rounds in float32
-FILES = "settings.json", "network.safetensors", "nr.safetensors", "dnr.safetensors", "results.json"
 
 Run = Callable[[nn.Module, Tensor, Tensor, float, Tensor], Tensor]
 
@@ -191,60 +192,29 @@ class Problem:
     ours: dict[float, Tensor]
 
 
-def load_problem(folder: Path, name: str, samples: int | None, eps: Sequence[float]) -> Problem:
-    """Load model, images and our results from a run folder.
-
-    Args:
-        folder: Run folder of attack.py.
-        name: Classifier: DNN, NR or DNR.
-        samples: Images to attack, from the first; None: all that ours attacked.
-        eps: Sizes of the perturbation; among those of the results.
-
-    Returns:
-        The problem.
-
-    Raises:
-        ValueError: If the folder lacks a file, or the results do not fit.
-    """
-    missing = [file for file in FILES if not (folder / file).exists()]
-    if missing:
-        raise ValueError(f"{folder} lacks {', '.join(missing)}: run attack.py --run {folder}")
-    curve = load_results(folder / "results.json")[0][name]
-    unknown = sorted(set(eps) - set(curve.eps))
-    if curve.norm != 2 or unknown or min(eps) <= 0:
-        raise ValueError(
-            f"eps must be > 0 and among {curve.eps}, in the l2 norm, of {folder}/results.json; "
-            f"got {list(eps)} and norm {curve.norm:g}"
-        )
-    job, classifiers = load_run(folder)
-    model = classifiers[name].eval()
-    count = len(curve.labels) if samples is None else min(samples, len(curve.labels))
-    inputs, labels = (part[:count] for part in job.images("test"))
-    if not torch.equal(labels.cpu(), curve.labels[:count]):
-        raise ValueError(f"{folder}/results.json is of other images: run attack.py again")
+def make_problem(
+    model: nn.Module,
+    inputs: Tensor,
+    labels: Tensor,
+    pool: Tensor,
+    ours: dict[float, Tensor],
+) -> Problem:
+    """Find where the attacks that need a start begin: at the nearest image of another class."""
     reject = has_reject_column(model, None)
-    pool = job.images("svm")[0]
     classes = predict_labels(outputs(model, pool, BATCH_SIZE), reject)
     nearest, usable = nearest_other_class(inputs, labels, pool, classes, 1)
     if not usable.all():
-        raise ValueError(f"{name} accepts no image of another class to start some attacks from")
-    return Problem(
-        model,
-        reject,
-        inputs,
-        labels,
-        pool[nearest[:, 0]],
-        ours_evading(curve, eps, count),
-    )
+        raise ValueError("the model accepts no image of another class to start some attacks from")
+    return Problem(model, reject, inputs, labels, pool[nearest[:, 0]], ours)
 
 
-def ours_evading(curve: SecurityCurve, eps: Sequence[float], count: int) -> dict[float, Tensor]:
-    """Read from a curve where our line-up evades, by eps, for the first samples."""
-    rows = {value: curve.eps.index(value) for value in eps}
-    return {
-        value: is_evasion(curve.predictions[row], curve.labels)[:count]
-        for value, row in rows.items()
-    }
+def evaluate(
+    model: nn.Module, inputs: Tensor, labels: Tensor, pool: Tensor, eps: Sequence[float]
+) -> dict[str, list[bool]]:
+    """Attack by our default line-up in l2, and tell by eps which samples it evades."""
+    curve = security_evaluation(model, inputs, labels, eps, init_inputs=pool, progress=False)
+    pairs = zip(curve.eps, curve.predictions, strict=True)
+    return {f"{size:g}": is_evasion(row, curve.labels).tolist() for size, row in pairs}
 
 
 def run_peer(problem: Problem, peer: Peer, eps: float, rows: Tensor) -> dict[str, Any]:
@@ -260,6 +230,8 @@ def run_peer(problem: Problem, peer: Peer, eps: float, rows: Tensor) -> dict[str
         ``rows``; ``evading`` and ``norm`` of each point, clipped to the box and, but for minimum
         norms, projected on the ball; how many lay ``outside``; ``seconds``.
     """
+    if not len(rows):
+        return {"rows": [], "evading": [], "norm": [], "outside": 0, "seconds": 0.0}
     inputs, labels, starts = (t[rows] for t in (problem.inputs, problem.labels, problem.starts))
 
     def attack(view: nn.Module, some: Tensor, classes: Tensor) -> Tensor:
@@ -294,9 +266,8 @@ def reached(peer: Peer, runs: dict[str, dict[str, Any]], eps: float, samples: in
     for size, run in runs.items():
         if peer.minimum_norm or float(size) <= eps:
             near = torch.tensor(run["norm"]) <= eps * (1 + TOLERANCE)
-            found[torch.tensor(run["rows"], dtype=torch.int64)] |= torch.tensor(run["evading"]) & (
-                near
-            )
+            evading = torch.tensor(run["evading"], dtype=torch.bool) & near
+            found[torch.tensor(run["rows"], dtype=torch.int64)] |= evading
     return found
 
 
@@ -327,10 +298,10 @@ def measure(
     problem: Problem,
     chosen: dict[str, Peer],
     record: dict[str, Any],
-    path: Path,
+    keep: Callable[[], None],
     run: Callable[[Problem, Peer, float, Tensor], dict[str, Any]] = run_peer,
 ) -> None:
-    """Run every peer at every eps that the record lacks, and write the record after each."""
+    """Run every peer at every eps that the record lacks, where ours failed; keep it after each."""
     samples = len(problem.labels)
     for name, peer in chosen.items():
         entry = record["peers"].setdefault(name, {"versions": peer.versions(), "runs": {}})
@@ -343,13 +314,12 @@ def measure(
         for eps in sizes[-1:] if peer.minimum_norm else sizes:
             if f"{eps:g}" not in entry["runs"]:
                 left = ~reached(peer, entry["runs"], eps, samples)
-                if record["run"]["survivors"]:
-                    left &= ~problem.ours[sizes[0] if peer.minimum_norm else eps]
+                left &= ~problem.ours[sizes[0] if peer.minimum_norm else eps]
                 rows = left.nonzero()[:, 0].to(problem.labels.device)
                 print(f"{name}, eps {eps:g}: {len(rows)} samples", file=sys.stderr, flush=True)
                 entry["runs"][f"{eps:g}"] = run(problem, peer, eps, rows)
             entry["table"] = compare(problem, peer, entry["runs"])
-            write_json(path, record)
+            keep()
 
 
 def summary(record: dict[str, Any]) -> str:
@@ -369,53 +339,61 @@ def summary(record: dict[str, Any]) -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n", maxsplit=1)[0])
     option = parser.add_argument
-    option("--run", type=Path, default=Path("runs/mnist-5k"), help="run folder of attack.py")
-    option("--classifier", choices=("DNN", "NR", "DNR"), default="DNR")
-    option("--samples", type=int, help="images, from the first (default: all that ours attacked)")
-    option("--eps", type=float, nargs="+", default=[1, 1.5, 2], help="l2 (default: 1 1.5 2)")
+    option("--run", type=Path, default=Path("runs/mnist-5k"), help="run folder of train.py")
+    option("--robust", type=Path, help="weights of an adversarially trained network")
+    option("--only", nargs="+", help="names of classifiers (default: all)")
+    option("--samples", type=int, default=50, help="test images, from the first (default: 50)")
+    option("--eps", type=float, nargs="+", default=[1, 1.5, 2, 3], help="l2 (default: 1 1.5 2 3)")
     option("--peers", nargs="+", metavar="WORD", help="only attacks whose name has one of these")
     option("--steps", type=int, default=100, help="of iterative attacks (default: 100)")
     option("--queries", type=int, default=1000, help="of the square attack (default: 1000)")
-    option("--survivors", action="store_true", help="attack only where ours did not evade")
     option("--output", type=Path, help="default: benchmarks/results/peers-<device>.json")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the benchmark, print the table, and return 1 if some peer beats ours on a sample."""
+    """Run the benchmark, print the tables, and return 1 if some peer beats ours on a sample."""
     options = _parser().parse_args(argv)
-    eps = sorted(set(options.eps))
-    problem = load_problem(options.run, options.classifier, options.samples, eps)
+    job, classifiers = load_run(options.run)
+    if options.robust:
+        classifiers |= robust_classifiers(job, options.robust)
+    inputs, labels = (part[: options.samples] for part in job.images("test"))
+    pool, eps = job.images("svm")[0], sorted(set(options.eps))
     identity = {
-        "classifier": options.classifier,
-        "samples": len(problem.labels),
-        "eps": eps,
-        "steps": options.steps,
-        "queries": options.queries,
-        "survivors": options.survivors,
-        "digest": digest(
-            {**problem.model.state_dict(), "inputs": problem.inputs}
-            | {f"ours at {size:g}": found for size, found in problem.ours.items()}
-        ),
+        **{"samples": len(labels), "eps": eps, "steps": options.steps, "queries": options.queries},
+        "digest": digest({"inputs": inputs, "pool": pool}),
     }
-    device = problem.labels.device
-    output = options.output or RESULTS / f"peers-{device.type}.json"
-    record = {"run": identity, "environment": describe_environment(device), "peers": {}}
+    output = options.output or RESULTS / f"peers-{labels.device.type}.json"
+    result = {"run": identity, "classifiers": {}}
     if output.exists():
         earlier = read_json(output)
         if earlier.get("run") == identity:
-            record = earlier
+            result = earlier
         else:
             print(f"{output} is of another comparison: starting afresh", file=sys.stderr)
+    result |= {**stamp(), "environment": describe_environment(labels.device)}
     chosen = {
         name: peer
         for name, peer in peer_attacks(options.steps, options.queries).items()
         if options.peers is None or any(word.lower() in name.lower() for word in options.peers)
     }
-    measure(problem, chosen, record, output)
-    print(summary(record))
-    beaten = [row for entry in record["peers"].values() for row in entry["table"].values()]
-    return int(any(row["peer_only"] for row in beaten))
+    beaten = False
+    for name in options.only or classifiers:
+        model = classifiers[name].eval()
+        weights = digest(model.state_dict())
+        record = result["classifiers"].get(name, {})
+        if record.get("digest") != weights:
+            print(f"{name}: our line-up", file=sys.stderr, flush=True)
+            ours = evaluate(model, inputs, labels, pool, eps)
+            record = result["classifiers"][name] = {"digest": weights, "ours": ours, "peers": {}}
+            write_json(output, result)
+        ours = {float(size): torch.tensor(hits) for size, hits in record["ours"].items()}
+        problem = make_problem(model, inputs, labels, pool, ours)
+        measure(problem, chosen, record, lambda: write_json(output, result))
+        print(f"{name}\n{summary(record)}")
+        tables = (entry["table"].values() for entry in record["peers"].values())
+        beaten |= any(row["peer_only"] for rows in tables for row in rows)
+    return int(beaten)
 
 
 if __name__ == "__main__":

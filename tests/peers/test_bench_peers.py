@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from benchmarks.attacks import peers as bench
-from torchdnr.files import read_json
+from torchdnr.files import read_json, write_json
 
 pytest.importorskip("torchattacks", reason="needs torchattacks: pip install -e '.[peers]'")
 
@@ -37,8 +37,8 @@ def test_measures_the_missing_cases_only(peers, victim, tmp_path):
     ours = {size: torch.zeros(16, dtype=torch.bool) for size in (1.0, 2.0)}
     made = problem(victim, ours)
     chosen = {"torchattacks PGDL2": peers["torchattacks PGDL2"]}
-    record = {"run": {"survivors": False}, "peers": {}}
-    bench.measure(made, chosen, record, tmp_path / "peers.json")
+    record, path = {"peers": {}}, tmp_path / "peers.json"
+    bench.measure(made, chosen, record, lambda: write_json(path, record))
     entry = record["peers"]["torchattacks PGDL2"]
     first, second = entry["runs"]["1"], entry["runs"]["2"]
     assert first["rows"] == list(range(16))
@@ -51,6 +51,6 @@ def test_measures_the_missing_cases_only(peers, victim, tmp_path):
     def no_run(*_):
         raise AssertionError("measured again")
 
-    again = read_json(tmp_path / "peers.json")
-    bench.measure(made, chosen, again, tmp_path / "peers.json", run=no_run)
+    again = read_json(path)
+    bench.measure(made, chosen, again, lambda: None, run=no_run)
     assert again["peers"]["torchattacks PGDL2"]["runs"] == entry["runs"]
