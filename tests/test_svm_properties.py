@@ -16,6 +16,7 @@ from svm_oracles import check_solution, gram, held, libsvm, noisy
 from torchdnr.svm import ConvergenceWarning, solve_dual
 from torchdnr.svm.dual import certify, dual_bounds
 from torchdnr.svm.kernel_rows import KernelRows
+from torchdnr.svm.newton import newton_blocks
 from torchdnr.svm.projected_gradient import (
     SMALLEST,
     bounded_start,
@@ -411,6 +412,28 @@ def test_where_newton_fails_two_variable_updates_converge(newton, device):
     check_solution(kernel, targets, 3.0, solution)
     torch.testing.assert_close(solution.objective, expected.objective, rtol=1e-4, atol=0)
     assert (solution.steps > expected.steps).all()
+
+
+def test_problems_on_few_samples_each_are_solved_together():
+    """However few rows of the kernel there are, all of them are held."""
+    x, _ = many(80, 1)
+    own = torch.eye(8, dtype=torch.float64).repeat_interleave(10, dim=0)
+    targets = torch.where(torch.arange(80) % 2 == 0, 1.0, -1.0)[:, None].repeat(1, 8).double()
+    lower, upper = dual_bounds(targets, own)
+    rows = KernelRows.dense(gram(x, 0.3).double())
+    state = SolverState.start(rows, targets, lower, upper, None, 0.5e-3, 1000)
+    together = []
+
+    def solve(kernels, *others):
+        together.append(len(kernels))
+        return newton_blocks(kernels, *others)
+
+    state.solve = solve
+    descend(state)
+    assert together[0] == 8
+    alone = solve_dual(gram(x, 0.3)[:10, :10], targets[:10, :1], 1.0, tol=1e-6)
+    torch.testing.assert_close(state.dual_coef[0, :10], alone.dual_coef[:, 0], rtol=0, atol=5e-3)
+    assert not state.dual_coef[0, 10:].any()
 
 
 def test_a_kernel_that_is_positive_only_where_coefficients_sum_to_zero_is_solved():

@@ -25,11 +25,15 @@ from benchmarks.few_shot.heads import HEADS, C, Head, qpth_version
 from torchdnr.data import load_dataset
 from torchdnr.evaluation.environment import describe_environment
 from torchdnr.files import write_json
+from torchdnr.svm import RBFSVM, svm_scores
+from torchdnr.svm.implicit import TOL
 
 WAYS, SHOTS, QUERIES = 5, 5, 10
 BATCH = 4
 """Episodes of one step, and of one call whose time is taken."""
 LEARNING_RATE = 2e-3
+FIT_SIZE, FIT_REPEATS = (2_000, 200, 10), 7
+"""Samples, features and classes of the fit whose time is taken, and how often."""
 TURNED = [(digit, turns) for digit in range(5) for turns in range(4) if digit > 1 or turns < 2]
 """Training classes: digit and quarters of a turn; 0 and 1 look alike after two of these."""
 
@@ -138,6 +142,38 @@ def cost(
     return {key: sorted(times)[len(times) // 2] / BATCH for key, times in spent.items()}
 
 
+def fit_cost(repeats: int) -> dict[str, dict[str, float]]:
+    """Take the seconds of a fit, and of one with derivatives and its backward pass, by C.
+
+    Returns:
+        By C: ``fit``, of the same accuracy and in float64; ``quick fit``, float32 and to the
+        default tolerance; ``both``, the layer on 100 inputs, forward and backward.
+    """
+    n, d, classes = FIT_SIZE
+    generator = torch.Generator().manual_seed(0)
+    labels, centers = torch.arange(n) % classes, torch.randn(classes, d, generator=generator) / 4
+    features = centers[labels] + torch.randn(n, d, generator=generator) / 2
+    inputs = centers.repeat(10, 1) + torch.randn(10 * classes, d, generator=generator) / 2
+    gamma = 1.0 / (d * features.var().item())
+
+    def both(bound: float) -> None:
+        leaf = features.clone().requires_grad_()
+        svm_scores(leaf, labels, inputs, C=bound, gamma=gamma).square().sum().backward()
+
+    costs = {}
+    for bound in (1.0, 10.0):
+        calls = {
+            "fit": partial(RBFSVM(bound, gamma, tol=TOL).fit, features.double(), labels),
+            "quick fit": partial(RBFSVM(bound, gamma).fit, features, labels),
+            "both": partial(both, bound),
+        }
+        spent = interleaved(calls, repeats, torch.device("cpu"), time.process_time)
+        costs[f"{bound:g}"] = {
+            name: sorted(times)[len(times) // 2] for name, times in spent.items()
+        }
+    return costs
+
+
 def works(head: Head) -> str | None:
     """Try a head with gradients; return the error with which it fails."""
     features = torch.randn(BATCH, WAYS * SHOTS, 8, requires_grad=True)
@@ -180,9 +216,11 @@ def main() -> int:
         results[name][f"{kind}_seconds"] = seconds
     settings = {"ways": WAYS, "shots": SHOTS, "queries": QUERIES, "batch": BATCH, "C": C}
     settings |= {"steps": options.steps, "repeats": options.repeats, "classes": len(TURNED)}
+    settings |= {"fit_size": FIT_SIZE, "fit_repeats": FIT_REPEATS}
     environment = {**describe_environment("cpu"), "qpth": qpth_version()}
     content = {**first, "environment": environment, "settings": settings}
-    write_json(options.output, {**content, "untrained": untrained, "heads": results})
+    content |= {"untrained": untrained, "heads": results, "fits": fit_cost(FIT_REPEATS)}
+    write_json(options.output, content)
     return 0
 
 

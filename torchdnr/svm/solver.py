@@ -282,6 +282,7 @@ def _batches(sizes: Tensor, double: Tensor, rows: KernelRows) -> list[tuple[Tens
     """Group problems of one precision and similar size, largest first."""
     on_cpu = rows.store.device.type == "cpu"
     limit = min(CPU_BLOCK_ELEMENTS if on_cpu else BLOCK_ELEMENTS, rows.largest_set**2)
+    held = rows.capacity if rows.capacity < rows.n else limit  # all rows fit: so do any of them
     batches = []
     for kind in (~double, double):
         members = kind.nonzero().squeeze(1)
@@ -290,7 +291,7 @@ def _batches(sizes: Tensor, double: Tensor, rows: KernelRows) -> list[tuple[Tens
         start = 0
         while start < len(lengths):
             width, end = max(1, lengths[start]), start + 1
-            most = min(limit // (width * width), rows.capacity // width)
+            most = min(limit // (width * width), held // width)
             while end < len(lengths) and end - start < most and lengths[end] >= PADDING * width:
                 end += 1
             batches.append((order[start:end], width))
