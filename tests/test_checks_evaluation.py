@@ -352,6 +352,7 @@ def test_the_checks_follow_the_size_of_the_evaluation(n, samples, recorded):
     assert (settings["samples"], settings["recorded"]) == (samples, recorded)
 
 
+@pytest.mark.slow
 def test_the_checks_of_a_small_evaluation_cost_less_than_it(data):
     inputs, labels = (part[:20] for part in data)
     model, rows = Linear().to(inputs.device), []

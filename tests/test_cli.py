@@ -437,6 +437,7 @@ def test_every_file_of_the_report_tells_the_same(finished):
         assert float(row["rejection_rate"]) == alone["rejection_rate"][index]
 
 
+@pytest.mark.slow
 def test_adversarial_images_are_saved_on_request_and_searched_among_those_of_8_bits(run, capsys):
     before = {path.name: path.read_bytes() for path in run.glob("attack-*")}
     arguments = ["--quiet", "--run", str(run), *ATTACKING]

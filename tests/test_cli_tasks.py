@@ -81,6 +81,7 @@ def error(capsys, command, *options):
     return line
 
 
+@pytest.mark.slow
 def test_class_weight_balances_the_svms_of_both_classifiers(finished, capsys):
     job, made = loaded(finished)
     for name in ("NR", "DNR"):
@@ -132,6 +133,7 @@ def test_attacks_change_only_what_a_picture_shows(run, tmp_path, capsys):
         assert curve["evasion_rate"] == free["curves"][name]["evasion_rate"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wanted", [0, 2])
 def test_with_a_target_only_what_is_accepted_as_it_counts(run, capsys, wanted):
     content = attacked(run, "--targets", str(wanted), "--eps", "0", "8", "--steps", "15")

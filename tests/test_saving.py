@@ -185,7 +185,7 @@ PREFIX = {
         ("bare", "DataParallel"),
         ("DataParallel", "bare"),
         ("DataParallel", "DataParallel"),
-        ("compiled", "bare"),
+        pytest.param("compiled", "bare", marks=pytest.mark.slow),
         pytest.param("bare", "compiled", marks=pytest.mark.slow),
         pytest.param("both", "DataParallel", marks=pytest.mark.slow),
     ],

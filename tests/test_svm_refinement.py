@@ -53,6 +53,7 @@ def test_the_loss_is_the_cross_entropy_at_its_best_slope():
     assert problem.loss(3 * scores).item() == pytest.approx(expected.item(), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_from_a_poor_grid_it_comes_close_to_the_best_of_a_fine_one():
     features, labels = digits(120)
     search = grid_search(features, labels, refine=True, **POOR)
@@ -242,8 +243,8 @@ def test_the_gradient_by_the_widths_of_features_is_that_of_refits():
 
 
 def test_features_of_noise_get_wide_kernels_and_scores_are_gpytorchs_of_such_widths():
-    (features, labels), (unseen, _) = noisy(300), noisy(50, seed=1)
-    grid = {"C_grid": [1.0], "gamma_grid": [1.0], "folds": 3}
+    (features, labels), (unseen, _) = noisy(200), noisy(50, seed=1)
+    grid = {"C_grid": [1.0], "gamma_grid": [1.0], "folds": 2}
     search = grid_search(features, labels, refine="ard", **grid)
     scale, refined = search.scale, search.refinement
     assert refined.kept and scale[2:].max() < 0.7 * scale[:2].min()

@@ -244,7 +244,8 @@ def test_a_copy_made_while_others_score_keeps_none_of_their_hooks(classifiers):
     assert not any(module._forward_hooks for one in copies for module in one.modules())
 
 
-@pytest.mark.parametrize("training", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("training", [False, True])
 def test_a_compiled_classifier_scores_in_threads_as_in_one(classifiers, training):
     torch.compiler.reset()
     model = classifiers["DNR"].train(training)
