@@ -4,7 +4,20 @@ import pytest
 import torch
 from attack_toys import NORMS, RBFMap
 
-from benchmarks.paper.claims import FAILS, HOLDS, OPEN, PARTLY, Outcomes, gather, judge_claims
+from benchmarks.paper.claims import (
+    FAILS,
+    HOLDS,
+    LEVEL,
+    OPEN,
+    PARTLY,
+    Outcomes,
+    _same,
+    _signs,
+    gather,
+    images_to_be_the_same,
+    images_to_tell_apart,
+    judge_claims,
+)
 from benchmarks.paper.merge import average_sweeps
 from benchmarks.paper.plane import plot_plane
 
@@ -38,6 +51,49 @@ def verdicts(found, at=(1,), sweeps=None, clean=CLEAN):
 
 def test_outcomes_as_in_the_paper_hold():
     assert set(verdicts(AS_THE_PAPER).values()) == {HOLDS}
+
+
+def drawn(n, more, less, generator):
+    """Draw images of which a share is right by the first alone, and a share by the other."""
+    chance = torch.rand(n, generator=generator)
+    return chance < more, (chance > 1 - less)
+
+
+@pytest.mark.parametrize(("more", "less"), [(0.10, 0.04), (0.02, 0.0), (0.3, 0.2)])
+def test_on_so_many_images_four_tests_in_five_find_the_difference(more, less):
+    rates = torch.arange(1000) / 1000
+    seen = rates < more, rates >= 1 - less
+    n = round(images_to_tell_apart(*seen, torch.arange(1000), LEVEL))
+    generator = torch.Generator().manual_seed(0)
+    found = [_signs([drawn(n, more, less, generator)], torch.arange(n)) == [1] for _ in range(300)]
+    assert 0.7 < sum(found) / 300 < 0.9
+
+
+def test_on_so_many_images_four_in_five_are_certain_to_be_the_same():
+    rates = torch.arange(1000) / 1000
+    seen = rates < 0.012, rates >= 0.99
+    n = round(images_to_be_the_same(*seen, torch.arange(1000)))
+    generator = torch.Generator().manual_seed(0)
+    found = [_same(*drawn(n, 0.012, 0.01, generator), torch.arange(n)) for _ in range(300)]
+    assert 0.7 < sum(found) / 300 < 0.9
+
+
+def test_an_open_claim_tells_how_many_images_would_decide_it_and_no_other_does():
+    close = {"NR": outcomes([88, 61, 0], [10, 35, 0]), "DNR": outcomes([89, 60, 0], [10, 20, 0])}
+    claims = judge_claims(CLEAN, torch.arange(N), {**AS_THE_PAPER, **close}, (1,), None)
+    assert {c.verdict for c in claims} == {HOLDS, OPEN}
+    assert all((c.needed is not None) == (c.verdict == OPEN) for c in claims)
+    assert all(c.needed > N for c in claims if c.verdict == OPEN)
+    assert claims[0].to_dict().keys() == {"claim", "verdict", "numbers"}
+
+
+def test_how_many_images_tell_that_nothing_is_left():
+    few = torch.arange(20)
+    none = Outcomes(EPS, torch.zeros(3, 20).bool(), torch.zeros(3, 20).bool(), few)
+    zero = judge_claims(
+        {name: few < 19 for name in CLEAN}, few, dict.fromkeys(CLEAN, none), (1,), None
+    )[2]
+    assert zero.verdict == OPEN and 34 < zero.needed < 40  # 1.96^2 / (n + 1.96^2) is to be 0.1
 
 
 @pytest.mark.parametrize(

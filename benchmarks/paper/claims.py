@@ -2,15 +2,19 @@
 
 Two classifiers are compared image by image: only images that one of them gets right more often
 than the other, over the runs that drew them, tell the two apart, by an exact sign test, at 5 % over
-all eps of a claim (Holm). All runs share one network, and nothing is said of others.
+all eps of a claim (Holm). All runs share one network, and nothing is said of others. Where that
+leaves a claim open, it is said how many images would decide it with a probability of 80 %, if all
+rates stay as they are.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
-from scipy.stats import binomtest
+from scipy.stats import binom, binomtest, norm
 from torch import Tensor
 
 from torchdnr.decisions import REJECT
@@ -18,7 +22,8 @@ from torchdnr.evaluation.curve import Predictions
 from torchdnr.evaluation.metrics import wilson_interval
 
 HOLDS, PARTLY, FAILS, OPEN = "holds", "holds partly", "does not hold", "cannot be told"
-LEVEL = 0.05
+LEVEL, POWER = 0.05, 0.8
+MOST = 1_000_000  # images; no claim is told that it takes more
 _ZERO = 0.01  # an accuracy of at most this counts as none
 _NEARLY_ZERO = 0.1  # and is believed where the interval ends below this
 _EQUAL = 0.01  # a difference that is certain to be smaller counts as none
@@ -31,15 +36,18 @@ class Claim(NamedTuple):
         claim: In our words.
         verdict: ``HOLDS``, ``PARTLY``, ``FAILS``, or ``OPEN`` where the samples are too few.
         numbers: What it rests on.
+        needed: How many different images would decide an open claim; None if it is not open, or no
+            number of images would.
     """
 
     claim: str
     verdict: str
     numbers: str
+    needed: int | None = None
 
-    def to_dict(self) -> dict[str, str]:
+    def to_dict(self) -> dict[str, str | int]:
         """Convert to JSON values."""
-        return self._asdict()
+        return {name: value for name, value in self._asdict().items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -137,6 +145,75 @@ def _same(one: Tensor, two: Tensor, images: Tensor) -> bool:
     return enough and abs(difference.mean().item()) + error < _EQUAL
 
 
+def images_to_tell_apart(one: Tensor, two: Tensor, images: Tensor, level: float) -> float:
+    """Compute on how many images the sign test finds a difference as large as the one seen."""
+    difference = _by_image(one, two, images)
+    more, less = ((difference * sign > 0).double().mean().item() for sign in (1, -1))
+    if more == less:
+        return math.inf
+    apart, share = more + less, max(more, less) / (more + less)
+    n = 2.0
+    while n < MOST:
+        # How many images tell the two apart at all is chance as well.
+        spread = 6 * math.sqrt(n * apart) + 6
+        counts = np.arange(max(0, int(n * apart - spread)), int(min(n, n * apart + spread)) + 1)
+        found = binom.sf(binom.isf(level / 2, counts, 0.5), counts, share)
+        if (binom.pmf(counts, int(n), apart) * found).sum() >= POWER:
+            return n
+        n = max(n + 1, 1.02 * n)
+    return math.inf
+
+
+def images_to_be_the_same(one: Tensor, two: Tensor, images: Tensor) -> float:
+    """Estimate on how many images ``_same`` is certain, for a difference as small as the seen."""
+    difference = _by_image(one, two, images)
+    left = _EQUAL - abs(difference.mean().item())
+    if left <= 0 or len(difference) < 2:
+        return math.inf
+    # u = 1 / sqrt(n) solves u^2 + width u = left.
+    width = (1.96 + norm.isf(1 - POWER)) * difference.std().item()
+    u = (math.sqrt(width**2 + 4 * left) - width) / 2
+    return max(1 / u**2, 3 / _EQUAL)
+
+
+def _needed(
+    verdict: str,
+    signs: Sequence[int],
+    same: Sequence[bool],
+    pairs: Sequence[tuple[Tensor, Tensor]],
+    images: Tensor,
+    tests: int,
+) -> int | None:
+    """Estimate how many images decide what ``_verdict`` leaves open, one of ``tests`` by Holm.
+
+    Either one pair is found ahead, or all that are open are found behind or the same.
+    """
+    if verdict != OPEN:
+        return None
+    ahead, rest = [math.inf], [0.0]
+    for sign, equal, (one, two) in zip(signs, same, pairs, strict=True):
+        if sign == 0 and not equal:
+            apart = images_to_tell_apart(one, two, images, LEVEL / tests)
+            if one.double().mean() > two.double().mean():
+                ahead.append(apart)
+            rest.append(min(apart, images_to_be_the_same(one, two, images)))
+    return _whole(min(min(ahead), max(rest)))
+
+
+def _whole(number: float) -> int | None:
+    """Round up to two digits; None where it is infinite, or 0."""
+    if not 0 < number < math.inf:
+        return None
+    unit = 10 ** max(0, math.floor(math.log10(number)) - 1)
+    return math.ceil(number / unit) * unit
+
+
+def _most(verdict: str, needs: Sequence[int | None]) -> int | None:
+    """Return what decides all of several verdicts, if they are open together."""
+    known = [need for need in needs if need is not None]
+    return max(known) if verdict == OPEN and known else None
+
+
 def _verdict(signs: Sequence[int], same: Sequence[bool]) -> str:
     """Judge a claim that one is ahead, by its signs and where the two are the same."""
     if signs and all(sign > 0 for sign in signs):
@@ -168,15 +245,19 @@ def _pairs(
 
 
 def _clean_claim(clean: Mapping[str, Tensor], images: Tensor) -> Claim:
-    verdicts = []
+    verdicts, needs = [], []
     for name in ("NR", "DNR"):
         pair = clean["DNN"], clean[name]
-        verdicts.append(_verdict(_signs([pair], images), [_same(*pair, images)]))
+        signs, same = _signs([pair], images), [_same(*pair, images)]
+        verdicts.append(_verdict(signs, same))
+        needs.append(_needed(verdicts[-1], signs, same, [pair], images, 1))
+    verdict = _together(verdicts)
     told = ", ".join(f"{name} {_percent(right)}" for name, right in clean.items())
     return Claim(
         "without attack, DNN is slightly more accurate than NR and DNR",
-        _together(verdicts),
+        verdict,
         f"accuracy in percent on {len(clean['DNN']):,} images: {told}",
+        _most(verdict, needs),
     )
 
 
@@ -192,30 +273,32 @@ def _ahead(claim: str, leader: Outcomes, other: Outcomes, rows: Sequence[int]) -
         for sign, word in marks.items()
         if (at := [row for row, found in zip(left, signs, strict=True) if found == sign])
     )
-    verdict = _verdict(signs, [_same(*pair, leader.images) for pair in pairs])
-    return Claim(claim, verdict, f"accuracy in percent: {told} ({where or 'none left'})")
+    same = [_same(*pair, leader.images) for pair in pairs]
+    verdict = _verdict(signs, same)
+    needed = _needed(verdict, signs, same, pairs, leader.images, len(pairs))
+    return Claim(claim, verdict, f"accuracy in percent: {told} ({where or 'none left'})", needed)
 
 
 def _rises_then_falls(nr: Outcomes, dnr: Outcomes) -> Claim:
     """Look for an eps between the ends at which more is rejected than at either end."""
-    verdicts, told = [], []
+    verdicts, told, needs = [], [], []
     for name, found in (("NR", nr), ("DNR", dnr)):
         rates, last = found.rejected.double().mean(dim=1), len(found.rejected) - 1
         between = range(1, last)
         # All of them are tested: the largest alone would be the largest by chance as well.
-        signs = _signs(
-            [(found.rejected[i], found.rejected[0]) for i in between]
-            + [(found.rejected[i], found.rejected[last]) for i in between],
-            found.images,
-        )
+        pairs = [(found.rejected[i], found.rejected[0]) for i in between]
+        ends = [(found.rejected[i], found.rejected[last]) for i in between]
+        signs = _signs(pairs + ends, found.images)
         rises, falls = signs[: len(between)], signs[len(between) :]
-        same = [_same(found.rejected[i], found.rejected[0], found.images) for i in between]
+        same = [_same(*pair, found.images) for pair in pairs]
         if any(up > 0 and down > 0 for up, down in zip(rises, falls, strict=True)):
             verdicts.append(HOLDS)
         elif any(up > 0 for up in rises):
             verdicts.append(PARTLY)
         else:
             verdicts.append(_verdict(rises, same))
+        tests = len(pairs + ends)
+        needs.append(_needed(verdicts[-1], rises, same, pairs, found.images, tests))
         peak = int(rates.argmax())
         told.append(
             f"{name} "
@@ -224,15 +307,17 @@ def _rises_then_falls(nr: Outcomes, dnr: Outcomes) -> Claim:
                 for i in dict.fromkeys((0, peak, last))
             )
         )
+    verdict = _together(verdicts)
     return Claim(
         "the rejection rates of NR and DNR first rise with eps, then fall",
-        _together(verdicts),
+        verdict,
         f"rejected in percent, first, most, last: {'; '.join(told)}",
+        _most(verdict, needs),
     )
 
 
 def _reaches_zero(outcomes: Mapping[str, Outcomes]) -> Claim:
-    verdicts, told = [], []
+    verdicts, told, needs = [], [], []
     for name, found in outcomes.items():
         rate, n = found.right[-1].double().mean().item(), len(found.images.unique())
         low, high = wilson_interval(rate, n)
@@ -240,13 +325,26 @@ def _reaches_zero(outcomes: Mapping[str, Outcomes]) -> Claim:
             verdicts.append(FAILS)
         else:  # nothing left, and enough samples to say so
             verdicts.append(HOLDS if rate <= _ZERO and high <= _NEARLY_ZERO else OPEN)
+        needs.append(_images_to_tell_zero(rate, n) if verdicts[-1] == OPEN else None)
         told.append(f"{name} {100 * rate:.1f}, at most {100 * high:.1f}")
-    eps = next(iter(outcomes.values())).eps[-1]
+    eps, verdict = next(iter(outcomes.values())).eps[-1], _together(verdicts)
     return Claim(
         f"a strong enough attack leaves NR and DNR no accuracy at all (here at {eps:g})",
-        _together(verdicts),
+        verdict,
         f"accuracy in percent, with the upper end of its interval: {'; '.join(told)}",
+        _most(verdict, needs),
     )
+
+
+def _images_to_tell_zero(rate: float, n: int) -> int | None:
+    """Estimate how many images tell that a rate is, or is not, as good as zero."""
+    while n < MOST:
+        n = math.ceil(1.05 * n)
+        spread = norm.isf(1 - POWER) * math.sqrt(rate * (1 - rate) / n)
+        low, high = wilson_interval(rate, n)
+        if (rate <= _ZERO and high <= _NEARLY_ZERO) or low - spread > _ZERO:
+            return _whole(n)
+    return None
 
 
 def _rejects_more(nr: Outcomes, dnr: Outcomes, eps: Sequence[float]) -> Claim:
@@ -257,12 +355,15 @@ def _rejects_more(nr: Outcomes, dnr: Outcomes, eps: Sequence[float]) -> Claim:
         min(pair) for pair in zip(_signs(more, nr.images), _signs(less, nr.images), strict=True)
     ]
     same = [_same(*m, nr.images) or _same(*a, nr.images) for m, a in zip(more, less, strict=True)]
-    named = ", ".join(f"{value:g}" for value in eps)
+    named, verdict = ", ".join(f"{value:g}" for value in eps), _verdict(both, same)
+    # Of either part the one that takes more: both have to be so.
+    needs = [_needed(verdict, both, same, part, nr.images, len(rows)) for part in (more, less)]
     return Claim(
         f"NR rejects more than DNR and is less accurate all the same (at {named})",
-        _verdict(both, same),
+        verdict,
         f"rejected in percent: {_pairs(nr, dnr, rows, lambda found: found.rejected)}; accuracy: "
         f"{_pairs(nr, dnr, rows, lambda found: found.right)}",
+        _most(verdict, needs) if None not in needs else None,
     )
 
 

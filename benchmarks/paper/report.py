@@ -203,7 +203,7 @@ def _cell(name: str, curve: Mapping[str, Any], index: int) -> str:
     return text
 
 
-def _by_claim(found: Mapping[str, Any]) -> dict[str, tuple[dict[str, str], dict[str, str]]]:
+def _by_claim(found: Mapping[str, Any]) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
     """Pair what each claim comes to under the paper's attack, if anything, and our line-up."""
     alone = {entry["claim"]: entry for entry in found["claims"][ALONE]}
     nothing = {"verdict": "-", "numbers": "-"}
@@ -214,12 +214,15 @@ def _by_claim(found: Mapping[str, Any]) -> dict[str, tuple[dict[str, str], dict[
 
 
 def _verdict_table(found: Mapping[str, Any], style: str, width: int | None = None) -> str:
-    rows = [
-        [claim, *(entry["verdict"] for entry in pair)] for claim, pair in _by_claim(found).items()
-    ]
+    rows = [[claim, *map(_verdict, pair)] for claim, pair in _by_claim(found).items()]
     header = ["what the paper says", f"under {ALONE}", f"under {WORST}"]
     widths = None if width is None else [width, 14, 14]
     return tabulate(rows, header, tablefmt=style, disable_numparse=True, maxcolwidths=widths)
+
+
+def _verdict(entry: Mapping[str, Any]) -> str:
+    needed = entry.get("needed")  # files of earlier versions have none
+    return entry["verdict"] + (f" (about {needed:,} images would)" if needed else "")
 
 
 def _number_table(found: Mapping[str, Any], style: str, width: int | None = None) -> str:
