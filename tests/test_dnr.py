@@ -13,7 +13,7 @@ from torchdnr import DNR, NR, REJECT
 from torchdnr.features.layers import LayerFeatures
 from torchdnr.files import CheckpointError, DamagedFileError
 from torchdnr.svm import RBFSVM, NotFittedError
-from torchdnr.svm.model_selection import stratified_folds
+from torchdnr.svm.folds import stratified_folds
 
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 LAYERS = ["conv", "pool", "head"]

@@ -24,7 +24,7 @@ from torchdnr.svm import (
     out_of_fold_scores,
     solve_dual,
 )
-from torchdnr.svm.model_selection import stratified_folds
+from torchdnr.svm.folds import stratified_folds
 from torchdnr.svm.multiclass import one_vs_rest
 
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])

@@ -13,7 +13,7 @@ from test_model_selection import digits
 from torchdnr import DNR, NR
 from torchdnr.features.layers import LayerFeatures
 from torchdnr.svm import RBFSVM, grid_search, out_of_fold_scores
-from torchdnr.svm.model_selection import stratified_folds
+from torchdnr.svm.folds import stratified_folds
 from torchdnr.svm.refinement import FoldedProblem, Refinement, refine_point
 
 POOR = {"C_grid": [300.0], "gamma_grid": [0.02], "folds": 3}
@@ -81,13 +81,12 @@ def test_what_is_kept_is_not_worse_where_each_sample_was_left_out_of_all(seed):
     search = grid_search(features, labels, refine=True, **grid)
     found = search.refinement
     pairs = list(zip(found.C, found.gamma, strict=True))
-    seen, judging = (stratified_folds(labels, 3, seed + more) for more in (0, 1))
+    judged = stratified_folds(labels, 3, seed + 1)
     scores_of_both, rates = torch.zeros(2, 100, 4, dtype=torch.float64), []
     for k in range(3):
-        rest, held_out = judging != k, judging == k
-        folds = seen[rest], torch.arange(int(rest.sum())) % 2  # on the latter nothing rests here
+        rest, held_out = judged != k, judged == k
         point = found.C[0], found.gamma[0]
-        part = refine_point(features[rest], labels[rest], folds, point)
+        part = refine_point(features[rest], labels[rest], point, folds=3, seed=seed)
         for scores, C, gamma in zip(scores_of_both, part.C, part.gamma, strict=True):
             svm = RBFSVM(C, gamma, tol=1e-6).fit(features[rest], labels[rest])
             scores[held_out] = svm(features[held_out])
@@ -289,6 +288,15 @@ def test_a_classifier_with_widths_of_features_does_all_that_others_do(tmp_path, 
     other = once_more.fit(images, labels).state_dict()
     model.load_state_dict(other)
     torch.testing.assert_close(model.scores(images), once_more.scores(images))
+
+
+def test_a_class_of_few_samples_is_refined_and_one_of_fewer_is_refused():
+    features = torch.randn(23, 3)
+    labels = torch.tensor([0] * 10 + [1] * 10 + [2] * 3)
+    grid = {"C_grid": [1.0], "gamma_grid": [1.0], "folds": 2}
+    assert grid_search(features, labels, refine="ard", **grid).refinement.reason
+    with pytest.raises(ValueError, match="got a class with 2"):
+        grid_search(features[:22], labels[:22], refine=True, **grid)
 
 
 def test_what_to_refine_is_checked():

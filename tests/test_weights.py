@@ -10,7 +10,7 @@ from small_models import LAYERS, make_images, small_network
 
 from torchdnr import DNR, NR
 from torchdnr.svm import grid_search, out_of_fold_scores
-from torchdnr.svm.model_selection import stratified_folds
+from torchdnr.svm.folds import stratified_folds
 
 C, TOL = 2.0, 1e-6
 GAMMAS = {"conv": 1.0, "logits": 30.0, "combiner": 0.3}

@@ -17,6 +17,7 @@ from torchdnr.kernels.any_kernel import gamma_for_variance
 from torchdnr.resources import progress_bar
 from torchdnr.svm.checks import check_labels, checked_features, checked_sample_weight
 from torchdnr.svm.dual import DualSolution, dual_bounds
+from torchdnr.svm.folds import stratified_folds
 from torchdnr.svm.gram import all_distances, planned_rows
 from torchdnr.svm.kernel_rows import KernelRows
 from torchdnr.svm.memory_plan import MEMORY_LIMIT, least_memory
@@ -31,17 +32,13 @@ from torchdnr.svm.multiclass import (
     upper_bounds,
 )
 from torchdnr.svm.rbf_svm import RBFSVM
-from torchdnr.svm.refinement import Refine, Refinement, check_refine, refine_point
+from torchdnr.svm.refinement import JUDGED, Refine, Refinement, check_refine, refine_point
 from torchdnr.svm.solver import solve_dual
 from torchdnr.svm.working_set import make_feasible
 
 C_GRID = (0.01, 0.1, 1.0, 10.0, 100.0)
 GAMMA_GRID = (0.0625, 0.25, 1.0, 4.0)
 """Multiples of gamma = "scale", so that one grid fits any layer."""
-
-
-JUDGED = 3
-"""Folds at most on which a refinement is judged: it is repeated without each of them."""
 
 
 class SelectionWarning(UserWarning):
@@ -89,29 +86,6 @@ class GridSearch:
         values = {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
         refined = {} if self.refinement is None else {"refinement": self.refinement.to_dict()}
         return {**values, "accuracy": self.accuracy.tolist(), **refined}
-
-
-def stratified_folds(labels: Tensor, folds: int, seed: int = 0) -> Tensor:
-    """Assign the samples of every class evenly to the folds 0..folds-1, in a seeded random order.
-
-    Sizes differ by at most one within a class and, as the remainders are passed on, over all
-    samples.
-    """
-    if folds < 2:
-        raise ValueError(f"folds must be >= 2, got {folds}")
-    counts = torch.bincount(labels)
-    smallest = min(counts[counts > 0].tolist(), default=0)
-    if smallest < folds:
-        raise ValueError(
-            f"every class needs at least as many samples as folds = {folds}, got a class with "
-            f"{smallest}: add samples or use fewer folds"
-        )
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(labels), generator=generator).to(labels.device)
-    order = order[labels[order].argsort(stable=True)]
-    fold = torch.empty_like(labels)
-    fold[order] = torch.arange(len(labels), device=labels.device) % folds
-    return fold
 
 
 @torch.no_grad()
@@ -189,6 +163,8 @@ def grid_search(
     # Unequal weights tell as much as so many equal ones: Kish's effective sample size.
     samples = (each.sum().square() / each.square().sum()).item()
     fold = stratified_folds(labels, folds, seed)
+    if refine:
+        stratified_folds(labels, JUDGED)  # before the work, an error if a class has too few samples
     kernels = _Kernels(features, distances, c * folds, memory_limit)
     processes, searched = ALONE, kernels
     if distances is None and _searched_apart(features, len(gammas), kernels.limit):
@@ -225,10 +201,17 @@ def grid_search(
     refinement = None
     chosen: tuple[float | tuple[float, ...], float] = C, gamma
     if refine:
-        folded = fold, stratified_folds(labels, min(folds, JUDGED), seed + 1)
-        weights = checked_class_weight(class_weight), weight
-        ard = refine == "ard"
-        refinement = _refined(features, labels, folded, (C, gamma), weights, ard, kernels.limit)
+        refinement = _refined(
+            features,
+            labels,
+            (C, gamma),
+            checked_class_weight(class_weight),
+            weight,
+            folds=folds,
+            seed=seed,
+            ard=refine == "ard",
+            memory_limit=kernels.limit,
+        )
         reason = f"{reason}; refined: {refinement.reason}"
         if refinement.kept:
             chosen = refinement.C[1], refinement.gamma[1]
@@ -249,20 +232,17 @@ def grid_search(
 def _refined(
     features: ShardedFeatures,
     labels: Tensor,
-    folds: tuple[Tensor, Tensor],
     point: tuple[float, float],
-    weights: tuple[CheckedWeight, Tensor | None],
-    ard: bool,
-    memory_limit: int,
+    class_weight: CheckedWeight,
+    weight: Tensor | None,
+    **options: Any,  # noqa: ANN401 - those of refine_point
 ) -> Refinement:
     """Refine a point in the first process, and tell the others what came of it."""
     processes, text = features.partition.processes, ""
     whole = features.rows(slice(0, len(features)))
     if processes.first:
         with alone():
-            refinement = refine_point(
-                whole, labels, folds, point, *weights, ard=ard, memory_limit=memory_limit
-            )
+            refinement = refine_point(whole, labels, point, class_weight, weight, **options)
         text = json.dumps(refinement.to_dict())
     return Refinement.from_dict(json.loads(processes.broadcast_text(text)))
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, one_hot
 
+from torchdnr.svm.folds import stratified_folds
 from torchdnr.svm.implicit import implicit_out_of_fold_scores
 from torchdnr.svm.multiclass import CheckedWeight
 from torchdnr.svm.rbf_svm import RBFSVM
@@ -28,6 +29,8 @@ HALVINGS = 40
 """Where the slope of the loss is looked for, and in how many steps."""
 NEGLIGIBLE = 1e-6
 """Loss from which on there is nothing to gain."""
+JUDGED = 3
+"""Folds on which a refinement is judged: it is repeated without each of them."""
 REJECTED = 0.1
 """Share of held-out samples that the threshold rejects when two points are compared."""
 
@@ -136,11 +139,14 @@ class FoldedProblem(NamedTuple):
             memory_limit=self.memory_limit,
         )
 
-    def part(self, kept: Tensor) -> "FoldedProblem":
-        """Select samples, bool ``(n,)``; their folds are as they were."""
-        tensors = self.features[kept], self.labels[kept], self.fold[kept]
+    def part(self, kept: Tensor, seed: int) -> "FoldedProblem":
+        """Select samples, bool ``(n,)``, some of each class, in folds of their own."""
+        labels = self.labels[kept]
+        folds = min(int(self.fold.max()) + 1, int(labels.bincount().min()))
+        fold = stratified_folds(labels, folds, seed)
         weight = None if self.weight is None else self.weight[kept]
-        return FoldedProblem(*tensors, self.class_weight, weight, self.memory_limit)
+        options = self.class_weight, weight, self.memory_limit
+        return FoldedProblem(self.features[kept], labels, fold, *options)
 
     @torch.no_grad()
     def fit_and_score(self, point: Point, inputs: Tensor) -> Tensor:
@@ -182,27 +188,29 @@ class FoldedProblem(NamedTuple):
 def refine_point(
     features: Tensor,
     labels: Tensor,
-    folds: tuple[Tensor, Tensor],
     point: tuple[float, float],
     class_weight: CheckedWeight = None,
     sample_weight: Tensor | None = None,
     *,
+    folds: int = 5,
+    seed: int = 0,
     ard: bool = False,
     memory_limit: int | None = None,
 ) -> Refinement:
     """Lower a smooth out-of-fold loss by C of each class and gamma, and judge what comes of it.
 
     L-BFGS moves the logarithms of C and gamma along exact derivatives of the fits. It does so once
-    for the result, and once without each of the folds to judge on: what is judged has seen nothing
-    of the samples that it is judged on. With many widths to choose the others mislead.
+    for the result, and once without each of the folds to judge on: the samples that chose many
+    widths cannot tell whether these are any good.
 
     Args:
         features: ``(n, d)``.
-        labels: ``(n,)`` in 0..c-1.
-        folds: Of each sample, ``(n,)``: those of the loss, and those to judge on.
+        labels: ``(n,)`` in 0..c-1, at least ``JUDGED`` of each class.
         point: C and gamma to start from.
         class_weight: As in ``RBFSVM``.
         sample_weight: Factor >= 0 of C per sample, and its share in all means, ``(n,)``.
+        folds: Stratified folds of the loss.
+        seed: Of all folds.
         ard: Whether each feature gets a width of its own: automatic relevance determination. The
             logarithms of the factors have a normal distribution around 0 of deviation ``SPREAD``
             as prior.
@@ -220,13 +228,13 @@ def refine_point(
     # Copies, since autograd keeps no tensor that was made in inference mode.
     wide, labels = features.detach().to(torch.float64, copy=True), labels.clone()
     weight = None if sample_weight is None else sample_weight.clone()
-    seen, judging = folds[0].clone(), folds[1].clone()
+    seen, judged = stratified_folds(labels, folds, seed), stratified_folds(labels, JUDGED, seed + 1)
     problem = FoldedProblem(wide, labels, seen, class_weight, weight, memory_limit)
     first = Point.first(*point, problem, ard)
     best, losses = _descend(problem, first)
     scores = wide.new_zeros(2, len(labels), len(best.C))
-    for k in range(int(judging.max()) + 1):
-        part, held_out = problem.part(judging != k), judging == k
+    for k in range(JUDGED):
+        part, held_out = problem.part(judged != k, seed), judged == k
         for of_point, there in zip(scores, (first, _descend(part, first)[0]), strict=True):
             of_point[held_out] = part.fit_and_score(there, wide[held_out])
     accuracy, errors = zip(*map(problem.judge, scores), strict=True)

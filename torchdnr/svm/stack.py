@@ -18,8 +18,9 @@ from torchdnr.svm.compression import (
     compress_stack,
     stack_losses,
 )
+from torchdnr.svm.folds import stratified_folds
 from torchdnr.svm.implicit import implicit_out_of_fold_scores
-from torchdnr.svm.model_selection import grid_search, out_of_fold_scores, stratified_folds
+from torchdnr.svm.model_selection import grid_search, out_of_fold_scores
 from torchdnr.svm.multiclass import CheckedWeight, PerClass, checked_C
 from torchdnr.svm.rbf_svm import RBFSVM
 from torchdnr.svm.refinement import Refine, check_refine
