@@ -136,7 +136,8 @@ def test_the_blocks_are_shared_too(by_two, alone):
     name = "searched"  # many problems, so many blocks
     whole = alone[name][WORK[1]].item()
     shares = [found_by(by_two, name, rank)[WORK[1]].item() / whole for rank in range(2)]
-    assert sum(shares) == pytest.approx(1, rel=0.05) and max(shares) < 0.7
+    # Smaller blocks are padded less: together they have a little less to do than one alone.
+    assert 0.85 < sum(shares) < 1.05 and max(shares) < 0.7
 
 
 @pytest.mark.slow

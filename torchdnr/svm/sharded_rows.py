@@ -28,6 +28,7 @@ class ShardedRows(KernelRows):
         columns, width = partition.local, partition.largest
         super().__init__(evaluate, partition.n, like, plan, batch, columns=columns, width=width)
         self._partition, self._processes = partition, partition.processes
+        self.sharers = partition.processes.count
 
     def block(self, index: Tensor) -> Tensor:
         """Return the kernels between the samples of working sets, ``(p, k, k)``."""

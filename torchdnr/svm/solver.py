@@ -5,6 +5,7 @@ two-variable updates take over. One product with the kernel then updates the gra
 samples. Every problem has its own state, and its answer does not depend on its neighbours.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -60,6 +61,8 @@ many samples are at a small bound: its sums are off by more than what is left to
 FALLBACK_SET, FALLBACK_STEPS = 256, 1024
 BLOCK_ELEMENTS, CPU_BLOCK_ELEMENTS = 2**27, 2**22
 """Entries of the matrices that are factored together: on a CPU only small ones gain from it."""
+SMALL_BLOCKS = 2**17
+"""The same, whatever the number of samples: they take a few MiB, and save most of the calls."""
 PADDING = 0.75
 """Least share of the largest working set of a batch that the smallest one fills."""
 
@@ -282,16 +285,18 @@ def _batches(sizes: Tensor, double: Tensor, rows: KernelRows) -> list[tuple[Tens
     """Group problems of one precision and similar size, largest first."""
     on_cpu = rows.store.device.type == "cpu"
     limit = min(CPU_BLOCK_ELEMENTS if on_cpu else BLOCK_ELEMENTS, rows.largest_set**2)
-    held = rows.capacity if rows.capacity < rows.n else limit  # all rows fit: so do any of them
+    # Where all rows are held, so are those of any sets; small ones are best solved together.
+    few = min(limit, SMALL_BLOCKS) if rows.capacity >= rows.n else 0
     batches = []
     for kind in (~double, double):
         members = kind.nonzero().squeeze(1)
         order = members[sizes[members].argsort(descending=True, stable=True)]
         lengths = sizes[order].tolist()
-        start = 0
+        start, share = 0, math.ceil(len(lengths) / rows.sharers)
         while start < len(lengths):
             width, end = max(1, lengths[start]), start + 1
-            most = min(limit // (width * width), held // width)
+            most = min(limit // (width * width), rows.capacity // width)
+            most = min(max(most, few // (width * width)), share)
             while end < len(lengths) and end - start < most and lengths[end] >= PADDING * width:
                 end += 1
             batches.append((order[start:end], width))
