@@ -213,5 +213,6 @@ def security_evaluations(
                     cascade.run(partial(meter.finish, one.name))
         steps = gather(attacked, cascades, processes)
         return {
-            one.name: worst_case(one, found) for one, found in zip(attacked, steps, strict=True)
+            one.name: worst_case(one, its_steps)
+            for one, its_steps in zip(attacked, steps, strict=True)
         }

@@ -159,12 +159,12 @@ def svm_scores(
         raise ValueError(f"gamma must be one number > 0, got {gamma.tolist()}")
     bounds = torch.as_tensor(C, dtype=torch.float64, device=features.device).expand(c)
     # One problem per episode and class, which holds out the samples of all other episodes.
-    own = torch.eye(e, dtype=torch.float64, device=features.device)
-    own = own.repeat_interleave(n, dim=0).repeat_interleave(c, dim=1)
+    members = torch.eye(e, dtype=torch.float64, device=features.device)
+    members = members.repeat_interleave(n, dim=0).repeat_interleave(c, dim=1)
     if sample_weight is not None:
-        own = own * sample_weight.flatten()[:, None]
+        members = members * sample_weight.flatten()[:, None]
     targets = binary_targets(labels.flatten(), c, ONE_VS_REST).repeat(1, e)
-    solution = implicit_solution(features.flatten(0, 1), targets, own * bounds.repeat(e), gamma)
+    solution = implicit_solution(features.flatten(0, 1), targets, members * bounds.repeat(e), gamma)
     dual_coef = solution.dual_coef.view(e, n, e, c)
     each = torch.arange(e, device=features.device)
     dual_coef, intercept = dual_coef[each, :, each], solution.intercept.view(e, 1, c)

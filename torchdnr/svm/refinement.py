@@ -160,10 +160,10 @@ class FoldedProblem(NamedTuple):
         """Average the smooth loss, a scalar."""
         with torch.no_grad():  # at the best slope its own derivative is 0
             low, high = (scores.new_full((), math.log(slope)) for slope in SLOPES)
-            own = one_hot(self.labels, scores.shape[1])
+            truth = one_hot(self.labels, scores.shape[1])
             for _ in range(HALVINGS):
                 middle = (low + high) / 2
-                excess = (middle.exp() * scores).softmax(dim=1) - own
+                excess = (middle.exp() * scores).softmax(dim=1) - truth
                 falls = self._mean((excess * scores).sum(dim=1)) < 0
                 low, high = torch.where(falls, middle, low), torch.where(falls, high, middle)
         return self._mean(cross_entropy(low.exp() * scores, self.labels, reduction="none"))
