@@ -19,6 +19,8 @@ from torchdnr.attacks.projections import (
 from torchdnr.decisions import class_scores, split_scores, succeeds
 
 Fields = TypeVar("Fields", "Points", "Slope")
+ROUNDING = 16.0
+"""Units in the last place by which two values of one objective may differ and count as equal."""
 
 
 class Target(NamedTuple):
@@ -125,11 +127,23 @@ def best_trials(
         values = torch.where(usable[rows], tried.values.view(-1, count), torch.inf)
         evading = tried.evading.view(-1, count) & usable[rows]
         first = torch.arange(len(rows), device=labels.device) * count
-        columns.append(values.argmin(dim=1))
+        columns.append(_first_lowest(values))
         low.append(tried.rows(first + columns[-1]))
         good.append(tried.rows(first + best_column(values, evading)))
     lowest, best = (Points(*map(torch.cat, zip(*some, strict=True))) for some in (low, good))
     return lowest, best, torch.cat(columns)
+
+
+def _first_lowest(values: Tensor) -> Tensor:
+    """Return the first column of each row, ``(n, k)``, that is the lowest up to rounding, ``(n,)``.
+
+    Steps of several sizes may end in one point. Which of them counts must not depend on the last
+    digit, which changes with the size of the batch: later steps are measured by its size.
+    """
+    lowest = values.amin(dim=1, keepdim=True)
+    near = lowest + ROUNDING * torch.finfo(values.dtype).eps * (1 + lowest.abs())
+    columns = torch.arange(values.shape[1], device=values.device)
+    return torch.where(values <= near, columns, values.shape[1] - 1).amin(dim=1)
 
 
 class Slope(NamedTuple):
