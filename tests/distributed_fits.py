@@ -214,17 +214,18 @@ COARSE, REFINED = coarse_tolerance.__name__, refined_search.__name__
 
 
 class Counted(TorchDispatchMode):
-    """Count the exponentials of kernel values, and the multiplications that factorisations take."""
+    """Count the exponentials of kernel values, factorisations and the multiplications in these."""
 
     def __init__(self):
         super().__init__()
-        self.work = {"kernel values": 0, "blocks": 0}
+        self.work = {"kernel values": 0, "blocks": 0, "factorisations": 0}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
         if name in ("exp", "exp_"):
             self.work["kernel values"] += args[0].numel()
         elif name == "linalg_cholesky_ex":
+            self.work["factorisations"] += args[0].shape[0]
             self.work["blocks"] += args[0].numel() * args[0].shape[-1]
         return func(*args, **(kwargs or {}))
 

@@ -47,7 +47,7 @@ class KernelRows:
     Attributes:
         largest_set: Samples in a working set at the most.
         together: Problems solved together; None for all.
-        sharers: How many solve a block each at the same time.
+        parts: In how many blocks the problems of an outer step are solved at least.
         evaluated: Rows evaluated so far, repeats counted.
         exact_elements: Kernel values turned to float64 at a time.
         store: The rows held, ``(slots, columns)``; see ``slots``.
@@ -69,7 +69,7 @@ class KernelRows:
         self._width = n if width is None else width
         self._passes_are_dear = batch is not None
         self._batch = max(1, EVALUATE_ELEMENTS // self._width) if batch is None else batch
-        self._evaluate, self.n, self.sharers = evaluate, n, 1
+        self._evaluate, self.n, self.parts = evaluate, n, 1
         self.capacity, self.largest_set = max(min(3, n), min(plan.capacity, n)), plan.largest_set
         self.together, self.exact_elements = plan.together, EXACT_ELEMENTS
         # A CPU gives memory only to the part that gets written.

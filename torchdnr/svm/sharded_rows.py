@@ -28,7 +28,7 @@ class ShardedRows(KernelRows):
         columns, width = partition.local, partition.largest
         super().__init__(evaluate, partition.n, like, plan, batch, columns=columns, width=width)
         self._partition, self._processes = partition, partition.processes
-        self.sharers = partition.processes.count
+        self.parts = 4 * self._processes.count  # dealt out in turn, as the first are the largest
 
     def block(self, index: Tensor) -> Tensor:
         """Return the kernels between the samples of working sets, ``(p, k, k)``."""

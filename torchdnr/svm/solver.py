@@ -292,7 +292,7 @@ def _batches(sizes: Tensor, double: Tensor, rows: KernelRows) -> list[tuple[Tens
         members = kind.nonzero().squeeze(1)
         order = members[sizes[members].argsort(descending=True, stable=True)]
         lengths = sizes[order].tolist()
-        start, share = 0, math.ceil(len(lengths) / rows.sharers)
+        start, share = 0, math.ceil(len(lengths) / rows.parts)
         while start < len(lengths):
             width, end = max(1, lengths[start]), start + 1
             most = min(limit // (width * width), rows.capacity // width)
