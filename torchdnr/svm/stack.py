@@ -101,9 +101,7 @@ class SVMStack(nn.Module):
     """RBF-SVMs on the features of layers, and perhaps a combiner on their concatenated scores.
 
     There are no layers while they are not chosen yet; one layer needs no combiner. ``selection``
-    says how each SVM got its hyper-parameters, named by ``svm_names``, as JSON values. ``scales``
-    are the factors of features, by layer, ``(d,)``, that ``fit`` has found and that the SVMs expect
-    of ``LayerFeatures``.
+    says how each SVM got its hyper-parameters, named by ``svm_names``, as JSON values.
     """
 
     base_svms: nn.ModuleList
@@ -118,13 +116,22 @@ class SVMStack(nn.Module):
         self.base_svms = nn.ModuleList(RBFSVM(**common) for _ in layers)
         self.register_module("combiner", RBFSVM(**common) if combine else None)
         self.selection: dict[str, dict[str, Any]] = {}
-        self.scales: dict[str, Tensor] = {}
         self.options = options.checked(list(self.named() if layers else options.hyperparameters))
 
     def named(self) -> dict[str, RBFSVM]:
         """Return the SVMs by layer, then the combiner; the last one gives the final scores."""
         svms: list[Any] = [*self.base_svms, *([] if self.combiner is None else [self.combiner])]
         return dict(zip(svm_names(self.layers, self.combiner is not None), svms, strict=True))
+
+    @property
+    def scales(self) -> dict[str, Tensor]:
+        """Factors of the features, ``(d,)`` by layer, that the SVMs were fitted on and expect."""
+        refined = {name: chosen.get("refinement", {}) for name, chosen in self.selection.items()}
+        return {
+            name: torch.tensor(point["scale"], dtype=torch.float64).to(self.named()[name].center)
+            for name, point in refined.items()
+            if "scale" in point and point["kept"]
+        }
 
     @property
     def is_fitted(self) -> bool:
@@ -193,7 +200,6 @@ class SVMStack(nn.Module):
                     )
                 svm, self.selection[name] = search.svm, search.to_dict()
                 if search.scale is not None:
-                    self.scales[name] = search.scale
                     inputs = inputs.times(search.scale)
             if name not in self.layers:
                 self.combiner = svm
