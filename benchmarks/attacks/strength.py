@@ -32,7 +32,7 @@ EPS = (0.25, 0.5, 1.0, 1.5, 2.0, 3.0)
 BELOW = 0.99  # eps of an attack at a given eps, relative to the least norm known
 NEAREST: dict[str, Callable[..., Tensor]] = {
     "boundary walk": lambda *given, **known: boundary_walk(
-        *given, steps=140, starts=20, neighbours=80, restarts=5, seed=1, **known
+        *given, steps=140, starts=40, neighbours=80, restarts=7, seed=1, **known
     ),
     "primal-dual": lambda *given, **known: primal_dual(*given, starts=8, **known),
     "FMN": lambda *given, **known: fmn(*given, steps=200, starts=8, **known),

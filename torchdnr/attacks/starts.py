@@ -14,7 +14,7 @@ from torchdnr.attacks.target import Target, evaluate
 from torchdnr.decisions import REJECT, predict_labels
 
 _DISTANCES = 1 << 22  # entries of the distance matrix held at once
-LINE_HALVINGS = 6
+LINE_HALVINGS = 5
 """Bisections of the line to each pool sample; the walk does the rest."""
 
 

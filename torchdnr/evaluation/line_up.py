@@ -107,7 +107,7 @@ def _near_descents(options: Mapping[str, Any]) -> Passes:
 def _walks(options: Mapping[str, Any]) -> Passes:
     """Count walks, most of which end early, and what finds their starts."""
     rounds, starts = 1 + options["restarts"], options["starts"]
-    steps = options["steps"] * starts / 3
+    steps = options["steps"] * starts / 5
     return Passes(rounds * (steps + options["neighbours"] + 9 * starts), rounds * steps)
 
 
@@ -162,7 +162,7 @@ ATTACKS = {
         "a walk to the image from accepted ones",
         minimum_norm=True,
         # Other starts and other first steps lead to other valleys, more of them than more starts.
-        options={"starts": 8, "neighbours": 20, "restarts": 2},
+        options={"starts": 16, "neighbours": 18, "restarts": 2},
         passes=_walks,
     ),
     "apgd": Entry("APGD", apgd, "descent with momentum and steps that adapt"),
