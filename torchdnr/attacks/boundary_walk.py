@@ -29,7 +29,7 @@ _POLISH = 20
 _HALVE_AT = (5, 10, 20, 40)  # steps after which the farther half of an input's starts is dropped
 # Relative to the best norm so far, first and last of a cosine: step, and change of the radius.
 # The first step, by norm, is that of each restart in turn.
-_FIRST_SIZES = {1: (0.5, 1.0, 0.2), 2: (0.5, 1.0, 0.25), math.inf: (1.0, 0.3, 4.0)}
+_FIRST_SIZES = {1: (0.5, 1.0, 0.2), 2: (0.5, 1.0, 2.0), math.inf: (1.0, 0.3, 4.0)}
 _LAST_SIZE = 0.01
 _SHRINKAGE = (0.2, 0.002)
 _POLISH_SIZE, _POLISH_SHRINKAGE = (0.1, 0.001), (0.01, 0.0002)
@@ -59,7 +59,7 @@ def boundary_walk(
 
     Where the walk ends depends on where it starts and on how long its first steps are, more than on
     how many it takes. So many starts are walked for a few steps, and restarts begin with other
-    steps too: in l2 half as long as the best norm, then as long, then a quarter. After 60 steps the
+    steps too: in l2 half as long as the best norm, then as long, then twice. After 60 steps the
     best point alone is polished, in cycles of 20, 40, 80, ... steps: more are never worse, and 80,
     120, 200, ... make the best use of them, since at the end of a cycle the line to the input is
     bisected once more. Each step is one forward and backward of every start
