@@ -22,7 +22,6 @@ from torchdnr.svm.dual import (
     intercepts,
     join_solutions,
     snap_to_bounds,
-    to_double,
     violation_bounds,
     warn_if_not_converged,
 )
@@ -54,7 +53,7 @@ EASY_STEPS = 8
 """Newton steps up to which a block counts as easy, and the damping falls."""
 FIRST_DAMPING, LEAST_DAMPING, MOST_DAMPING = 0.3, 1e-9, 1.0
 SINGLE_DAMPING = 1e-4
-"""Least damping at which systems are factored in float32: their condition is then below 1e7."""
+"""Least damping that is not in the way of the goal: what is solved with less has to be close."""
 SMALL_SET = 256
 """Samples up to which float64 costs next to nothing. Float32 is too coarse for the last steps where
 many samples are at a small bound: its sums are off by more than what is left to gain."""
@@ -229,14 +228,10 @@ def _newton_update(state: SolverState, running: Tensor, violation: Tensor, fresh
         tol = (NEWTON_ACCURACY * violation[batch]).clamp_min(0.2 * state.goal)
         local = Points(*(t * valid for t in points.of(batch).at(samples)))
         kernels = kernels.double() if bool(double[batch[0]]) else kernels
-        dtype, damping = kernels.dtype, state.damping[problems]
+        damping = state.damping[problems]
+        allowed = state.max_steps - state.steps[problems]
         solution, solved, steps = state.solve(
-            kernels,
-            Points(*(t.to(dtype) for t in local)),
-            intercept[batch].to(dtype),
-            damping.to(dtype),
-            tol.to(dtype),
-            state.max_steps - state.steps[problems],
+            kernels, local, intercept[batch], damping, tol, allowed
         )
         change, damping, improved = _line_search(
             kernels, local, solution, damping, tol, solved, solved & (steps <= EASY_STEPS)
@@ -272,8 +267,7 @@ def _choose_blocks(
         index, valid = first_sets(points.lower, points.upper, index, valid, fresh[running], largest)
     intercept, index, valid = (rows.replicate(t) for t in (intercept, index, valid))
     sizes = valid.sum(dim=1)
-    double = (sizes <= SMALL_SET) | (state.damping[running] < SINGLE_DAMPING)
-    double |= state.failures[running] > 0
+    double = (sizes <= SMALL_SET) | (state.failures[running] > 0)
     blocks = [
         Block(batch, *_compact(index[batch], valid[batch], width))
         for batch, width in _batches(sizes, double, rows)
@@ -322,7 +316,6 @@ def _line_search(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Go to the minimum on the way to Newton's answer: changes of b, damping, and success."""
     gradient, dual_coef, lower, upper = local
-    solution = to_double(solution, lower, upper)
     target = make_feasible(solution, gradient, lower, upper, dual_coef.sum(dim=1))
     change = target - dual_coef
     bent = multiply(kernels, change.to(kernels.dtype)).double()
