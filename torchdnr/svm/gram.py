@@ -13,6 +13,9 @@ from torchdnr.svm.kernel_rows import KernelRows
 from torchdnr.svm.memory_plan import FeaturePlan, MemoryPlan, plan_features, plan_memory
 from torchdnr.svm.sharded_rows import ShardedRows
 
+FEW_FEATURES = 256
+"""Features up to which kernels are computed faster than read from rows far apart in memory."""
+
 
 def rows_on_demand(
     evaluate: Callable[[Tensor], Tensor],
@@ -20,11 +23,12 @@ def rows_on_demand(
     like: Tensor,
     plan: MemoryPlan | None = None,
     batch: int | None = None,
+    between: Callable[[Tensor], Tensor] | None = None,
 ) -> KernelRows:
     """Build a Gram matrix, sharded if there is more than one process; as ``ShardedRows``."""
     if partition.processes.count > 1:
         return ShardedRows(evaluate, partition, like, plan, batch)
-    return KernelRows(evaluate, partition.n, like, plan, batch)
+    return KernelRows(evaluate, partition.n, like, plan, batch, between=between)
 
 
 def planned_rows(
@@ -93,8 +97,23 @@ def rbf_rows(
         diagonal = torch.where(is_local, 1.0, kernels.gather(1, positions))
         return kernels.scatter_(1, positions, diagonal)
 
+    def between(index: Tensor) -> Tensor:
+        kernels = local.new_empty(*index.shape, index.shape[1])
+        step = max(1, len(local) // index.shape[1])  # copies of all features at the most
+        for sets, result in zip(index.split(step), kernels.split(step), strict=True):
+            vectors, offsets = centred.local[sets], all_norms[sets]
+            with full_precision(local.device):
+                torch.baddbmm(
+                    offsets.unsqueeze(1), vectors, vectors.mT, alpha=2.0 * gamma, out=result
+                )
+            result.add_(offsets.unsqueeze(2)).clamp_max_(0.0).exp_()
+        kernels.diagonal(dim1=1, dim2=2).fill_(1.0)
+        return kernels
+
+    few_held = plan is not None and plan.capacity < len(local)
+    direct = centred is not None and (few_held or local.shape[1] <= FEW_FEATURES)
     batch = None if copies is None else copies.rows
-    return rows_on_demand(evaluate, partition, local, plan, batch)
+    return rows_on_demand(evaluate, partition, local, plan, batch, between if direct else None)
 
 
 def distance_rows(

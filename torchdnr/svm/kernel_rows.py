@@ -43,6 +43,8 @@ class KernelRows:
             as many as stay in a CPU's cache.
         columns: Part of each row that is evaluated and held. Default: all of it.
         width: Kernel values of a row by which the work is divided. Default: n.
+        between: Maps sets of samples ``(p, k)`` to the kernels within each, ``(p, k, k)``, where
+            that is cheaper than to evaluate all of their rows or to read them.
 
     Attributes:
         largest_set: Samples in a working set at the most.
@@ -63,13 +65,14 @@ class KernelRows:
         *,
         columns: slice | None = None,
         width: int | None = None,
+        between: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         plan = MemoryPlan(n, LARGEST_SET) if plan is None else plan
         self._columns = slice(0, n) if columns is None else columns
         self._width = n if width is None else width
         self._passes_are_dear = batch is not None
         self._batch = max(1, EVALUATE_ELEMENTS // self._width) if batch is None else batch
-        self._evaluate, self.n, self.parts = evaluate, n, 1
+        self._evaluate, self._between, self.n, self.parts = evaluate, between, n, 1
         self.capacity, self.largest_set = max(min(3, n), min(plan.capacity, n)), plan.largest_set
         self.together, self.exact_elements = plan.together, EXACT_ELEMENTS
         # A CPU gives memory only to the part that gets written.
@@ -113,12 +116,18 @@ class KernelRows:
 
     def block(self, index: Tensor) -> Tensor:
         """Return the kernels ``(p, k, k)`` between the samples of working sets ``(p, k)``."""
+        if self._between is not None:
+            return self._between(index)
         return self.store[self._slots_of_sets(index).unsqueeze(2), index.unsqueeze(1)]
 
     def product_at(self, samples: Tensor, vectors: Tensor) -> Tensor:
-        """Multiply vectors, float64 ``(P, n)``, by the rows of at most ``capacity`` samples."""
-        rows = self.store[self.slots(samples)].double()
-        return vectors[:, self._columns] @ rows.T
+        """Multiply vectors, float64 ``(P, n)``, by the rows of at most ``capacity`` samples.
+
+        The sums are in the dtype of the kernel.
+        """
+        rows = self.store[self.slots(samples)]
+        with full_precision(vectors.device):
+            return (vectors[:, self._columns].to(rows.dtype) @ rows.T).to(vectors.dtype)
 
     def product(self, vectors: Tensor, *, exact: bool = True) -> Tensor:
         """Multiply vectors, float64 ``(P, n)``, by the Gram matrix: ``(P, n)``.
@@ -127,6 +136,8 @@ class KernelRows:
         dtype of the kernel.
         """
         used = vectors.ne(0).any(dim=0).nonzero().squeeze(1)  # a data-dependent size: syncs once
+        if len(used) <= self.capacity:
+            self.slots(used)
         # A few rows at a time stay in a CPU's cache; accelerators want all at once.
         in_parts = exact or self.store.device.type == "cpu"
         step = max(1, self.exact_elements // self._width) if in_parts else self.n

@@ -60,10 +60,11 @@ many samples are at a small bound: its sums are off by more than what is left to
 FALLBACK_SET, FALLBACK_STEPS = 256, 1024
 BLOCK_ELEMENTS, CPU_BLOCK_ELEMENTS = 2**27, 2**22
 """Entries of the matrices that are factored together: on a CPU only small ones gain from it."""
-SMALL_BLOCKS = 2**17
+SMALL_BLOCKS = 2**20
 """The same, whatever the number of samples: they take a few MiB, and save most of the calls."""
 PADDING = 0.75
-"""Least share of the largest working set of a batch that the smallest one fills."""
+"""Least share of the largest working set of a batch that the smallest one fills; small sets go
+together whatever their sizes, as calls take longer than sums there."""
 
 
 @torch.no_grad()
@@ -220,7 +221,8 @@ def descend(state: SolverState) -> None:
 
 def _newton_update(state: SolverState, running: Tensor, violation: Tensor, fresh: Tensor) -> Tensor:
     """Improve the running problems by Newton's method, and return those that need another."""
-    rows, points = state.rows, state.points().of(running)
+    rows, points = state.rows, state.points()
+    points = points if len(running) == len(state.steps) else points.of(running)
     intercept, blocks, double = _choose_blocks(state, running, points, fresh)
     results = []
     for (batch, samples, valid), kernels in rows.assigned(blocks):
@@ -291,7 +293,8 @@ def _batches(sizes: Tensor, double: Tensor, rows: KernelRows) -> list[tuple[Tens
             width, end = max(1, lengths[start]), start + 1
             most = min(limit // (width * width), rows.capacity // width)
             most = min(max(most, few // (width * width)), share)
-            while end < len(lengths) and end - start < most and lengths[end] >= PADDING * width:
+            least = PADDING * width if width > SMALL_SET else 0
+            while end < len(lengths) and end - start < most and lengths[end] >= least:
                 end += 1
             batches.append((order[start:end], width))
             start = end
@@ -301,8 +304,10 @@ def _batches(sizes: Tensor, double: Tensor, rows: KernelRows) -> list[tuple[Tens
 def _compact(index: Tensor, valid: Tensor, width: int) -> tuple[Tensor, Tensor]:
     """Put the valid entries first, cut the rest, and sort by sample for the sake of the cache."""
     order = valid.to(torch.uint8).sort(dim=1, descending=True, stable=True).indices[:, :width]
-    samples = index.gather(1, order).sort(dim=1)
-    return samples.values, valid.gather(1, order).gather(1, samples.indices)
+    valid, samples = valid.gather(1, order), index.gather(1, order)
+    samples = torch.where(valid, samples, samples[:, :1])  # no rows but those of the set
+    samples = samples.sort(dim=1, stable=True)
+    return samples.values, valid.gather(1, samples.indices)
 
 
 def _line_search(

@@ -20,7 +20,7 @@ CHECK_EVERY = 32
 """Two-variable updates between two looks at whether all problems are done (a device sync)."""
 FIRST_SAMPLES = 256
 """Samples of the first working set."""
-NEW_SAMPLES = 96
+NEW_SAMPLES = 160
 """Samples at a bound that enter a working set at least, if so many want to leave their bound."""
 NEW_SHARE = 0.5
 """The same as a share of the free samples."""
