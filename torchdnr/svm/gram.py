@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -13,8 +14,9 @@ from torchdnr.svm.kernel_rows import KernelRows
 from torchdnr.svm.memory_plan import FeaturePlan, MemoryPlan, plan_features, plan_memory
 from torchdnr.svm.sharded_rows import ShardedRows
 
-FEW_FEATURES = 256
-"""Features up to which kernels are computed faster than read from rows far apart in memory."""
+FEW_FEATURES, MANY_SAMPLES = 256, 4096
+"""Kernels of at most so many features are computed faster than read from rows far apart in memory,
+as those of at least so many samples are."""
 
 
 def rows_on_demand(
@@ -97,23 +99,30 @@ def rbf_rows(
         diagonal = torch.where(is_local, 1.0, kernels.gather(1, positions))
         return kernels.scatter_(1, positions, diagonal)
 
-    def between(index: Tensor) -> Tensor:
-        kernels = local.new_empty(*index.shape, index.shape[1])
-        step = max(1, len(local) // index.shape[1])  # copies of all features at the most
-        for sets, result in zip(index.split(step), kernels.split(step), strict=True):
-            vectors, offsets = centred.local[sets], all_norms[sets]
-            with full_precision(local.device):
-                torch.baddbmm(
-                    offsets.unsqueeze(1), vectors, vectors.mT, alpha=2.0 * gamma, out=result
-                )
-            result.add_(offsets.unsqueeze(2)).clamp_max_(0.0).exp_()
-        kernels.diagonal(dim1=1, dim2=2).fill_(1.0)
-        return kernels
-
-    few_held = plan is not None and plan.capacity < len(local)
-    direct = centred is not None and (few_held or local.shape[1] <= FEW_FEATURES)
+    between = None
+    n, d = features.shape
+    few_held = plan is not None and plan.capacity < n
+    if centred is not None and (few_held or (d <= FEW_FEATURES and n >= MANY_SAMPLES)):
+        between = partial(_kernels_within, centred.local, all_norms, gamma)
     batch = None if copies is None else copies.rows
-    return rows_on_demand(evaluate, partition, local, plan, batch, between if direct else None)
+    return rows_on_demand(evaluate, partition, local, plan, batch, between)
+
+
+def _kernels_within(vectors: Tensor, norms: Tensor, gamma: float, sets: Tensor) -> Tensor:
+    """Compute the kernels ``(p, k, k)`` within sets of samples ``(p, k)``.
+
+    The vectors are centred, and the norms are ``-gamma |x_i|^2``.
+    """
+    kernels = vectors.new_empty(*sets.shape, sets.shape[1])
+    step = max(1, len(vectors) // sets.shape[1])  # copies no larger than all vectors
+    for index, result in zip(sets.split(step), kernels.split(step), strict=True):
+        chosen, offsets = vectors[index], norms[index]
+        with full_precision(vectors.device):
+            factor = 2.0 * gamma
+            torch.baddbmm(offsets.unsqueeze(1), chosen, chosen.mT, alpha=factor, out=result)
+        result.add_(offsets.unsqueeze(2)).clamp_max_(0.0).exp_()
+    kernels.diagonal(dim1=1, dim2=2).fill_(1.0)
+    return kernels
 
 
 def distance_rows(

@@ -94,6 +94,11 @@ class KernelRows:
         return rows
 
     @property
+    def in_sets(self) -> int:
+        """Samples, in all, of the working sets whose kernels can be made at once."""
+        return self.capacity if self._between is None else self.n
+
+    @property
     def is_dense(self) -> bool:
         """Whether the matrix was given whole."""
         return self._slot_of is self._sample_in

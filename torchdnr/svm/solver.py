@@ -262,7 +262,7 @@ def _choose_blocks(
 ) -> tuple[Tensor, list[Block], Tensor]:
     """Return intercepts, working sets in batches, and which problems take float64."""
     rows = state.rows
-    largest = min(rows.largest_set, rows.capacity)
+    largest = min(rows.largest_set, rows.in_sets)
     intercept = intercepts(points)
     index, valid = largest_violators(points, intercept, largest)
     if fresh.any():
@@ -291,7 +291,7 @@ def _batches(sizes: Tensor, double: Tensor, rows: KernelRows) -> list[tuple[Tens
         start, share = 0, math.ceil(len(lengths) / rows.parts)
         while start < len(lengths):
             width, end = max(1, lengths[start]), start + 1
-            most = min(limit // (width * width), rows.capacity // width)
+            most = min(limit // (width * width), rows.in_sets // width)
             most = min(max(most, few // (width * width)), share)
             least = PADDING * width if width > SMALL_SET else 0
             while end < len(lengths) and end - start < most and lengths[end] >= least:
@@ -306,8 +306,8 @@ def _compact(index: Tensor, valid: Tensor, width: int) -> tuple[Tensor, Tensor]:
     order = valid.to(torch.uint8).sort(dim=1, descending=True, stable=True).indices[:, :width]
     valid, samples = valid.gather(1, order), index.gather(1, order)
     samples = torch.where(valid, samples, samples[:, :1])  # no rows but those of the set
-    samples = samples.sort(dim=1, stable=True)
-    return samples.values, valid.gather(1, samples.indices)
+    ordered = samples.sort(dim=1, stable=True)
+    return ordered.values, valid.gather(1, ordered.indices)
 
 
 def _line_search(
