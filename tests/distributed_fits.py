@@ -5,6 +5,7 @@ What they take is counted where all are made: counting takes longer than the fit
 
 import sys
 import warnings
+from unittest.mock import patch
 
 import torch
 from gpytorch.kernels import MaternKernel
@@ -15,7 +16,7 @@ from torchdnr import DNR, NR
 from torchdnr.distributed import alone, current, joined
 from torchdnr.distributed.sharing import Partition, ShardedFeatures
 from torchdnr.files import save_tensors
-from torchdnr.svm import RBFSVM, grid_search, out_of_fold_scores, solve_dual
+from torchdnr.svm import RBFSVM, grid_search, model_selection, out_of_fold_scores, solve_dual
 from torchdnr.svm.dual import certify, dual_bounds
 from torchdnr.svm.gram import rbf_rows
 from torchdnr.svm.memory_plan import FeaturePlan, MemoryPlan
@@ -168,6 +169,15 @@ def search_of_features(folder):
     return {**_machine(search.svm), "accuracy": search.accuracy, "held out": held_out}
 
 
+def pruned_search(folder):
+    """Prune on a part of the samples, whose widths the processes share out."""
+    x, y = points(120, 3)
+    grid = {"C_grid": (1.0, 2.0), "gamma_grid": (0.5, 1.0, 1e4, 2e4), "folds": 2}
+    with patch.object(model_selection, "PART", 60):
+        search = grid_search(shared(x), y, tol=FINE, **grid, pruning=True)
+    return {**_machine(search.svm), "accuracy": search.accuracy, "pruned": search.pruned}
+
+
 def refined_search(folder):
     """Refine from one point: the first process does that for all."""
     x, y = points(70, 3, spread=0.4)
@@ -206,6 +216,7 @@ FITS = {
         another_kernel_and_weights,
         one_vs_one,
         search_of_features,
+        pruned_search,
         refined_search,
         coarse_tolerance,
     )

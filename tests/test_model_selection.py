@@ -21,6 +21,7 @@ from torchdnr.svm import (
     ConvergenceWarning,
     SelectionWarning,
     grid_search,
+    model_selection,
     out_of_fold_scores,
     solve_dual,
 )
@@ -247,3 +248,57 @@ def test_wrong_searches_are_refused(options, message):
 def test_out_of_fold_scores_need_a_sample_of_each_class_in_each_fold():
     with pytest.raises(ValueError, match="add samples or use fewer folds"):
         out_of_fold_scores(torch.randn(8, 2), torch.arange(8) % 4, C=1.0, gamma=1.0, folds=3)
+
+
+def spread_out(n=1200, c=3, noise=1.0):
+    """Return clusters on which a tiny or a huge gamma is far worse than "scale"."""
+    generator = torch.Generator().manual_seed(4)
+    y = torch.arange(n) % c
+    x = 2.0 * torch.randn(c, 6, generator=generator)[y]
+    return (x + noise * torch.randn(n, 6, generator=generator)).double(), y
+
+
+GRID = {"C_grid": (1e-3, 1.0), "gamma_grid": (1.0, 300.0), "folds": 2}
+
+
+def test_pruned_points_are_marked_and_the_others_are_as_without(monkeypatch):
+    monkeypatch.setattr(model_selection, "PART", 300)
+    x, y = spread_out()
+    whole, pruned = grid_search(x, y, **GRID), grid_search(x, y, **GRID, pruning=True)
+    assert whole.pruned is None and "pruned" not in whole.to_dict()
+    assert (pruned.C, pruned.gamma) == (whole.C, whole.gamma)
+    top, least = whole.accuracy.max(), whole.accuracy.min()
+    assert top - least > 0.2  # nothing is close
+    assert 0 < pruned.pruned.sum() < pruned.pruned.numel()
+    assert pruned.pruned[whole.accuracy == least].all()
+    assert not pruned.pruned[whole.accuracy == top].any()
+    assert torch.equal(pruned.accuracy[~pruned.pruned], whole.accuracy[~pruned.pruned])
+    assert pruned.to_dict()["pruned"] == pruned.pruned.tolist()
+    torch.testing.assert_close(pruned.svm(x), whole.svm(x), atol=5e-3, rtol=0)
+
+
+def test_a_point_that_is_best_on_a_part_only_by_chance_prunes_no_equal_one(monkeypatch):
+    monkeypatch.setattr(model_selection, "PART", 300)
+    x, y = spread_out()
+    search = grid_search(x, y, C_grid=(1.0, 1.01), gamma_grid=(1.0, 1.02), folds=2, pruning=True)
+    assert not search.pruned.any()
+
+
+@pytest.mark.parametrize("rare", [False, True])
+def test_few_samples_or_a_small_class_leave_nothing_to_prune(monkeypatch, rare):
+    monkeypatch.setattr(model_selection, "PART", 100 if rare else 1200)
+    x, y = spread_out(600)
+    if rare:
+        y = torch.where((y == 2) & (torch.arange(600) > 8), 0, y)  # three samples are left
+    whole, search = (grid_search(x, y, **GRID, pruning=on) for on in (False, True))
+    assert not search.pruned.any() and torch.equal(search.accuracy, whole.accuracy)
+
+
+def test_samples_of_weight_0_have_no_part_in_pruning(monkeypatch):
+    monkeypatch.setattr(model_selection, "PART", 300)
+    x, y = spread_out()
+    wrong, nothing = (y + 1) % 3, torch.zeros(len(y))
+    both, weight = torch.cat([x, x]), torch.cat([nothing + 1, nothing])
+    alone = grid_search(x, y, **GRID, pruning=True)
+    search = grid_search(both, torch.cat([y, wrong]), **GRID, pruning=True, sample_weight=weight)
+    assert torch.equal(search.pruned, alone.pruned) and search.C == alone.C

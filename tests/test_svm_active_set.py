@@ -95,6 +95,23 @@ def test_blocks_in_float32_are_solved_to_its_precision():
     assert difference.max() <= 1e-3 / 1e-2 * 40**0.5
 
 
+def test_float32_factors_give_float64_answers_whatever_the_damping():
+    kernels, *points = blocks(10, 100, seed=1, C=2.0)
+    for damping in (1e-1, 1e-3, 1e-6):
+        exact, both, _ = newton(kernels, *points, damping=damping, tol=1e-3)
+        rough, solved, _ = newton(kernels.float(), *points, damping=damping, tol=1e-3)
+        assert rough.dtype == torch.float64 and (both & solved).sum() >= 8
+        change, other = (t - points[1] for t in (exact, rough))
+        assert (rough.sum(dim=1) - points[1].sum(dim=1)).abs().max() <= 1e-12
+        # They differ where hardly anything depends on it: the objectives are the same.
+        fall, least = (
+            (points[0] * c).sum(1) + (c * multiply(damped(kernels, damping), c)).sum(1) / 2
+            for c in (other, change)
+        )
+        worth = (fall - least)[both & solved] / least.abs()[both & solved]
+        assert worth.abs().max() <= 1e-9
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_block_does_not_depend_on_its_neighbours(device):
     block = [t.to(device) for t in blocks(8, 30, seed=2)]
@@ -237,3 +254,18 @@ def test_first_sets_are_shared_by_fresh_problems_that_find_both_classes_there():
     assert flags[0].sum() == 100 and len(set(chosen[0].tolist())) == 100
     assert chosen[1][flags[1]].tolist() == [3]
     assert chosen[2][flags[2]].tolist() == [5, 6]  # one class only in the common sample
+
+
+def test_free_samples_fill_the_room_that_no_violator_takes():
+    generator = torch.Generator().manual_seed(0)
+    gradient = 0.1 * torch.randn(2, 100, generator=generator, dtype=torch.float64)
+    lower, upper = -torch.ones_like(gradient), torch.ones_like(gradient)
+    b = 0.5 * torch.ones_like(gradient)  # all are free
+    b[1, :10] = 1.0  # ten want to leave their bound, as they have the largest gradients
+    gradient[1, :10] = torch.arange(10.0, 20.0, dtype=torch.float64)
+    points, none = Points(gradient, b, lower, upper), torch.zeros(2, dtype=torch.float64)
+    index, valid = largest_violators(points, none, 40)
+    assert valid.sum(dim=1).tolist() == [40, 40]
+    worst = gradient.abs().topk(40, dim=1).indices
+    for chosen, belongs, expected in zip(index, valid, worst, strict=True):
+        assert set(chosen[belongs].tolist()) == set(expected.tolist())

@@ -5,11 +5,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from property_examples import up_to
-from svm_oracles import check_solution, gram, held, noisy
+from svm_oracles import check_solution, gram, held, libsvm, noisy
 
 from torchdnr.svm import solve_dual
 from torchdnr.svm.gram import distance_rows, rbf_rows
 from torchdnr.svm.kernel_rows import KernelRows
+from torchdnr.svm.memory_plan import MemoryPlan
 
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 
@@ -117,6 +118,34 @@ def test_kernels_of_features_and_of_distances_are_the_gram_matrix(dtype, device)
         torch.testing.assert_close(got.double(), expected[index], rtol=0, atol=tolerance)
         assert (got.gather(1, index.unsqueeze(1)) == 1).all() and (got <= 1).all()
     assert torch.equal(distances, exact_distances(x))  # left alone
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_kernels_within_sets_are_computed_without_rows_where_few_are_held(dtype, device):
+    x = noisy(n=70)[0].to(device, dtype) * 3 + 5
+    x[1] = x[0]
+    expected = torch.exp(-0.3 * torch.cdist(x.double(), x.double()).square())
+    rows = rbf_rows(x, 0.3, x.mean(0), MemoryPlan(20, 40))
+    index = torch.tensor([[5, 0, 1, 69], [1, 1, 0, 2]], device=device)  # padding repeats samples
+    index = index.repeat(1, 10)  # in more than one part
+    got = rows.block(index)
+    assert rows.evaluated == 0 and got.dtype == dtype
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-12
+    within = torch.stack([expected[i][:, i] for i in index])
+    torch.testing.assert_close(got.double(), within, rtol=0, atol=tolerance)
+    assert (got.diagonal(dim1=1, dim2=2) == 1).all() and (got <= 1).all()
+
+
+@pytest.mark.parametrize("plan", [(300, 300), (120, 200), (60, 50), (20, 90)])
+def test_fits_with_more_free_samples_than_a_set_or_the_rows_hold(plan):
+    x, y = noisy(n=300)
+    expected, _ = libsvm(gram(x, 1.0).numpy(), y[:, 0].numpy(), 50.0)
+    solution = solve_dual(rbf_rows(x, 1.0, x.mean(0), MemoryPlan(*plan)), y, 50.0, tol=1e-4)
+    check_solution(gram(x, 1.0), y, 50.0, solution, 1e-4)
+    inner = (solution.dual_coef != 0) & (solution.dual_coef.abs() < 50.0)
+    assert inner.sum() > 100
+    assert solution.objective[0] <= expected + 1e-6 * abs(expected)
 
 
 def exact_distances(x):

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -13,6 +14,10 @@ from torchdnr.svm.kernel_rows import KernelRows
 from torchdnr.svm.memory_plan import FeaturePlan, MemoryPlan, plan_features, plan_memory
 from torchdnr.svm.sharded_rows import ShardedRows
 
+FEW_FEATURES, MANY_SAMPLES = 256, 4096
+"""Kernels of at most so many features are computed faster than read from rows far apart in memory,
+as those of at least so many samples are."""
+
 
 def rows_on_demand(
     evaluate: Callable[[Tensor], Tensor],
@@ -20,11 +25,12 @@ def rows_on_demand(
     like: Tensor,
     plan: MemoryPlan | None = None,
     batch: int | None = None,
+    between: Callable[[Tensor], Tensor] | None = None,
 ) -> KernelRows:
     """Build a Gram matrix, sharded if there is more than one process; as ``ShardedRows``."""
     if partition.processes.count > 1:
         return ShardedRows(evaluate, partition, like, plan, batch)
-    return KernelRows(evaluate, partition.n, like, plan, batch)
+    return KernelRows(evaluate, partition.n, like, plan, batch, between=between)
 
 
 def planned_rows(
@@ -93,8 +99,30 @@ def rbf_rows(
         diagonal = torch.where(is_local, 1.0, kernels.gather(1, positions))
         return kernels.scatter_(1, positions, diagonal)
 
+    between = None
+    n, d = features.shape
+    few_held = plan is not None and plan.capacity < n
+    if centred is not None and (few_held or (d <= FEW_FEATURES and n >= MANY_SAMPLES)):
+        between = partial(_kernels_within, centred.local, all_norms, gamma)
     batch = None if copies is None else copies.rows
-    return rows_on_demand(evaluate, partition, local, plan, batch)
+    return rows_on_demand(evaluate, partition, local, plan, batch, between)
+
+
+def _kernels_within(vectors: Tensor, norms: Tensor, gamma: float, sets: Tensor) -> Tensor:
+    """Compute the kernels ``(p, k, k)`` within sets of samples ``(p, k)``.
+
+    The vectors are centred, and the norms are ``-gamma |x_i|^2``.
+    """
+    kernels = vectors.new_empty(*sets.shape, sets.shape[1])
+    step = max(1, len(vectors) // sets.shape[1])  # copies no larger than all vectors
+    for index, result in zip(sets.split(step), kernels.split(step), strict=True):
+        chosen, offsets = vectors[index], norms[index]
+        with full_precision(vectors.device):
+            factor = 2.0 * gamma
+            torch.baddbmm(offsets.unsqueeze(1), chosen, chosen.mT, alpha=factor, out=result)
+        result.add_(offsets.unsqueeze(2)).clamp_max_(0.0).exp_()
+    kernels.diagonal(dim1=1, dim2=2).fill_(1.0)
+    return kernels
 
 
 def distance_rows(

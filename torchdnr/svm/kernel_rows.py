@@ -43,6 +43,8 @@ class KernelRows:
             as many as stay in a CPU's cache.
         columns: Part of each row that is evaluated and held. Default: all of it.
         width: Kernel values of a row by which the work is divided. Default: n.
+        between: Maps sets of samples ``(p, k)`` to the kernels within each, ``(p, k, k)``, where
+            that is cheaper than to evaluate all of their rows or to read them.
 
     Attributes:
         largest_set: Samples in a working set at the most.
@@ -63,13 +65,14 @@ class KernelRows:
         *,
         columns: slice | None = None,
         width: int | None = None,
+        between: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         plan = MemoryPlan(n, LARGEST_SET) if plan is None else plan
         self._columns = slice(0, n) if columns is None else columns
         self._width = n if width is None else width
         self._passes_are_dear = batch is not None
         self._batch = max(1, EVALUATE_ELEMENTS // self._width) if batch is None else batch
-        self._evaluate, self.n, self.parts = evaluate, n, 1
+        self._evaluate, self._between, self.n, self.parts = evaluate, between, n, 1
         self.capacity, self.largest_set = max(min(3, n), min(plan.capacity, n)), plan.largest_set
         self.together, self.exact_elements = plan.together, EXACT_ELEMENTS
         # A CPU gives memory only to the part that gets written.
@@ -89,6 +92,11 @@ class KernelRows:
         rows.store = kernel
         rows._slot_of = rows._sample_in = torch.arange(rows.n, device=kernel.device)
         return rows
+
+    @property
+    def in_sets(self) -> int:
+        """Samples, in all, of the working sets whose kernels can be made at once."""
+        return self.capacity if self._between is None else self.n
 
     @property
     def is_dense(self) -> bool:
@@ -113,12 +121,18 @@ class KernelRows:
 
     def block(self, index: Tensor) -> Tensor:
         """Return the kernels ``(p, k, k)`` between the samples of working sets ``(p, k)``."""
+        if self._between is not None:
+            return self._between(index)
         return self.store[self._slots_of_sets(index).unsqueeze(2), index.unsqueeze(1)]
 
     def product_at(self, samples: Tensor, vectors: Tensor) -> Tensor:
-        """Multiply vectors, float64 ``(P, n)``, by the rows of at most ``capacity`` samples."""
-        rows = self.store[self.slots(samples)].double()
-        return vectors[:, self._columns] @ rows.T
+        """Multiply vectors, float64 ``(P, n)``, by the rows of at most ``capacity`` samples.
+
+        The sums are in the dtype of the kernel.
+        """
+        rows = self.store[self.slots(samples)]
+        with full_precision(vectors.device):
+            return (vectors[:, self._columns].to(rows.dtype) @ rows.T).to(vectors.dtype)
 
     def product(self, vectors: Tensor, *, exact: bool = True) -> Tensor:
         """Multiply vectors, float64 ``(P, n)``, by the Gram matrix: ``(P, n)``.
@@ -127,17 +141,19 @@ class KernelRows:
         dtype of the kernel.
         """
         used = vectors.ne(0).any(dim=0).nonzero().squeeze(1)  # a data-dependent size: syncs once
-        result = torch.zeros_like(vectors[:, self._columns])
-        step = max(1, self.exact_elements // self._width) if exact else self.n
+        if len(used) <= self.capacity:
+            self.slots(used)
+        # A few rows at a time stay in a CPU's cache; accelerators want all at once.
+        in_parts = exact or self.store.device.type == "cpu"
+        step = max(1, self.exact_elements // self._width) if in_parts else self.n
+        dtype = vectors.dtype if exact else self.store.dtype
+        result = torch.zeros_like(vectors[:, self._columns], dtype=dtype)
         widened = result.new_empty(step if exact else 0, result.shape[1])
         with full_precision(vectors.device):
-            for samples, rows in self._parts(used, step, spread=2 if exact else 10):
-                coefficients = vectors[:, samples]
-                if exact:
-                    result.addmm_(coefficients, widened[: len(rows)].copy_(rows))
-                else:
-                    result += coefficients.to(rows.dtype) @ rows
-        return result
+            for samples, rows in self._parts(used, step):
+                coefficients = vectors[:, samples].to(dtype)
+                result.addmm_(coefficients, widened[: len(rows)].copy_(rows) if exact else rows)
+        return result.to(vectors.dtype)
 
     def assigned(self, blocks: Sequence[Block]) -> Iterator[tuple[Block, Tensor]]:
         """Yield the blocks to be solved here, each with its kernels ``(p, k, k)``."""
@@ -162,19 +178,25 @@ class KernelRows:
         union, position = index.unique(return_inverse=True)
         return self.slots(union)[position]
 
-    def _parts(self, used: Tensor, step: int, spread: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Pair samples with their rows, some at a time; all that are held if that saves a copy."""
+    def _parts(self, used: Tensor, step: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Pair samples with their rows, some at a time; all that are held if that saves a copy.
+
+        The rows are valid until the next ones.
+        """
         slots = self._slot_of[used]
-        if spread * len(used) > self._filled and bool((slots >= 0).all()):  # no copy of the rows
+        if 2 * len(used) > self._filled and bool((slots >= 0).all()):  # no copy of the rows
             for first in range(0, self._filled, step):
                 rows = self.store[first : min(first + step, self._filled)]
                 yield self._sample_in[first : first + len(rows)], rows
             return
+        copies = self.store.new_empty(0, self.store.shape[1])
         for samples in used.split(self._batch if self._passes_are_dear else min(step, self._batch)):
             slots = self._slot_of[samples]
             held, missing = slots >= 0, samples[slots < 0]
             for part, at in zip(samples[held].split(step), slots[held].split(step), strict=True):
-                yield part, self.store[at]
+                if len(copies) < len(at):
+                    copies = self.store.new_empty(len(at), self.store.shape[1])
+                yield part, torch.index_select(self.store, 0, at, out=copies[: len(at)])
             if len(missing):  # they had to give way: evaluated again, and not kept
                 self.evaluated += len(missing)
                 rows = self._evaluate(missing)
@@ -190,8 +212,12 @@ class KernelRows:
             self._slot_of[self._sample_in[freed]] = -1
             slots = torch.cat([slots, freed])
         for samples, at in zip(missing.split(self._batch), slots.split(self._batch), strict=True):
-            self.store[at] = self._evaluate(samples)
-        self._filled += new
+            kernels, free = self._evaluate(samples), self.capacity - self._filled
+            if len(samples) <= free:  # one after the other: a plain copy
+                self.store[self._filled : self._filled + len(samples)] = kernels
+            else:
+                self.store[at] = kernels
+            self._filled += min(free, len(samples))
         self._slot_of[missing], self._sample_in[slots] = slots, missing
         self._last_use[slots] = self._time
         self.evaluated += len(missing)

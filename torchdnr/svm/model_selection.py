@@ -2,43 +2,33 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from torchdnr.arrays import ArrayLike, as_labels
-from torchdnr.distributed.processes import ALONE, alone, warn_once
+from torchdnr.distributed.processes import ALONE, Processes, alone, warn_once
 from torchdnr.distributed.sharing import ShardedFeatures
 from torchdnr.kernels.any_kernel import gamma_for_variance
 from torchdnr.resources import progress_bar
 from torchdnr.svm.checks import check_labels, checked_features, checked_sample_weight
-from torchdnr.svm.dual import DualSolution, dual_bounds
+from torchdnr.svm.folded_fits import FoldedFits, Kernels
 from torchdnr.svm.folds import stratified_folds
-from torchdnr.svm.gram import all_distances, planned_rows
-from torchdnr.svm.kernel_rows import KernelRows
-from torchdnr.svm.memory_plan import MEMORY_LIMIT, least_memory
-from torchdnr.svm.multiclass import (
-    ONE_VS_REST,
-    CheckedWeight,
-    ClassWeight,
-    PerClass,
-    checked_C,
-    checked_class_weight,
-    one_vs_rest,
-    upper_bounds,
-)
+from torchdnr.svm.multiclass import CheckedWeight, ClassWeight, PerClass, checked_class_weight
 from torchdnr.svm.rbf_svm import RBFSVM
 from torchdnr.svm.refinement import JUDGED, Refine, Refinement, check_refine, refine_point
-from torchdnr.svm.solver import solve_dual
-from torchdnr.svm.working_set import make_feasible
 
 C_GRID = (0.01, 0.1, 1.0, 10.0, 100.0)
 GAMMA_GRID = (0.0625, 0.25, 1.0, 4.0)
 """Multiples of gamma = "scale", so that one grid fits any layer."""
+
+
+PART = 1200
+"""Samples on which points are tried before they are pruned, at the least."""
 
 
 class SelectionWarning(UserWarning):
@@ -59,6 +49,8 @@ class GridSearch:
         not_converged: Dual problems that missed the tolerance, over the whole search.
         svm: The fit of the chosen point on all samples, times ``scale`` where there is one.
         refinement: What became of refining the point of the grid; None where it was not asked for.
+        pruned: Points that were not finished, bool as ``accuracy``, which is that on a part of the
+            samples there; None where pruning was not asked for.
     """
 
     C: float | tuple[float, ...]
@@ -70,6 +62,7 @@ class GridSearch:
     not_converged: int
     svm: RBFSVM
     refinement: Refinement | None = None
+    pruned: Tensor | None = None
 
     @property
     def scale(self) -> Tensor | None:
@@ -81,11 +74,12 @@ class GridSearch:
 
     def to_dict(self) -> dict[str, Any]:
         """Return all fields but the fit as JSON values."""
-        apart = ("svm", "refinement")
+        apart = ("svm", "refinement", "pruned")
         values = {name: value for name, value in vars(self).items() if name not in apart}
         values = {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
         refined = {} if self.refinement is None else {"refinement": self.refinement.to_dict()}
-        return {**values, "accuracy": self.accuracy.tolist(), **refined}
+        pruned = {} if self.pruned is None else {"pruned": self.pruned.tolist()}
+        return {**values, "accuracy": self.accuracy.tolist(), **refined, **pruned}
 
 
 @torch.no_grad()
@@ -104,6 +98,7 @@ def grid_search(
     distances: Tensor | None = None,
     memory_limit: int | None = None,
     refine: Refine = False,
+    pruning: bool = False,
     progress: bool = False,
     description: str = "grid search",
 ) -> GridSearch:
@@ -133,6 +128,9 @@ def grid_search(
             smooth out-of-fold loss, in float64. What comes of it is kept if neither accuracy nor
             rejection is worse on samples that had no part in it, see ``Refinement``. ``"ard"``:
             also a width for each feature, by factors of the features, ``GridSearch.scale``.
+        pruning: Whether to try all points on a part of the samples first, at least 1,200 of them,
+            and to finish only those within two standard errors of the best one there. It saves most
+            of the time of a large grid; a point that needs all samples to win may be missed.
         progress: Whether to show a progress bar.
         description: What the progress bar is called.
 
@@ -159,44 +157,30 @@ def grid_search(
     if not Cs or not gammas or min(*Cs, *gammas) <= 0.0:
         raise ValueError(f"grids must hold numbers > 0, got C {C_grid} and gamma {gamma_grid}")
     weight = checked_sample_weight(sample_weight, labels, c)
-    each = torch.ones_like(labels, dtype=torch.float64) if weight is None else weight
-    # Unequal weights tell as much as so many equal ones: Kish's effective sample size.
-    samples = (each.sum().square() / each.square().sum()).item()
     fold = stratified_folds(labels, folds, seed)
     if refine:
         stratified_folds(labels, JUDGED)  # before the work, an error if a class has too few samples
-    kernels = _Kernels(features, distances, c * folds, memory_limit)
+    grid = _Grid(Cs, gammas, scale, labels, fold, c, weight, tol, max_steps, class_weight)
+    pruned, not_converged = torch.zeros(len(Cs), len(gammas), dtype=torch.bool), 0
+    rough = pruned.double()
+    if pruning:
+        rough, pruned, not_converged = _prune(features, grid, memory_limit)
+    kernels = Kernels(features, distances, c * folds, memory_limit)
     processes, searched = ALONE, kernels
     if distances is None and _searched_apart(features, len(gammas), kernels.limit):
         processes = features.partition.processes
         whole = features.rows(slice(0, len(features)))
-        searched = _Kernels(whole, None, c * folds, memory_limit)
-    accuracy = torch.zeros(len(Cs), len(gammas), dtype=torch.float64)
-    points: list[_Point] = []
-    not_converged = 0
-    mine = [column for column in range(len(gammas)) if processes.mine(column)]
-    bar = progress_bar(progress, total=len(Cs) * len(mine), desc=description, unit="point")
-    with bar, nullcontext() if processes is ALONE else alone():  # each warns of its own
-        for column in mine:
-            gamma = gammas[column]
-            fits = FoldedFits(
-                searched.rows(gamma), labels, c, fold, tol, max_steps, class_weight, weight
-            )
-            for row, C in enumerate(Cs):  # ascending: each C starts from the one before
-                scores = fits.advance(C)
-                right = scores.argmax(dim=1) == labels
-                share = ((each * right).sum() / each.sum()).item()
-                accuracy[row, column] = share
-                points.append(_Point(share, _rank(C, gamma, scale), fits.whole_start()))
-                points = _contenders(points)
-                bar.update()
-            not_converged += fits.not_converged
-    accuracy = processes.all_reduce(accuracy)
-    not_converged = sum(processes.numbers(not_converged))
-    row, column, reason = _choose(accuracy, Cs, gammas, scale, samples, description)
+        searched = Kernels(whole, None, c * folds, memory_limit)
+    total = sum(int((~pruned[:, j]).sum()) for j in range(len(gammas)) if processes.mine(j))
+    with progress_bar(progress, total=total, desc=description, unit="point") as bar:
+        accuracy, points, missed = _try_points(searched, grid, pruned, processes, bar.update)
+    not_converged += missed
+    finished = accuracy.masked_fill(pruned, -torch.inf)
+    row, column, reason = _choose(finished, Cs, gammas, scale, grid.samples(), description)
     C, gamma = Cs[row], gammas[column]
     starts = {point.rank: point.start for point in points}
-    start = starts.get(_rank(C, gamma, scale), torch.zeros_like(points[0].start))
+    none = torch.zeros(len(labels), c, dtype=torch.float64, device=labels.device)
+    start = starts.get(_rank(C, gamma, scale), none)
     start = processes.broadcast(start, processes.owner(column))
     refinement = None
     chosen: tuple[float | tuple[float, ...], float] = C, gamma
@@ -226,7 +210,9 @@ def grid_search(
         initial=start,
         memory_limit=kernels.limit,  # without the share of the distances
     )
-    return GridSearch(*chosen, Cs, gammas, accuracy, reason, not_converged, svm, refinement)
+    accuracy = torch.where(pruned, rough, accuracy)
+    result = GridSearch(*chosen, Cs, gammas, accuracy, reason, not_converged, svm, refinement)
+    return replace(result, pruned=pruned) if pruning else result
 
 
 def _refined(
@@ -245,6 +231,95 @@ def _refined(
             refinement = refine_point(whole, labels, point, class_weight, weight, **options)
         text = json.dumps(refinement.to_dict())
     return Refinement.from_dict(json.loads(processes.broadcast_text(text)))
+
+
+@dataclass(frozen=True)
+class _Grid:
+    """What a search tries, and on which labels and folds."""
+
+    Cs: tuple[float, ...]
+    gammas: tuple[float, ...]
+    scale: float
+    labels: Tensor
+    fold: Tensor
+    classes: int
+    weight: Tensor | None
+    tol: float
+    max_steps: int
+    class_weight: ClassWeight | None
+
+    def each(self) -> Tensor:
+        """Return what each sample counts, float64 ``(n,)``."""
+        ones = torch.ones_like(self.labels, dtype=torch.float64)
+        return ones if self.weight is None else self.weight
+
+    def samples(self) -> float:
+        """Return how many equal weights tell as much: Kish's effective sample size."""
+        each = self.each()
+        return (each.sum().square() / each.square().sum()).item()
+
+    def part(self, index: Tensor) -> "_Grid":
+        """Return the same grid on some of the samples, with folds of their own."""
+        labels, weight = self.labels[index], None if self.weight is None else self.weight[index]
+        fold = stratified_folds(labels, int(self.fold.max()) + 1)
+        return replace(self, labels=labels, fold=fold, weight=weight)
+
+
+def _try_points(
+    kernels: Kernels,
+    grid: _Grid,
+    pruned: Tensor,
+    processes: Processes,
+    tried: Callable[[], object] = lambda: None,
+) -> tuple[Tensor, list["_Point"], int]:
+    """Compute the accuracy of all points but the pruned ones, each width in one process.
+
+    Returns that, 0 for pruned ones; the points of this process that may be chosen; and how many
+    problems missed the tolerance.
+    """
+    accuracy, each = torch.zeros(pruned.shape, dtype=torch.float64), grid.each()
+    points: list[_Point] = []
+    not_converged = 0
+    with nullcontext() if processes is ALONE else alone():  # each warns of its own
+        for column, gamma in enumerate(grid.gammas):
+            rows = (~pruned[:, column]).nonzero().squeeze(1).tolist()
+            if not rows or not processes.mine(column):
+                continue
+            problems = grid.labels, grid.classes, grid.fold, grid.tol, grid.max_steps
+            fits = FoldedFits(kernels.rows(gamma), *problems, grid.class_weight, grid.weight)
+            for row in rows:  # ascending: each C starts from the one before
+                scores = fits.advance(grid.Cs[row])
+                right = scores.argmax(dim=1) == grid.labels
+                share = ((each * right).sum() / each.sum()).item()
+                accuracy[row, column] = share
+                rank = _rank(grid.Cs[row], gamma, grid.scale)
+                points = _contenders([*points, _Point(share, rank, fits.whole_start())])
+                tried()
+            not_converged += fits.not_converged
+    return processes.all_reduce(accuracy), points, sum(processes.numbers(not_converged))
+
+
+def _prune(
+    features: ShardedFeatures, grid: _Grid, memory_limit: int | None
+) -> tuple[Tensor, Tensor, int]:
+    """Try all points on a part of the samples: accuracy, which ones cannot win, and failures.
+
+    A class too small to be divided, or few samples, leave nothing to prune.
+    """
+    counted = (grid.each() > 0).nonzero().squeeze(1)
+    labels, folds = grid.labels[counted], int(grid.fold.max()) + 1
+    smallest = int(torch.bincount(labels, minlength=grid.classes).min())
+    parts = min(len(labels) // PART, smallest // folds)  # every class in each fold of the part
+    pruned = torch.zeros(len(grid.Cs), len(grid.gammas), dtype=torch.bool)
+    if parts < 2:
+        return pruned.double(), pruned, 0
+    index = counted[stratified_folds(labels, parts) == 0]
+    part, processes = grid.part(index), features.partition.processes
+    kernels = Kernels(features.rows(index), None, part.classes * folds, memory_limit)
+    accuracy, _, not_converged = _try_points(kernels, part, pruned, processes)
+    top = accuracy.max().item()
+    pruned = accuracy < top - 2.0 * _standard_error(top, part.samples())
+    return accuracy, pruned, not_converged
 
 
 class _Point(NamedTuple):
@@ -294,9 +369,7 @@ def _choose(
     Warns where the grid leaves it open.
     """
     top = accuracy.max().item()
-    likely = (top * n + 2.0) / (n + 4.0)  # Agresti and Coull's: at 100 % the error is not 0
-    least = top - math.sqrt(likely * (1.0 - likely) / (n + 4.0))
-    good = accuracy >= least
+    good = accuracy >= top - _standard_error(top, n)
     row, column = max(
         good.nonzero().tolist(), key=lambda at: _rank(Cs[at[0]], gammas[at[1]], scale)
     )
@@ -316,6 +389,11 @@ def _choose(
                 f"{only:g} in {grid[0]:g}..{grid[-1]:g}: extend {axis}_grid"
             )
     return row, column, reason
+
+
+def _standard_error(accuracy: float, n: float) -> float:
+    likely = (accuracy * n + 2.0) / (n + 4.0)  # Agresti and Coull's: at 100 % the error is not 0
+    return math.sqrt(likely * (1.0 - likely) / (n + 4.0))
 
 
 def _warn(message: str) -> None:
@@ -368,130 +446,10 @@ def out_of_fold_scores(
     labels = as_labels("labels", labels, features.local.device)
     c, labels = check_labels(labels, len(features)), labels.long()
     fold = stratified_folds(labels, folds, seed)
-    kernels = _Kernels(features, distances, c * folds, memory_limit)
+    kernels = Kernels(features, distances, c * folds, memory_limit)
     weight = checked_sample_weight(sample_weight, labels, c)
     fits = FoldedFits(
         kernels.rows(gamma), labels, c, fold, tol, class_weight=class_weight, weight=weight, C=C
     )
     scores = fits.advance(1.0)
     return scores.to(kernels.features.local)
-
-
-class FoldedFits:
-    """One-vs-rest problems on all samples, and without each fold: held-out samples have C = 0."""
-
-    def __init__(
-        self,
-        rows: KernelRows,
-        labels: Tensor,
-        num_classes: int,
-        fold: Tensor,
-        tol: float,
-        max_steps: int = 1_000_000,
-        class_weight: ClassWeight | None = None,
-        weight: Tensor | None = None,
-        C: PerClass = 1.0,
-    ) -> None:
-        self._rows, self._fold = rows, fold
-        self._stop: dict[str, Any] = {"tol": tol, "max_steps": max_steps}
-        self._folds, self._classes = int(fold.max()) + 1, num_classes
-        self._targets = one_vs_rest(labels, num_classes)
-        factors, unit = checked_class_weight(class_weight), checked_C(C)
-
-        def bounds(weight: Tensor | None) -> float | Tensor:
-            return upper_bounds(labels, num_classes, ONE_VS_REST, unit, factors, weight)
-
-        self._bounds = bounds(weight)  # of alpha, to be multiplied as ``advance`` says
-        every = torch.ones_like(fold, dtype=torch.float64) if weight is None else weight
-        without = [torch.as_tensor(bounds(every * (fold != k))) for k in range(self._folds)]
-        self._part_bounds = torch.cat([b.expand(-1, num_classes) for b in without], dim=1)
-        # Samples at a bound pull less without a fold, by its share: as with a C so much smaller.
-        self._share = 1.0 - 1.0 / self._folds
-        self._last: tuple[DualSolution, DualSolution, float] | None = None  # whole, parts and C
-        self.not_converged = 0
-
-    def advance(self, C: float) -> Tensor:
-        """Fit with a larger multiple of C; return out-of-fold scores, float64 ``(n, c)``."""
-        last, targets = self._last, self._targets.repeat(1, self._folds)
-        start = None if last is None else self._stretched(last[0], C / last[2])
-        limits = C * self._share * self._bounds
-        whole = solve_dual(self._rows, self._targets, limits, **self._stop, initial=start)
-        limits = C * self._part_bounds
-        start = self._without_folds(whole, targets, limits)
-        if last is not None:  # where nothing was at a bound, a larger C changes nothing
-            _, parts, last_C = last
-            at_bound = _at_bound(parts, last_C * self._part_bounds)
-            start = torch.where(at_bound.any(dim=0), start, parts.dual_coef)
-        parts = solve_dual(self._rows, targets, limits, **self._stop, initial=start)
-        self._last = whole, parts, C
-        self.not_converged += int((~parts.converged).sum() + (~whole.converged).sum())
-        scores = parts.scores.view(len(targets), self._folds, self._classes)
-        return scores[torch.arange(len(targets), device=targets.device), self._fold]
-
-    def whole_start(self) -> Tensor:
-        """Return a start for a fit on all samples with the last C, float64 ``(n, c)``."""
-        if self._last is None:
-            return torch.zeros_like(self._targets, dtype=torch.float64)
-        whole, _, C = self._last
-        at_bound = _at_bound(whole, C * self._share * self._bounds)
-        return torch.where(at_bound, whole.dual_coef / self._share, whole.dual_coef)
-
-    def _stretched(self, whole: DualSolution, growth: float) -> Tensor:
-        """Multiply the last b by the best factor within the bounds, which grew by ``growth``."""
-        linear = (self._targets * whole.dual_coef).sum(dim=0)
-        best = _best_multiple(linear, 2.0 * (whole.objective + linear))
-        return whole.dual_coef * best.clamp(1.0, max(1.0, growth))
-
-    def _without_folds(self, whole: DualSolution, targets: Tensor, limits: Tensor) -> Tensor:
-        """Set the held-out samples of the fit on all to 0, and stretch and balance the rest."""
-        gradient = (whole.scores - whole.intercept).repeat(1, self._folds) - targets
-        lower, upper = dual_bounds(targets, limits)
-        kept = whole.dual_coef.repeat(1, self._folds) * (self._part_bounds > 0)
-        kept = kept.T.contiguous()
-        product = self._rows.product(kept, exact=False)
-        best = _best_multiple((targets.T * kept).sum(dim=1), (kept * product).sum(dim=1))
-        kept *= best.clamp(1.0, self._folds / (self._folds - 1.0)).unsqueeze(1)
-        return make_feasible(kept, gradient.T, lower.T, upper.T, torch.zeros_like(best)).T
-
-
-def _at_bound(solution: DualSolution, limits: float | Tensor) -> Tensor:
-    """Tell which samples that are not held out are at their bound, bool ``(n, P)``."""
-    size = solution.dual_coef.abs()
-    return (size > 0) & (size >= limits * (1.0 - 1e-9))
-
-
-def _best_multiple(linear: Tensor, quadratic: Tensor) -> Tensor:
-    """Minimise ``1/2 t^2 quadratic - t linear``."""
-    return linear / quadratic.clamp_min(torch.finfo(quadratic.dtype).tiny)
-
-
-class _Kernels:
-    """Gram matrices of more than one width: from common distances, where these fit."""
-
-    def __init__(
-        self,
-        features: Tensor | ShardedFeatures,
-        distances: Tensor | None,
-        problems: int,
-        memory_limit: int | None,
-    ) -> None:
-        self.features = ShardedFeatures.of(features)
-        self.distances, self._problems = distances, problems
-        self.limit = MEMORY_LIMIT if memory_limit is None else int(memory_limit)
-        self._center = self.features.means()
-        if distances is not None:
-            return
-        partition, itemsize = self.features.partition, self.features.local.element_size()
-        n, width = partition.n, partition.largest
-        size = itemsize * n * width
-        rest = self.limit - size
-        # Half of what remains has to do for the rows of one width.
-        if 3 * size <= rest and least_memory(n, problems, itemsize, width=width) <= rest:
-            self.distances = all_distances(self.features, self._center, rest)
-            self.limit = rest  # what is left beside them
-
-    def rows(self, gamma: float) -> KernelRows:
-        """Prepare the Gram matrix of one width."""
-        return planned_rows(
-            self.features, gamma, self._center, self._problems, self.limit, self.distances
-        )

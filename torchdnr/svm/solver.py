@@ -22,7 +22,6 @@ from torchdnr.svm.dual import (
     intercepts,
     join_solutions,
     snap_to_bounds,
-    to_double,
     violation_bounds,
     warn_if_not_converged,
 )
@@ -54,17 +53,18 @@ EASY_STEPS = 8
 """Newton steps up to which a block counts as easy, and the damping falls."""
 FIRST_DAMPING, LEAST_DAMPING, MOST_DAMPING = 0.3, 1e-9, 1.0
 SINGLE_DAMPING = 1e-4
-"""Least damping at which systems are factored in float32: their condition is then below 1e7."""
+"""Least damping that is not in the way of the goal: what is solved with less has to be close."""
 SMALL_SET = 256
 """Samples up to which float64 costs next to nothing. Float32 is too coarse for the last steps where
 many samples are at a small bound: its sums are off by more than what is left to gain."""
 FALLBACK_SET, FALLBACK_STEPS = 256, 1024
 BLOCK_ELEMENTS, CPU_BLOCK_ELEMENTS = 2**27, 2**22
 """Entries of the matrices that are factored together: on a CPU only small ones gain from it."""
-SMALL_BLOCKS = 2**17
+SMALL_BLOCKS = 2**20
 """The same, whatever the number of samples: they take a few MiB, and save most of the calls."""
 PADDING = 0.75
-"""Least share of the largest working set of a batch that the smallest one fills."""
+"""Least share of the largest working set of a batch that the smallest one fills; small sets go
+together whatever their sizes, as calls take longer than sums there."""
 
 
 @torch.no_grad()
@@ -221,7 +221,8 @@ def descend(state: SolverState) -> None:
 
 def _newton_update(state: SolverState, running: Tensor, violation: Tensor, fresh: Tensor) -> Tensor:
     """Improve the running problems by Newton's method, and return those that need another."""
-    rows, points = state.rows, state.points().of(running)
+    rows, points = state.rows, state.points()
+    points = points if len(running) == len(state.steps) else points.of(running)
     intercept, blocks, double = _choose_blocks(state, running, points, fresh)
     results = []
     for (batch, samples, valid), kernels in rows.assigned(blocks):
@@ -229,14 +230,10 @@ def _newton_update(state: SolverState, running: Tensor, violation: Tensor, fresh
         tol = (NEWTON_ACCURACY * violation[batch]).clamp_min(0.2 * state.goal)
         local = Points(*(t * valid for t in points.of(batch).at(samples)))
         kernels = kernels.double() if bool(double[batch[0]]) else kernels
-        dtype, damping = kernels.dtype, state.damping[problems]
+        damping = state.damping[problems]
+        allowed = state.max_steps - state.steps[problems]
         solution, solved, steps = state.solve(
-            kernels,
-            Points(*(t.to(dtype) for t in local)),
-            intercept[batch].to(dtype),
-            damping.to(dtype),
-            tol.to(dtype),
-            state.max_steps - state.steps[problems],
+            kernels, local, intercept[batch], damping, tol, allowed
         )
         change, damping, improved = _line_search(
             kernels, local, solution, damping, tol, solved, solved & (steps <= EASY_STEPS)
@@ -265,15 +262,14 @@ def _choose_blocks(
 ) -> tuple[Tensor, list[Block], Tensor]:
     """Return intercepts, working sets in batches, and which problems take float64."""
     rows = state.rows
-    largest = min(rows.largest_set, rows.capacity)
+    largest = min(rows.largest_set, rows.in_sets)
     intercept = intercepts(points)
     index, valid = largest_violators(points, intercept, largest)
     if fresh.any():
         index, valid = first_sets(points.lower, points.upper, index, valid, fresh[running], largest)
     intercept, index, valid = (rows.replicate(t) for t in (intercept, index, valid))
     sizes = valid.sum(dim=1)
-    double = (sizes <= SMALL_SET) | (state.damping[running] < SINGLE_DAMPING)
-    double |= state.failures[running] > 0
+    double = (sizes <= SMALL_SET) | (state.failures[running] > 0)
     blocks = [
         Block(batch, *_compact(index[batch], valid[batch], width))
         for batch, width in _batches(sizes, double, rows)
@@ -295,9 +291,10 @@ def _batches(sizes: Tensor, double: Tensor, rows: KernelRows) -> list[tuple[Tens
         start, share = 0, math.ceil(len(lengths) / rows.parts)
         while start < len(lengths):
             width, end = max(1, lengths[start]), start + 1
-            most = min(limit // (width * width), rows.capacity // width)
+            most = min(limit // (width * width), rows.in_sets // width)
             most = min(max(most, few // (width * width)), share)
-            while end < len(lengths) and end - start < most and lengths[end] >= PADDING * width:
+            least = PADDING * width if width > SMALL_SET else 0
+            while end < len(lengths) and end - start < most and lengths[end] >= least:
                 end += 1
             batches.append((order[start:end], width))
             start = end
@@ -307,8 +304,10 @@ def _batches(sizes: Tensor, double: Tensor, rows: KernelRows) -> list[tuple[Tens
 def _compact(index: Tensor, valid: Tensor, width: int) -> tuple[Tensor, Tensor]:
     """Put the valid entries first, cut the rest, and sort by sample for the sake of the cache."""
     order = valid.to(torch.uint8).sort(dim=1, descending=True, stable=True).indices[:, :width]
-    samples = index.gather(1, order).sort(dim=1)
-    return samples.values, valid.gather(1, order).gather(1, samples.indices)
+    valid, samples = valid.gather(1, order), index.gather(1, order)
+    samples = torch.where(valid, samples, samples[:, :1])  # no rows but those of the set
+    ordered = samples.sort(dim=1, stable=True)
+    return ordered.values, valid.gather(1, ordered.indices)
 
 
 def _line_search(
@@ -322,7 +321,6 @@ def _line_search(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Go to the minimum on the way to Newton's answer: changes of b, damping, and success."""
     gradient, dual_coef, lower, upper = local
-    solution = to_double(solution, lower, upper)
     target = make_feasible(solution, gradient, lower, upper, dual_coef.sum(dim=1))
     change = target - dual_coef
     bent = multiply(kernels, change.to(kernels.dtype)).double()

@@ -20,7 +20,7 @@ CHECK_EVERY = 32
 """Two-variable updates between two looks at whether all problems are done (a device sync)."""
 FIRST_SAMPLES = 256
 """Samples of the first working set."""
-NEW_SAMPLES = 96
+NEW_SAMPLES = 160
 """Samples at a bound that enter a working set at least, if so many want to leave their bound."""
 NEW_SHARE = 0.5
 """The same as a share of the free samples."""
@@ -63,12 +63,14 @@ def largest_violators(points: Points, intercept: Tensor, largest: int) -> tuple[
     growing = (-multiplier).masked_fill((dual_coef >= upper) | free, -torch.inf).topk(half, dim=1)
     shrinking = multiplier.masked_fill((dual_coef <= lower) | free, -torch.inf).topk(half, dim=1)
     within = rank < ((new + 1) // 2).unsqueeze(1)
-    most_free = n if n <= largest else max(1, largest - 2 * half)
+    leaving = torch.cat([(growing.values > 0) & within, (shrinking.values > 0) & within], dim=1)
+    # As many free samples as fit beside them: those that are left out slow down the convergence.
     worst = multiplier.abs().masked_fill(~free, -1.0)
-    inner = worst.topk(min(most_free, int(count.max())), dim=1)
+    inner = worst.topk(min(n, largest, int(count.max())), dim=1)
+    rank = torch.arange(inner.values.shape[1], device=gradient.device)
+    fits = rank < (largest - leaving.sum(dim=1, keepdim=True))
     index = torch.cat([inner.indices, growing.indices, shrinking.indices], dim=1)
-    valid = [inner.values >= 0, (growing.values > 0) & within, (shrinking.values > 0) & within]
-    return index, torch.cat(valid, dim=1)
+    return index, torch.cat([(inner.values >= 0) & fits, leaving], dim=1)
 
 
 def common_sample(n: int, device: torch.device, size: int = FIRST_SAMPLES) -> Tensor:
