@@ -22,6 +22,7 @@ from torch import Tensor
 from torchdnr.svm.dual import Points, intercepts, violation_bounds
 from torchdnr.svm.kernel_rows import KernelRows
 from torchdnr.svm.nystroem import FreeInverse, LowRank
+from torchdnr.svm.projected_gradient import project
 from torchdnr.svm.working_set import make_feasible
 
 JUMP = 3.0
@@ -116,6 +117,17 @@ class _Guess(NamedTuple):
     low: Tensor
     free: Tensor
 
+    @classmethod
+    def at(cls, target: Tensor, points: Points) -> "_Guess":
+        """Hold the samples whose target b is not within their bounds."""
+        up = target >= points.upper
+        low = (target <= points.lower) & ~up
+        return cls(up, low, ~(up | low))
+
+    def of(self, problems: Tensor) -> "_Guess":
+        """Select problems, ``(p,)``."""
+        return _Guess(*(t[problems] for t in self))
+
 
 @dataclass
 class _Rounds:
@@ -135,11 +147,10 @@ class _Rounds:
         steps = torch.zeros(len(best), dtype=torch.int64, device=best.device)
         fewest, waited = torch.full_like(steps, torch.iinfo(torch.int64).max), steps.clone()
         index = torch.arange(len(best), device=best.device)
-        _, point, lower, upper = problem.points
-        free = (point > lower) & (point < upper)
+        jump = JUMP * self.low_rank.diagonal
+        guess = _first_guess(problem, jump)
         for _ in range(MAX_ROUNDS):
-            guess = _next_guess(problem, free, JUMP * self.low_rank.diagonal)
-            problem, free = self._round(problem, guess), guess.free
+            problem = self._round(problem, guess)
             bad, settled = _count_violations(problem, guess)
             sound = torch.isfinite(problem.points.gradient).all(dim=1)
             done = settled & (bad == 0)
@@ -153,7 +164,8 @@ class _Rounds:
             if len(keep) == 0 or self.products >= MAX_PRODUCTS:
                 break
             if len(keep) < len(index):
-                problem, free, index = problem.of(keep), free[keep], index[keep]
+                problem, guess, index = problem.of(keep), guess.of(keep), index[keep]
+            guess = _next_guess(problem, guess.free, jump)
         return best, steps
 
     def _round(self, problem: _Problem, guess: _Guess) -> _Problem:
@@ -214,6 +226,13 @@ class _Rounds:
         return moved, bent, total
 
 
+def _first_guess(problem: _Problem, jump: Tensor) -> _Guess:
+    """Hold samples that a step of projected gradients puts on a bound: never all, as sums are 0."""
+    (slope, point, lower, upper), level = problem.points, problem.intercept
+    target = project(point - slope / jump, lower, upper, level / jump)[0]
+    return _Guess.at(target, problem.points)
+
+
 def _next_guess(problem: _Problem, free: Tensor, jump: Tensor) -> _Guess:
     """Hold free samples that left their bounds, and free held ones that want most to leave."""
     (slope, point, lower, upper), n = problem.points, free.shape[1]
@@ -224,10 +243,7 @@ def _next_guess(problem: _Problem, free: Tensor, jump: Tensor) -> _Guess:
     level = RELEASE * inward.sum(dim=1) / count.clamp_min(1)
     level = torch.where(free.any(dim=1) & (count > FEW * n), level, 0.0)
     stays = free | ((inward > 0) & (inward <= level.unsqueeze(1)))
-    target = point - torch.where(stays, 0.0, multiplier) / jump
-    up = target >= upper
-    low = (target <= lower) & ~up
-    return _Guess(up, low, ~(up | low))
+    return _Guess.at(point - torch.where(stays, 0.0, multiplier) / jump, problem.points)
 
 
 def _count_violations(problem: _Problem, guess: _Guess) -> tuple[Tensor, Tensor]:

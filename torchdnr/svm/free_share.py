@@ -23,7 +23,7 @@ MANY_FREE = 0.25
 """Least share of free samples, on average over problems, at which `active_set` takes over."""
 FIRST_FREE = 0.45
 """The same of the samples of the first working set, where the share is larger."""
-SMALLEST = 768
+SMALLEST = 1000
 """Samples from which the estimate is worth its time."""
 PROBLEMS = 4
 """Problems that are looked at, evenly spaced among all."""
