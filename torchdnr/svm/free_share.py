@@ -9,6 +9,8 @@ The share is estimated from two small problems, on some of the samples: it falls
 by a power law, near enough. A first look ends most estimates before they cost anything.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -17,19 +19,20 @@ from torchdnr.svm.kernel_rows import KernelRows
 from torchdnr.svm.memory_plan import SET_BYTES
 from torchdnr.svm.newton import newton_blocks
 from torchdnr.svm.nystroem import LowRank
-from torchdnr.svm.working_set import FIRST_SAMPLES, common_sample
+from torchdnr.svm.working_set import common_sample
 
 MANY_FREE = 0.25
 """Least share of free samples, on average over problems, at which `active_set` takes over."""
-FIRST_FREE = 0.45
-"""The same of the samples of the first working set, where the share is larger."""
+FIRST_LOOKS = ((128, 0.5), (256, 0.45))
+"""Samples, and the least share of those that goes on to be looked at more closely. They are among
+the samples of the first working set, so that their rows are evaluated anyway."""
 SMALLEST = 1000
 """Samples from which the estimate is worth its time."""
-PROBLEMS = 4
+PROBLEMS = 3
 """Problems that are looked at, evenly spaced among all."""
-PART, MOST = 8, 1024
-"""Samples of the larger of the small problems: a share of all, and at the most."""
-DAMPING, ACCURACY = 1e-3, 1e-2
+PART, LEAST, MOST = 8, 512, 1024
+"""Samples of the last look: a share of all, at the least and at the most."""
+DAMPING, ACCURACY, MAX_STEPS = 1e-2, 1e-2, 12
 """With which these are solved: the number of free samples needs no more."""
 
 
@@ -49,14 +52,16 @@ def many_are_free(rows: KernelRows, targets: Tensor, points: Points) -> bool:
     # From a warm start; where it holds no more samples off 0 than this, fewer still will be free.
     if start.any() and rows.replicate((start != 0).double().mean()) < MANY_FREE / 2:
         return False
-    first = _free_share(rows, targets, lower, upper, FIRST_SAMPLES)
-    if first < FIRST_FREE:
-        return False
-    size = min(max(2 * FIRST_SAMPLES, n // PART), MOST)
-    second = _free_share(rows, targets, lower, upper, size)
+    first = 0.0
+    for size, least in FIRST_LOOKS:
+        first = _free_share(rows, targets, lower, upper, size)
+        if first < least:
+            return False
+    last = min(max(LEAST, n // PART), MOST)
+    share = _free_share(rows, targets, lower, upper, last)
     # A share s of m samples and t of k m is t (t / s)^e of n, with k^e = n / (k m).
-    exponent = torch.log(torch.tensor(n / size)) / torch.log(torch.tensor(size / FIRST_SAMPLES))
-    return second * min(1.0, second / first) ** exponent.item() >= MANY_FREE
+    exponent = math.log(n / last) / math.log(last / size)
+    return share * min(1.0, share / first) ** exponent >= MANY_FREE
 
 
 def _free_share(
@@ -68,7 +73,7 @@ def _free_share(
     targets, lower, upper = (t[:, sample] for t in (targets, lower, upper))
     points = Points(-targets, torch.zeros_like(targets), lower, upper)
     zero = torch.zeros_like(targets[:, 0])
-    steps = torch.full_like(zero, torch.iinfo(torch.int64).max, dtype=torch.int64)
+    steps = torch.full_like(zero, MAX_STEPS, dtype=torch.int64)
     solution, *_ = newton_blocks(kernels, points, zero, zero + DAMPING, zero + ACCURACY, steps)
     free = (solution > lower) & (solution < upper)
     share = free.sum(dim=1) / (upper > lower).sum(dim=1).clamp_min(1)
