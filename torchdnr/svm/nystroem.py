@@ -52,19 +52,18 @@ class LowRank:
         rest = (diagonal - basis.square().sum(dim=1).mean()).clamp_min(LEAST_REST * diagonal)
         return cls(*(rows.replicate(t) for t in (basis, rest, diagonal)))
 
-    def inverse_between(self, free: Tensor, damping: Tensor) -> "FreeInverse":
-        """Invert ``K + damping I`` between the free samples, bool ``(P, n)``, nearly."""
+    def inverse_between(self, free: Tensor) -> "FreeInverse":
+        """Invert the kernels between the free samples, bool ``(P, n)``, nearly."""
         n, rank = self.basis.shape
-        rest = (self.rest + damping).to(self.basis.dtype)
         inner = self.basis.new_empty(len(free), rank, rank)
         step = max(1, EVALUATE_ELEMENTS // (n * rank))
         with full_precision(free.device):
             for some, result in zip(free.split(step), inner.split(step), strict=True):
                 torch.matmul((self.basis * some.unsqueeze(2)).mT, self.basis, out=result)
         exact = inner.double()  # the condition is beyond what float32 inverts
-        exact.diagonal(dim1=1, dim2=2).add_(rest.unsqueeze(1))
+        exact.diagonal(dim1=1, dim2=2).add_(self.rest)
         inverse = torch.cholesky_inverse(torch.linalg.cholesky_ex(exact)[0]).to(inner)
-        return FreeInverse(self.basis, rest.unsqueeze(1), free.to(inner), inverse)
+        return FreeInverse(self.basis, self.rest, free.to(inner), inverse)
 
     @staticmethod
     def needed_bytes(n: int, problems: int, itemsize: int) -> int:
@@ -78,7 +77,7 @@ class FreeInverse:
     """Inverses of P matrices ``B_F B_F' + rest I`` between free samples, by Woodbury's formula."""
 
     basis: Tensor
-    rest: Tensor  # (P, 1)
+    rest: Tensor  # ()
     free: Tensor  # (P, n), 1 or 0
     inner: Tensor  # inverse of B_F' B_F + rest I, (P, r, r)
 
