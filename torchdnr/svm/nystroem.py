@@ -55,11 +55,9 @@ class LowRank:
     def inverse_between(self, free: Tensor) -> "FreeInverse":
         """Invert the kernels between the free samples, bool ``(P, n)``, nearly."""
         n, rank = self.basis.shape
-        inner = self.basis.new_empty(len(free), rank, rank)
-        step = max(1, EVALUATE_ELEMENTS // (n * rank))
+        some = free.split(max(1, EVALUATE_ELEMENTS // (n * rank)))
         with full_precision(free.device):
-            for some, result in zip(free.split(step), inner.split(step), strict=True):
-                torch.matmul((self.basis * some.unsqueeze(2)).mT, self.basis, out=result)
+            inner = torch.cat([(self.basis * f.unsqueeze(2)).mT @ self.basis for f in some])
         exact = inner.double()  # the condition is beyond what float32 inverts
         exact.diagonal(dim1=1, dim2=2).add_(self.rest)
         inverse = torch.cholesky_inverse(torch.linalg.cholesky_ex(exact)[0]).to(inner)
@@ -68,7 +66,8 @@ class LowRank:
     @staticmethod
     def needed_bytes(n: int, problems: int, itemsize: int) -> int:
         """Bound the bytes that all this takes at once."""
-        shared = itemsize * (n * (2 * LANDMARKS + RANK) + EVALUATE_ELEMENTS) + 64 * LANDMARKS**2
+        masked = min(EVALUATE_ELEMENTS, problems * n * RANK)
+        shared = itemsize * (n * (2 * LANDMARKS + RANK) + masked) + 64 * LANDMARKS**2
         return shared + 32 * problems * RANK**2
 
 
