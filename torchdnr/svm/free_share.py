@@ -2,8 +2,8 @@
 
 The usual descent factors a matrix of the free samples of each problem, again and again: it takes
 the cube of their number. Rounds of `active_set` take products with the whole kernel, which cost the
-same whatever is free. They break even where about 0.3 of all samples are: CIFAR-10 pixels at gamma
-= "scale" (0.4) gain several times over, raw digits (0.1) lose as much.
+same whatever is free. They break even where about a quarter of all samples are: CIFAR-10 pixels at
+gamma = "scale" (0.4) gain several times over, raw digits (0.1) lose.
 
 The share is estimated from two small problems, on some of the samples: it falls with their number
 by a power law, near enough. A first look ends most estimates before they cost anything.
@@ -21,7 +21,7 @@ from torchdnr.svm.newton import newton_blocks
 from torchdnr.svm.nystroem import LowRank
 from torchdnr.svm.working_set import common_sample
 
-MANY_FREE = 0.25
+MANY_FREE = 0.27
 """Least share of free samples, on average over problems, at which `active_set` takes over."""
 FIRST_LOOKS = ((128, 0.5), (256, 0.45))
 """Samples, and the least share of those that goes on to be looked at more closely. They are among

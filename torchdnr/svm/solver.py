@@ -208,7 +208,9 @@ class SolverState:
 
 def _solve_where_many_are_free(state: SolverState, targets: Tensor) -> tuple[str, ...]:
     """Let active sets do what they can, where that pays, and say what solves each problem."""
-    if not many_are_free(state.rows, targets, state.points()):
+    steepest_up, steepest_down = violation_bounds(state.points())
+    open_ones = state.rows.replicate(steepest_up - steepest_down > state.goal)
+    if not open_ones.any() or not many_are_free(state.rows, targets, state.points()):
         return (DESCENT,) * len(targets)
     most = state.max_steps - state.steps
     points, solved, steps = solve_by_active_sets(
