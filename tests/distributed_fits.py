@@ -17,7 +17,7 @@ from torchdnr.distributed import alone, current, joined
 from torchdnr.distributed.sharing import Partition, ShardedFeatures
 from torchdnr.files import save_tensors
 from torchdnr.svm import RBFSVM, grid_search, model_selection, out_of_fold_scores, solve_dual
-from torchdnr.svm.dual import certify, dual_bounds
+from torchdnr.svm.dual import ACTIVE_SET, certify, dual_bounds
 from torchdnr.svm.gram import rbf_rows
 from torchdnr.svm.memory_plan import FeaturePlan, MemoryPlan
 from torchdnr.svm.multiclass import one_vs_rest
@@ -125,6 +125,13 @@ def mostly_at_the_bounds(folder):
     return _machine(RBFSVM(0.02, 0.1, tol=FINE).fit(shared(x), y))
 
 
+def mostly_free(folder):
+    x, y = points(1010, 3, spread=0.4)
+    svm = RBFSVM(10.0, 0.5, tol=FINE).fit(shared(x), y)
+    assert set(svm.solution.method) == {ACTIVE_SET}
+    return _machine(svm)
+
+
 def two_variable_updates(folder):
     x, y = points(80, 3)
     rows, targets = rbf_rows(shared(x), 0.1, x.mean(dim=0)), one_vs_rest(y, 3).double()
@@ -212,6 +219,7 @@ FITS = {
         rows_that_give_way,
         wide_features_in_little_memory,
         mostly_at_the_bounds,
+        mostly_free,
         two_variable_updates,
         another_kernel_and_weights,
         one_vs_one,

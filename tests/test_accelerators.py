@@ -297,3 +297,25 @@ def test_a_step_of_newtons_method_waits_twice_and_an_outer_step_little_more_ofte
     assert total <= 9 * steps + 40, dict(waits)
     scores = RBFSVM(10.0, 0.3).fit(x, y)(x[:9])
     torch.testing.assert_close(svm.cpu()(x[:9]), scores, rtol=0, atol=2e-3)
+
+
+def test_rounds_of_active_sets_wait_as_often_for_many_problems_as_for_one():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1000, 8, generator=generator)
+    y = torch.where(torch.rand(1000, 1, generator=generator) < 0.5, 1.0, -1.0).double()
+    kernel = torch.exp(-0.5 * torch.cdist(x, x).square())
+    solutions = []
+
+    def solve(targets):
+        solutions.append(solve_dual(kernel.to(targets.device), targets, 10.0))
+
+    with accelerator() as device:
+        one, eight = y.to(device), y.repeat(1, 8).to(device)
+        few, many = counted(lambda: solve(one)), counted(lambda: solve(eight))
+        assert set(solutions[1].method) == {"active set"}
+        assert solutions[0].method == solutions[1].method[:1]
+        rounds = int(solutions[0].steps[0])
+    assert 2 < rounds and many <= few + 2, dict(waits)
+    assert few <= 25 * rounds + 100, dict(waits)
+    expected = solve_dual(kernel, y, 10.0)
+    torch.testing.assert_close(solutions[0].objective.cpu(), expected.objective, rtol=1e-6, atol=0)

@@ -7,8 +7,9 @@ With b = y * alpha every problem on the same samples has the same quadratic form
 Labels, C, weights and held-out samples (C = 0) change only y and the bounds.
 """
 
+import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +17,10 @@ from torch import Tensor
 
 from torchdnr.distributed.processes import warn_once
 from torchdnr.svm.kernel_rows import KernelRows
+
+DESCENT, ACTIVE_SET = "descent", "active set"
+HANDED_OVER = "descent, after the active set failed"
+"""What a problem was solved by: working sets, or all samples at once where many are free."""
 
 
 class ConvergenceWarning(UserWarning):
@@ -35,6 +40,8 @@ class Certificate:
         kernel_rows: Rows of the Gram matrix that were evaluated for all problems together, a
             number; n if it was given whole.
         samples: How many there are, n.
+        method: What each problem was solved by: ``"descent"`` by working sets, ``"active set"`` on
+            all samples at once where many are free, or ``"descent, after the active set failed"``.
     """
 
     violation: Tensor
@@ -44,6 +51,7 @@ class Certificate:
     converged: Tensor
     kernel_rows: int
     samples: int
+    method: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -171,6 +179,7 @@ def certify(
         scores=product + intercept,
         kernel_rows=kernel.evaluated,
         samples=len(dual_coef),
+        method=(DESCENT,) * dual_coef.shape[1],
     )
 
 
@@ -178,13 +187,13 @@ def join_solutions(parts: Sequence[DualSolution]) -> DualSolution:
     """Put the solutions of groups of problems on one kernel side by side, in their order."""
     if len(parts) == 1:
         return parts[0]
-    values = {
+    values: dict[str, Any] = {
         field.name: torch.cat([getattr(part, field.name) for part in parts], dim=-1)
         for field in fields(DualSolution)
-        if field.name not in ("kernel_rows", "samples")
+        if field.name not in ("kernel_rows", "samples", "method")
     }
-    last = parts[-1]
-    return DualSolution(**values, kernel_rows=last.kernel_rows, samples=last.samples)
+    method = tuple(itertools.chain.from_iterable(part.method for part in parts))
+    return replace(parts[-1], **values, method=method)
 
 
 def warn_if_not_converged(solution: DualSolution, tol: float) -> None:

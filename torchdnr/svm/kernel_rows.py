@@ -125,6 +125,10 @@ class KernelRows:
             return self._between(index)
         return self.store[self._slots_of_sets(index).unsqueeze(2), index.unsqueeze(1)]
 
+    def whole_rows(self, samples: Tensor) -> Tensor:
+        """Return the rows of at most ``capacity`` different samples, ``(m, n)``."""
+        return self.store[self.slots(samples)]
+
     def product_at(self, samples: Tensor, vectors: Tensor) -> Tensor:
         """Multiply vectors, float64 ``(P, n)``, by the rows of at most ``capacity`` samples.
 

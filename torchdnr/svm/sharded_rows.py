@@ -34,6 +34,10 @@ class ShardedRows(KernelRows):
         """Return the kernels between the samples of working sets, ``(p, k, k)``."""
         return self._processes.all_reduce(self._local_block(index))
 
+    def whole_rows(self, samples: Tensor) -> Tensor:
+        """Return the rows of some samples, ``(m, n)``."""
+        return self._partition.gather(super().whole_rows(samples), dim=1)
+
     def product_at(self, samples: Tensor, vectors: Tensor) -> Tensor:
         """Multiply vectors by the rows of some samples; ``(P, m)``."""
         return self._processes.all_reduce(super().product_at(samples, vectors))

@@ -2,19 +2,25 @@
 
 Outer steps choose working sets, on which Newton's method guesses the active set; where that fails,
 two-variable updates take over. One product with the kernel then updates the gradients of all
-samples. Every problem has its own state, and its answer does not depend on its neighbours.
+samples. Where a large share of samples will be free, `active_set` goes first, and these steps take
+over what it does not solve. Every problem has its own state, and its answer does not depend on its
+neighbours.
 """
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from torchdnr.arrays import as_features
+from torchdnr.svm.active_set import solve_by_active_sets
 from torchdnr.svm.checks import check_device
 from torchdnr.svm.dual import (
+    ACTIVE_SET,
+    DESCENT,
+    HANDED_OVER,
     DualSolution,
     Points,
     certify,
@@ -25,6 +31,7 @@ from torchdnr.svm.dual import (
     violation_bounds,
     warn_if_not_converged,
 )
+from torchdnr.svm.free_share import many_are_free
 from torchdnr.svm.kernel_rows import Block, KernelRows
 from torchdnr.svm.memory_plan import column_groups
 from torchdnr.svm.newton import multiply, newton_blocks
@@ -125,6 +132,7 @@ def solve_dual(
         lower, upper = dual_bounds(y, limits[:, columns])
         start = None if initial is None else initial[:, columns]
         state = SolverState.start(kernel, y, lower, upper, start, GOAL * tol, max_steps)
+        method = _solve_where_many_are_free(state, y.T.double())
         for _ in range(REFRESHES):
             descend(state)
             dual_coef = state.dual_coef.T.contiguous()
@@ -132,7 +140,7 @@ def solve_dual(
             if (solution.converged | (state.steps >= max_steps)).all():
                 break
             state.gradient = (solution.scores - solution.intercept - y).T.contiguous()
-        parts.append(solution)
+        parts.append(replace(solution, method=method))
     joined = join_solutions(parts)
     warn_if_not_converged(joined, tol)
     return joined
@@ -196,6 +204,21 @@ class SolverState:
         moved = self.dual_coef[problems] + changes
         self.dual_coef[problems] = snap_to_bounds(moved, lower, upper, 1e-12)
         self.gradient[problems] += self.rows.product(changes)
+
+
+def _solve_where_many_are_free(state: SolverState, targets: Tensor) -> tuple[str, ...]:
+    """Let active sets do what they can, where that pays, and say what solves each problem."""
+    steepest_up, steepest_down = violation_bounds(state.points())
+    open_ones = state.rows.replicate(steepest_up - steepest_down > state.goal)
+    if not open_ones.any() or not many_are_free(state.rows, targets, state.points()):
+        return (DESCENT,) * len(targets)
+    most = state.max_steps - state.steps
+    points, solved, steps = solve_by_active_sets(
+        state.rows, targets, state.points(), state.goal, most
+    )
+    state.gradient, state.dual_coef = points.gradient, points.dual_coef
+    state.steps += steps
+    return tuple(ACTIVE_SET if one else HANDED_OVER for one in solved.tolist())
 
 
 def descend(state: SolverState) -> None:
