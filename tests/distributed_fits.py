@@ -126,7 +126,7 @@ def mostly_at_the_bounds(folder):
 
 
 def mostly_free(folder):
-    x, y = points(1010, 3, spread=0.4)
+    x, y = points(1010, 3, spread=0.6)
     svm = RBFSVM(10.0, 0.5, tol=FINE).fit(shared(x), y)
     assert set(svm.solution.method) == {ACTIVE_SET}
     return _machine(svm)
