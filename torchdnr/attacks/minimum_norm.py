@@ -23,6 +23,8 @@ _SLACK = 512  # roundings of the spread of the scores by which an evading point 
 _FLOOR = 4  # roundings of the largest score, the least difference that counts
 _VALUES = 1 << 26  # of the points of all inputs that are attacked at a time
 _HALVINGS = 10  # bisections towards the input in the end
+_PART = 0.1  # share of the pool from which a restart starts
+_LEAST_PART = 4  # times the neighbours, of a small pool, up to half of it
 
 
 def safe_decision_objective(
@@ -98,7 +100,7 @@ def nearest_evading(
             ball = whole._replace(eps=norms)
             owner, first = rows[:0], center[:0]
             if pool is not None:
-                some = _half(pool, generator) if restart else pool
+                some = _part(pool, neighbours, generator) if restart else pool
                 owner, first = evading_starts(target, ball, classes, some, neighbours, starts)
             if from_inputs:
                 elsewhere = random_points(ball, generator) if restart else center
@@ -127,12 +129,16 @@ def nearest_evading(
     return problem.inside(nearest)
 
 
-def _half(pool: Pool, generator: torch.Generator) -> Pool:
-    """Draw a random half of the pool, in which other samples are the nearest."""
+def _part(pool: Pool, neighbours: int, generator: torch.Generator) -> Pool:
+    """Draw a random part of the pool, in which other samples are the nearest.
+
+    In half of it most of the nearest are still there, and restarts found little that was new.
+    """
     samples, classes = pool
-    half = torch.rand(len(samples), generator=generator, device=samples.device) < 0.5
-    half = half | ~half.any()  # none is no pool
-    return Pool(samples[half], classes[half])
+    share = max(_PART, min(0.5, _LEAST_PART * neighbours / len(samples)))
+    part = torch.rand(len(samples), generator=generator, device=samples.device) < share
+    part = part | ~part.any()  # none is no pool
+    return Pool(samples[part], classes[part])
 
 
 class Kept(NamedTuple):

@@ -54,7 +54,7 @@ class EvasionOptions(SharedOptions, total=False):
         restarts: Further runs from other starting points, default 0: at a given eps from random
             points of the ball, for the inputs that do not evade yet; of a minimum-norm attack from
             random points no farther than the nearest evading one, where the attack can start
-            there, and from samples of another random half of ``init_inputs``.
+            there, and from samples of another random part of ``init_inputs``.
         init_labels: Class that the model assigns to each sample of ``init_inputs``, -1 where it
             rejects, int64 ``(m,)``; saves one forward over them. Their true classes serve as well.
     """
