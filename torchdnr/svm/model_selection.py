@@ -2,9 +2,9 @@
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -173,12 +173,16 @@ def grid_search(
         searched = Kernels(whole, None, c * folds, memory_limit)
     total = sum(int((~pruned[:, j]).sum()) for j in range(len(gammas)) if processes.mine(j))
     with progress_bar(progress, total=total, desc=description, unit="point") as bar:
-        accuracy, points, missed = _try_points(searched, grid, pruned, processes, bar.update)
+        trials = _Trials(grid, pruned, processes)
+        for row, column, fits in trials.fits(searched):
+            trials.judge(row, column, fits, fits.advance(Cs[row]))
+            bar.update()
+    accuracy, missed = trials.gathered()
     not_converged += missed
     finished = accuracy.masked_fill(pruned, -torch.inf)
     row, column, reason = _choose(finished, Cs, gammas, scale, grid.samples(), description)
     C, gamma = Cs[row], gammas[column]
-    starts = {point.rank: point.start for point in points}
+    starts = {point.rank: point.start for point in trials.points}
     none = torch.zeros(len(labels), c, dtype=torch.float64, device=labels.device)
     start = starts.get(_rank(C, gamma, scale), none)
     start = processes.broadcast(start, processes.owner(column))
@@ -265,38 +269,51 @@ class _Grid:
         return replace(self, labels=labels, fold=fold, weight=weight)
 
 
-def _try_points(
-    kernels: Kernels,
-    grid: _Grid,
-    pruned: Tensor,
-    processes: Processes,
-    tried: Callable[[], object] = lambda: None,
-) -> tuple[Tensor, list["_Point"], int]:
-    """Compute the accuracy of all points but the pruned ones, each width in one process.
+@dataclass
+class _Trials:
+    """Points of a grid as they are tried, all but the pruned ones, each width in one process.
 
-    Returns that, 0 for pruned ones; the points of this process that may be chosen; and how many
-    problems missed the tolerance.
+    ``accuracy`` is 0 for what is not tried here; ``points`` are those that may be chosen, and
+    ``not_converged`` counts problems that missed the tolerance.
     """
-    accuracy, each = torch.zeros(pruned.shape, dtype=torch.float64), grid.each()
-    points: list[_Point] = []
-    not_converged = 0
-    with nullcontext() if processes is ALONE else alone():  # each warns of its own
-        for column, gamma in enumerate(grid.gammas):
-            rows = (~pruned[:, column]).nonzero().squeeze(1).tolist()
-            if not rows or not processes.mine(column):
-                continue
-            problems = grid.labels, grid.classes, grid.fold, grid.tol, grid.max_steps
-            fits = FoldedFits(kernels.rows(gamma), *problems, grid.class_weight, grid.weight)
-            for row in rows:  # ascending: each C starts from the one before
-                scores = fits.advance(grid.Cs[row])
-                right = scores.argmax(dim=1) == grid.labels
-                share = ((each * right).sum() / each.sum()).item()
-                accuracy[row, column] = share
-                rank = _rank(grid.Cs[row], gamma, grid.scale)
-                points = _contenders([*points, _Point(share, rank, fits.whole_start())])
-                tried()
-            not_converged += fits.not_converged
-    return processes.all_reduce(accuracy), points, sum(processes.numbers(not_converged))
+
+    grid: _Grid
+    pruned: Tensor
+    processes: Processes
+    accuracy: Tensor = field(init=False)
+    points: list["_Point"] = field(default_factory=list)
+    not_converged: int = 0
+
+    def __post_init__(self) -> None:
+        self.accuracy = torch.zeros(self.pruned.shape, dtype=torch.float64)
+        self._each = self.grid.each()
+
+    def fits(self, kernels: Kernels) -> Iterator[tuple[int, int, FoldedFits]]:
+        """Give the points by place, each with fits that went as far as the C before."""
+        grid = self.grid
+        with nullcontext() if self.processes is ALONE else alone():  # each warns of its own
+            for column, gamma in enumerate(grid.gammas):
+                rows = (~self.pruned[:, column]).nonzero().squeeze(1).tolist()
+                if not rows or not self.processes.mine(column):
+                    continue
+                problems = grid.labels, grid.classes, grid.fold, grid.tol, grid.max_steps
+                fits = FoldedFits(kernels.rows(gamma), *problems, grid.class_weight, grid.weight)
+                for row in rows:  # ascending: each C starts from the one before
+                    yield row, column, fits
+                self.not_converged += fits.not_converged
+
+    def judge(self, row: int, column: int, fits: FoldedFits, scores: Tensor) -> None:
+        """Note how many out-of-fold scores are right at a point."""
+        grid, right = self.grid, scores.argmax(dim=1) == self.grid.labels
+        share = ((self._each * right).sum() / self._each.sum()).item()
+        self.accuracy[row, column] = share
+        rank = _rank(grid.Cs[row], grid.gammas[column], grid.scale)
+        self.points = _contenders([*self.points, _Point(share, rank, fits.whole_start())])
+
+    def gathered(self) -> tuple[Tensor, int]:
+        """Return accuracy and failures over all processes."""
+        accuracy = self.processes.all_reduce(self.accuracy)
+        return accuracy, sum(self.processes.numbers(self.not_converged))
 
 
 def _prune(
@@ -316,7 +333,10 @@ def _prune(
     index = counted[stratified_folds(labels, parts) == 0]
     part, processes = grid.part(index), features.partition.processes
     kernels = Kernels(features.rows(index), None, part.classes * folds, memory_limit)
-    accuracy, _, not_converged = _try_points(kernels, part, pruned, processes)
+    trials = _Trials(part, pruned, processes)
+    for row, column, fits in trials.fits(kernels):
+        trials.judge(row, column, fits, fits.advance(part.Cs[row]))
+    accuracy, not_converged = trials.gathered()
     top = accuracy.max().item()
     pruned = accuracy < top - 2.0 * _standard_error(top, part.samples())
     return accuracy, pruned, not_converged
