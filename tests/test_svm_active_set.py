@@ -256,7 +256,7 @@ def test_first_sets_are_shared_by_fresh_problems_that_find_both_classes_there():
     assert chosen[2][flags[2]].tolist() == [5, 6]  # one class only in the common sample
 
 
-def test_free_samples_fill_the_room_that_no_violator_takes():
+def test_free_samples_fill_what_no_violator_takes():
     generator = torch.Generator().manual_seed(0)
     gradient = 0.1 * torch.randn(2, 100, generator=generator, dtype=torch.float64)
     lower, upper = -torch.ones_like(gradient), torch.ones_like(gradient)

@@ -75,18 +75,18 @@ def solve_by_active_sets(
         near = worst <= goal / ACCURACY / 3
         tol = SIDE * torch.where(near, goal, (ACCURACY * worst).clamp_min(goal))
         problem = _Problem(start, intercepts(start), tol, (max_steps - steps)[running])
-        found, used = solver.solve(problem)
+        candidate, used = solver.solve(problem)
         total = torch.zeros_like(worst)
-        found = make_feasible(found, start.gradient, start.lower, start.upper, total)
-        gradient = rows.product(found) - targets[running]
-        reached = _violation(rows, Points(gradient, found, start.lower, start.upper))
-        change = ((gradient + start.gradient) * (found - start.dual_coef)).sum(dim=1)
+        candidate = make_feasible(candidate, start.gradient, start.lower, start.upper, total)
+        gradient = rows.product(candidate) - targets[running]
+        reached = _violation(rows, Points(gradient, candidate, start.lower, start.upper))
+        change = ((gradient + start.gradient) * (candidate - start.dual_coef)).sum(dim=1)
         better = rows.replicate((change < 0) | (reached <= goal))
         steps[running] += used
         hopeful[running] = better
         violation[running] = torch.where(better, reached, worst)
         kept = better.unsqueeze(1)
-        points.dual_coef[running] = torch.where(kept, found, start.dual_coef)
+        points.dual_coef[running] = torch.where(kept, candidate, start.dual_coef)
         points.gradient[running] = torch.where(kept, gradient, start.gradient)
     return points, violation <= goal, steps
 

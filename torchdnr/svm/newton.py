@@ -180,14 +180,17 @@ def _count_violations(
     up: Tensor,
     low: Tensor,
     tol: Tensor,
-    slack: float,
+    share: float,
 ) -> Tensor:
-    """Count samples outside their bounds, and those at a bound that want to leave it."""
+    """Count samples outside their bounds, by more than a share of C, and those that want to leave.
+
+    The latter are at a bound, and violate by more than ``tol``.
+    """
     lower, upper = points.lower, points.upper
     multiplier = slope + intercept.unsqueeze(1)
     tol = tol.unsqueeze(1)
     scale = point.abs().amax(dim=1, keepdim=True)  # C may be far beyond all values
-    room = slack * torch.minimum(upper - lower, scale)
-    outside = (point < lower - room) | (point > upper + room)
+    slack = share * torch.minimum(upper - lower, scale)
+    outside = (point < lower - slack) | (point > upper + slack)
     leaving = (up & (multiplier > tol)) | (low & (multiplier < -tol))
     return (outside | (leaving & (upper > lower))).sum(dim=1)
