@@ -20,6 +20,7 @@ import statistics
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -240,9 +241,10 @@ def main() -> None:
     parser.add_argument("--device")
     names = ["overhead", "curve", "strength"]
     parser.add_argument("--sections", nargs="+", choices=names, default=names)
+    parser.add_argument("--output", type=Path, help="JSON; default: in benchmarks/results")
     options = parser.parse_args()
     setup = load_samples(options.run, options.samples, options.device)
-    path = RESULTS / f"attack-{setup.device.type}.json"
+    path = options.output or RESULTS / f"attack-{setup.device.type}.json"
     record = json.loads(path.read_text()) if path.exists() else {}
     measured = {"environment": describe_environment(setup.device), "samples": len(setup.inputs)}
     sections = {

@@ -343,7 +343,7 @@ def _parser() -> argparse.ArgumentParser:
     option("--robust", type=Path, help="weights of an adversarially trained network")
     option("--only", nargs="+", help="names of classifiers (default: all)")
     option("--samples", type=int, default=50, help="test images, from the first (default: 50)")
-    option("--eps", type=float, nargs="+", default=[1, 1.5, 2, 3], help="l2 (default: 1 1.5 2 3)")
+    option("--eps", type=float, nargs="+", default=[1, 1.5, 2, 2.5], help="l2 (1 1.5 2 2.5)")
     option("--peers", nargs="+", metavar="WORD", help="only attacks whose name has one of these")
     option("--steps", type=int, default=100, help="of iterative attacks (default: 100)")
     option("--queries", type=int, default=1000, help="of the square attack (default: 1000)")

@@ -254,9 +254,9 @@ def main() -> int:
         known = read_json(path)["studies"] if path.exists() else {}
         key = f"{options.network}, norm {options.norm:g}"
         settings = {"eps": options.eps, "images": options.images, "epochs": options.epochs}
+        settings |= {**stamp(), "environment": describe_environment("cpu")}
         known[key] = {**settings, "seeds": merged}
-        environment = describe_environment("cpu")
-        result = {**stamp(), "environment": environment, "studies": known}
+        result = {"studies": known}
         write_json(path, result)
         plot(result, path.with_suffix(".png"))
     return 0

@@ -41,9 +41,11 @@ def median_of_seeds(study: Mapping[str, Any], name: str) -> float | None:
 
 def page(result: Mapping[str, Any]) -> str:
     """Format how much training against attacks adds, the contents of training-cpu.json."""
-    lines = [INTRODUCTION, "", f"{machine(result['environment'])}; seconds of a processor.", ""]
+    lines = [INTRODUCTION, ""]
     for key, study in result["studies"].items():
-        lines += [f"## {key}: {_budget(study)}", "", *_table(study), ""]
+        lines += [f"## {key}: {_budget(study)}", ""]
+        lines += [f"{machine(study['environment'])}; seconds of a processor.", ""]
+        lines += [*_table(study), ""]
         lines += [*_overrated(study), *_examined(study)]
     lines.append("![Images kept over the size of the perturbation](training-cpu.png)")
     return "\n".join(lines)
