@@ -1,7 +1,8 @@
 """Record a finished run of attack.py: its results and figures go to benchmarks/results.
 
 `python attack.py --run runs/mnist-5k`, then `python -m benchmarks.record_run mnist-5k --run
-runs/mnist-5k`. The command of every recorded run stands in its page.
+runs/mnist-5k`, at the same commit, which the record names. The command of every recorded run stands
+in its page.
 """
 
 import argparse
@@ -13,10 +14,10 @@ from typing import Any
 
 from PIL import Image
 
-from benchmarks.common import RESULTS, Page, machine, table
+from benchmarks.common import RESULTS, Page, commit, machine, table
 from torchdnr.evaluation import BOUNDARY_WALK, LINE_SEARCH_PGD, SecurityCurve
 from torchdnr.evaluation.metrics import wilson_interval
-from torchdnr.files import atomic_path, read_json
+from torchdnr.files import atomic_path, read_json, write_json
 
 FINER = (0.2, 0.4, 0.6, 0.8)
 """Shares of the smallest eps at which the nearest evading points alone are counted."""
@@ -171,7 +172,8 @@ def main(argv: Sequence[str] | None = None, results: Path = RESULTS) -> int:
     parser.add_argument("name", choices=list(PAGES), help="under which it is recorded")
     parser.add_argument("--run", type=Path, required=True, metavar="DIR", help="finished run")
     options = parser.parse_args(argv)
-    run = read_json(options.run / "results.json")["settings"]["run"]
+    result = read_json(options.run / "results.json") | {"commit": commit()}
+    run = result["settings"]["run"]
     used = (run["dataset"].partition(":")[2], run.get("weights") or "")
     if absolute := [path for path in used if Path(path).is_absolute()]:
         print(
@@ -180,10 +182,9 @@ def main(argv: Sequence[str] | None = None, results: Path = RESULTS) -> int:
             file=sys.stderr,
         )
         return 2
-    for made in ("results.json", "curve.png"):
-        suffix = made.removeprefix("results") if made.endswith("json") else f"-{made}"
-        with atomic_path(results / f"{options.name}{suffix}") as path:
-            shutil.copyfile(options.run / made, path)
+    write_json(results / f"{options.name}.json", result)
+    with atomic_path(results / f"{options.name}-curve.png") as path:
+        shutil.copyfile(options.run / "curve.png", path)
     figure = results / _examples(options.name, run)
     with Image.open(options.run / "examples.png") as picture, atomic_path(figure) as path:
         if figure.suffix == ".jpg":

@@ -2,6 +2,7 @@
 
 import json
 import re
+import subprocess
 from statistics import fmean
 
 import pytest
@@ -13,6 +14,11 @@ from torchdnr.decisions import is_evasion
 from torchdnr.evaluation import BOUNDARY_WALK, LINE_SEARCH_PGD, load_results
 
 NAMES = result_names()
+UNSTAMPED = {
+    *("attack-cpu", "imagenette", "mnist-5k", "scale", "secml-cpu", "svm-cpu"),
+    *("paper/cifar10-quick", "paper/fig2", "paper/mnist-quick", "paper/mnist-quick-one-run"),
+}
+"""Results made before they had to name their code, or by code with changes; to be made anew."""
 
 
 def read(name):
@@ -54,6 +60,36 @@ def test_the_files_that_a_page_links_to_exist(path):
 def test_a_result_without_a_page_is_refused():
     with pytest.raises(ValueError, match=r"no page for new-cpu\.json; add one of: mnist-5k"):
         find_page("new-cpu")
+
+
+def commits_of(content):
+    """Yield every commit that is named anywhere in a result."""
+    if isinstance(content, dict):
+        for key, value in content.items():
+            yield from [value] if key == "commit" else commits_of(value)
+    elif isinstance(content, list):
+        for value in content:
+            yield from commits_of(value)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.xfail(strict=True)) if name in UNSTAMPED else name
+        for name in NAMES
+    ],
+)
+def test_a_result_names_the_clean_commit_of_its_code_in_the_history_of_this_one(name):
+    commits = set(commits_of(read(name)))
+    assert commits and None not in commits
+    assert not [commit for commit in commits if commit.endswith("-dirty")]
+    shallow = subprocess.run(
+        ["git", "rev-parse", "--is-shallow-repository"], cwd=ROOT, capture_output=True, check=False
+    )
+    if shallow.stdout.strip() == b"false":  # neither without git, nor without its history
+        for commit in commits:
+            command = ["git", "merge-base", "--is-ancestor", commit, "HEAD"]
+            assert subprocess.run(command, cwd=ROOT, check=False).returncode == 0, commit
 
 
 # --- runs of attack.py ---

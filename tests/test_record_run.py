@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from benchmarks import record_run
-from benchmarks.common import RESULTS
+from benchmarks.common import RESULTS, commit
 from torchdnr.evaluation import load_results
 
 RUN = {
@@ -77,7 +77,8 @@ def test_results_and_figures_are_copied(recorded, tmp_path, name, suffix):
     for figure in ("curve", "examples"):
         Image.new("RGBA", (30, 20), "red").save(run / f"{figure}.png")
     assert record_run.main([name, "--run", str(run)], results) == 0
-    assert json.loads((results / f"{name}.json").read_text()) == recorded
+    written = json.loads((results / f"{name}.json").read_text())
+    assert written == recorded | {"commit": commit()}
     for figure, kind in (("curve", "png"), ("examples", suffix)):
         with Image.open(results / f"{name}-{figure}.{kind}") as image:
             assert image.size == (30, 20)
