@@ -1,8 +1,8 @@
 """Record a finished run of attack.py: its results and figures go to benchmarks/results.
 
 `python attack.py --run runs/mnist-5k`, then `python -m benchmarks.record_run mnist-5k --run
-runs/mnist-5k`, at the same commit, which the record names. The command of every recorded run stands
-in its page.
+runs/mnist-5k`, at the same commit, which the record names. `--seeds DIR ...` adds what runs that
+differ in `--seed` alone have reached. The command of every recorded run stands in its page.
 """
 
 import argparse
@@ -10,6 +10,7 @@ import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from PIL import Image
@@ -78,6 +79,7 @@ def page(result: Mapping[str, Any], name: str) -> str:
         "that were reached at any of them: share not evaded within "
         f"{', '.join(f'{eps:g}' for eps in smaller)}, in percent: {left}.",
         "",
+        *_seeds(result),
         READING,
         "",
         f"![Accuracy under attack and rejection rate over the size of the perturbation]"
@@ -95,13 +97,62 @@ def page(result: Mapping[str, Any], name: str) -> str:
 
 def headline(result: Mapping[str, Any]) -> str:
     """Name the median norm at which an image evades each classifier, and the clean accuracies."""
-    curves, classifiers = _curves(result), result["settings"]["classifiers"]
-    samples = len(curves["DNR"].labels)
-    norms = ", ".join(f"{name} {curve.median_evasion_norm:.2f}" for name, curve in curves.items())
+    seeds = result.get("seeds") or {"": summarised(result)}
+    samples, runs = len(_curves(result)["DNR"].labels), list(seeds.values())
+    medians = {name: [run[name]["median"] for run in runs] for name in runs[0]}
+    norms = ", ".join(f"{name} {_spread(values)}" for name, values in medians.items())
     clean = ", ".join(
-        f"{name} {100 * entry['test_accuracy']:.1f} %" for name, entry in classifiers.items()
+        f"{name} {100 * fmean(run[name]['right'] for run in runs):.1f} %" for name in runs[0]
     )
-    return f"clean accuracy: {clean}; median l2 norm that evades ({samples} images): {norms}"
+    which = f"{samples} images" + (f" by each of {len(runs)} seeds" if len(runs) > 1 else "")
+    return f"clean accuracy: {clean}; median l2 norm that evades ({which}): {norms}"
+
+
+def summarised(result: Mapping[str, Any]) -> dict[str, Any]:
+    """Take from a run what is compared with others: by classifier, clean rates and the curve."""
+    classifiers = result["settings"]["classifiers"]
+    return {
+        name: {
+            "right": classifiers[name]["test_accuracy"],
+            "rejected": classifiers[name].get("test_rejection_rate", 0.0),
+            "median": curve.median_evasion_norm,
+            "eps": list(curve.eps),
+            "accuracy": list(curve.accuracy),
+        }
+        for name, curve in _curves(result).items()
+    }
+
+
+def _seeds(result: Mapping[str, Any]) -> list[str]:
+    """Format the spread over seeds, where there are several."""
+    seeds = result.get("seeds")
+    if not seeds:
+        return []
+    runs = list(seeds.values())
+    sizes = [eps for eps in runs[0]["DNR"]["eps"] if eps > 0]
+    rows = []
+    for name in runs[0]:
+        each = [run[name] for run in runs]
+        kept = [[100 * run["accuracy"][1 + index] for run in each] for index in range(len(sizes))]
+        clean = ([100 * run[key] for run in each] for key in ("right", "rejected"))
+        cells = [_spread(values, ".1f") for values in clean]
+        cells.append(_spread([run["median"] for run in each]))
+        rows.append([name, *cells, *(_spread(values, ".0f") for values in kept)])
+    header = ["classifier", "right, %", "rejected, %", "median norm"]
+    header += [f"eps {eps:g}" for eps in sizes]
+    return [
+        f"The same with the seeds {', '.join(seeds)}: mean, least and most. From the same seed a "
+        "processor of another kind trains another network, too.",
+        "",
+        *table(header, rows),
+        "",
+    ]
+
+
+def _spread(values: Sequence[float], form: str = ".2f") -> str:
+    """Format a mean, with the least and the most in brackets where there are several values."""
+    ends = f" ({min(values):{form}} to {max(values):{form}})" if len(values) > 1 else ""
+    return f"{fmean(values):{form}}{ends}"
 
 
 def _curves(result: Mapping[str, Any]) -> dict[str, SecurityCurve]:
@@ -171,6 +222,9 @@ def main(argv: Sequence[str] | None = None, results: Path = RESULTS) -> int:
     )
     parser.add_argument("name", choices=list(PAGES), help="under which it is recorded")
     parser.add_argument("--run", type=Path, required=True, metavar="DIR", help="finished run")
+    parser.add_argument(
+        "--seeds", type=Path, nargs="+", default=[], metavar="DIR", help="with other seeds"
+    )
     options = parser.parse_args(argv)
     result = read_json(options.run / "results.json") | {"commit": commit()}
     run = result["settings"]["run"]
@@ -182,6 +236,12 @@ def main(argv: Sequence[str] | None = None, results: Path = RESULTS) -> int:
             file=sys.stderr,
         )
         return 2
+    if options.seeds:
+        runs = [result, *(read_json(other / "results.json") for other in options.seeds)]
+        result["seeds"] = {str(run["settings"]["run"]["seed"]): summarised(run) for run in runs}
+        if len(result["seeds"]) < len(runs):
+            print("expected runs of different seeds, got two of the same", file=sys.stderr)
+            return 2
     write_json(results / f"{options.name}.json", result)
     with atomic_path(results / f"{options.name}-curve.png") as path:
         shutil.copyfile(options.run / "curve.png", path)

@@ -84,3 +84,24 @@ def test_results_and_figures_are_copied(recorded, tmp_path, name, suffix):
             assert image.size == (30, 20)
             assert image.format == {"png": "PNG", "jpg": "JPEG"}[kind]
     assert len(list(results.iterdir())) == 3
+
+
+def test_runs_of_other_seeds_are_recorded_as_mean_least_and_most(recorded, tmp_path, capsys):
+    runs = [tmp_path / str(seed) for seed in range(3)]
+    for seed, run in enumerate(runs):
+        run.mkdir()
+        recorded["settings"]["run"]["seed"] = seed
+        recorded["settings"]["classifiers"]["NR"]["test_accuracy"] = 0.9 + seed / 100
+        (run / "results.json").write_text(json.dumps(recorded))
+        for figure in ("curve", "examples"):
+            Image.new("RGBA", (30, 20), "red").save(run / f"{figure}.png")
+    command = ["mnist-5k", "--run", str(runs[0]), "--seeds"]
+    assert record_run.main([*command, str(runs[1]), str(runs[1])], tmp_path) == 2
+    assert "two of the same" in capsys.readouterr().err
+    assert record_run.main([*command, str(runs[1]), str(runs[2])], tmp_path) == 0
+    written = json.loads((tmp_path / "mnist-5k.json").read_text())
+    assert list(written["seeds"]) == ["0", "1", "2"]
+    text = record_run.page(written, "mnist-5k")
+    assert "| NR | 91.0 (90.0 to 92.0) |" in text and "the seeds 0, 1, 2" in text
+    assert "NR 91.0 %" in record_run.headline(written)
+    assert "(100 images by each of 3 seeds)" in record_run.headline(written)
