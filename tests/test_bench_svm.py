@@ -8,9 +8,10 @@ from sklearn.metrics.pairwise import rbf_kernel
 from sklearn.svm import SVC
 
 from benchmarks.svm import __main__ as bench_svm
+from benchmarks.svm import packaged
 from benchmarks.svm.certificate import certificate, gram_product, one_vs_rest
 from benchmarks.svm.contenders import fit_one_by_one
-from benchmarks.svm.problems import noisy_clusters
+from benchmarks.svm.problems import PACKAGED, noisy_clusters
 from benchmarks.svm.report import failures, gaps, targets
 from benchmarks.svm.worker import Worker
 
@@ -67,6 +68,69 @@ def test_a_quarter_of_the_noisy_labels_is_wrong_and_no_test_label():
     truth = torch.arange(2400) % 10
     assert (problem.y_train != truth[:2000]).double().mean().item() == pytest.approx(0.25, abs=0.03)
     assert (problem.y_test == truth[2000:]).all()
+
+
+@pytest.fixture
+def data(tmp_path, monkeypatch):
+    """Stand in for the folder with the data of a package."""
+    monkeypatch.setattr(packaged, "_folder", lambda _package: tmp_path)
+    (tmp_path / "data").mkdir()
+    return tmp_path / "data"
+
+
+def test_diamonds_are_read_by_their_cut_and_their_ratings_become_ranks(data):
+    lines = [
+        "carat,cut,color,clarity,depth,table,price,x,y,z",
+        '0.23,"Ideal","E","SI2",61.5,55,326,3.95,3.98,2.43',
+        '1.01,"Very Good","J","IF",60,58,4000,6.4,6.5,3.9',
+    ]
+    (data / "diamonds.csv").write_text("\n".join(lines))
+    labels, features = packaged.diamonds()
+    assert labels.tolist() == [4, 2]
+    train, test = features(torch.tensor([1]), torch.tensor([0]))
+    assert train.tolist() == [[1.01, 60, 58, 4000, 6.4, 6.5, 3.9, 6, 7]]
+    assert test.tolist() == [[0.23, 61.5, 55, 326, 3.95, 3.98, 2.43, 1, 1]]
+
+
+def test_cities_of_the_most_named_countries_are_told_apart_by_their_letters(data):
+    names = [
+        (f"{a}{b}a{c}", country)
+        for country, a in (("DE", "sch"), ("BR", "ja"), ("IN", "pu"))
+        for b in "bdfgkl"
+        for c in "mnrst"
+    ]
+    names += [("elsewhere", f"A{k}") for k in range(9)]  # seven of them are chosen too
+    cities = {str(k): {"name": n, "countrycode": c} for k, (n, c) in enumerate(names)}
+    (data / "cities15000.json").write_text(json.dumps(cities))
+    labels, features = packaged.cities()
+    assert labels.bincount().tolist() == [30, 30, 30, *[1] * 7]
+    train, test = features(torch.arange(0, 90, 2), torch.arange(1, 90, 2))
+    assert train.shape == test.shape == (45, 22)
+    known = labels[:90]
+    svc = SVC(C=10).fit(train, known[::2])
+    assert svc.score(test, known[1::2]) == 1.0
+
+
+def test_features_of_packages_are_standardised_by_the_training_samples(monkeypatch):
+    values = np.arange(90.0)[:, None] ** [1, 2]
+    labels = torch.arange(90) % 3
+    read = lambda: (labels, lambda *parts: [values[part.numpy()] for part in parts])  # noqa: E731
+    monkeypatch.setattr(packaged, "diamonds", read)
+    x, y, z, t = packaged.packaged("diamonds", 60)
+    assert x.dtype == torch.float32 and y.bincount().tolist() == [20] * 3
+    assert z.shape == (12, 2) and len(t) == 12
+    torch.testing.assert_close(x.mean(dim=0), torch.zeros(2), atol=1e-6, rtol=0)
+    torch.testing.assert_close(x.std(dim=0, correction=0), torch.ones(2))
+    assert len(torch.cat([x, z])[:, 0].unique()) == 72  # no sample twice
+    again = packaged.packaged("diamonds", 60)
+    assert all(torch.equal(a, b) for a, b in zip((x, y, z, t), again, strict=True))
+
+
+@pytest.mark.parametrize("name", PACKAGED)
+def test_a_data_set_whose_package_is_missing_says_what_to_install(name, monkeypatch):
+    monkeypatch.setattr(packaged, "find_spec", lambda _package: None)
+    with pytest.raises(ModuleNotFoundError, match=r"holds the data, .* pip install"):
+        packaged.packaged(name, 100)
 
 
 def test_a_peer_over_its_budget_is_extrapolated_and_says_so():
