@@ -12,7 +12,7 @@ from benchmarks.svm import packaged
 from benchmarks.svm.certificate import certificate, gram_product, one_vs_rest
 from benchmarks.svm.contenders import fit_one_by_one
 from benchmarks.svm.problems import PACKAGED, noisy_clusters
-from benchmarks.svm.report import failures, gaps, targets
+from benchmarks.svm.report import failures, gaps, headline, page, targets
 from benchmarks.svm.worker import Worker
 
 
@@ -171,11 +171,50 @@ def test_targets_are_computed_from_medians_and_feasible_solutions():
     rows = {row["name"]: row for row in targets({"fit": {"raw": case}})}
     assert rows["fit raw, x sklearn"]["value"] == 25.0
     assert rows["fit raw, x sklearn"]["status"] == "reached"
-    assert rows["fit raw, x sklearnex"]["status"] == "missed"
-    assert rows["grid raw, x sklearn"]["status"] == "not measured"
+    assert rows["every fit, x sklearnex (raw)"]["value"] == 2.0
+    assert rows["grid raw, seconds"]["status"] == "not measured"
     assert gaps(case, "ours") == (0.0, 0.0)
     assert gaps(case, "sklearn")[0] == pytest.approx(0.1)
     assert failures({"fit": {"raw": case}}) == ["fit, raw, torchkm: MemoryError"]
+
+
+def timed(ours, sklearnex, **more):
+    peers = {"ours": {"seconds": [ours], **more}, "sklearnex": {"seconds": sklearnex}}
+    return {"dataset": "raw", "headline": False, "n": 100, "peers": peers}
+
+
+def test_the_worst_fit_is_named_and_half_of_them_are_as_fast_as_said():
+    def rows(**sklearnex):
+        found = targets({"fit": {name: timed(1.0, values) for name, values in sklearnex.items()}})
+        return {row["name"]: (row["value"], row["status"]) for row in found}
+
+    four = rows(a=[2.0], b=[0.5], c=[3.0], d=[1.9])
+    assert four["every fit, x sklearnex (b)"] == (0.5, "missed")
+    assert four["half of the fits, x sklearnex"] == (2.0, "reached")
+    assert rows(a=[2.0], b=[1.9], c=[1.0])["half of the fits, x sklearnex"] == (1.9, "missed")
+    assert rows(a=[2.0], b=[])["every fit, x sklearnex"] == (None, "not measured")
+    grid = {"raw": timed(120.0, [1.0]), "relu_fc1": timed(30.0, [1.0])}
+    found = {row["name"]: row["status"] for row in targets({"grid": grid})}
+    assert found["grid raw, seconds"] == "missed" and found["grid relu_fc1, seconds"] == "reached"
+
+
+def test_the_page_says_who_is_faster_where_and_what_solved_the_problems():
+    slow = timed(2.0, [1.0], reported={"method": {"active set": 9, "descent": 1}})
+    fits = {"raw, C=1, n=100": slow, "noise, C=1, n=100": timed(1.0, [3.0])}
+    small = {"raw, C=1, n=50": {**timed(1.0, [0.1]), "n": 50}}
+    result = {
+        "settings": {"samples": 100, "repeats": 3},
+        "versions": {"numpy": "2.0"},
+        "environment": {"threads": 1, "processor": "CPU", "torch": "2.9"},
+        "sections": {"fit": {**fits, **small}},
+        "targets": targets({"fit": fits}),
+    }
+    text = page(result)
+    assert "\nscikit-learn-intelex is faster on 1 of 2 fits: raw, C=1.\n" in text
+    row = "| one-vs-rest fits: raw, C=1 | 2 s | - | 1 s (0.5x) | active set: 9; descent: 1 |"
+    assert row in text and "n=50" not in text
+    assert "| every fit, x sklearnex (raw, C=1, n=100) >= 1 | 0.5 | missed |" in text
+    assert headline(result).startswith("fits 0.5 to 3 times as fast as scikit-learn-intelex; 1 of")
 
 
 def test_names_choose_sections_data_sets_and_contenders():
@@ -203,6 +242,7 @@ def test_a_run_writes_its_records_and_goes_on_where_it_was(tmp_path, capsys):
     (case,) = results["sections"]["fit"].values()
     ours, theirs = case["peers"]["ours"], case["peers"]["sklearn"]
     assert case["n"] == 150 and case["d"] == 20
+    assert ours["reported"]["method"] == {"descent": 10}
     for record in (ours, theirs):
         assert len(record["seconds"]) == 2 and len(record["objective"]) == 10
         assert max(record["violation"]) <= 1e-3 * (1 + 1e-6)
