@@ -1,5 +1,6 @@
 """Fits of one-vs-rest problems with and without each fold, at one point of a grid after another."""
 
+from collections import Counter
 from typing import Any
 
 import torch
@@ -73,6 +74,11 @@ class FoldedFits:
         self.not_converged += int((~parts.converged).sum() + (~whole.converged).sum())
         scores = parts.scores.view(len(targets), self._folds, self._classes)
         return scores[torch.arange(len(targets), device=targets.device), self._fold]
+
+    def methods(self) -> Counter[str]:
+        """Count what solved the problems of the last point, by ``DualSolution.method``."""
+        solutions = () if self._last is None else self._last[:2]
+        return Counter(name for solution in solutions for name in solution.method)
 
     def whole_start(self) -> Tensor:
         """Return a start for a fit on all samples with the last C, float64 ``(n, c)``."""

@@ -2,7 +2,6 @@
 
 import json
 import math
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -317,8 +316,7 @@ class _Trials:
         grid, right = self.grid, scores.argmax(dim=1) == self.grid.labels
         share = ((self._each * right).sum() / self._each.sum()).item()
         self.accuracy[row, column] = share
-        whole_and_parts = (fits._last or ())[:2]
-        counts = Counter(name for solution in whole_and_parts for name in solution.method)
+        counts = fits.methods()
         self.solved[:, row, column] = torch.tensor([counts[name] for name in METHODS])
         rank = _rank(grid.Cs[row], grid.gammas[column], grid.scale)
         self.points = _contenders([*self.points, _Point(share, rank, fits.whole_start())])
