@@ -8,7 +8,8 @@ from property_examples import up_to
 from svm_oracles import gram
 
 from torchdnr.svm.dual import Points, to_double
-from torchdnr.svm.newton import multiply, newton_blocks
+from torchdnr.svm.free_systems import multiply
+from torchdnr.svm.newton import newton_blocks
 from torchdnr.svm.working_set import (
     common_sample,
     first_sets,

@@ -13,16 +13,13 @@ import torch
 from torch import Tensor
 
 from torchdnr.svm.dual import Points
+from torchdnr.svm.free_systems import FreeSystems, multiply
 
 JUMP = 3.0
 """A sample at a bound goes straight to the other one only if its multiplier over this reaches it.
 Kernel values are about 1, so 1 is Newton's own scale; 3 cycled less on raw digits at C = 1."""
 SLACK = {torch.float32: 1e-6, torch.float64: 1e-9}
 """Share of C by which a sample may be outside its bounds and count as at them."""
-LEAST_DAMPING = {torch.float32: 1e-3, torch.float64: 0.0}
-"""Damping that systems are factored with at least: what float32 rounds off is less."""
-REFINEMENTS = {torch.float32: 2, torch.float64: 0}
-"""Corrections of answers from such factors: a third one changed nothing."""
 MAX_STEPS = 30
 PATIENCE = 6
 """Newton steps without fewer violations before a block counts as cycling."""
@@ -51,10 +48,11 @@ def newton_blocks(
     fewest = torch.full((len(best),), torch.iinfo(torch.int64).max, device=best.device)
     waited = torch.zeros_like(steps)
     rows = torch.arange(len(best), device=best.device)
+    systems, slack = FreeSystems(kernels, damping), SLACK[kernels.dtype]
     for _ in range(MAX_STEPS):
         up, low, width = _guess_sets(point, slope, intercept, points)
-        point, slope, intercept, sound = _newton_step(kernels, points, damping, up, low, width)
-        bad = _count_violations(point, slope, intercept, points, up, low, tol, SLACK[kernels.dtype])
+        point, slope, intercept, sound = _newton_step(systems, points, up, low, width)
+        bad = _count_violations(point, slope, intercept, points, up, low, tol, slack)
         done = bad == 0
         better = sound & (bad < fewest[rows])
         fewest[rows] = torch.where(better, bad, fewest[rows])
@@ -67,15 +65,10 @@ def newton_blocks(
         if len(keep) == 0:
             break
         if len(keep) < len(rows):
-            points, kernels = points.of(keep), kernels[keep]
-            damping, tol, max_steps = damping[keep], tol[keep], max_steps[keep]
+            points, tol, max_steps = points.of(keep), tol[keep], max_steps[keep]
+            systems.keep(keep)
             point, slope, intercept, rows = point[keep], slope[keep], intercept[keep], rows[keep]
     return best, solved, steps
-
-
-def multiply(kernels: Tensor, vectors: Tensor) -> Tensor:
-    """Multiply symmetric matrices by vectors ``(p, k)``, from the left: on CPUs that is faster."""
-    return torch.bmm(vectors.to(kernels.dtype).unsqueeze(1), kernels).squeeze(1).to(vectors.dtype)
 
 
 def _guess_sets(
@@ -114,62 +107,23 @@ def _balancing_shift(target: Tensor, lower: Tensor, upper: Tensor, total: Tensor
 
 
 def _newton_step(
-    kernels: Tensor, points: Points, damping: Tensor, up: Tensor, low: Tensor, width: int
+    systems: FreeSystems, points: Points, up: Tensor, low: Tensor, width: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Put samples at their bounds and solve for the free ones and the intercept."""
     gradient, dual_coef, lower, upper = points
     free = ~(up | low)
     change = torch.where(up, upper, torch.where(low, lower, dual_coef)) - dual_coef
-    pulled = gradient + multiply(kernels, change)
-    index = free.to(torch.uint8).sort(dim=1, descending=True, stable=True).indices[:, :width]
-    real = free.gather(1, index)
-    matrix = _gather_square(kernels, index)
-    weight = real.to(matrix)
-    matrix.mul_(weight.unsqueeze(1)).mul_(weight.unsqueeze(2))
+    pulled = gradient + multiply(systems.kernels, change)
+    index, weight = systems.choose(free, width)
     right = torch.stack([-pulled.gather(1, index) * weight, weight.to(pulled)], dim=2)
-    answer, info = _solve_systems(matrix, right, damping, real)
+    answer, info = systems.solve(right)
     intercept = (answer[:, :, 0].sum(1) + change.sum(1)) / answer[:, :, 1].sum(1)
-    moved = (answer[:, :, 0] - intercept.unsqueeze(1) * answer[:, :, 1]) * weight
+    moved = answer[:, :, 0] - intercept.unsqueeze(1) * answer[:, :, 1]
     change = change.scatter_add(1, index, moved)
-    slope = gradient + multiply(kernels, change)
-    slope = slope + damping.unsqueeze(1) * change
+    slope = gradient + multiply(systems.kernels, change)
+    slope = slope + systems.damping.unsqueeze(1) * change
     sound = (info == 0) & torch.isfinite(slope).all(dim=1) & free.any(dim=1)
     return dual_coef + change, slope, intercept, sound
-
-
-def _solve_systems(
-    matrix: Tensor, right: Tensor, damping: Tensor, real: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Solve ``(matrix + damping) x = right`` in float64, by factors in the matrix's own dtype.
-
-    Padded entries, with zeros in the matrix, get 1 on the diagonal. Overwrites the matrix. Also
-    returns whether the factors broke down: 0 where they did not.
-    """
-    damping = damping.unsqueeze(1)
-    added = damping.clamp_min(LEAST_DAMPING[matrix.dtype])
-    matrix.diagonal(dim1=1, dim2=2).add_(torch.where(real, added, 1.0))
-    factor, info = torch.linalg.cholesky_ex(matrix)
-    answer = _solve_factored(factor, right)
-    excess = torch.where(real, added - damping, 0.0).unsqueeze(2)
-    for _ in range(REFINEMENTS[matrix.dtype]):
-        product = torch.bmm(answer.mT.to(matrix.dtype), matrix).mT
-        answer = answer + _solve_factored(factor, right - product + excess * answer)
-    return answer, info
-
-
-def _solve_factored(factor: Tensor, right: Tensor) -> Tensor:
-    # Twice as fast as cholesky_solve where there are but two right-hand sides.
-    half = torch.linalg.solve_triangular(factor, right.to(factor.dtype), upper=False)
-    return torch.linalg.solve_triangular(factor.mT, half, upper=True).to(right.dtype)
-
-
-def _gather_square(kernels: Tensor, index: Tensor) -> Tensor:
-    """Select the same rows and columns of each matrix; whole rows first is three times faster."""
-    count, size, width = len(kernels), kernels.shape[1], index.shape[1]
-    offset = size * torch.arange(count, device=kernels.device).unsqueeze(1)
-    rows = kernels.reshape(count * size, size).index_select(0, (index + offset).flatten())
-    columns = index.unsqueeze(1).expand(count, width, width)
-    return rows.view(count, width, size).gather(2, columns)
 
 
 def _count_violations(

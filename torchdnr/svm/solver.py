@@ -32,9 +32,10 @@ from torchdnr.svm.dual import (
     warn_if_not_converged,
 )
 from torchdnr.svm.free_share import many_are_free
+from torchdnr.svm.free_systems import multiply
 from torchdnr.svm.kernel_rows import Block, KernelRows
 from torchdnr.svm.memory_plan import column_groups
-from torchdnr.svm.newton import multiply, newton_blocks
+from torchdnr.svm.newton import newton_blocks
 from torchdnr.svm.projected_gradient import bounded_start
 from torchdnr.svm.working_set import (
     first_sets,
