@@ -113,9 +113,13 @@ def make_feasible(
         slack = torch.where(missing > 0, upper - values, values - lower)
         inner = slack * ((values > lower) & (values < upper))
         whole = inner.sum(dim=1, keepdim=True)
-        share = inner * (missing / whole.clamp_min(tiny))
-        fill = _fill(slack, torch.where(missing > 0, gradient, -gradient), missing.abs())
-        values = values + torch.where(whole > 2 * missing.abs(), share, fill * missing.sign())
+        enough = whole > 2 * missing.abs()
+        values = values + torch.where(enough, inner * (missing / whole.clamp_min(tiny)), 0.0)
+        # Few problems need what is left, which sorts: worth the sync that tells them.
+        rest = (~enough & (missing != 0)).squeeze(1).nonzero().squeeze(1)
+        if len(rest):
+            some, sign = missing[rest], missing[rest].sign()
+            values[rest] += sign * _fill(slack[rest], sign * gradient[rest], some.abs())
     return torch.minimum(torch.maximum(values, lower), upper)
 
 
