@@ -121,11 +121,11 @@ def test_recorded_attacks_of_other_libraries_evade_three_digits_that_ours_does_n
     for name, record in records.items():
         assert len(record["peers"]) == 10
         for peer, entry in record["peers"].items():
-            assert entry["table"].keys() == record["ours"].keys() == {"1", "1.5", "2", "3"}
+            assert entry["table"].keys() == record["ours"].keys() == {"1", "1.5", "2", "2.5"}
             for eps, row in entry["table"].items():
                 missed |= {(name, peer, eps, sample) for sample in row["peer_only"]}
     assert missed == {
-        ("NR", "AutoAttack apgd-t", "2", 10),
+        ("NR", "AutoAttack apgd-t", "1.5", 16),
         ("DNR", "AutoAttack apgd-t", "2", 28),
         ("robust network", "AutoAttack fab", "1.5", 16),
     }
