@@ -105,3 +105,18 @@ def test_runs_of_other_seeds_are_recorded_as_mean_least_and_most(recorded, tmp_p
     assert "| NR | 91.0 (90.0 to 92.0) |" in text and "the seeds 0, 1, 2" in text
     assert "NR 91.0 %" in record_run.headline(written)
     assert "(100 images by each of 3 seeds)" in record_run.headline(written)
+
+
+def test_of_a_large_run_rates_and_costs_are_recorded(recorded, tmp_path):
+    (tmp_path / "results.json").write_text(json.dumps(recorded))
+    assert record_run.main(["mnist-5k-1000", "--run", str(tmp_path)], tmp_path) == 0
+    written = json.loads((tmp_path / "mnist-5k-1000.json").read_text())
+    assert written["samples"] == 100 and written["commit"] == commit()
+    text = record_run.large_page(written)
+    curve = load_results(tmp_path / "results.json")[0]["NR"]
+    row = next(line for line in text.splitlines() if line.startswith("| NR |"))
+    assert row.split(" | ")[3] == f"{curve.median_evasion_norm:.2f}"
+    assert row.split(" | ")[4:6] == [f"{100 * value:.1f}" for value in curve.accuracy[1:3]]
+    seconds = recorded["settings"]["cost"]["stage_seconds"]["attacks"]
+    assert f"The attacks on 10,000 images would take {seconds / 36:.1f} hours" in text
+    assert "(100 images): " in record_run.large_headline(written)
