@@ -1,14 +1,15 @@
-"""The benchmark of training against attacks: its thresholds."""
+"""The benchmark of training against attacks: its thresholds, and what its files are merged to."""
 
 from types import SimpleNamespace
 
 import torch
 from torch import nn
 
-from benchmarks.training.__main__ import calibrated
+from benchmarks.training.__main__ import KIND, calibrated, examined_path, points_path, transferred
 from benchmarks.training.variants import VARIANTS, Variant
 from torchdnr import LogitRejection
 from torchdnr.decisions import predict_labels
+from torchdnr.files import save_tensors, write_json
 
 
 def rejecting(seed):
@@ -33,3 +34,27 @@ def test_a_matched_threshold_leaves_as_many_images_right_as_the_other_has(monkey
         return int((predict_labels(calibrated(study, name)(images), True) == labels).sum())
 
     assert 0 < right("one") == right("other") < 180
+
+
+def test_points_of_others_and_examinations_are_merged(monkeypatch, tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(20, 1, 4, 4, generator=generator)
+    with torch.no_grad():
+        labels = rejecting(0).scores(images).argmax(dim=1)
+    study = SimpleNamespace(folder=tmp_path, norm=2.0, threshold=(images, labels))
+    moved = torch.rand(20, 1, 4, 4, generator=generator).round() * 0.4 - 0.2
+    nearer = (images + moved).clamp(0, 1)  # some of them evade
+    for name, seed, norm, points in (("one", 0, 9.0, images), ("other", 1, 9.0, nearer)):
+        monkeypatch.setitem(VARIANTS, name, Variant(lambda study, seed=seed: rejecting(seed)))
+        result = {"norms": [norm] * 20, "eps": [0.0, 1.0], "kept": [1.0, 1.0]}
+        write_json(tmp_path / f"{name}.json", result)
+        save_tensors(points_path(study, name), {"points": points}, {}, kind=KIND)
+    write_json(examined_path(study, "one"), {"checks": {"fail": []}})
+    merged = transferred(study, images, labels)
+    assert merged["one"]["examined"] == {"checks": {"fail": []}}
+    assert "examined" not in merged["other"]
+    model = calibrated(study, "one")
+    predicted = predict_labels(model(nearer), True)
+    evading = (predicted >= 0) & (predicted != labels)
+    assert merged["one"]["transfer"] == int(evading.sum()) > 0
+    assert merged["one"]["kept"][1] == 1 - evading.double().mean().item()

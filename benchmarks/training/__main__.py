@@ -145,7 +145,7 @@ def examine(study: Study, name: str, images: Tensor, labels: Tensor) -> None:
     "robustness" is by alpha the share neither evaded nor, within alpha eps, rejected; "corrupted"
     are right, rejected and wrong of each kind, at the middle one of five strengths.
     """
-    path, evaluated = study.folder / f"{name} examined.json", study.folder / f"{name}.json"
+    path, evaluated = examined_path(study, name), study.folder / f"{name}.json"
     if path.exists() or not evaluated.exists():
         return
     n, model = read_json(evaluated)["samples"], calibrated(study, name)
@@ -180,17 +180,24 @@ def points_path(study: Study, name: str) -> Path:
     return study.folder / f"points {name}.safetensors"
 
 
+def examined_path(study: Study, name: str) -> Path:
+    """Name the file of what `--examine` has seen of a classifier."""
+    return study.folder / f"{name} examined.json"
+
+
 def transferred(study: Study, images: Tensor, labels: Tensor) -> dict[str, dict[str, Any]]:
     """Try the nearest points of every classifier on every other one; return the results with that.
 
     ``transfer`` counts samples that another's point evades with a smaller perturbation; ``median``
-    and ``kept`` count them as evaded then.
+    and ``kept`` count them as evaded then. What has been examined is there, too.
     """
     results: dict[str, dict[str, Any]] = {}
     points: dict[str, Tensor] = {}
     for name in VARIANTS:
         if (path := study.folder / f"{name}.json").exists():
             results[name] = read_json(path)
+            if examined_path(study, name).exists():
+                results[name]["examined"] = read_json(examined_path(study, name))
             points[name] = load_tensors(study.folder / f"points {name}.safetensors", kind=KIND)[0][
                 "points"
             ]
