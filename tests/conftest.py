@@ -2,6 +2,7 @@
 
 import gc
 import os
+import signal
 from collections import Counter
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported; child processes inherit it
@@ -24,6 +25,9 @@ def pytest_configure(config):
     """Prepare the processes that run tests; one that hands them out does without PyTorch."""
     if config.getoption("numprocesses", None) and not hasattr(config, "workerinput"):
         return
+    # A shell's background jobs ignore Ctrl-C, and so would the processes that tests interrupt.
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     import accelerator
     import torch
 
