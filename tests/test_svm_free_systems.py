@@ -14,7 +14,7 @@ def solved(systems: FreeSystems, free: Tensor, right: Tensor) -> Tensor:
     """Solve for right sides ``(p, k, 2)``; 0 where samples are not free."""
     index, weight = systems.choose(free, int(free.sum(dim=1).max()))
     at = index.unsqueeze(2).expand(-1, -1, 2)
-    answer, info = systems.solve(right.gather(1, at) * weight.unsqueeze(2))
+    answer, info = systems.solve(right.gather(1, at) * weight.unsqueeze(2), weight)
     assert not info.any()
     return torch.zeros_like(right).scatter_add(1, at, answer)
 

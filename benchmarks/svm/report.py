@@ -228,9 +228,9 @@ def _beside_sklearnex(fits: dict[str, Record]) -> tuple[float | None, float | No
 
     Fits that only one of the two was measured on leave the question open.
     """
-    found = {name: ratio(case, "sklearnex") for name, case in fits.items()}
-    ratios = {name: value for name, value in found.items() if value is not None}
-    if not ratios or len(ratios) < len(found):
+    measured = {name: ratio(case, "sklearnex") for name, case in fits.items()}
+    ratios = {name: value for name, value in measured.items() if value is not None}
+    if not ratios or len(ratios) < len(measured):
         return None, None, ""
     worst = min(ratios, key=lambda name: ratios[name])
     return ratios[worst], median_high(ratios.values()), f" ({worst})"

@@ -198,9 +198,7 @@ def transferred(study: Study, images: Tensor, labels: Tensor) -> dict[str, dict[
             results[name] = read_json(path)
             if examined_path(study, name).exists():
                 results[name]["examined"] = read_json(examined_path(study, name))
-            points[name] = load_tensors(study.folder / f"points {name}.safetensors", kind=KIND)[0][
-                "points"
-            ]
+            points[name] = load_tensors(points_path(study, name), kind=KIND)[0]["points"]
     for name, result in results.items():
         model = calibrated(study, name)
         norms = torch.tensor([float(norm) for norm in result["norms"]], dtype=torch.float64)

@@ -35,7 +35,6 @@ class FreeSystems:
 
     def __init__(self, kernels: Tensor, damping: Tensor) -> None:
         self.kernels, self.damping = kernels, damping
-        self._free = damping  # of the samples of the systems, (p, w), those that are free
         # What was factored, where it may be used again: samples, (p, w), which of these are not
         # padding, the matrices (p, w, w), their factors, and whether these broke down.
         self._made: tuple[Tensor, ...] = ()
@@ -59,13 +58,14 @@ class FreeSystems:
         self._left = ()
         if self._made:
             index, real = self._made[:2]
-            self._free = real & free.gather(1, index)
-            new = (free.sum(dim=1) - self._free.sum(dim=1)).amax()
-            gone = (real & ~self._free).sum(dim=1).amax()
-            some, count = torch.stack([new, gone]).tolist()  # a sync: the corrections' size
+            still = real & free.gather(1, index)
+            gone = real & ~still
+            new = (free.sum(dim=1) - still.sum(dim=1)).amax()
+            some, count = torch.stack([new, gone.sum(dim=1).amax()]).tolist()  # a sync
             if some == 0 and count <= LEFT_SHARE * index.shape[1]:
-                self._leave(count)
-                return index, self._free
+                if count:
+                    self._left = self._correction(gone, count)
+                return index, still
             self._made = ()  # before the next are made
         size = free.shape[1]
         if width > WHOLE_SHARE * size:
@@ -76,35 +76,31 @@ class FreeSystems:
             index = index[:, :width]
             real = free.gather(1, index)
             matrix = _gather_square(self.kernels, index).mul_(real.unsqueeze(1))
-        self._free = real
         matrix.mul_(real.unsqueeze(2))
         added = self.damping.clamp_min(LEAST_DAMPING[matrix.dtype]).unsqueeze(1)
         matrix.diagonal(dim1=1, dim2=2).add_(torch.where(real, added, 1.0))
         self._made = (index, real, matrix, *torch.linalg.cholesky_ex(matrix))
         return index, real
 
-    def _leave(self, count: int) -> None:
-        """Correct the factors for the samples that are no longer free, ``count`` at the most."""
-        if count == 0:
-            return
-        _, real, _, factor, _ = self._made
-        gone = (real & ~self._free).to(torch.uint8)
-        chosen = gone.topk(count, dim=1)
+    def _correction(self, gone: Tensor, count: int) -> tuple[Tensor, ...]:
+        """Correct the factors for samples that are no longer free, at most ``count`` a problem."""
+        factor = self._made[3]
+        chosen = gone.to(torch.uint8).topk(count, dim=1)
         units = torch.zeros_like(factor[:, :, :count])
         units.scatter_(1, chosen.indices.unsqueeze(1), chosen.values.to(units).unsqueeze(1))
         half = torch.linalg.solve_triangular(factor, units, upper=False)
         small = half.mT @ half
         small.diagonal(dim1=1, dim2=2).add_(1 - chosen.values)  # padding
-        self._left = half, *torch.linalg.cholesky_ex(small)
+        return half, *torch.linalg.cholesky_ex(small)
 
-    def solve(self, right: Tensor) -> tuple[Tensor, Tensor]:
+    def solve(self, right: Tensor, free: Tensor) -> tuple[Tensor, Tensor]:
         """Solve in float64, by factors in the kernels' own dtype, for ``(p, w, 2)``.
 
-        Right sides and answers are 0 but for free samples. Also returns whether the factors broke
-        down: 0 where they did not.
+        ``free`` is as ``choose`` returned it; other right sides and answers are 0. Also returns
+        whether the factors broke down: 0 where they did not.
         """
         _, _, matrix, _, info = self._made
-        weight, damping = self._free.to(right).unsqueeze(2), self.damping.unsqueeze(1)
+        weight, damping = free.to(right).unsqueeze(2), self.damping.unsqueeze(1)
         answer = self._solve_factored(right) * weight
         excess = (damping.clamp_min(LEAST_DAMPING[matrix.dtype]) - damping).unsqueeze(2)
         for _ in range(REFINEMENTS[matrix.dtype]):

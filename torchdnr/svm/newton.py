@@ -116,7 +116,7 @@ def _newton_step(
     pulled = gradient + multiply(systems.kernels, change)
     index, weight = systems.choose(free, width)
     right = torch.stack([-pulled.gather(1, index) * weight, weight.to(pulled)], dim=2)
-    answer, info = systems.solve(right)
+    answer, info = systems.solve(right, weight)
     intercept = (answer[:, :, 0].sum(1) + change.sum(1)) / answer[:, :, 1].sum(1)
     moved = answer[:, :, 0] - intercept.unsqueeze(1) * answer[:, :, 1]
     change = change.scatter_add(1, index, moved)
