@@ -10,9 +10,11 @@ import torch
 
 from benchmarks.__main__ import find_page, index, page_text, result_names, summary
 from benchmarks.common import RESULTS, ROOT
+from benchmarks.training.report import DNR, END_TO_END, MAIN, PLAIN, ROBUST
 from torchdnr.decisions import is_evasion
 from torchdnr.evaluation import BOUNDARY_WALK, LINE_SEARCH_PGD, load_results
 
+OTHER_NORM = "small, norm inf"
 NAMES = result_names()
 UNSTAMPED = {
     *("attack-cpu", "imagenette", "mnist-5k", "scale", "secml-cpu"),
@@ -37,6 +39,25 @@ def test_the_table_of_the_readme_and_the_index_hold_the_results():
     assert len(NAMES) == 19
     assert f"\n{summary('benchmarks/results/')}\n" in (ROOT / "README.md").read_text()
     assert (RESULTS / "README.md").read_text() == index()
+
+
+def test_the_head_of_the_readme_holds_the_record_of_training():
+    head = " ".join((ROOT / "README.md").read_text().partition("## Try it")[0].split())
+    small, other = (read("training-cpu")["studies"][key]["seeds"] for key in (MAIN, OTHER_NORM))
+    names = {"DNR": DNR, "bare": PLAIN, "robust": ROBUST, "end": END_TO_END}
+    runs = {key: [seed[name] for seed in small.values()] for key, name in names.items()}
+    norm = {key: fmean(run["median"] for run in each) for key, each in runs.items()}
+    right = {key: fmean(run["right"] for run in each) for key, each in runs.items()}
+    assert f"l2 norm of {norm['DNR']:.2f}, and a bare network by {norm['bare']:.2f}." in head
+    assert f"takes {norm['robust']:.2f}, DNR end to end {norm['end']:.2f}, both right" in head
+    assert f"{right['robust']:.0%}" == f"{right['end']:.0%}" == "89%" and "on 89 % of" in head
+    assert f"(DNR: {100 * right['DNR']:.0f} %)" in head
+    rejected = {
+        name: fmean(100 * share for _, share in other["0"][name]["examined"]["corrupted"].values())
+        for name in (ROBUST, DNR)
+    }
+    assert f"{rejected[ROBUST]:.0f} % of corrupted digits" in head
+    assert f"DNR: {rejected[DNR]:.0f} %)." in head
 
 
 def test_every_page_has_a_result_and_every_figure_is_shown():
